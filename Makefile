@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-fast lint clean
+
+help: ## Shows this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[eval,test,viz]"
+	touch $@
+
+train: $(BIN)/.installed ## Trains the embedded policy on 4x4 sudoku and shows what it gained. ARGS="..." for options.
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		recipes/train.py $(ARGS)
+
+test: $(BIN)/.installed ## Runs the tests.
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(BIN)/.installed ## Runs the tests that take no more than a few seconds each.
+	$(BIN)/python -m pytest -m "not slow and not distributed" $(ARGS)
+
+lint: $(BIN)/.installed ## Checks style.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## Removes the virtual environment and what runs have written.
+	rm -rf $(VENV) outputs

@@ -1,0 +1,85 @@
+"""Small policies and trajectories that the tests share."""
+
+from __future__ import annotations
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, Qwen3Config  # noqa: E402
+
+from trl_diffusion.policies.spec import DiffusionSpec, set_spec  # noqa: E402
+
+
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+MASK, STOP = 39, 5
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+SPECS = {
+    "block-from-sequence": DiffusionSpec(mask_token_id=MASK, block_size=8, stop_token_ids=(STOP,)),
+    "block-from-response": DiffusionSpec(
+        mask_token_id=MASK, block_size=8, block_origin="response", stop_token_ids=(STOP,)
+    ),
+    "shift-autoregressive-first": DiffusionSpec(
+        mask_token_id=MASK, block_size=8, token_shift=True, first_token="autoregressive", stop_token_ids=(STOP,)
+    ),
+    "mask-predicted": DiffusionSpec(
+        mask_token_id=MASK, block_size=4, stop_token_ids=(STOP,), predicts_mask_token=True
+    ),
+    "block-of-one": DiffusionSpec(
+        mask_token_id=MASK, block_size=1, token_shift=True, first_token="autoregressive", stop_token_ids=(STOP,)
+    ),
+}
+
+
+def make_policy(spec: DiffusionSpec, seed: int = 0, **changes):
+    """A random policy whose distributions are far from uniform, so that a wrong state shows."""
+    config = Qwen3Config(
+        **{
+            "vocab_size": 40,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.3,
+            **changes,
+        }
+    )
+    set_spec(config, spec)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def make_prompts(lengths=(3, 8, 13, 21, 24, 1), seed: int = 0) -> list[list[int]]:
+    """Prompts of unequal lengths: shorter than a block, ending inside one, ending with one."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(6, MASK, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture(params=sorted(SPECS))
+def spec(request) -> DiffusionSpec:
+    return SPECS[request.param]
+
+
+@pytest.fixture
+def policy(spec):
+    return make_policy(spec)
+
+
+def shared(*parts: str) -> Path:
+    """A file of the project's shared data; the test is skipped where it is not there."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{'/'.join(parts)} is not available")
+    return path

@@ -1,0 +1,393 @@
+"""Oracles O1, O2, O4, O6, O7 and O9 of METHOD.md for block-attention policies."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
+from trl_diffusion.decoding.config import DecodingConfig
+from trl_diffusion.decoding.decode import decode
+from trl_diffusion.policies.spec import DiffusionSpec
+from trl_diffusion.scoring.draws import StepDraw, count_tokens, draw_steps
+from trl_diffusion.scoring.layout import pack
+from trl_diffusion.scoring.score import score
+from trl_diffusion.trajectories.trajectory import TrajectoryBatch, autoregressive_positions, response_blocks
+
+
+DECODINGS = {
+    "two-per-step": DecodingConfig(max_new_tokens=24, temperature=1.0, tokens_per_step=2),
+    "three-per-step-tempered": DecodingConfig(max_new_tokens=21, temperature=0.7, tokens_per_step=3),
+    "threshold": DecodingConfig(max_new_tokens=20, temperature=1.3, strategy="threshold", threshold=0.2),
+    "greedy": DecodingConfig(max_new_tokens=24, temperature=0.0),
+}
+
+
+def rollout(policy, decoding, seed=0) -> TrajectoryBatch:
+    prompts = make_prompts(seed=seed)
+    return decode(policy, prompts, decoding, seeds=[100 + row for row in range(len(prompts))])
+
+
+def token_facts(batch: TrajectoryBatch, spec: DiffusionSpec):
+    """Block of each token, and which tokens take part in draws."""
+    width, lengths = batch.canvas_ids.shape[1], batch.prompt_lengths
+    drawable = batch.completion_mask & ~autoregressive_positions(spec, lengths, width)
+    return response_blocks(spec, lengths, width), drawable
+
+
+def draw_everything_at(step: int, batch: TrajectoryBatch, blocks) -> StepDraw:
+    """The draw that scores step `step` of every block."""
+    every_block = torch.arange(int(blocks.max()) + 1).expand(len(batch), -1)
+    return StepDraw(every_block, torch.full_like(every_block, step), torch.ones(every_block.shape))
+
+
+def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float):
+    """
+    The log-probability of every counted token, from one un-packed forward pass per state: the sequence as the policy
+    saw it, nothing behind the active block, the attention written out position by position. Independent of `pack`.
+    """
+    result = torch.zeros_like(batch.logps)
+    for row in range(len(batch)):
+        prompt = batch.prompt_ids[row][batch.prompt_mask[row] == 1].tolist()
+        origin = 0 if spec.block_origin == "sequence" else len(prompt)
+        block_of = lambda i, origin=origin: max((i - origin) // spec.block_size, -1 if origin else -(10**9))  # noqa: E731
+        canvas, steps = batch.canvas_ids[row].tolist(), batch.steps[row].tolist()
+        for column in range(int(batch.completion_lengths[row])):
+            position = len(prompt) + column
+            end = origin + (block_of(position) + 1) * spec.block_size
+            tokens = prompt + [
+                token
+                if block_of(len(prompt) + j) < block_of(position) or 0 <= steps[j] < steps[column]
+                else spec.mask_token_id
+                for j, token in enumerate(canvas)
+            ]
+            tokens = tokens[:end]
+            allowed = torch.tensor(
+                [[block_of(key) <= block_of(query) for key in range(len(tokens))] for query in range(len(tokens))]
+            )
+            logits = policy(
+                input_ids=torch.tensor([tokens]),
+                position_ids=torch.arange(len(tokens))[None],
+                attention_mask=allowed[None, None],
+            ).logits[0]
+            logits = logits[position - int(spec.token_shift)].double()
+            if not spec.predicts_mask_token:
+                logits[spec.mask_token_id] = -torch.inf
+            log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
+            result[row, column] = log_probs[canvas[column]]
+    return result
+
+
+@pytest.mark.parametrize("decoding", DECODINGS.values(), ids=DECODINGS)
+@torch.no_grad()
+def test_o1_packed_equals_recorded_equals_plain(policy, spec, decoding):
+    batch = rollout(policy, decoding)
+    plain = plain_forward_logps(policy, spec, batch, decoding.temperature)
+    counted = batch.completion_mask
+    torch.testing.assert_close(batch.logps[counted], plain[counted], atol=1e-5, rtol=0)
+
+    blocks, _ = token_facts(batch, spec)
+    scored = torch.zeros_like(counted)
+    for step in range(int(batch.steps.max()) + 1):
+        layout = pack(batch, spec, draw_everything_at(step, batch, blocks))
+        logps, _ = score(policy, layout, spec, decoding.temperature)
+        here = layout.weights > 0
+        torch.testing.assert_close(logps[here], plain[here], atol=1e-5, rtol=0)
+        scored |= here
+    assert torch.equal(scored, counted)  # no pair (block, step) was left out
+
+
+def test_rollouts_cover_the_hard_cases():
+    """The trajectories above really have a stop inside a block, a shared block, and several tokens in one step."""
+    spec = SPECS["block-from-sequence"]
+    policy = make_policy(spec)
+    batch = rollout(policy, DECODINGS["threshold"])
+    blocks, counted = token_facts(batch, spec)
+    assert (count_tokens(blocks, batch.steps, counted) > 1).any()
+    assert (batch.completion_lengths < batch.canvas_lengths).any()
+    stopped = [ids[-1] == STOP for ids in rollout(policy, DECODINGS["two-per-step"]).completions()]
+    assert any(stopped) and not all(stopped)
+    assert (batch.prompt_lengths % spec.block_size > 0).any() and (batch.prompt_lengths % spec.block_size == 0).any()
+
+
+def hand_made_steps():
+    """Two responses whose blocks have different numbers of steps, of different sizes."""
+    blocks = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]])
+    steps = torch.tensor([[2, 0, 1, 0, 0, 0, 0, 1, 3, 1], [0, 1, 1, 0, 2, 2, -1, 0, 0, 0]])
+    counted = torch.tensor([[True] * 10, [True] * 9 + [False]])
+    return blocks, steps, counted
+
+
+def test_count_tokens():
+    counts = count_tokens(*hand_made_steps())
+    assert counts[0, 0].tolist() == [2, 1, 1, 0]
+    assert counts[0, 1].tolist() == [3, 1, 0, 0]
+    assert counts[0, 2].tolist() == [0, 1, 0, 1]
+    assert counts[1, 2].tolist() == [2, 0, 0, 0]  # neither the masked token nor the one that does not count
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "token"])
+@pytest.mark.parametrize("num_draws", [1, 2, 3])
+def test_o2_enumerated_draws_are_unbiased(distribution, num_draws):
+    """Sums weight times probability over every possible draw, for arbitrary per-token log-ratios."""
+    blocks, steps, counted = hand_made_steps()
+    ratios = torch.randn(blocks.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = count_tokens(blocks, steps, counted)
+    for row, block in itertools.product(range(2), range(3)):
+        here = counted[row] & (blocks[row] == block) & (steps[row] >= 0)
+        exact = ratios[row][here].sum()
+        support = [t for t, n in enumerate(counts[row, block].tolist()) if n]
+        total = counts[row, block].sum().item()
+        if distribution == "uniform":
+            outcomes = list(itertools.permutations(support, min(num_draws, len(support))))
+            chances = [1 / len(outcomes)] * len(outcomes)
+        else:
+            outcomes = list(itertools.product(support, repeat=num_draws))
+            chances = [torch.tensor([counts[row, block, t] / total for t in o]).double().prod() for o in outcomes]
+        expected = 0.0
+        for outcome, chance in zip(outcomes, chances, strict=True):
+            weights = weights_of(distribution, len(support), total, [counts[row, block, t].item() for t in outcome])
+            picked = StepDraw(
+                torch.full((1, len(outcome)), block), torch.tensor([outcome]), torch.tensor([weights])
+            ).token_weights(blocks[row : row + 1], steps[row : row + 1], counted[row : row + 1])[0]
+            expected = expected + chance * (picked.double() * ratios[row]).sum()
+        assert abs(expected - exact) < 1e-5
+
+
+def weights_of(distribution, num_steps, num_tokens, sizes):
+    """The weights of METHOD.md, section 2, and their average over draws."""
+    if distribution == "uniform":
+        return [num_steps / len(sizes)] * len(sizes)
+    return [num_tokens / (len(sizes) * size) for size in sizes]
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "token"])
+@pytest.mark.parametrize("num_draws", [1, 2, 3])
+def test_draws_follow_their_distribution_and_carry_its_weights(distribution, num_draws):
+    blocks, steps, counted = hand_made_steps()
+    counts = count_tokens(blocks, steps, counted)
+    repeats = 4000
+    draw = draw_steps(
+        *(tensor.repeat_interleave(repeats, 0) for tensor in (blocks, steps, counted)),
+        seeds=list(range(2 * repeats)),
+        distribution=distribution,
+        num_draws=num_draws,
+    )
+    for row, block in itertools.product(range(2), range(3)):
+        rows = slice(row * repeats, (row + 1) * repeats)
+        sizes = counts[row, block]
+        support = (sizes > 0).nonzero().squeeze(1).tolist()
+        expected_draws = min(num_draws, len(support)) if distribution == "uniform" else num_draws
+        here = draw.blocks[rows] == block
+        assert (here.sum(1) == expected_draws).all()
+        frequencies = torch.stack([((draw.steps[rows] == t) & here).sum() for t in range(len(sizes))]) / repeats
+        if distribution == "uniform":
+            expected = (sizes > 0) * expected_draws / len(support)
+        else:
+            expected = sizes / sizes.sum() * num_draws
+        assert (frequencies - expected).abs().max() < 4 * (0.5 * num_draws / repeats**0.5)
+        for step in support:
+            weights = draw.weights[rows][(draw.steps[rows] == step) & here]
+            size = sizes[step].item()
+            wanted = weights_of(distribution, len(support), sizes.sum().item(), [size] * expected_draws)[0]
+            assert torch.allclose(weights, torch.tensor(wanted, dtype=torch.float))
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "token"])
+@pytest.mark.parametrize("num_draws", [1, 2])
+@torch.no_grad()
+def test_o2_estimate_equals_exact_log_ratio_in_expectation(policy, spec, distribution, num_draws):
+    """Through the packed forward: the mean over all draws of sum(weight * log-ratio) is the exact log-ratio."""
+    reference = make_policy(spec, seed=1)
+    batch = rollout(policy, DECODINGS["threshold"])
+    blocks, drawable = token_facts(batch, spec)
+    exact = (
+        plain_forward_logps(policy, spec, batch, 1.3) - plain_forward_logps(reference, spec, batch, 1.3)
+    ).masked_fill(~batch.completion_mask, 0.0)
+
+    # Every token's log-ratio as the packed pass gives it, and the inclusion of tokens averaged over all draws.
+    ratios = torch.zeros_like(batch.logps)
+    for step in range(int(batch.steps.max()) + 1):
+        layout = pack(batch, spec, draw_everything_at(step, batch, blocks))
+        difference = score(policy, layout, spec, 1.3)[0] - score(reference, layout, spec, 1.3)[0]
+        ratios = torch.where(layout.weights > 0, difference, ratios)
+    counts = count_tokens(blocks, batch.steps, drawable)
+    expected = torch.where(batch.completion_mask & ~drawable, ratios, 0.0).sum(1).double()
+    for row, block in itertools.product(range(len(batch)), range(counts.shape[1])):
+        support = counts[row, block].nonzero().squeeze(1).tolist()
+        if not support:
+            continue
+        total = counts[row, block].sum().item()
+        if distribution == "uniform":
+            outcomes = list(itertools.combinations(support, min(num_draws, len(support))))
+            chances = [1 / len(outcomes)] * len(outcomes)
+        else:
+            outcomes = list(itertools.product(support, repeat=num_draws))
+            chances = [torch.tensor([counts[row, block, t] / total for t in o]).double().prod() for o in outcomes]
+        for outcome, chance in zip(outcomes, chances, strict=True):
+            sizes = [counts[row, block, t].item() for t in outcome]
+            weights = weights_of(distribution, len(support), total, sizes)
+            for step, weight in zip(outcome, weights, strict=True):
+                at_step = drawable[row] & (blocks[row] == block) & (batch.steps[row] == step)
+                expected[row] += chance * weight * ratios[row][at_step].double().sum()
+    torch.testing.assert_close(expected, exact.sum(1).double(), atol=1e-4, rtol=1e-5)
+
+
+def test_o4_variance_of_one_uniform_draw():
+    """Var D_hat = sum_s T_s^2 Var_t d[s, t], against 20,000 draws; more draws shrink it as sampling theory says."""
+    blocks, steps, counted = (tensor[:1] for tensor in hand_made_steps())
+    ratios = torch.randn(blocks.shape, generator=torch.Generator().manual_seed(3))
+    counts = count_tokens(blocks, steps, counted)[0]
+    repeats = 20_000
+    for num_draws in (1, 2):
+        expected = 0.0
+        for block in range(3):
+            support = counts[block].nonzero().squeeze(1).tolist()
+            d = torch.stack([ratios[0][(blocks[0] == block) & (steps[0] == t)].sum() for t in support])
+            size, k = len(support), min(num_draws, len(support))
+            if size > 1:  # simple random sampling without replacement
+                expected += size**2 * d.var(correction=0).item() / k * (size - k) / (size - 1)
+        draw = draw_steps(
+            *(tensor.expand(repeats, -1) for tensor in (blocks, steps, counted)),
+            seeds=list(range(repeats)),
+            num_draws=num_draws,
+        )
+        weights = draw.token_weights(*(tensor.expand(repeats, -1) for tensor in (blocks, steps, counted)))
+        estimates = (weights * ratios).sum(1).double()
+        centred = (estimates - estimates.mean()) ** 2
+        standard_error = centred.std() / repeats**0.5
+        assert abs(centred.mean() - expected) < 4 * standard_error
+        assert abs(estimates.mean() - ratios[counted].sum()) < 4 * estimates.std() / repeats**0.5
+
+
+def test_o6_gradient_of_the_enumerated_estimator(spec):
+    """Averaging the estimator over all steps gives the exact objective's gradient."""
+    policy = make_policy(spec)
+    batch = rollout(policy, DECODINGS["two-per-step"])
+    blocks, drawable = token_facts(batch, spec)
+    counts = count_tokens(blocks, batch.steps, drawable)
+
+    def gradient(objective):
+        policy.zero_grad()
+        objective.backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+    total = 0.0
+    for step in range(counts.shape[2]):
+        hit = counts[:, :, step] > 0
+        draw = StepDraw(
+            torch.where(hit, torch.arange(hit.shape[1]), -1), torch.full(hit.shape, step), hit.float()
+        )
+        layout = pack(batch, spec, draw)
+        logps, _ = score(policy, layout, spec, 1.0)
+        own = torch.where(drawable, layout.weights, 0.0)
+        # Autoregressive tokens are in every pass with weight 1: count them once.
+        total = total + (logps * (layout.weights if step == 0 else own)).sum()
+    estimated = gradient(total)
+
+    exact = 0.0
+    for row in range(len(batch)):
+        one = batch.select(torch.tensor([row]))
+        exact = exact + differentiable_exact(policy, spec, one)
+    exact = gradient(exact)
+    torch.testing.assert_close(estimated, exact, atol=1e-4 * exact.abs().max().item(), rtol=1e-3)
+
+
+def differentiable_exact(policy, spec, batch):
+    """Sum of the log-probabilities of all counted tokens, one un-packed forward per state, with a graph."""
+    with torch.enable_grad():
+        return plain_forward_logps(policy, spec, batch, 1.0).sum()
+
+
+def pad_differently(batch: TrajectoryBatch) -> TrajectoryBatch:
+    """The same responses with right-padded prompts, wider padding, and rubbish in it."""
+    rows, width = batch.prompt_ids.shape
+    order = (batch.prompt_mask == 0).long().sort(dim=1, stable=True).indices
+    prompt = torch.cat([batch.prompt_ids.gather(1, order), torch.full((rows, 5), 17)], 1)
+    mask = torch.cat([batch.prompt_mask.gather(1, order), torch.zeros(rows, 5, dtype=torch.long)], 1)
+    inside = torch.arange(batch.canvas_ids.shape[1]) < batch.canvas_lengths[:, None]
+    canvas = torch.cat([batch.canvas_ids.masked_fill(~inside, 23), torch.full((rows, 7), 23)], 1)
+    return replace(
+        batch,
+        prompt_ids=prompt.masked_fill(mask == 0, 11),
+        prompt_mask=mask,
+        canvas_ids=canvas,
+        steps=torch.cat([batch.steps, torch.full((rows, 7), -1)], 1),
+        logps=torch.cat([batch.logps, torch.zeros(rows, 7)], 1),
+    )
+
+
+@torch.no_grad()
+def test_o7_padding_and_neighbours_change_nothing(policy, spec):
+    batch = rollout(policy, DECODINGS["two-per-step"])
+    seeds = list(range(len(batch)))
+
+    def weighted(batch, seeds):
+        blocks, drawable = token_facts(batch, spec)
+        draw = draw_steps(blocks, batch.steps, drawable, seeds, num_draws=2)
+        layout = pack(batch, spec, draw)
+        logps, _ = score(policy, layout, spec)
+        return (logps * layout.weights)[:, : int(batch.completion_lengths.max())]
+
+    expected = weighted(batch, seeds)
+    padded = weighted(pad_differently(batch), seeds)
+    torch.testing.assert_close(padded, expected, atol=1e-5, rtol=1e-5)
+    for row in seeds:  # alone
+        alone = weighted(batch.select(torch.tensor([row])), [row])
+        torch.testing.assert_close(alone[0], expected[row, : alone.shape[1]], atol=1e-5, rtol=1e-5)
+    order = torch.tensor([4, 2, 0, 5, 1, 3])  # permuted
+    permuted = weighted(batch.select(order), order.tolist())
+    torch.testing.assert_close(permuted, expected[order], atol=1e-5, rtol=1e-5)
+
+
+def test_draws_leave_the_global_random_state_alone():
+    blocks, steps, counted = hand_made_steps()
+    before = torch.random.get_rng_state()
+    first = draw_steps(blocks, steps, counted, seeds=[1, 2], num_draws=2)
+    assert torch.equal(before, torch.random.get_rng_state())
+    torch.rand(3)
+    again = draw_steps(blocks, steps, counted, seeds=[1, 2], num_draws=2)
+    assert torch.equal(first.steps, again.steps)
+
+
+@torch.no_grad()
+def test_o9_nothing_leaks(policy, spec):
+    """Tokens that a state masks, and everything behind its block, do not move its scored log-probabilities."""
+    batch = rollout(policy, DECODINGS["two-per-step"])
+    blocks, drawable = token_facts(batch, spec)
+    checked = 0
+    for block, step in itertools.product(range(int(blocks.max()) + 1), range(int(batch.steps.max()) + 1)):
+        hit = (drawable & (blocks == block) & (batch.steps == step)).any(1)
+        if not hit.any():
+            continue
+        draw = StepDraw(
+            torch.where(hit, block, -1)[:, None], torch.full((len(batch), 1), step), hit.float()[:, None]
+        )
+        # Every block is drawn at another step besides, so that leaks between noisy copies would show too.
+        others = draw_everything_at(1, batch, blocks)
+        draw = StepDraw(*(torch.cat(pair, 1) for pair in zip(vars(draw).values(), vars(others).values(), strict=True)))
+        target = drawable & (blocks == block) & (batch.steps == step)
+        hidden = (blocks > block) | ((blocks == block) & ((batch.steps >= step) | (batch.steps < 0)) & ~target)
+        changed = replace(batch, canvas_ids=torch.where(hidden, (batch.canvas_ids + 7) % MASK, batch.canvas_ids))
+        before, after = (score(policy, pack(b, spec, draw), spec)[0] for b in (batch, changed))
+        torch.testing.assert_close(before[target], after[target], atol=1e-5, rtol=0)
+        checked += int(target.sum())
+    assert checked == int(drawable.sum())
+
+
+@torch.no_grad()
+def test_a_visible_token_does_matter():
+    """The counterpart of O9: the test above would not pass on a policy that looks at nothing."""
+    spec = SPECS["block-from-sequence"]
+    policy = make_policy(spec)
+    batch = rollout(policy, DECODINGS["two-per-step"])
+    blocks, drawable = token_facts(batch, spec)
+    draw = draw_everything_at(2, batch, blocks)
+    target = drawable & (batch.steps == 2)
+    visible = (batch.steps >= 0) & (batch.steps < 2)
+    changed = replace(batch, canvas_ids=torch.where(visible, (batch.canvas_ids + 7) % MASK, batch.canvas_ids))
+    before, after = (score(policy, pack(b, spec, draw), spec)[0] for b in (batch, changed))
+    assert (before[target] - after[target]).abs().min() > 1e-4

@@ -1,0 +1,53 @@
+"""Reinforcement learning for diffusion language models, on TRL."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:
+    from .decoding.config import DecodingConfig
+    from .decoding.decode import decode
+    from .policies.spec import DiffusionSpec, get_spec, set_spec
+    from .policies.tiny import tiny_policy_path
+    from .trainer.config import DTRPOConfig
+    from .trainer.trainer import DTRPOTrainer
+    from .trajectories.trajectory import TrajectoryBatch
+
+# Imported when first used, so that `import trl_diffusion` does not pull in what is not needed.
+_LOCATIONS = {
+    "DTRPOConfig": "trainer.config",
+    "DTRPOTrainer": "trainer.trainer",
+    "DecodingConfig": "decoding.config",
+    "DiffusionSpec": "policies.spec",
+    "TrajectoryBatch": "trajectories.trajectory",
+    "decode": "decoding.decode",
+    "get_spec": "policies.spec",
+    "set_spec": "policies.spec",
+    "tiny_policy_path": "policies.tiny",
+}
+
+__all__ = [
+    "DTRPOConfig",
+    "DTRPOTrainer",
+    "DecodingConfig",
+    "DiffusionSpec",
+    "TrajectoryBatch",
+    "decode",
+    "get_spec",
+    "set_spec",
+    "tiny_policy_path",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOCATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LOCATIONS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,114 @@
+"""Running a policy: explicit attention, explicit positions, logits only where they are wanted."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from .spec import DiffusionSpec
+
+
+def policy_logits(
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    allowed: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    cache: Cache | None = None,
+) -> Tensor:
+    """
+    One forward pass of a causal-LM backbone under an attention of our own, with the LM head at chosen places only.
+
+    Args:
+        model (`nn.Module`):
+            The policy, wrapped (DDP, DeepSpeed, PEFT) or not.
+        input_ids (`Tensor` of shape `(R, N)`): token ids.
+        position_ids (`Tensor` of shape `(R, N)`): position of each token.
+        allowed (boolean `Tensor` of shape `(R, 1, N, K)`): who may look at whom; `K > N` with a cache.
+        rows, columns (`Tensor` of shape `(M,)`): the places whose logits are wanted.
+        cache ([`~transformers.Cache`], *optional*): keys and values of what came before.
+
+    Returns:
+        `Tensor` of shape `(M, V)`.
+    """
+    with logits_at(model, rows, columns):
+        output = model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask(model, allowed),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+    return output.logits[0]
+
+
+def attention_mask(model: nn.Module, allowed: Tensor) -> Tensor:
+    """
+    `allowed` in the form that the model's attention implementation takes.
+
+    Raises:
+        ValueError: for an implementation that cannot run an arbitrary mask, such as `flash_attention_2`.
+    """
+    base = unwrap(model)
+    implementation = base.config._attn_implementation
+    if implementation == "sdpa":
+        return allowed
+    if implementation == "eager":
+        dtype = next(base.parameters()).dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
+    raise ValueError(
+        f"attn_implementation={implementation!r} cannot run the attention mask of a diffusion policy. Load the model "
+        "with attn_implementation='sdpa' (or 'eager')."
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers that DDP and DeepSpeed put around it."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+@contextmanager
+def logits_at(model: nn.Module, rows: Tensor, columns: Tensor):
+    """
+    Inside this context the model's LM head sees only the hidden states at `(rows, columns)`, as one row of `M`, so the
+    model returns logits of shape `(1, M, V)` and the `(R, N, V)` logits never exist. The gather happens in a hook on
+    the head, inside the model's own forward: wrappers that shard or gather parameters are not bypassed.
+    """
+    head = unwrap(model).get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, columns][None], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def log_distribution(logits: Tensor, spec: DiffusionSpec, temperature: float = 1.0) -> Tensor:
+    """
+    The policy's log-distribution over tokens, in float32 (METHOD.md, section 3.6). Decoding and scoring both use it.
+
+    Args:
+        logits (`Tensor` of shape `(..., V)`): logits of the model.
+        spec ([`DiffusionSpec`]): facts about the policy.
+        temperature (`float`, *optional*, defaults to `1.0`): what the logits are divided by; 0 stands for 1, since the
+            distribution that greedy decoding looks at is the untempered one.
+
+    Returns:
+        float32 `Tensor` of shape `(..., V)`.
+    """
+    logits = logits.float()
+    if temperature not in (0.0, 1.0):
+        logits = logits / temperature
+    if not spec.predicts_mask_token:
+        # Out of place, and by index: autograd keeps no extra copy of the logits.
+        mask = torch.zeros(logits.shape[-1], device=logits.device)
+        mask[spec.mask_token_id] = -torch.inf
+        logits = logits + mask
+    return logits.log_softmax(-1)

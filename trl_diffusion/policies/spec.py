@@ -1,0 +1,139 @@
+"""What a checkpoint is: the facts about a diffusion policy that decoding and scoring need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
+
+
+CONFIG_KEY = "diffusion_spec"
+
+
+@dataclass(frozen=True)
+class DiffusionSpec:
+    r"""
+    How a policy denoises. It is stored in the model's config under `diffusion_spec` and saved with it.
+
+    Args:
+        mask_token_id (`int`):
+            Id of the token that stands for a position that has not been unmasked yet.
+        attention (`str`, *optional*, defaults to `"block"`):
+            `"block"`: a position sees every position of its own block and of the blocks before it. `"full"`: every
+            position sees every position, future blocks included (as masks).
+        block_size (`int`, *optional*, defaults to `32`):
+            Number of consecutive positions that are denoised together, in tokens.
+        block_origin (`str`, *optional*, defaults to `"sequence"`):
+            Where blocks are counted from. `"sequence"`: position 0 of the unpadded sequence, so the end of the prompt
+            may share a block with the first response tokens. `"response"`: the first response token; the prompt is
+            then one block of its own.
+        token_shift (`bool`, *optional*, defaults to `False`):
+            Whether the logits at position `i` predict the token at `i + 1` (`True`) or the one at `i` (`False`).
+        first_token (`str`, *optional*, defaults to `"diffusion"`):
+            How the first token of a block is made. `"diffusion"`: as any other. `"autoregressive"`: as a decoding step
+            of its own, from the last position before the block, which is clean by then (needs `token_shift`).
+        stop_token_ids (`tuple[int, ...]`, *optional*, defaults to `()`):
+            Tokens that end a response. The first one counts as part of the response, nothing behind it does.
+        predicts_mask_token (`bool`, *optional*, defaults to `False`):
+            Whether the mask token keeps its share of the policy's distribution. `False` removes it from the softmax,
+            in decoding and in scoring alike, since a denoiser never answers with a mask.
+
+    Raises:
+        ValueError: if a field has a value that is not listed above, or two fields contradict each other.
+    """
+
+    mask_token_id: int
+    attention: Literal["block", "full"] = "block"
+    block_size: int = 32
+    block_origin: Literal["sequence", "response"] = "sequence"
+    token_shift: bool = False
+    first_token: Literal["diffusion", "autoregressive"] = "diffusion"
+    stop_token_ids: tuple[int, ...] = ()
+    predicts_mask_token: bool = False
+
+    def __post_init__(self):
+        if self.mask_token_id is None or not isinstance(self.mask_token_id, int) or self.mask_token_id < 0:
+            raise ValueError(f"`mask_token_id` must be a token id (a non-negative int), got {self.mask_token_id!r}.")
+        choices = {
+            "attention": ("block", "full"),
+            "block_origin": ("sequence", "response"),
+            "first_token": ("diffusion", "autoregressive"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(f"`block_size` must be a positive number of tokens, got {self.block_size!r}.")
+        if self.first_token == "autoregressive" and not self.token_shift:
+            raise ValueError(
+                "`first_token='autoregressive'` reads the first token of a block from the position before it, which "
+                "needs `token_shift=True`."
+            )
+        if self.attention == "block" and self.token_shift and self.first_token == "diffusion":
+            raise ValueError(
+                "With block attention and `token_shift=True` the first token of a block can only be read from the "
+                "block before it: set `first_token='autoregressive'`."
+            )
+        object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in self.stop_token_ids))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DiffusionSpec:
+        """Builds a spec from a mapping of field names to values; unknown names raise a `ValueError`."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"Unknown diffusion spec fields {unknown}; the known ones are {sorted(known)}.")
+        if "mask_token_id" not in values:
+            raise ValueError("A diffusion spec needs `mask_token_id`, the id of the token that stands for [MASK].")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain JSON types."""
+        return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+
+    def replace(self, **changes: Any) -> DiffusionSpec:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def prompt_tail(self, prompt_length):
+        """Number of prompt tokens that share a block with the first response token (int or integer tensor)."""
+        return prompt_length % self.block_size if self.block_origin == "sequence" else prompt_length * 0
+
+
+def get_spec(config: PretrainedConfig) -> DiffusionSpec:
+    """
+    The spec stored in a model's config.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]):
+            Config of the policy.
+
+    Raises:
+        ValueError: if the config holds no spec, that is, if nothing says which token is the mask.
+    """
+    values = getattr(config, CONFIG_KEY, None)
+    if values is None:
+        raise ValueError(
+            f"This `{config.model_type}` model has no diffusion spec: nothing says which token stands for [MASK] and "
+            "how its blocks are denoised. Give it one before training, for example "
+            "`set_spec(model.config, DiffusionSpec(mask_token_id=tokenizer.mask_token_id, block_size=32, "
+            "stop_token_ids=(tokenizer.eos_token_id,)))`, or pass "
+            "`DTRPOConfig(diffusion_spec={'mask_token_id': ..., 'block_size': ...})`."
+        )
+    return DiffusionSpec.from_dict(values)
+
+
+def check_spec(spec: DiffusionSpec, config: PretrainedConfig) -> None:
+    """Raises a `ValueError` if `spec` names tokens that the model of this config does not have."""
+    vocab_size = config.get_text_config().vocab_size
+    for name, token in [("mask_token_id", spec.mask_token_id), *(("stop_token_ids", t) for t in spec.stop_token_ids)]:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"`{name}` holds {token}, but the model's vocabulary has {vocab_size} tokens.")
+
+
+def set_spec(config: PretrainedConfig, spec: DiffusionSpec) -> None:
+    """Stores `spec` in `config`, from where it is saved and loaded with the model."""
+    check_spec(spec, config)
+    setattr(config, CONFIG_KEY, spec.to_dict())

@@ -1,0 +1,1 @@
+"""Verifiable rewards: checkers, and reward functions with TRL's signature built on them."""

@@ -1,0 +1,47 @@
+"""How likely the policy finds what was unmasked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..policies.forward import log_distribution, policy_logits
+from ..policies.spec import DiffusionSpec
+from .layout import PackedLayout
+
+
+def score(
+    model: nn.Module,
+    layout: PackedLayout,
+    spec: DiffusionSpec,
+    temperature: float = 1.0,
+    compute_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """
+    Log-probabilities of the scored tokens of a layout, in one forward pass.
+
+    Args:
+        model (`nn.Module`): the policy, wrapped or not.
+        layout ([`PackedLayout`]): the states to score.
+        spec ([`DiffusionSpec`]): facts about the policy.
+        temperature (`float`, *optional*, defaults to `1.0`): the one the tokens were sampled with.
+        compute_entropy (`bool`, *optional*, defaults to `False`): whether to return entropies as well.
+
+    Returns:
+        Two float32 tensors of shape `(R, C)`, 0 where nothing is scored: log-probabilities in nats, and entropies (no
+        gradient) or `None`.
+    """
+    logits = policy_logits(
+        model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns
+    )
+    log_probs = log_distribution(logits, spec, temperature)  # (M, V)
+    picked = log_probs.gather(1, layout.targets[:, None]).squeeze(1)
+    shape, places = layout.weights.shape, (layout.rows, layout.canvas_columns)
+    # `index_put` on fresh zeros, out of place, keeps the result connected to the graph even when nothing is scored.
+    logps = torch.zeros(shape, device=picked.device).index_put(places, picked)
+    if not compute_entropy:
+        return logps, None
+    with torch.no_grad():
+        finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # 0 * -inf is not 0
+        entropies = torch.zeros(shape, device=picked.device).index_put(places, -(finite.exp() * finite).sum(-1))
+    return logps, entropies

@@ -1,0 +1,186 @@
+"""A task is training rows, evaluation rows, reward functions and a checker."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..rewards import countdown, math, sudoku
+
+
+@dataclass
+class Task:
+    """
+    Attributes:
+        name (`str`): what it is called.
+        unit (`str`): what its rows are called, in the plural.
+        train (`Dataset`): rows to train on, with a `prompt` column.
+        evaluation (`Dataset`): rows to measure on, of the same columns; training rows never repeat one of them.
+        reward_funcs (`list`): reward functions with TRL's signature.
+        solved (`Callable`): reward function whose 0 or 1 says whether an answer is right.
+    """
+
+    name: str
+    unit: str
+    train: Dataset
+    evaluation: Dataset
+    reward_funcs: list[Callable]
+    solved: Callable
+
+    def solve_rate(self, answers: list[str]) -> float:
+        """Share of the evaluation rows that `answers`, in their order, solve."""
+        columns = {name: self.evaluation[name] for name in self.evaluation.column_names if name != "prompt"}
+        rewards = self.solved(completions=answers, **columns)
+        return sum(reward or 0.0 for reward in rewards) / len(rewards)
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """
+    Rows of a `.csv`, `.jsonl` or `.json` file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it has another ending, a line that cannot be read, or no rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(file))
+        elif path.suffix == ".json":
+            rows = json.load(file)
+        elif path.suffix == ".jsonl":
+            rows = []
+            for number, line in enumerate(file, start=1):
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+        else:
+            raise ValueError(f"{path}: a file of rows must end in .csv, .jsonl or .json.")
+    if not rows:
+        raise ValueError(f"{path} has no rows.")
+    return rows
+
+
+def _column(row: dict[str, Any], names: tuple[str, ...], path: str, number: int) -> Any:
+    for name in names:
+        if row.get(name) not in (None, ""):
+            return row[name]
+    raise ValueError(f"{path}, row {number}: none of the columns {list(names)} is there; it has {sorted(row)}.")
+
+
+def _sudoku(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
+    def read(path: str) -> list[dict[str, str]]:
+        rows = []
+        for number, row in enumerate(read_rows(path)):
+            puzzle = str(_column(row, ("puzzle", "Puzzle"), path, number)).zfill(16)
+            try:
+                sudoku.check_puzzle(puzzle)
+            except ValueError as error:
+                raise ValueError(f"{path}, row {number}: {error}") from error
+            rows.append({"puzzle": puzzle})
+        return rows
+
+    kept = list(sudoku.evaluation_puzzles())
+    evaluation = read(eval_file) if eval_file else [{"puzzle": puzzle} for puzzle in kept]
+    excluded = {*kept, *(row["puzzle"] for row in evaluation)}
+    if train_file:
+        train = [row for row in read(train_file) if row["puzzle"] not in excluded]
+    else:
+        train = [{"puzzle": row["puzzle"]} for row in sudoku.generate(train_size, seed, exclude=excluded)]
+    for row in (*train, *evaluation):
+        row["prompt"] = sudoku.prompt(row["puzzle"])
+    rewards = [sudoku.sudoku_solved, sudoku.sudoku_units]
+    return _task("sudoku", "puzzles", train, evaluation[:eval_size], rewards, sudoku.sudoku_solved)
+
+
+def _countdown(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
+    def read(path: str) -> list[dict[str, Any]]:
+        rows = []
+        for number, row in enumerate(read_rows(path)):
+            numbers = _column(row, ("numbers", "nums", "input"), path, number)
+            numbers = numbers.split(",") if isinstance(numbers, str) else numbers
+            target = _column(row, ("target", "output"), path, number)
+            rows.append({"numbers": [int(value) for value in numbers], "target": int(target)})
+        return rows
+
+    kept = [{"numbers": game["numbers"], "target": game["target"]} for game in countdown.evaluation_games()]
+    evaluation = read(eval_file) if eval_file else [dict(game) for game in kept]
+    excluded = {countdown.key_of(row["numbers"], row["target"]) for row in (*kept, *evaluation)}
+    if train_file:
+        train = [row for row in read(train_file) if countdown.key_of(row["numbers"], row["target"]) not in excluded]
+    else:
+        games = countdown.generate(train_size, seed, exclude=excluded)
+        train = [{"numbers": game["numbers"], "target": game["target"]} for game in games]
+    for row in (*train, *evaluation):
+        row["prompt"] = countdown.prompt(row["numbers"], row["target"])
+    rewards = [countdown.countdown_solved, countdown.countdown_numbers]
+    return _task("countdown", "games", train, evaluation[:eval_size], rewards, countdown.countdown_solved)
+
+
+def _gsm8k(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
+    if not train_file:
+        raise ValueError("The task `gsm8k` needs `--train_file`, a JSON Lines file with `question` and `answer`.")
+
+    def read(path: str, size: int) -> list[dict[str, Any]]:
+        rows = []
+        for number, row in enumerate(read_rows(path)[:size]):
+            question = _column(row, ("question",), path, number)
+            content = f"{question}\nThink step by step and end with '#### ' and the answer."
+            prompt = [{"role": "user", "content": content}]
+            rows.append({"prompt": prompt, "answer": _column(row, ("answer",), path, number)})
+        return rows
+
+    evaluation = read(eval_file, eval_size) if eval_file else read(train_file, eval_size)
+    train = read(train_file, train_size)
+    if not eval_file:  # without a file of its own, evaluation takes rows that training does not see
+        train = read(train_file, train_size + eval_size)[eval_size:]
+    return _task(
+        "gsm8k", "questions", train, evaluation, [math.math_accuracy, math.answer_format], math.math_accuracy
+    )
+
+
+def _task(name: str, unit: str, train: list, evaluation: list, reward_funcs: list, solved: Callable) -> Task:
+    for what, rows in (("training", train), ("evaluation", evaluation)):
+        if not rows:
+            raise ValueError(f"The task `{name}` is left with no {what} rows.")
+    return Task(name, unit, Dataset.from_list(train), Dataset.from_list(evaluation), reward_funcs, solved)
+
+
+TASKS: dict[str, Callable[..., Task]] = {"sudoku": _sudoku, "countdown": _countdown, "gsm8k": _gsm8k}
+
+
+def load_task(
+    name: str,
+    train_file: str | None = None,
+    eval_file: str | None = None,
+    train_size: int = 10_000,
+    eval_size: int = 500,
+    seed: int = 0,
+) -> Task:
+    """
+    Makes or reads a task.
+
+    Args:
+        name (`str`): `"sudoku"` (4x4), `"countdown"` (three numbers) or `"gsm8k"`.
+        train_file (`str`, *optional*): rows to train on. The puzzles are generated without it; GSM8K needs it.
+        eval_file (`str`, *optional*): rows to measure on. Training rows that are among them are dropped.
+        train_size (`int`, *optional*, defaults to `10_000`): most training rows.
+        eval_size (`int`, *optional*, defaults to `500`): most evaluation rows.
+        seed (`int`, *optional*, defaults to `0`): seed of the generator of training rows.
+
+    Raises:
+        ValueError: for an unknown name, or a file with a missing column or an unreadable row, which it names.
+        FileNotFoundError: for a file that is not there.
+    """
+    if name not in TASKS:
+        raise ValueError(f"Unknown task {name!r}; there are {sorted(TASKS)}.")
+    return TASKS[name](train_file, eval_file, train_size, eval_size, seed)

@@ -1,0 +1,9 @@
+"""Every import from TRL that its documentation does not promise. When TRL moves something, this is where it breaks."""
+
+from __future__ import annotations
+
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import use_adapter
+
+
+__all__ = ["unwrap_model_for_generation", "use_adapter"]

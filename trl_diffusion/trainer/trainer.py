@@ -1,0 +1,370 @@
+"""GRPO for diffusion language models: dTRPO under TRL."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from trl import GRPOTrainer
+
+from ..decoding.config import DecodingConfig
+from ..decoding.decode import check_prompts, decode
+from ..policies.spec import CONFIG_KEY, DiffusionSpec, check_spec, get_spec, set_spec
+from ..scoring.draws import derive_seed, draw_steps
+from ..scoring.layout import PackedLayout, pack
+from ..scoring.score import score
+from ..trajectories.trajectory import TrajectoryBatch, autoregressive_positions, response_blocks
+from ._trl import unwrap_model_for_generation, use_adapter
+from .config import DTRPOConfig
+
+
+logger = get_logger(__name__)
+
+_TRAIN, _EVAL = 0, 1  # random streams
+
+
+class DTRPOTrainer(GRPOTrainer):
+    r"""
+    Trainer for dTRPO (dLLM Trajectory Reduction Policy Optimization, https://huggingface.co/papers/2603.18806), with the
+    constructor, dataset format, reward functions and metrics of [`~trl.GRPOTrainer`].
+
+    Responses are denoised block by block instead of written from left to right, and the order in which their tokens
+    were unmasked is remembered. An update then scores one drawn decoding step of each block, all blocks in one packed
+    forward pass, and weighs each scored token by the inverse of the probability that it was drawn. TRL's own loss does
+    the rest, with these weights where it has a mask. Old log-probabilities are the ones recorded while decoding.
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+
+    from trl_diffusion import DTRPOConfig, DTRPOTrainer, tiny_policy_path
+    from trl_diffusion.rewards import sudoku
+
+    puzzles = sudoku.generate(1000, seed=0)
+    dataset = Dataset.from_list([{"prompt": sudoku.prompt(row["puzzle"]), **row} for row in puzzles])
+
+    trainer = DTRPOTrainer(
+        model=tiny_policy_path(),
+        reward_funcs=sudoku.sudoku_solved,
+        args=DTRPOConfig("sudoku", max_completion_length=17),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy: a path or hub id, or a model. Its config holds a [`DiffusionSpec`], or
+            `args.diffusion_spec` gives one.
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+            As for [`~trl.GRPOTrainer`].
+        args ([`DTRPOConfig`], *optional*):
+            Configuration of this trainer.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Must have a `prompt` column, standard or conversational; other columns reach the reward functions.
+        kwargs (`dict`):
+            The other arguments of [`~trl.GRPOTrainer`]: `eval_dataset`, `processing_class`, `peft_config`, ...
+
+    Raises:
+        ValueError: before anything is trained, if there is no reward function, a dataset is empty or has no `prompt`
+            column, the policy has no mask token, or a prompt holds the mask token or is too long for the policy.
+    """
+
+    _tag_names = ["trl", "trl-diffusion", "dtrpo"]
+    _name = "dTRPO"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs=None,
+        args: DTRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        **kwargs: Any,
+    ):
+        for name in ("tools", "rollout_func", "environment_factory"):
+            if kwargs.get(name):
+                raise ValueError(f"`{name}` is not supported: responses of a diffusion policy are denoised in one turn.")
+        if not reward_funcs:
+            raise ValueError("No reward function was given. Pass at least one as `reward_funcs`.")
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = DTRPOConfig(f"{name.rstrip('/').split('/')[-1]}-DTRPO")
+        if not isinstance(args, DTRPOConfig):
+            raise TypeError(f"`args` must be a DTRPOConfig, got {type(args).__name__}.")
+        for name, dataset in _named_datasets(train_dataset, kwargs.get("eval_dataset")):
+            _check_columns(name, dataset)
+        spec = _resolve_spec(model, args)  # before the weights are loaded
+
+        self._layout: PackedLayout | None = None
+        self._rollouts: TrajectoryBatch | None = None
+        self._rollout_clock = (-1, 0)  # optimizer step, and rollouts so far in it
+        super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+
+        self.spec = spec
+        set_spec(self.model.config, spec)
+        if self.ref_model is not None:
+            set_spec(self.ref_model.config, spec)
+        logger.info(f"Diffusion policy: {spec}")
+        for name, dataset in _named_datasets(train_dataset, kwargs.get("eval_dataset")):
+            self._check_prompts(name, dataset)
+
+    # ------------------------------------------------------------------------------------------------- rollouts
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        """Denoises a response for each prompt; what happened is kept for the rest of this rollout."""
+        self._rollouts = self._decode(prompt_ids, self.args.decoding(), self._row_seeds(len(prompt_ids)))
+        return self._rollouts.completions(), self._rollouts.completion_logps()
+
+    def _decode(self, prompt_ids: list[list[int]], decoding: DecodingConfig, seeds: list[int]) -> TrajectoryBatch:
+        """Decodes on this process, in batches of `rollout_batch_size`, with the policy out of its wrappers."""
+        chunk = self.args.rollout_batch_size or max(len(prompt_ids), 1)
+        with unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+        ) as policy:
+            was_training = policy.training
+            policy.eval()
+            try:
+                batches = [
+                    decode(policy, prompt_ids[begin : begin + chunk], decoding, self.spec, seeds[begin : begin + chunk])
+                    for begin in range(0, len(prompt_ids), chunk)
+                ]
+            finally:
+                policy.train(was_training)
+        return TrajectoryBatch.concatenate(batches)
+
+    def answer(
+        self, prompts: list, decoding: DecodingConfig | None = None, seed: int = 0
+    ) -> tuple[list[str], TrajectoryBatch]:
+        """
+        Lets the policy, as it is now, answer some prompts. Processes share the work.
+
+        Args:
+            prompts (`list`): standard or conversational prompts, the same on every process.
+            decoding ([`DecodingConfig`], *optional*): settings. Defaults to the rollouts' with temperature 0.
+            seed (`int`, *optional*, defaults to `0`): source of randomness if there is a temperature.
+
+        Returns:
+            `tuple[list[str], TrajectoryBatch]`: the text of each answer, in the order of the prompts and the same on
+            every process, and the trajectories of those that this process decoded.
+        """
+        decoding = self.args.decoding(temperature=0.0) if decoding is None else decoding
+        prompts = list(prompts)  # a dataset's column is not one
+        prompt_ids = self._tokenize_prompts(prompts)[0]
+        seeds = [derive_seed(seed, row) for row in range(len(prompts))]
+        # Every process decodes the same number of rows, so that collectives inside the policy stay in step.
+        share = -(-len(prompts) // self.accelerator.num_processes)
+        first = self.accelerator.process_index * share
+        rows = [row % len(prompts) for row in range(first, first + share)]
+        batch = self._decode([prompt_ids[row] for row in rows], decoding, [seeds[row] for row in rows])
+        texts = self.processing_class.batch_decode(batch.completions(), skip_special_tokens=True)
+        return gather_object(texts)[: len(prompts)], batch
+
+    def _row_seeds(self, num_rows: int) -> list[int]:
+        """
+        One seed for each local row of this rollout: a function of the run's seed, the optimizer step and the row's
+        place in the whole rollout, so it does not depend on the number of processes, and a resumed run repeats it.
+        """
+        step, rollouts = self._rollout_clock
+        rollouts = rollouts + 1 if step == self.state.global_step else 0
+        self._rollout_clock = (self.state.global_step, rollouts)
+        stream = _TRAIN if self.model.training else _EVAL
+        first = self.accelerator.process_index * num_rows
+        return [
+            derive_seed(self.args.seed, stream, self.state.global_step, rollouts, first + row)
+            for row in range(num_rows)
+        ]
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's rollout, with the trajectories attached to its output: one row each, so that they are shuffled and
+        split with it."""
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            rollouts = self._rollouts
+        finally:
+            self._rollouts = None
+        step, index = self._rollout_clock
+        first = self.accelerator.process_index * len(rollouts)
+        draw_seeds = [derive_seed(self.args.seed, 2, step, index, first + row) for row in range(len(rollouts))]
+        output.update(
+            canvas_ids=rollouts.canvas_ids,
+            canvas_steps=rollouts.steps,
+            canvas_logps=rollouts.logps,
+            canvas_lengths=rollouts.canvas_lengths,
+            draw_seeds=torch.tensor(draw_seeds, device=rollouts.canvas_ids.device),
+        )
+        self._log_rollouts(rollouts)
+        return output
+
+    # -------------------------------------------------------------------------------------------------- scoring
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, *args, compute_entropy=False, **kwargs
+    ):
+        """
+        Log-probabilities of the scored tokens, 0 elsewhere.
+
+        TRL calls this during a rollout for the old policy and the reference. The old policy's are the recorded ones.
+        The reference's depend on the states that an update will draw, so they are computed there, and replace what is
+        returned here.
+        """
+        if self._layout is None:
+            return _fit(self._rollouts.logps, logits_to_keep), None, None
+        logps, entropies = score(model, self._layout, self.spec, self.temperature, compute_entropy)
+        if compute_entropy:  # the policy's own pass, not the reference's
+            self._log_scores(logps.detach())
+        entropies = _fit(entropies, logits_to_keep) if compute_entropy else None
+        return _fit(logps, logits_to_keep), entropies, None
+
+    def _compute_loss(self, model, inputs):
+        """TRL's loss with the weights of the scored tokens as its mask (METHOD.md, sections 2 and 5)."""
+        width = inputs["completion_ids"].shape[1]
+        with self._scoring(inputs) as layout:
+            inputs = dict(inputs)
+            if self.beta != 0.0:
+                inputs["ref_per_token_logps"] = _fit(self._reference_logps(layout), width)
+            inputs["completion_mask"] = _fit(layout.weights, width)
+            inputs["old_per_token_logps"] = _fit(inputs["canvas_logps"], width)
+            if self.args.weighting == "none":
+                inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * self._scored_share(inputs, layout)
+            return super()._compute_loss(model, inputs)
+
+    @contextmanager
+    def _scoring(self, inputs: dict[str, Any]):
+        """Draws the states that this update scores, and lays them out. Policy and reference share them."""
+        batch = TrajectoryBatch(
+            prompt_ids=inputs["prompt_ids"],
+            prompt_mask=inputs["prompt_mask"],
+            canvas_ids=inputs["canvas_ids"],
+            steps=inputs["canvas_steps"],
+            logps=inputs["canvas_logps"],
+            canvas_lengths=inputs["canvas_lengths"],
+            completion_lengths=inputs["completion_mask"].long().sum(1),
+        )
+        width = batch.canvas_ids.shape[1]
+        lengths = batch.prompt_lengths
+        iteration = self._step // self.args.steps_per_generation % self.num_iterations if self.model.training else 0
+        draw = draw_steps(
+            response_blocks(self.spec, lengths, width),
+            batch.steps,
+            batch.completion_mask & ~autoregressive_positions(self.spec, lengths, width),
+            [derive_seed(seed, iteration) for seed in inputs["draw_seeds"].tolist()],
+            distribution=self.args.step_distribution,
+            num_draws=self.args.num_step_draws,
+            weighting=self.args.weighting,
+        )
+        self._layout, self._recorded = pack(batch, self.spec, draw), batch.logps
+        try:
+            yield self._layout
+        finally:
+            self._layout = self._recorded = None
+
+    @torch.no_grad()
+    def _reference_logps(self, layout: PackedLayout) -> Tensor:
+        """The reference's log-probabilities of the scored tokens: one forward pass on the policy's own states."""
+        if self.ref_model is not None:
+            return score(self.ref_model, layout, self.spec, self.temperature)[0]
+        model = self.accelerator.unwrap_model(self.model)
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            return score(self.model, layout, self.spec, self.temperature)[0]
+
+    def _scored_share(self, inputs: dict[str, Any], layout: PackedLayout) -> Tensor:
+        """Weight of the scored tokens over the number of tokens, what an unweighted sum has to be normalised by."""
+        totals = torch.stack([layout.weights.sum(), inputs["completion_mask"].sum().float()])
+        scored, tokens = self.accelerator.reduce(totals, reduction="sum")
+        return scored / tokens.clamp(min=1.0)
+
+    # -------------------------------------------------------------------------------------------------- metrics
+
+    def _log_rollouts(self, rollouts: TrajectoryBatch) -> None:
+        """Shape of the trajectories of a rollout."""
+        counted = rollouts.completion_mask
+        blocks = response_blocks(self.spec, rollouts.prompt_lengths, rollouts.canvas_ids.shape[1])
+        pairs = torch.unique(
+            torch.stack([counted.nonzero()[:, 0], blocks[counted], rollouts.steps[counted]]), dim=1
+        ).shape[1]
+        totals = torch.tensor([counted.sum(), pairs, len(rollouts)], device=counted.device, dtype=torch.float)
+        tokens, steps, responses = self.accelerator.reduce(totals, reduction="sum").tolist()
+        self._record("diffusion/tokens_per_step", tokens / max(steps, 1))
+        self._record("diffusion/steps_per_response", steps / responses)
+
+    def _log_scores(self, logps: Tensor) -> None:
+        """How the scored log-probabilities compare with the recorded ones (METHOD.md, section 4)."""
+        scored = self._layout.weights > 0
+        gap = torch.where(scored, (logps - self._recorded).abs(), 0.0)
+        totals = torch.stack([gap.sum(), scored.sum().float(), torch.tensor(len(gap), device=gap.device).float()])
+        total, tokens, responses = self.accelerator.reduce(totals, reduction="sum").tolist()
+        self._record("diffusion/recorded_gap/mean", total / max(tokens, 1))
+        self._record("diffusion/recorded_gap/max", self.accelerator.gather(gap.max()).max().item())
+        self._record("diffusion/scored_tokens", tokens / responses)
+
+    def _record(self, name: str, value: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    # --------------------------------------------------------------------------------------------------- checks
+
+    def _check_prompts(self, name: str, dataset: Dataset | IterableDataset) -> None:
+        """Finds prompts that the policy cannot take before anything is trained. A stream is checked as it comes."""
+        if isinstance(dataset, IterableDataset):
+            return
+        for begin in range(0, len(dataset), 1000):
+            prompts = dataset[begin : begin + 1000]["prompt"]
+            prompt_ids = self._tokenize_prompts(prompts)[0]
+            try:
+                check_prompts(prompt_ids, self.spec, self.model.config, self.max_completion_length)
+            except ValueError as error:
+                raise ValueError(f"{name}, rows {begin} to {begin + len(prompts) - 1}: {error}") from error
+
+
+def _fit(values: Tensor, width: int) -> Tensor:
+    """Pads or cuts the columns of a canvas tensor to the width of TRL's completion tensors."""
+    return F.pad(values, (0, width - values.shape[1]))
+
+
+def _named_datasets(train_dataset, eval_dataset) -> list[tuple[str, Any]]:
+    named = [("train_dataset", train_dataset)]
+    if isinstance(eval_dataset, dict):
+        named += [(f"eval_dataset[{name!r}]", dataset) for name, dataset in eval_dataset.items()]
+    elif eval_dataset is not None:
+        named.append(("eval_dataset", eval_dataset))
+    return named
+
+
+def _check_columns(name: str, dataset: Any) -> None:
+    if dataset is None:
+        raise ValueError(f"`{name}` is required.")
+    columns = dataset.column_names
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    if columns is None:  # a stream that does not know its columns
+        return
+    if "prompt" not in columns:
+        raise ValueError(f"`{name}` has no `prompt` column; it has {sorted(columns)}.")
+    images = sorted({"image", "images"} & set(columns))
+    if images:
+        raise ValueError(f"`{name}` has {images}: diffusion policies here take text only. Remove these columns.")
+
+
+def _resolve_spec(model: str | PreTrainedModel, args: DTRPOConfig) -> DiffusionSpec:
+    """The policy's spec: what its config says, completed and overridden by `args.diffusion_spec`."""
+    if isinstance(model, str):
+        known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+        options = {key: value for key, value in (args.model_init_kwargs or {}).items() if key in known}
+        config = AutoConfig.from_pretrained(model, **options)
+    else:
+        config = model.config
+    if not args.diffusion_spec:
+        return get_spec(config)
+    stored = getattr(config, CONFIG_KEY, None) or {}
+    spec = DiffusionSpec.from_dict({**stored, **args.diffusion_spec})
+    check_spec(spec, config)
+    return spec
+
+

@@ -1,0 +1,128 @@
+"""What happened while a batch of responses was denoised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..policies.spec import DiffusionSpec
+
+
+NEVER = -1  # step of a position that was never unmasked
+
+
+@dataclass
+class TrajectoryBatch:
+    """
+    `R` responses together with the order in which their tokens were unmasked.
+
+    The *canvas* is everything the decoder had in front of it, in whole blocks; the *completion* is the part of it that
+    counts: the tokens up to and including the first stop token (METHOD.md, section 3.1).
+
+    Attributes:
+        prompt_ids (`Tensor` of shape `(R, P)`):
+            Prompt tokens, padded on either side.
+        prompt_mask (`Tensor` of shape `(R, P)`):
+            1 where `prompt_ids` holds a token of the prompt, 0 where it is padding.
+        canvas_ids (`Tensor` of shape `(R, C)`):
+            Tokens of the canvas, right-padded.
+        steps (`Tensor` of shape `(R, C)`):
+            Decoding step, counted from 0 inside its block, at which the position was unmasked; -1 for never.
+        logps (`Tensor` of shape `(R, C)`, float32):
+            Log-probability, in nats, that the decoding policy gave the token when it was unmasked; 0 for never.
+        canvas_lengths (`Tensor` of shape `(R,)`):
+            Number of canvas positions of each response.
+        completion_lengths (`Tensor` of shape `(R,)`):
+            Number of tokens of each response that count.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    canvas_ids: Tensor
+    steps: Tensor
+    logps: Tensor
+    canvas_lengths: Tensor
+    completion_lengths: Tensor
+
+    def __len__(self) -> int:
+        return self.canvas_ids.shape[0]
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """Number of prompt tokens of each response, shape `(R,)`."""
+        return self.prompt_mask.long().sum(1)
+
+    @property
+    def completion_mask(self) -> Tensor:
+        """True where a canvas position belongs to the completion, shape `(R, C)`."""
+        columns = torch.arange(self.canvas_ids.shape[1], device=self.canvas_ids.device)
+        return columns < self.completion_lengths[:, None]
+
+    def completions(self) -> list[list[int]]:
+        """The token ids of each completion."""
+        lengths = self.completion_lengths.tolist()
+        return [ids[:n] for ids, n in zip(self.canvas_ids.tolist(), lengths, strict=True)]
+
+    def completion_logps(self) -> list[list[float]]:
+        """The recorded log-probability of each token of each completion."""
+        lengths = self.completion_lengths.tolist()
+        return [logps[:n] for logps, n in zip(self.logps.tolist(), lengths, strict=True)]
+
+    def select(self, rows: Tensor) -> TrajectoryBatch:
+        """The responses at `rows` (indices or a boolean mask of shape `(R,)`)."""
+        return TrajectoryBatch(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    @classmethod
+    def concatenate(cls, batches: list[TrajectoryBatch]) -> TrajectoryBatch:
+        """The responses of several batches in one, padded to the widest: prompts on the left, canvases on the right."""
+        prompt_width = max(batch.prompt_ids.shape[1] for batch in batches)
+        canvas_width = max(batch.canvas_ids.shape[1] for batch in batches)
+
+        def widen(name: str, batch: TrajectoryBatch) -> Tensor:
+            values = getattr(batch, name)
+            if name.startswith("prompt"):
+                return F.pad(values, (prompt_width - values.shape[1], 0))
+            if values.dim() == 2:
+                return F.pad(values, (0, canvas_width - values.shape[1]), value=NEVER if name == "steps" else 0)
+            return values
+
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: torch.cat([widen(name, batch) for batch in batches]) for name in names})
+
+    def to(self, device: torch.device | str) -> TrajectoryBatch:
+        """A copy on `device`."""
+        return TrajectoryBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def response_blocks(spec: DiffusionSpec, prompt_lengths: Tensor, width: int) -> Tensor:
+    """
+    Which block of the response each canvas position lies in.
+
+    Args:
+        spec ([`DiffusionSpec`]):
+            Facts about the policy; its block size and origin decide.
+        prompt_lengths (`Tensor` of shape `(R,)`):
+            Number of prompt tokens.
+        width (`int`):
+            Number of canvas columns `C`.
+
+    Returns:
+        `Tensor` of shape `(R, C)`: 0 for the block that holds the first response token, 1 for the next, and so on.
+    """
+    columns = torch.arange(width, device=prompt_lengths.device)
+    return (spec.prompt_tail(prompt_lengths)[:, None] + columns) // spec.block_size
+
+
+def autoregressive_positions(spec: DiffusionSpec, prompt_lengths: Tensor, width: int) -> Tensor:
+    """
+    Canvas positions whose token is made autoregressively, as the first of its block (METHOD.md, section 3.4).
+
+    Returns:
+        Boolean `Tensor` of shape `(R, C)`.
+    """
+    columns = torch.arange(width, device=prompt_lengths.device)
+    first = (spec.prompt_tail(prompt_lengths)[:, None] + columns) % spec.block_size == 0
+    return first & (spec.first_token == "autoregressive")
