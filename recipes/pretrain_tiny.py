@@ -72,9 +72,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers
         bos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    spec = DiffusionSpec(
-        mask_token_id=tokenizer.mask_token_id, block_size=8, stop_token_ids=(tokenizer.eos_token_id,)
-    )
+    spec = DiffusionSpec(mask_token_id=tokenizer.mask_token_id, block_size=8, stop_token_ids=(tokenizer.eos_token_id,))
     set_spec(config, spec)
     return Qwen3ForCausalLM(config)
 
@@ -114,7 +112,9 @@ def collate(pairs: list[tuple[str, str]], tokenizer, block_size: int, generator:
     """A batch in which every block has a random share of its response tokens masked, and the draw that scores them."""
     prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
     answers = [tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id] for _, answer in pairs]
-    lengths = [-(-(len(p) + len(a)) // block_size) * block_size - len(p) for p, a in zip(prompts, answers, strict=True)]
+    lengths = [
+        -(-(len(p) + len(a)) // block_size) * block_size - len(p) for p, a in zip(prompts, answers, strict=True)
+    ]
     prompt_width, width = max(map(len, prompts)), max(lengths)
     prompt_ids = torch.full((len(pairs), prompt_width), tokenizer.pad_token_id)
     canvas = torch.full((len(pairs), width), tokenizer.eos_token_id)

@@ -10,22 +10,25 @@ Options are those of `DTRPOConfig`, `trl.ModelConfig` and the ones below; a YAML
 and the command line wins. Without a model and without a config, `recipes/tiny_sudoku.yaml` applies.
 
 The policy is measured before and after training, greedily, on rows that training never sees. In the output directory
-it leaves the trained model, `reward_curve.png`, `denoising.png` (one answer, positions against steps) and
-`results.json`.
+it leaves the trained model, `reward_curve.png`, `denoising.png` (one answer, positions against steps), `results.json`,
+and every metric of the run in `trainer_state.json`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_diffusion import DTRPOConfig, DTRPOTrainer, tiny_policy_path
 from trl_diffusion.tasks import TASKS, load_task
+from trl_diffusion.trainer.callbacks import RewardProgressCallback
 
 
 @dataclass
@@ -86,7 +89,15 @@ def load_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_
     return path, tokenizer
 
 
+def use_all_cores() -> None:
+    """Shares the cores among the processes of this machine; `accelerate launch` gives each process just one."""
+    if not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def main(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
+    use_all_cores()
     task = load_task(
         script_args.task,
         script_args.train_file,
@@ -105,6 +116,9 @@ def main(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: M
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if not training_args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(RewardProgressCallback)
     say = trainer.accelerator.print
 
     say(f"Measuring the policy on {len(task.evaluation)} {task.unit} that training never sees ...")
@@ -117,6 +131,7 @@ def main(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: M
     after, trajectories = trainer.answer(task.evaluation["prompt"])
     rate_after = task.solve_rate(after)
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()
     if trainer.is_world_process_zero():
         report(trainer, trajectories, Path(training_args.output_dir), task, rate_before, rate_after)
     say(

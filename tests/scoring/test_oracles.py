@@ -278,9 +278,7 @@ def test_o6_gradient_of_the_enumerated_estimator(spec):
     total = 0.0
     for step in range(counts.shape[2]):
         hit = counts[:, :, step] > 0
-        draw = StepDraw(
-            torch.where(hit, torch.arange(hit.shape[1]), -1), torch.full(hit.shape, step), hit.float()
-        )
+        draw = StepDraw(torch.where(hit, torch.arange(hit.shape[1]), -1), torch.full(hit.shape, step), hit.float())
         layout = pack(batch, spec, draw)
         logps, _ = score(policy, layout, spec, 1.0)
         own = torch.where(drawable, layout.weights, 0.0)
@@ -363,9 +361,7 @@ def test_o9_nothing_leaks(policy, spec):
         hit = (drawable & (blocks == block) & (batch.steps == step)).any(1)
         if not hit.any():
             continue
-        draw = StepDraw(
-            torch.where(hit, block, -1)[:, None], torch.full((len(batch), 1), step), hit.float()[:, None]
-        )
+        draw = StepDraw(torch.where(hit, block, -1)[:, None], torch.full((len(batch), 1), step), hit.float()[:, None])
         # Every block is drawn at another step besides, so that leaks between noisy copies would show too.
         others = draw_everything_at(1, batch, blocks)
         draw = StepDraw(*(torch.cat(pair, 1) for pair in zip(vars(draw).values(), vars(others).values(), strict=True)))

@@ -152,21 +152,22 @@ class _Run:
         ids, masked = self.ids[rows, start:end], self.masked[rows, start:end]
         steps, logps = self.steps[rows, start:end], self.logps[rows, start:end]
         uniforms = self._uniforms()
-        step = 0
+        first = torch.zeros_like(rows)  # decoding steps of a row before its first denoising step
 
         if self.spec.first_token == "autoregressive":
-            first = masked[:, 0]
+            first = masked[:, 0].clone()
             if start > self.cache.length:
                 self._first_token(start, first, ids, steps, logps, uniforms)
-            masked = masked & ~(first[:, None] & (torch.arange(end - start, device=ids.device) == 0))
-            step = 1
+            masked = masked.clone()
+            masked[:, 0] = False
+        step = 0
         while masked.any():
-            tokens, log_probs = self._propose(start, ids, masked, None if uniforms is None else uniforms[:, step])
+            tokens, log_probs = self._propose(start, ids, masked, None if uniforms is None else uniforms[:, step + 1])
             confidence = log_probs.exp()
             chosen = SELECT[self.config.strategy](confidence, masked, self.config)
             ids = torch.where(chosen, tokens, ids)
             logps = torch.where(chosen, log_probs, logps)
-            steps = steps.masked_fill(chosen, step)
+            steps = torch.where(chosen, step + first.long()[:, None], steps)
             masked = masked & ~chosen
             step += 1
         self.ids[rows, start:end], self.steps[rows, start:end], self.logps[rows, start:end] = ids, steps, logps
@@ -190,9 +191,7 @@ class _Run:
         tokens, log_probs = self._sample(logits, None if uniforms is None else uniforms[rows, 0, 0])
         ids[rows, 0], logps[rows, 0], steps[rows, 0] = tokens, log_probs, 0
 
-    def _propose(
-        self, start: int, ids: Tensor, masked: Tensor, uniforms: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _propose(self, start: int, ids: Tensor, masked: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         """A token for each masked position of the block that begins at slot `start`, and its log-probability."""
         length = self.cache.length
         pending = start - length  # clean tokens that are not in the cache yet ride along

@@ -147,7 +147,9 @@ def draw_steps(
     blocks = torch.arange(picks.shape[1])[None, :, None].expand_as(picks)
     order = (~valid).flatten(1).long().sort(dim=1, stable=True).indices
     width = max(int(valid.flatten(1).sum(1).max()), 0) if len(valid) else 0
-    flat = [tensor.flatten(1).gather(1, order)[:, :width] for tensor in (torch.where(valid, blocks, -1), picks, weights)]
+    flat = [
+        tensor.flatten(1).gather(1, order)[:, :width] for tensor in (torch.where(valid, blocks, -1), picks, weights)
+    ]
     return StepDraw(*(tensor.to(device) for tensor in flat))
 
 

@@ -31,9 +31,7 @@ def score(
         Two float32 tensors of shape `(R, C)`, 0 where nothing is scored: log-probabilities in nats, and entropies (no
         gradient) or `None`.
     """
-    logits = policy_logits(
-        model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns
-    )
+    logits = policy_logits(model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns)
     log_probs = log_distribution(logits, spec, temperature)  # (M, V)
     picked = log_probs.gather(1, layout.targets[:, None]).squeeze(1)
     shape, places = layout.weights.shape, (layout.rows, layout.canvas_columns)

@@ -143,9 +143,7 @@ def _gsm8k(train_file: str | None, eval_file: str | None, train_size: int, eval_
     train = read(train_file, train_size)
     if not eval_file:  # without a file of its own, evaluation takes rows that training does not see
         train = read(train_file, train_size + eval_size)[eval_size:]
-    return _task(
-        "gsm8k", "questions", train, evaluation, [math.math_accuracy, math.answer_format], math.math_accuracy
-    )
+    return _task("gsm8k", "questions", train, evaluation, [math.math_accuracy, math.answer_format], math.math_accuracy)
 
 
 def _task(name: str, unit: str, train: list, evaluation: list, reward_funcs: list, solved: Callable) -> Task:

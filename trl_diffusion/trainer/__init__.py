@@ -1,0 +1,1 @@
+"""DTRPOConfig and DTRPOTrainer. The only folder that knows TRL."""

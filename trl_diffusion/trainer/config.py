@@ -152,7 +152,10 @@ class DTRPOConfig(GRPOConfig):
             "top_entropy_quantile": (1.0, no_entropy),
             "entropy_coef": (0.0, no_entropy),
             "use_adaptive_entropy": (False, no_entropy),
-            "off_policy_mask_threshold": (None, "it averages over all tokens, of which only the scored ones are known"),
+            "off_policy_mask_threshold": (
+                None,
+                "it averages over all tokens, of which only the scored ones are known",
+            ),
         }
         found = {}
         for name, (neutral, why) in reasons.items():

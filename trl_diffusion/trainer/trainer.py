@@ -91,7 +91,9 @@ class DTRPOTrainer(GRPOTrainer):
     ):
         for name in ("tools", "rollout_func", "environment_factory"):
             if kwargs.get(name):
-                raise ValueError(f"`{name}` is not supported: responses of a diffusion policy are denoised in one turn.")
+                raise ValueError(
+                    f"`{name}` is not supported: responses of a diffusion policy are denoised in one turn."
+                )
         if not reward_funcs:
             raise ValueError("No reward function was given. Pass at least one as `reward_funcs`.")
         if args is None:
@@ -133,7 +135,9 @@ class DTRPOTrainer(GRPOTrainer):
             policy.eval()
             try:
                 batches = [
-                    decode(policy, prompt_ids[begin : begin + chunk], decoding, self.spec, seeds[begin : begin + chunk])
+                    decode(
+                        policy, prompt_ids[begin : begin + chunk], decoding, self.spec, seeds[begin : begin + chunk]
+                    )
                     for begin in range(0, len(prompt_ids), chunk)
                 ]
             finally:
@@ -230,10 +234,10 @@ class DTRPOTrainer(GRPOTrainer):
             inputs = dict(inputs)
             if self.beta != 0.0:
                 inputs["ref_per_token_logps"] = _fit(self._reference_logps(layout), width)
-            inputs["completion_mask"] = _fit(layout.weights, width)
-            inputs["old_per_token_logps"] = _fit(inputs["canvas_logps"], width)
             if self.args.weighting == "none":
                 inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * self._scored_share(inputs, layout)
+            inputs["completion_mask"] = _fit(layout.weights, width)
+            inputs["old_per_token_logps"] = _fit(inputs["canvas_logps"], width)
             return super()._compute_loss(model, inputs)
 
     @contextmanager
@@ -366,5 +370,3 @@ def _resolve_spec(model: str | PreTrainedModel, args: DTRPOConfig) -> DiffusionS
     spec = DiffusionSpec.from_dict({**stored, **args.diffusion_spec})
     check_spec(spec, config)
     return spec
-
-

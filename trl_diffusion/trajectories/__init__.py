@@ -1,0 +1,1 @@
+"""What happened: canvas, unmasking steps, recorded log-probabilities."""

@@ -1,0 +1,1 @@
+"""Pictures of a trajectory and of a run."""

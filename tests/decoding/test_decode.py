@@ -1,0 +1,187 @@
+"""The denoising loop: what it must never do, and what must not change its result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
+from trl_diffusion.decoding.config import DecodingConfig
+from trl_diffusion.decoding.decode import decode
+from trl_diffusion.decoding.strategies import by_confidence, by_threshold
+from trl_diffusion.policies.spec import DiffusionSpec
+from trl_diffusion.trajectories.trajectory import NEVER, TrajectoryBatch, response_blocks
+
+
+def assert_valid(batch: TrajectoryBatch, spec: DiffusionSpec, config: DecodingConfig) -> None:
+    """What holds for every trajectory."""
+    width = batch.canvas_ids.shape[1]
+    blocks = response_blocks(spec, batch.prompt_lengths, width)
+    inside = torch.arange(width) < batch.canvas_lengths[:, None]
+    assert torch.equal(batch.steps != NEVER, inside)  # whole blocks are unmasked, and nothing else
+    assert (batch.logps <= 0).all() and (batch.logps[~inside] == 0).all()
+    assert (batch.canvas_ids[inside] != spec.mask_token_id).all()
+    ends = spec.prompt_tail(batch.prompt_lengths) + batch.canvas_lengths
+    assert (ends % spec.block_size == 0).all()  # the canvas ends with a block
+    for row in range(len(batch)):
+        length, counted = int(batch.canvas_lengths[row]), int(batch.completion_lengths[row])
+        for block in blocks[row, :length].unique():
+            steps = batch.steps[row, :length][blocks[row, :length] == block]
+            sizes = torch.bincount(steps)
+            assert (sizes > 0).all()  # steps are contiguous, each unmasks something
+            if config.strategy == "confidence":
+                assert (sizes <= max(config.tokens_per_step, 1)).all()
+        ids = batch.canvas_ids[row, :length].tolist()
+        stops = [column for column, token in enumerate(ids[: config.max_new_tokens]) if token in spec.stop_token_ids]
+        assert counted == (stops[0] + 1 if stops else min(config.max_new_tokens, length))
+        assert counted <= config.max_new_tokens
+        if not stops:
+            assert length >= config.max_new_tokens
+
+
+@given(
+    name=st.sampled_from(sorted(SPECS)),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    max_new_tokens=st.integers(1, 30),
+    temperature=st.sampled_from([0.0, 0.7, 1.5]),
+    strategy=st.sampled_from(["confidence", "threshold"]),
+    tokens_per_step=st.integers(1, 9),
+    threshold=st.sampled_from([0.0, 0.2, 0.9, 1.0]),
+    seed=st.integers(0, 10),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_every_trajectory_is_valid(
+    name, lengths, max_new_tokens, temperature, strategy, tokens_per_step, threshold, seed
+):
+    spec = SPECS[name]
+    config = DecodingConfig(max_new_tokens, temperature, strategy, tokens_per_step, threshold)
+    prompts = make_prompts(lengths, seed)
+    batch = decode(make_policy(spec), prompts, config, seeds=list(range(len(prompts))))
+    assert_valid(batch, spec, config)
+    assert [ids[:n] for ids, n in zip(prompts, lengths, strict=True)] == [
+        row[mask == 1].tolist() for row, mask in zip(batch.prompt_ids, batch.prompt_mask, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_neighbours_and_order_do_not_matter(policy, spec, temperature):
+    config = DecodingConfig(20, temperature, tokens_per_step=2)
+    prompts = make_prompts()
+    seeds = [7 + row for row in range(len(prompts))]
+    together = decode(policy, prompts, config, seeds=seeds)
+    order = [3, 0, 5, 1, 4, 2]
+    shuffled = decode(policy, [prompts[i] for i in order], config, seeds=[seeds[i] for i in order])
+    for place, row in enumerate(order):
+        alone = decode(policy, [prompts[row]], config, seeds=[seeds[row]])
+        for other, index in ((alone, 0), (shuffled, place)):
+            length = int(together.canvas_lengths[row])
+            assert int(other.canvas_lengths[index]) == length
+            assert torch.equal(other.canvas_ids[index, :length], together.canvas_ids[row, :length])
+            assert torch.equal(other.steps[index, :length], together.steps[row, :length])
+            torch.testing.assert_close(other.logps[index, :length], together.logps[row, :length], atol=1e-5, rtol=0)
+
+
+def test_sampling_is_reproducible_and_leaves_the_global_random_state_alone(policy):
+    config = DecodingConfig(16, 1.0)
+    before = torch.random.get_rng_state()
+    first = decode(policy, make_prompts(), config, seeds=[1] * 6)
+    assert torch.equal(before, torch.random.get_rng_state())
+    again = decode(policy, make_prompts(), config, seeds=[1] * 6)
+    other = decode(policy, make_prompts(), config, seeds=[2] * 6)
+    assert torch.equal(first.canvas_ids, again.canvas_ids)
+    assert first.completions() != other.completions()
+
+
+def test_samples_follow_the_policy():
+    """With blocks of one token, the first token's frequencies are the softmax of the logits at the prompt's end."""
+    spec = SPECS["block-of-one"]
+    policy = make_policy(spec, initializer_range=0.15)
+    prompt = [7, 8, 9]
+    logits = policy(torch.tensor([prompt])).logits[0, -1].detach().double() / 0.8
+    logits[MASK] = -torch.inf
+    repeats = 20_000
+    batch = decode(policy, [prompt] * repeats, DecodingConfig(1, 0.8), seeds=list(range(repeats)))
+    frequencies = torch.bincount(batch.canvas_ids[:, 0], minlength=40) / repeats
+    expected = logits.softmax(-1)
+    assert ((frequencies - expected).abs() < 5 * (expected * (1 - expected) / repeats).sqrt() + 1e-9).all()
+
+
+def test_strategies():
+    confidence = torch.tensor([[0.9, 0.5, 0.5, 0.1], [0.2, 0.95, 0.3, 0.99]])
+    masked = torch.tensor([[False, True, True, True], [True, True, True, True]])
+    two = by_confidence(confidence, masked, DecodingConfig(tokens_per_step=2))
+    assert two.tolist() == [[False, True, True, False], [False, True, False, True]]
+    one = by_confidence(confidence, masked, DecodingConfig(tokens_per_step=1))
+    assert one.tolist() == [[False, True, False, False], [False, False, False, True]]  # a tie goes to the left
+    high = by_threshold(confidence, masked, DecodingConfig(strategy="threshold", threshold=0.9))
+    assert high.tolist() == [[False, True, False, False], [False, True, False, True]]
+    nothing_left = by_threshold(confidence, torch.zeros_like(masked), DecodingConfig(strategy="threshold"))
+    assert not nothing_left.any()
+
+
+def test_rows_leave_the_batch_when_they_stop():
+    """A row that has stopped costs nothing more: the number of rows that the model sees goes down."""
+    spec = SPECS["block-from-sequence"]
+    policy = make_policy(spec)
+    rows = []
+    handle = policy.register_forward_pre_hook(
+        lambda m, a, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    prompts = make_prompts()
+    batch = decode(policy, prompts, DecodingConfig(40, 1.0, tokens_per_step=2), seeds=[100 + r for r in range(6)])
+    handle.remove()
+    assert any(ids[-1] == STOP for ids in batch.completions())
+    assert rows == sorted(rows, reverse=True) and rows[-1] < len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[7, 8], []], "Prompt 1 is empty"),
+        ([[7, 8], [7, MASK, 8]], r"Prompt 1 contains the mask token \(39\) at position 1"),
+        ([[7] * 120], "more than the policy's context of 128"),
+        ([], "no prompt"),
+    ],
+)
+def test_bad_prompts_are_refused(prompts, message):
+    spec = SPECS["block-from-sequence"]
+    with pytest.raises(ValueError, match=message):
+        decode(make_policy(spec), prompts, DecodingConfig(16))
+
+
+def test_sampling_needs_a_seed_for_each_prompt():
+    policy = make_policy(SPECS["block-from-sequence"])
+    with pytest.raises(ValueError, match="got 1 for 2 prompts"):
+        decode(policy, [[7], [8]], DecodingConfig(8, 1.0), seeds=[3])
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"strategy": "best"},
+        {"tokens_per_step": 0},
+        {"threshold": 1.5},
+    ],
+)
+def test_bad_settings_are_refused(settings_):
+    with pytest.raises(ValueError, match=next(iter(settings_))):
+        DecodingConfig(**settings_)
+
+
+def test_attention_implementations_agree():
+    """SDPA and eager run the same mask; one that cannot is refused."""
+    spec = SPECS["block-from-sequence"]
+    batches = []
+    for implementation in ("sdpa", "eager"):
+        policy = make_policy(spec)
+        policy.set_attn_implementation(implementation)
+        batches.append(decode(policy, make_prompts(), DecodingConfig(20)))
+    assert torch.equal(batches[0].canvas_ids, batches[1].canvas_ids)
+    torch.testing.assert_close(batches[0].logps, batches[1].logps, atol=1e-5, rtol=0)
+    policy.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        decode(policy, make_prompts(), DecodingConfig(20))

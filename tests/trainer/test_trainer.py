@@ -1,0 +1,512 @@
+"""DTRPOTrainer: it trains what it should, its loss is the one the mathematics says, and bad input is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, Qwen3Config
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
+
+from tests.conftest import make_policy
+from tests.trainer.conftest import codes, make_dataset
+from trl_diffusion import DiffusionSpec, DTRPOConfig, DTRPOTrainer, get_spec, tiny_policy_path
+from trl_diffusion.scoring.draws import StepDraw
+from trl_diffusion.scoring.layout import pack
+from trl_diffusion.scoring.score import score
+
+
+USUAL_METRICS = [
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "num_tokens",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "rewards/codes/mean",
+    "rewards/codes/std",
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "entropy",
+    "clip_ratio/region_mean",
+    "step_time",
+    "diffusion/tokens_per_step",
+    "diffusion/steps_per_response",
+    "diffusion/scored_tokens",
+    "diffusion/recorded_gap/mean",
+    "diffusion/recorded_gap/max",
+]
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_full_training(make_trainer, tmp_path, beta, char_spec, tokenizer):
+    start = make_policy(char_spec, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    start.save_pretrained(tmp_path / "start")  # the reference is loaded from here
+    trainer = make_trainer(str(tmp_path / "start"), beta=beta)
+    before = parameters(trainer.model)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    unchanged = [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+    assert not unchanged
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    missing = [name for name in USUAL_METRICS + ["kl"] * (beta > 0) if logs[0].get(name) is None]
+    assert not missing
+    assert logs[0]["diffusion/recorded_gap/max"] < 1e-5  # on policy: what was recorded is what is scored
+    if beta:
+        assert all(torch.equal(a, b) for a, b in zip(trainer.ref_model.parameters(), start.parameters(), strict=True))
+        assert logs[0]["kl"] < 1e-6 < logs[2]["kl"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_training(make_trainer, checkpointing):
+    trainer = make_trainer(
+        kwargs={"peft_config": LoraConfig(r=4, target_modules="all-linear")},
+        beta=0.1,
+        gradient_checkpointing=checkpointing,
+    )
+    before = parameters(trainer.model)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
+    logs = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert logs[0]["kl"] < 1e-6 < logs[2]["kl"]
+
+
+def test_trained_model_saves_and_loads_with_its_spec(make_trainer, tmp_path, char_spec):
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    trainer.save_model(tmp_path / "trained")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert get_spec(loaded.config) == char_spec
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), trainer.model.parameters(), strict=True))
+
+
+def test_several_iterations_draw_afresh(make_trainer):
+    """Passes over the same rollouts score different steps, and the ratio leaves 1 as the policy moves."""
+    trainer = make_trainer(num_iterations=3, tokens_per_step=1, max_steps=3)
+    draws, old = [], []
+    compute = trainer._get_per_token_logps_and_entropies
+
+    def spy(*args, **kwargs):
+        if trainer._layout is not None:
+            draws.append(trainer._layout.weights.clone())
+            old.append(trainer._recorded.clone())
+        return compute(*args, **kwargs)
+
+    trainer._get_per_token_logps_and_entropies = spy
+    trainer.train()
+    assert len(draws) == 3
+    assert torch.equal(old[0], old[1]) and torch.equal(old[0], old[2])  # the same rollouts, the same old policy
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[0]["diffusion/recorded_gap/max"] < 1e-5 < logs[2]["diffusion/recorded_gap/max"]
+
+
+def test_old_logps_come_from_the_recording(make_trainer):
+    """A rollout runs the policy under no_grad to decode only; TRL's misaligned case adds no scoring forward."""
+    trainer = make_trainer(steps_per_generation=3, gradient_accumulation_steps=1, max_steps=3)
+    packed_widths = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            packed_widths.append(kwargs["past_key_values"] is None and torch.is_grad_enabled())
+            if kwargs["past_key_values"] is None
+            else None
+        ),
+        with_kwargs=True,
+    )
+    trainer.train()
+    assert packed_widths == [True] * 3  # three updates, three forwards without a cache, each with a gradient
+
+
+def per_row_inputs(trainer, row_count=8):
+    """The local batch that the trainer makes from its first rows."""
+    rows = [trainer.train_dataset[i // 4] for i in range(row_count)]
+    trainer.model.train()
+    return trainer._generate_and_score_completions(rows)
+
+
+def slice_rows(inputs, rows):
+    return {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() else v for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_o8_blocks_of_one_give_trl_own_loss(make_trainer, tokenizer, tmp_path, loss_type, level):
+    """With token shift, autoregressive first tokens and blocks of 1, the loss and gradient are GRPOTrainer's."""
+    spec = DiffusionSpec(
+        mask_token_id=tokenizer.mask_token_id,
+        block_size=1,
+        token_shift=True,
+        first_token="autoregressive",
+        stop_token_ids=(tokenizer.eos_token_id,),
+        predicts_mask_token=True,
+    )
+    model = make_policy(spec, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, initializer_range=0.1)
+    model.save_pretrained(tmp_path / "start")
+    options = {
+        "loss_type": loss_type,
+        "importance_sampling_level": level,
+        "beta": 0.05,
+        "temperature": 0.8,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+    }
+    ours = make_trainer(str(tmp_path / "start"), spec=spec, **options)
+    inputs = per_row_inputs(ours)
+    with torch.no_grad():  # off policy, so that ratios, clipping and KL all matter
+        for index, parameter in enumerate(ours.model.parameters()):
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    theirs = GRPOTrainer(
+        model=str(tmp_path / "start"),
+        reward_funcs=codes,
+        args=GRPOConfig(
+            output_dir=str(tmp_path),
+            max_completion_length=14,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            **options,
+        ),  # fmt: skip
+        train_dataset=make_dataset(),
+        processing_class=tokenizer,
+    )
+    theirs.model.load_state_dict(ours.model.state_dict())
+
+    width = inputs["completion_ids"].shape[1]
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    reference = causal_logps(theirs.ref_model, ids, mask, width, 0.8)
+    plain = {k: inputs[k] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")}
+    plain["num_items_in_batch"] = inputs["num_items_in_batch"]
+    plain["old_per_token_logps"] = inputs["canvas_logps"][:, :width]
+    plain["ref_per_token_logps"] = reference
+
+    losses, gradients = [], []
+    for trainer, batch in ((ours, inputs), (theirs, plain)):
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        loss = trainer._compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    assert gradients[1].abs().max() > 1e-4
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+def causal_logps(model, ids, mask, width, temperature):
+    """Log-probabilities of the last `width` tokens under a causal model."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits[:, :-1] / temperature
+    return logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)[:, -width:]
+
+
+def test_o7_loss_does_not_depend_on_how_the_batch_is_cut(make_trainer):
+    """One batch of 8, two of 4 accumulated, any order of rows: the same loss and gradient."""
+    trainer = make_trainer(per_device_train_batch_size=8, loss_type="dapo", tokens_per_step=1)
+    inputs = per_row_inputs(trainer)
+
+    def run(parts, accumulation):
+        trainer.model.zero_grad()
+        trainer.current_gradient_accumulation_steps = accumulation
+        trainer.args.steps_per_generation = accumulation
+        total = 0.0
+        for part in parts:
+            loss = trainer._compute_loss(trainer.model, part)
+            loss.backward()
+            total += loss.item()
+        return total, torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+    whole, gradient = run([inputs], 1)
+    rows = torch.tensor([5, 0, 3, 6, 1, 7, 2, 4])
+    for parts, accumulation in (
+        ([slice_rows(inputs, rows)], 1),
+        ([slice_rows(inputs, slice(0, 4)), slice_rows(inputs, slice(4, 8))], 2),
+        ([slice_rows(inputs, [i]) for i in range(8)], 8),
+    ):
+        total, other = run(parts, accumulation)
+        assert total == pytest.approx(whole, abs=1e-5)
+        torch.testing.assert_close(other, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_expected_loss_is_the_loss_over_all_tokens(make_trainer):
+    """Averaged over many draws, the weighted loss of TRL is the loss with every token scored (dapo: linear in them)."""
+    trainer = make_trainer(per_device_train_batch_size=8, loss_type="dapo", tokens_per_step=2, beta=0.0)
+    inputs = per_row_inputs(trainer)
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
+    with torch.no_grad():
+        for index, parameter in enumerate(trainer.model.parameters()):
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+        losses = []
+        for seed in range(600):
+            inputs["draw_seeds"] = torch.arange(8) + 8 * seed
+            losses.append(trainer._compute_loss(trainer.model, inputs))
+        losses = torch.stack(losses).double()
+        exact = exact_dapo_loss(trainer, inputs)
+    assert losses.std() > 0
+    assert abs(losses.mean() - exact) < 4 * losses.std() / len(losses) ** 0.5
+
+
+def exact_dapo_loss(trainer, inputs):
+    """Clipped policy-gradient loss over every token, each scored at the step that unmasked it."""
+    with trainer._scoring(inputs):
+        pass
+    from trl_diffusion.trajectories.trajectory import TrajectoryBatch, response_blocks
+
+    batch = TrajectoryBatch(
+        inputs["prompt_ids"], inputs["prompt_mask"], inputs["canvas_ids"], inputs["canvas_steps"],
+        inputs["canvas_logps"], inputs["canvas_lengths"], inputs["completion_mask"].sum(1),
+    )  # fmt: skip
+    blocks = response_blocks(trainer.spec, batch.prompt_lengths, batch.canvas_ids.shape[1])
+    logps = torch.zeros_like(batch.logps)
+    for step in range(int(batch.steps.max()) + 1):
+        every = torch.arange(int(blocks.max()) + 1).expand(len(batch), -1)
+        layout = pack(batch, trainer.spec, StepDraw(every, torch.full_like(every, step), torch.ones(every.shape)))
+        logps = logps + score(trainer.model, layout, trainer.spec)[0]
+    ratio = (logps - batch.logps).exp()
+    advantages = inputs["advantages"][:, None]
+    losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return (losses * batch.completion_mask).sum().double() / batch.completion_mask.sum()
+
+
+def test_weighting_none_is_normalised_by_what_it_sums(make_trainer):
+    """With equal weights the dapo loss is the mean over scored tokens, not that divided by the number of steps."""
+    trainer = make_trainer(per_device_train_batch_size=8, loss_type="dapo", weighting="none")
+    inputs = per_row_inputs(trainer)
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
+    with torch.no_grad():
+        loss = trainer._compute_loss(trainer.model, inputs)
+        with trainer._scoring(inputs) as layout:
+            weights = layout.weights
+        expected = -(weights * inputs["advantages"][:, None]).sum() / weights.sum()  # the ratio is 1
+    assert set(weights.unique().tolist()) == {0.0, 1.0}
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_rollouts_depend_on_the_seed_and_the_step_alone(make_trainer):
+    first, again, other = (make_trainer(seed=0, **{"data_seed": 1, **options}) for options in ({}, {}, {}))
+    other.args.seed = 3
+    for trainer in (first, again, other):
+        torch.rand(trainer.args.seed + 1)  # the global random state plays no part
+    batches = [per_row_inputs(trainer) for trainer in (first, again, other)]
+    assert torch.equal(batches[0]["canvas_ids"], batches[1]["canvas_ids"])
+    assert torch.equal(batches[0]["draw_seeds"], batches[1]["draw_seeds"])
+    assert not torch.equal(batches[0]["draw_seeds"], batches[2]["draw_seeds"])
+    # A second rollout in the same optimizer step is another one.
+    assert not torch.equal(per_row_inputs(first)["draw_seeds"], batches[0]["draw_seeds"])
+
+
+def test_rollout_batch_size_changes_nothing(make_trainer):
+    whole, parts = (per_row_inputs(make_trainer(rollout_batch_size=size)) for size in (None, 3))
+    assert torch.equal(whole["completion_ids"], parts["completion_ids"])
+    torch.testing.assert_close(whole["canvas_logps"], parts["canvas_logps"], atol=1e-5, rtol=0)
+
+
+def test_evaluation_during_training(make_trainer):
+    trainer = make_trainer(
+        kwargs={"eval_dataset": make_dataset(4)},
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=4,
+        max_steps=2,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert len(logs) == 1
+    assert {"eval_loss", "eval_rewards/codes/mean", "eval_diffusion/scored_tokens"} <= set(logs[0])
+
+
+def test_conversational_prompts(make_trainer, tokenizer):
+    import copy
+
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": f"sudoku {i}"}]} for i in range(8)])
+    seen = []
+
+    def reward(completions, **kwargs):
+        seen.extend(completions)
+        return [float(len(c[0]["content"])) for c in completions]
+
+    trainer = DTRPOTrainer(
+        model=make_trainer().model,
+        reward_funcs=reward,
+        args=make_trainer(max_steps=1).args,
+        train_dataset=dataset,
+        processing_class=chatty,
+    )
+    trainer.train()
+    assert seen[0][0]["role"] == "assistant"
+
+
+def test_answer_is_greedy_and_in_order(make_trainer):
+    trainer = make_trainer(rollout_batch_size=3)
+    prompts = make_dataset()["prompt"]
+    answers, trajectories = trainer.answer(prompts)
+    assert len(answers) == len(trajectories) == 16
+    assert answers == trainer.answer(prompts)[0]
+    assert answers[5] == trainer.answer([prompts[5]])[0][0]
+
+
+def test_completions_table(make_trainer, tmp_path):
+    trainer = make_trainer(log_completions=True, max_steps=1)
+    trainer.train()
+    assert list((tmp_path / "completions").glob("*.parquet"))
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_policy_without_a_mask_token(make_trainer, tokenizer):
+    model = AutoModelForCausalLM.from_config(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+        )  # fmt: skip
+    )
+    with pytest.raises(ValueError, match="no diffusion spec: nothing says which token stands for"):
+        make_trainer(model)
+    trainer = make_trainer(model, diffusion_spec={"mask_token_id": 1, "block_size": 4, "stop_token_ids": [2]})
+    assert get_spec(trainer.model.config).block_size == 4
+
+
+def test_spec_overrides_what_the_config_says(make_trainer):
+    trainer = make_trainer(diffusion_spec='{"block_size": 4}')
+    assert trainer.spec.block_size == get_spec(trainer.model.config).block_size == 4
+    assert trainer.spec.stop_token_ids == (2,)
+    with pytest.raises(ValueError, match="`mask_token_id` holds 5000, but the model's vocabulary has 100 tokens"):
+        make_trainer(diffusion_spec={"mask_token_id": 5000})
+
+
+@pytest.mark.parametrize("in_eval", [False, True])
+def test_prompt_with_the_mask_token(make_trainer, in_eval):
+    good, bad = make_dataset(4), Dataset.from_list([{"prompt": "fine"}, {"prompt": "a <mask> b"}])
+    with pytest.raises(ValueError, match=r"rows 0 to 1: Prompt 1 contains the mask token \(1\) at position 2"):
+        make_trainer(dataset=good if in_eval else bad, kwargs={"eval_dataset": bad} if in_eval else None)
+
+
+def test_prompt_longer_than_the_context(make_trainer):
+    dataset = Dataset.from_list([{"prompt": "1" * 120}])
+    with pytest.raises(ValueError, match="Prompt 0 has 120 tokens.*context of 128"):
+        make_trainer(dataset=dataset)
+
+
+def test_dataset_without_prompts(make_trainer):
+    with pytest.raises(ValueError, match=r"no `prompt` column; it has \['question'\]"):
+        make_trainer(dataset=Dataset.from_list([{"question": "1+1"}]))
+
+
+def test_empty_dataset(make_trainer):
+    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+        make_trainer(dataset=Dataset.from_dict({"prompt": []}))
+
+
+def test_no_dataset(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        DTRPOTrainer(tiny_policy_path(), codes, DTRPOConfig(str(tmp_path), bf16=False), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("reward_funcs", [None, []])
+def test_no_reward_function(make_trainer, reward_funcs):
+    with pytest.raises(ValueError, match="No reward function was given"):
+        make_trainer(reward_funcs=reward_funcs)
+
+
+def test_images_are_refused(make_trainer):
+    with pytest.raises(ValueError, match=r"has \['image'\]"):
+        make_trainer(dataset=Dataset.from_list([{"prompt": "a", "image": "b"}]))
+
+
+def test_streams_are_checked_as_they_come(make_trainer):
+    stream = IterableDataset.from_generator(lambda: ({"prompt": p} for p in ["ok"] * 4 + ["a<mask>"] * 60))
+    trainer = make_trainer(dataset=stream, max_steps=8)
+    with pytest.raises(ValueError, match="contains the mask token"):
+        trainer.train()
+
+
+def test_bad_input_leaves_nothing_behind(make_trainer, tmp_path):
+    target = tmp_path / "never"
+    with pytest.raises(ValueError):
+        make_trainer(dataset=Dataset.from_list([{"prompt": "a <mask>"}]), output_dir=str(target))
+    assert not target.exists() or not any(target.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_vllm": True},
+        {"use_transformers_continuous_batching": True},
+        {"generation_kwargs": {"num_beams": 2}},
+        {"cache_implementation": "static"},
+        {"top_p": 0.9},
+        {"top_k": 50},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"cast_lm_head_to_fp32": True},
+        {"top_entropy_quantile": 0.2},
+        {"off_policy_mask_threshold": 0.5},
+        {"loss_type": "vespo"},
+        {"temperature": 0.0},
+    ],
+)
+def test_options_without_meaning_are_refused(tmp_path, option):
+    with pytest.raises(ValueError, match=f"- `{next(iter(option))}`: .+"):
+        DTRPOConfig(str(tmp_path), bf16=False, **option)
+
+
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
+def test_arguments_without_meaning_are_refused(make_trainer, name):
+    with pytest.raises(ValueError, match=f"`{name}` is not supported"):
+        make_trainer(kwargs={name: [print]})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_step_draws": 0},
+        {"rollout_batch_size": 0},
+        {"step_distribution": "best"},
+        {"weighting": "both"},
+        {"tokens_per_step": 0},
+        {"confidence_threshold": 2.0},
+        {"decoding_strategy": "best"},
+    ],
+)
+def test_bad_options_are_refused(tmp_path, option):
+    name = next(iter(option)).removeprefix("confidence_").removeprefix("decoding_")
+    with pytest.raises(ValueError, match=name):
+        DTRPOConfig(str(tmp_path), bf16=False, **option)
+
+
+# ------------------------------------------------------------------------------------------------------------ config
+
+
+def test_every_option_has_a_help_text_and_a_line_in_the_docstring():
+    own = set(DTRPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
+    assert len(own) == 8
+    for name in own:
+        assert DTRPOConfig.__dataclass_fields__[name].metadata["help"]
+        assert f"\n        {name} (" in DTRPOConfig.__doc__
+
+
+def test_parser_reads_yaml_and_the_command_line(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    spec = {"mask_token_id": 7, "block_size": 4}
+    path.write_text(f"output_dir: {tmp_path}\nbf16: false\ntokens_per_step: 3\ndiffusion_spec: '{json.dumps(spec)}'\n")
+    parser = TrlParser((DTRPOConfig, ModelConfig))
+    config, _ = parser.parse_args_and_config(["--config", str(path), "--tokens_per_step", "2"])
+    assert config.tokens_per_step == 2 and config.diffusion_spec == spec

@@ -1,0 +1,144 @@
+"""
+What DTRPOTrainer relies on in TRL beyond its documented interface. Each test names the thing that moved when it fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+
+import pytest
+import torch
+from trl import GRPOTrainer
+
+from tests.trainer.test_trainer import per_row_inputs
+from trl_diffusion import DTRPOTrainer
+
+
+OVERRIDDEN = {
+    "_generate_single_turn": ["self", "prompt_ids"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
+    "_compute_loss": ["self", "model", "inputs"],
+}
+
+
+@pytest.mark.parametrize("method", OVERRIDDEN)
+def test_signatures_of_overridden_methods(method):
+    parameters = list(inspect.signature(getattr(GRPOTrainer, method)).parameters)
+    expected = OVERRIDDEN[method]
+    assert parameters[: len(expected)] == expected or parameters[:1] + ["*"] == ["self", "*"], (
+        f"GRPOTrainer.{method} now takes {parameters}; DTRPOTrainer overrides it expecting {expected} first."
+    )
+
+
+def calls_unpacked_as(method: str, callee: str) -> list[int]:
+    """Number of names that each call of `self.<callee>` inside a method of GRPOTrainer is unpacked into."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(GRPOTrainer, method))))
+    return [
+        len(node.targets[0].elts)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Tuple)
+        and isinstance(node.value, ast.Call)
+        and getattr(node.value.func, "attr", None) == callee
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "callee", "arity"),
+    [
+        ("_generate", "_generate_single_turn", 2),
+        ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", 3),
+        ("_compute_loss", "_get_per_token_logps_and_entropies", 3),
+    ],
+)
+def test_number_of_values_returned(method, callee, arity):
+    found = calls_unpacked_as(method, callee)
+    assert found, f"GRPOTrainer.{method} no longer calls self.{callee}: DTRPOTrainer's override would never run."
+    assert set(found) == {arity}, f"GRPOTrainer.{method} unpacks self.{callee} into {found} values, not {arity}."
+
+
+def test_only_the_four_methods_are_overridden():
+    shared = {name for name in vars(DTRPOTrainer) if not name.startswith("__")} & set(dir(GRPOTrainer))
+    assert shared - {"_tag_names", "_name", "_abc_impl"} == set(OVERRIDDEN), (
+        f"DTRPOTrainer hides {sorted(shared)} of GRPOTrainer: a name of ours collides with one of TRL's."
+    )
+
+
+def test_keys_of_a_rollout(make_trainer):
+    output = per_row_inputs(make_trainer())
+    expected = {
+        "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch",
+        "sampling_per_token_logps",
+    }  # fmt: skip
+    missing = expected - set(output)
+    assert not missing, f"_generate_and_score_completions no longer returns {sorted(missing)}."
+    assert output["num_items_in_batch"] == output["completion_mask"].sum()
+    columns = output["completion_mask"].bool()
+    width = columns.shape[1]
+    assert torch.equal(output["canvas_ids"][:, :width][columns], output["completion_ids"][columns])
+    torch.testing.assert_close(
+        output["canvas_logps"][:, :width][columns], output["sampling_per_token_logps"][columns], atol=0, rtol=0
+    )
+
+
+def test_extra_tensors_survive_shuffling_and_splitting(make_trainer):
+    """After `_prepare_inputs`, each row still has its own trajectory."""
+    trainer = make_trainer(per_device_train_batch_size=2, gradient_accumulation_steps=4, num_generations=4)
+    trainer.model.train()
+    rows = [trainer.train_dataset[i // 4] for i in range(8)]
+    seen = []
+    for step in range(4):
+        trainer._step = step
+        inputs = trainer._prepare_inputs(rows)
+        for key in ("canvas_ids", "canvas_steps", "canvas_logps", "canvas_lengths", "draw_seeds"):
+            assert key in inputs, f"`{key}`, added to the rollout's output, did not reach the loss."
+            assert len(inputs[key]) == 2
+        columns = inputs["completion_mask"].bool()
+        ids = inputs["canvas_ids"][:, : columns.shape[1]]
+        assert torch.equal(ids[columns], inputs["completion_ids"][columns]), "TRL shuffled rows, but not all tensors."
+        seen += inputs["draw_seeds"].tolist()
+    assert len(set(seen)) == 8
+
+
+def test_loss_uses_the_completion_mask_as_weights(make_trainer):
+    """TRL's loss is linear in the completion mask, which is where the weights of the scored tokens go."""
+    trainer = make_trainer(per_device_train_batch_size=8, loss_type="dapo")
+    inputs = per_row_inputs(trainer)
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
+    width = inputs["completion_ids"].shape[1]
+    logps = torch.randn(8, width)
+    trainer._get_per_token_logps_and_entropies = lambda *a, **k: (logps, torch.zeros_like(logps), None)
+    weights = torch.rand(8, width)
+    plain = dict(inputs, completion_mask=weights, old_per_token_logps=logps)
+    loss = GRPOTrainer._compute_loss(trainer, trainer.model, plain)
+    expected = -(weights * inputs["advantages"][:, None]).sum() / inputs["num_items_in_batch"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5), (
+        "GRPOTrainer._compute_loss no longer multiplies the per-token loss by `completion_mask`."
+    )
+
+
+def test_causal_fused_head_is_never_called(make_trainer, tmp_path, char_spec, tokenizer):
+    """TRL's fused LM head shifts labels by one: on a diffusion policy it would be silently wrong."""
+    from tests.conftest import make_policy
+
+    start = make_policy(char_spec, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    start.save_pretrained(tmp_path / "start")
+    trainer = make_trainer(
+        str(tmp_path / "start"), beta=0.1, steps_per_generation=3, gradient_accumulation_steps=1, max_steps=2
+    )
+    calls = []
+    for model in (trainer.model, trainer.ref_model):
+        forward = model.forward
+
+        def sentinel(*args, forward=forward, **kwargs):
+            assert not kwargs.get("fused_lm_head"), "TRL called its causal fused LM head on a diffusion policy."
+            assert "labels" not in kwargs, "TRL asked a diffusion policy for its causal loss."
+            calls.append(kwargs["attention_mask"].dim())
+            return forward(*args, **kwargs)
+
+        model.forward = sentinel
+    trainer.train()
+    assert calls and set(calls) == {4}  # every forward of policy and reference is ours, with an explicit mask
