@@ -33,6 +33,13 @@ SPECS = {
     "mask-predicted": DiffusionSpec(
         mask_token_id=MASK, block_size=4, stop_token_ids=(STOP,), predicts_mask_token=True
     ),
+    "full": DiffusionSpec(
+        mask_token_id=MASK, attention="full", block_size=8, block_origin="response", stop_token_ids=(STOP,)
+    ),
+    "full-shift": DiffusionSpec(
+        mask_token_id=MASK, attention="full", block_size=12, block_origin="response", token_shift=True,
+        stop_token_ids=(STOP,), predicts_mask_token=True,
+    ),  # fmt: skip
     "block-of-one": DiffusionSpec(
         mask_token_id=MASK, block_size=1, token_shift=True, first_token="autoregressive", stop_token_ids=(STOP,)
     ),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
 from trl_diffusion.decoding.config import DecodingConfig
 from trl_diffusion.decoding.decode import decode
-from trl_diffusion.decoding.strategies import by_confidence, by_threshold
+from trl_diffusion.decoding.strategies import by_confidence, by_threshold, leftmost_part, quota_at
 from trl_diffusion.policies.spec import DiffusionSpec
 from trl_diffusion.trajectories.trajectory import NEVER, TrajectoryBatch, response_blocks
 
@@ -20,18 +20,23 @@ def assert_valid(batch: TrajectoryBatch, spec: DiffusionSpec, config: DecodingCo
     width = batch.canvas_ids.shape[1]
     blocks = response_blocks(spec, batch.prompt_lengths, width)
     inside = torch.arange(width) < batch.canvas_lengths[:, None]
-    assert torch.equal(batch.steps != NEVER, inside)  # whole blocks are unmasked, and nothing else
+    unmasked = batch.steps != NEVER
+    if spec.attention == "full":  # what was never reached is in the canvas, as masks
+        assert (batch.canvas_ids[inside & ~unmasked] == spec.mask_token_id).all()
+        blocks_done = torch.where(unmasked, blocks, -1).max(1).values
+        inside = inside & (blocks <= blocks_done[:, None])
+    assert torch.equal(unmasked, inside)  # whole blocks are unmasked, and nothing else
     assert (batch.logps <= 0).all() and (batch.logps[~inside] == 0).all()
     assert (batch.canvas_ids[inside] != spec.mask_token_id).all()
     ends = spec.prompt_tail(batch.prompt_lengths) + batch.canvas_lengths
     assert (ends % spec.block_size == 0).all()  # the canvas ends with a block
     for row in range(len(batch)):
-        length, counted = int(batch.canvas_lengths[row]), int(batch.completion_lengths[row])
+        length, counted = int(unmasked[row].sum()), int(batch.completion_lengths[row])
         for block in blocks[row, :length].unique():
             steps = batch.steps[row, :length][blocks[row, :length] == block]
             sizes = torch.bincount(steps)
             assert (sizes > 0).all()  # steps are contiguous, each unmasks something
-            if config.strategy == "confidence":
+            if config.strategy == "confidence" and config.steps_per_block is None:
                 assert (sizes <= max(config.tokens_per_step, 1)).all()
         ids = batch.canvas_ids[row, :length].tolist()
         stops = [column for column, token in enumerate(ids[: config.max_new_tokens]) if token in spec.stop_token_ids]
@@ -49,14 +54,20 @@ def assert_valid(batch: TrajectoryBatch, spec: DiffusionSpec, config: DecodingCo
     strategy=st.sampled_from(["confidence", "threshold"]),
     tokens_per_step=st.integers(1, 9),
     threshold=st.sampled_from([0.0, 0.2, 0.9, 1.0]),
+    steps_per_block=st.sampled_from([None, None, 1, 3, 8, 11]),
+    schedule=st.sampled_from(["even", "linear"]),
+    sub_block_size=st.sampled_from([None, None, 1, 2, 3]),
     seed=st.integers(0, 10),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_trajectory_is_valid(
-    name, lengths, max_new_tokens, temperature, strategy, tokens_per_step, threshold, seed
-):
+    name, lengths, max_new_tokens, temperature, strategy, tokens_per_step, threshold, steps_per_block, schedule,
+    sub_block_size, seed,
+):  # fmt: skip
     spec = SPECS[name]
-    config = DecodingConfig(max_new_tokens, temperature, strategy, tokens_per_step, threshold)
+    config = DecodingConfig(
+        max_new_tokens, temperature, strategy, tokens_per_step, threshold, steps_per_block, schedule, sub_block_size
+    )
     prompts = make_prompts(lengths, seed)
     batch = decode(make_policy(spec), prompts, config, seeds=list(range(len(prompts))))
     assert_valid(batch, spec, config)
@@ -111,14 +122,39 @@ def test_samples_follow_the_policy():
 def test_strategies():
     confidence = torch.tensor([[0.9, 0.5, 0.5, 0.1], [0.2, 0.95, 0.3, 0.99]])
     masked = torch.tensor([[False, True, True, True], [True, True, True, True]])
-    two = by_confidence(confidence, masked, DecodingConfig(tokens_per_step=2))
+    config = DecodingConfig(strategy="threshold", threshold=0.9)
+    two = by_confidence(confidence, masked, torch.tensor([2, 2]), config)
     assert two.tolist() == [[False, True, True, False], [False, True, False, True]]
-    one = by_confidence(confidence, masked, DecodingConfig(tokens_per_step=1))
-    assert one.tolist() == [[False, True, False, False], [False, False, False, True]]  # a tie goes to the left
-    high = by_threshold(confidence, masked, DecodingConfig(strategy="threshold", threshold=0.9))
+    one = by_confidence(confidence, masked, torch.tensor([1, 0]), config)
+    assert one.tolist() == [[False, True, False, False], [False] * 4]  # a tie goes to the left
+    high = by_threshold(confidence, masked, torch.tensor([1, 1]), config)
     assert high.tolist() == [[False, True, False, False], [False, True, False, True]]
-    nothing_left = by_threshold(confidence, torch.zeros_like(masked), DecodingConfig(strategy="threshold"))
+    nothing_left = by_threshold(confidence, torch.zeros_like(masked), torch.tensor([1, 1]), config)
     assert not nothing_left.any()
+
+
+def test_leftmost_part():
+    masked = torch.tensor([[False, True, True, True], [False, False, True, True], [False] * 4])
+    assert leftmost_part(masked, 2).tolist() == [[False, True, False, False], [False, False, True, True], [False] * 4]
+    assert torch.equal(leftmost_part(masked, None), masked)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "total", "expected"),
+    [
+        ("even", 10, [3, 3, 2, 2]),
+        ("even", 3, [1, 1, 1, 0]),
+        ("linear", 10, [2, 2, 2, 4]),  # times 1, 0.75, 0.5, 0.25, 0.001: floor(10/4), floor(8/3), floor(6/2) - rounding
+    ],
+)
+def test_schedules_unmask_everything(schedule, total, expected):
+    config = DecodingConfig(steps_per_block=4, schedule=schedule)
+    left, taken = torch.tensor([total]), []
+    for step in range(4):
+        quota = quota_at(step, torch.tensor([total]), left, config)
+        taken.append(int(quota))
+        left = left - quota
+    assert taken == expected and left == 0
 
 
 def test_rows_leave_the_batch_when_they_stop():
@@ -165,6 +201,9 @@ def test_sampling_needs_a_seed_for_each_prompt():
         {"strategy": "best"},
         {"tokens_per_step": 0},
         {"threshold": 1.5},
+        {"steps_per_block": 0},
+        {"schedule": "cosine"},
+        {"sub_block_size": 0},
     ],
 )
 def test_bad_settings_are_refused(settings_):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 
 STRATEGIES = ("confidence", "threshold")
+SCHEDULES = ("even", "linear")
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,23 @@ class DecodingConfig:
         temperature (`float`, *optional*, defaults to `0.0`):
             What the logits are divided by before sampling; 0 takes the most likely token.
         strategy (`str`, *optional*, defaults to `"confidence"`):
-            Which masked positions of the active block are unmasked at a step. `"confidence"`: the `tokens_per_step`
-            positions whose sampled token is most probable (low-confidence remasking). `"threshold"`: every position
-            whose sampled token has a probability above `threshold`, and always the most probable one.
+            Which masked positions of the active block are unmasked at a step. `"confidence"`: those whose sampled token
+            is most probable (low-confidence remasking), as many as `tokens_per_step` or `steps_per_block` say.
+            `"threshold"`: every position whose sampled token has a probability above `threshold`, and always the most
+            probable one.
         tokens_per_step (`int`, *optional*, defaults to `1`):
-            Positions unmasked at a step by `"confidence"`.
+            Positions unmasked at a step by `"confidence"`, unless `steps_per_block` is set.
         threshold (`float`, *optional*, defaults to `0.9`):
             Probability above which `"threshold"` unmasks a position.
+        steps_per_block (`int`, *optional*):
+            Number of steps over which `"confidence"` spreads a block.
+        schedule (`str`, *optional*, defaults to `"even"`):
+            How it spreads them. `"even"`: the same number at each step, one more at the first ones if it does not
+            divide (LLaDA's generation). `"linear"`: each step unmasks the share `1 - t[i + 1] / t[i]` of what is left,
+            rounded down, for times `t` that fall linearly from 1 to 0.001; the last step unmasks the rest (Dream's
+            generation). Steps that would unmask nothing are left out.
+        sub_block_size (`int`, *optional*):
+            Unmask the parts of a block of this many positions one after another, from left to right (Fast-dLLM v2).
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -36,6 +47,9 @@ class DecodingConfig:
     strategy: str = "confidence"
     tokens_per_step: int = 1
     threshold: float = 0.9
+    steps_per_block: int | None = None
+    schedule: str = "even"
+    sub_block_size: int | None = None
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -46,5 +60,10 @@ class DecodingConfig:
             raise ValueError(f"`strategy` must be one of {STRATEGIES}, got {self.strategy!r}.")
         if self.tokens_per_step < 1:
             raise ValueError(f"`tokens_per_step` must be at least 1, got {self.tokens_per_step}.")
+        for name in ("steps_per_block", "sub_block_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"`schedule` must be one of {SCHEDULES}, got {self.schedule!r}.")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"`threshold` must be a probability, got {self.threshold}.")

@@ -71,6 +71,8 @@ class DiffusionSpec:
                 "`first_token='autoregressive'` reads the first token of a block from the position before it, which "
                 "needs `token_shift=True`."
             )
+        if self.attention == "full" and self.first_token == "autoregressive":
+            raise ValueError("With full attention no position is clean before its block: use first_token='diffusion'.")
         if self.attention == "block" and self.token_shift and self.first_token == "diffusion":
             raise ValueError(
                 "With block attention and `token_shift=True` the first token of a block can only be read from the "

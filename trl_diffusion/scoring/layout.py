@@ -8,22 +8,29 @@ import torch
 from torch import Tensor
 
 from ..policies.spec import DiffusionSpec
-from ..trajectories.trajectory import NEVER, TrajectoryBatch, autoregressive_positions, response_blocks
+from ..trajectories.trajectory import (
+    NEVER,
+    TrajectoryBatch,
+    autoregressive_positions,
+    drawable_states,
+    response_blocks,
+)
 from .draws import StepDraw
 
 
 @dataclass
 class PackedLayout:
     """
-    `R` packed rows of `N` tokens and the `M` places in them that are scored.
+    `Q` packed rows of `N` tokens, and the `M` places in them where the tokens of `R` responses are scored. With block
+    attention a row holds all drawn states of a response; with full attention it holds one.
 
     Attributes:
-        input_ids (`Tensor` of shape `(R, N)`): token ids.
-        position_ids (`Tensor` of shape `(R, N)`): position of each token in its unpadded sequence.
-        allowed (boolean `Tensor` of shape `(R, 1, N, N)`): True where the token of the row may look at the column's.
+        input_ids (`Tensor` of shape `(Q, N)`): token ids.
+        position_ids (`Tensor` of shape `(Q, N)`): position of each token in its unpadded sequence.
+        allowed (boolean `Tensor` of shape `(Q, 1, N or 1, N)`): True where the token of the row may look at the column's.
         rows, columns (`Tensor` of shape `(M,)`): where the logits of a scored token are read.
         targets (`Tensor` of shape `(M,)`): the token whose log-probability is wanted there.
-        canvas_columns (`Tensor` of shape `(M,)`): the canvas position of that token.
+        responses, canvas_columns (`Tensor` of shape `(M,)`): the response and the canvas position of that token.
         weights (`Tensor` of shape `(R, C)`, float32): weight of each canvas position, 0 where it is not scored.
     """
 
@@ -33,6 +40,7 @@ class PackedLayout:
     rows: Tensor
     columns: Tensor
     targets: Tensor
+    responses: Tensor
     canvas_columns: Tensor
     weights: Tensor
 
@@ -44,7 +52,9 @@ def pack(
     counted: Tensor | None = None,
 ) -> PackedLayout:
     """
-    Lays out every drawn state of every response for one forward pass of a block-attention policy (METHOD.md, section 2).
+    Lays out every drawn state of every response for one forward pass (METHOD.md, section 2).
+
+    Block attention: one row for each response.
 
         tokens     [ prompt and canvas up to the last block that anything looks back to | noisy copies of blocks ]
         attention  clean token: clean tokens of its own block and the blocks before it
@@ -54,16 +64,51 @@ def pack(
     earlier steps had unmasked, and the mask token elsewhere. Tokens that are made autoregressively are read from the
     clean part; their state is in every pass, so they are always scored, with weight 1.
 
+    Full attention: one row for each drawn state, `[ prompt and canvas as they were just before that step ]`, in which
+    every token sees every other.
+
     Args:
         batch ([`TrajectoryBatch`]):
             The responses. Padding, wherever it is, changes nothing.
         spec ([`DiffusionSpec`]):
             Facts about the policy.
         draw ([`StepDraw`]):
-            Which states to lay out, and their weights.
+            Which states to lay out, and their weights; groups and states are those of [`drawable_states`].
         counted (boolean `Tensor` of shape `(R, C)`, *optional*):
             Canvas positions that may be scored. Defaults to the completions.
     """
+    return (_pack_blocks if spec.attention == "block" else _pack_full)(batch, spec, draw, counted)
+
+
+def _pack_full(batch: TrajectoryBatch, spec: DiffusionSpec, draw: StepDraw, counted: Tensor | None) -> PackedLayout:
+    groups, states, counted = drawable_states(spec, batch, counted)
+    weights = draw.token_weights(groups, states, counted)
+    prompt_lengths = batch.prompt_lengths
+    sequence, sequence_states = _unpad(batch, prompt_lengths, states)
+
+    responses, draws = (draw.blocks >= 0).nonzero(as_tuple=True)  # one row for each
+    steps = draw.steps[responses, draws]
+    positions = torch.arange(sequence.shape[1], device=sequence.device).expand(len(responses), -1)
+    lengths = (prompt_lengths + batch.canvas_lengths)[responses]
+    hidden = sequence_states[responses]
+    hidden = ((hidden == NEVER) | (hidden >= steps[:, None])) & (positions >= prompt_lengths[responses, None])
+    valid = positions < lengths[:, None]
+
+    rows, canvas_columns = ((states[responses] == steps[:, None]) & counted[responses]).nonzero(as_tuple=True)
+    return PackedLayout(
+        input_ids=sequence[responses].masked_fill(hidden, spec.mask_token_id).masked_fill(~valid, 0),
+        position_ids=positions.masked_fill(~valid, 0),
+        allowed=valid[:, None, None],
+        rows=rows,
+        columns=prompt_lengths[responses[rows]] + canvas_columns - int(spec.token_shift),
+        targets=batch.canvas_ids[responses[rows], canvas_columns],
+        responses=responses[rows],
+        canvas_columns=canvas_columns,
+        weights=weights,
+    )
+
+
+def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, draw: StepDraw, counted: Tensor | None) -> PackedLayout:
     block_size = spec.block_size
     device = batch.canvas_ids.device
     num_rows, canvas_width = batch.canvas_ids.shape
@@ -75,7 +120,7 @@ def pack(
     autoregressive = autoregressive_positions(spec, prompt_lengths, canvas_width) & counted
     weights = draw.token_weights(token_blocks, batch.steps, counted & ~autoregressive) + autoregressive.float()
 
-    sequence, sequence_steps = _unpad(batch, prompt_lengths)
+    sequence, sequence_steps = _unpad(batch, prompt_lengths, batch.steps)
 
     # Clean part: up to the start of the last block that is scored.
     last_block = torch.where(weights > 0, token_blocks, -1).max(1).values if canvas_width else prompt_lengths * 0 - 1
@@ -126,12 +171,13 @@ def pack(
         rows=rows,
         columns=columns,
         targets=targets,
+        responses=rows,
         canvas_columns=canvas_columns,
         weights=weights,
     )
 
 
-def _unpad(batch: TrajectoryBatch, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
+def _unpad(batch: TrajectoryBatch, prompt_lengths: Tensor, canvas_steps: Tensor) -> tuple[Tensor, Tensor]:
     """Prompt and canvas as one right-padded sequence, with the unmasking step of each position (prompt: never)."""
     order = (batch.prompt_mask == 0).long().sort(dim=1, stable=True).indices
     prompt = batch.prompt_ids.gather(1, order)
@@ -141,7 +187,7 @@ def _unpad(batch: TrajectoryBatch, prompt_lengths: Tensor) -> tuple[Tensor, Tens
     is_prompt = positions < prompt_lengths[:, None]
     in_prompt = positions.clamp(max=prompt.shape[1] - 1)
     sequence = torch.where(is_prompt, prompt.gather(1, in_prompt), batch.canvas_ids.gather(1, in_canvas))
-    steps = torch.where(is_prompt, NEVER, batch.steps.gather(1, in_canvas))
+    steps = torch.where(is_prompt, NEVER, canvas_steps.gather(1, in_canvas))
     return sequence, steps
 
 

@@ -34,7 +34,7 @@ def score(
     logits = policy_logits(model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns)
     log_probs = log_distribution(logits, spec, temperature)  # (M, V)
     picked = log_probs.gather(1, layout.targets[:, None]).squeeze(1)
-    shape, places = layout.weights.shape, (layout.rows, layout.canvas_columns)
+    shape, places = layout.weights.shape, (layout.responses, layout.canvas_columns)
     # `index_put` on fresh zeros, out of place, keeps the result connected to the graph even when nothing is scored.
     logps = torch.zeros(shape, device=picked.device).index_put(places, picked)
     if not compute_entropy:

@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ..decoding.config import STRATEGIES, DecodingConfig
+from ..decoding.config import SCHEDULES, STRATEGIES, DecodingConfig
 
 
 @dataclass
@@ -34,6 +34,12 @@ class DTRPOConfig(GRPOConfig):
             Positions unmasked at a step by `"confidence"`.
         confidence_threshold (`float`, *optional*, defaults to `0.9`):
             Probability above which `"threshold"` unmasks a position.
+        steps_per_block (`int`, *optional*):
+            Number of steps over which `"confidence"` spreads a block, instead of `tokens_per_step`.
+        step_schedule (`str`, *optional*, defaults to `"even"`):
+            How `steps_per_block` spreads it: `"even"` (LLaDA) or `"linear"` (Dream).
+        sub_block_size (`int`, *optional*):
+            Unmask the parts of a block of this many positions one after another, from left to right (Fast-dLLM v2).
         rollout_batch_size (`int`, *optional*):
             Responses that a process decodes at once. All of them if `None`.
 
@@ -76,6 +82,27 @@ class DTRPOConfig(GRPOConfig):
     )
     confidence_threshold: float = field(
         default=0.9, metadata={"help": "Probability above which decoding_strategy='threshold' unmasks a position."}
+    )
+    steps_per_block: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of steps over which decoding_strategy='confidence' spreads a block, instead of "
+            "`tokens_per_step`."
+        },
+    )
+    step_schedule: str = field(
+        default="even",
+        metadata={
+            "help": "How `steps_per_block` spreads a block: 'even' (LLaDA) or 'linear' (Dream).",
+            "choices": list(SCHEDULES),
+        },
+    )
+    sub_block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Unmask the parts of a block of this many positions one after another, from left to right "
+            "(Fast-dLLM v2)."
+        },
     )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Responses that a process decodes at once. All of them if not set."}
@@ -130,6 +157,9 @@ class DTRPOConfig(GRPOConfig):
             strategy=self.decoding_strategy,
             tokens_per_step=self.tokens_per_step,
             threshold=self.confidence_threshold,
+            steps_per_block=self.steps_per_block,
+            schedule=self.step_schedule,
+            sub_block_size=self.sub_block_size,
         )
 
     def refused(self) -> dict[str, str]:

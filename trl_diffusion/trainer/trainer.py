@@ -20,7 +20,7 @@ from ..policies.spec import CONFIG_KEY, DiffusionSpec, check_spec, get_spec, set
 from ..scoring.draws import derive_seed, draw_steps
 from ..scoring.layout import PackedLayout, pack
 from ..scoring.score import score
-from ..trajectories.trajectory import TrajectoryBatch, autoregressive_positions, response_blocks
+from ..trajectories.trajectory import TrajectoryBatch, drawable_states, response_blocks
 from ._trl import unwrap_model_for_generation, use_adapter
 from .config import DTRPOConfig
 
@@ -252,13 +252,9 @@ class DTRPOTrainer(GRPOTrainer):
             canvas_lengths=inputs["canvas_lengths"],
             completion_lengths=inputs["completion_mask"].long().sum(1),
         )
-        width = batch.canvas_ids.shape[1]
-        lengths = batch.prompt_lengths
         iteration = self._step // self.args.steps_per_generation % self.num_iterations if self.model.training else 0
         draw = draw_steps(
-            response_blocks(self.spec, lengths, width),
-            batch.steps,
-            batch.completion_mask & ~autoregressive_positions(self.spec, lengths, width),
+            *drawable_states(self.spec, batch),
             [derive_seed(seed, iteration) for seed in inputs["draw_seeds"].tolist()],
             distribution=self.args.step_distribution,
             num_draws=self.args.num_step_draws,

@@ -126,3 +126,49 @@ def autoregressive_positions(spec: DiffusionSpec, prompt_lengths: Tensor, width:
     columns = torch.arange(width, device=prompt_lengths.device)
     first = (spec.prompt_tail(prompt_lengths)[:, None] + columns) % spec.block_size == 0
     return first & (spec.first_token == "autoregressive")
+
+
+def drawable_states(
+    spec: DiffusionSpec, batch: TrajectoryBatch, counted: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    What a draw chooses from: for every token, the group it lies in, the state of that group that unmasked it, and
+    whether it takes part. One state is drawn for each group, independently.
+
+    With block attention a group is a block and its states are the block's decoding steps: the states of all blocks fit
+    into one pass. With full attention a pass holds one state, so the whole response is one group, and its states are
+    the steps of all blocks, counted through (METHOD.md, section 2).
+
+    Args:
+        spec ([`DiffusionSpec`]): facts about the policy.
+        batch ([`TrajectoryBatch`]): the responses.
+        counted (boolean `Tensor` of shape `(R, C)`, *optional*): tokens that count. Defaults to the completions.
+
+    Returns:
+        Three tensors of shape `(R, C)`: groups, states (-1 for never unmasked), and a boolean one that leaves out tokens
+        made autoregressively, whose state is in every pass.
+    """
+    width, lengths = batch.canvas_ids.shape[1], batch.prompt_lengths
+    counted = (batch.completion_mask if counted is None else counted) & (batch.steps != NEVER)
+    blocks = response_blocks(spec, lengths, width)
+    if spec.attention == "block":
+        return blocks, batch.steps, counted & ~autoregressive_positions(spec, lengths, width)
+    return torch.zeros_like(blocks), global_steps(blocks, batch.steps), counted
+
+
+def global_steps(blocks: Tensor, steps: Tensor) -> Tensor:
+    """
+    Decoding steps counted through all blocks instead of inside each.
+
+    Args:
+        blocks (`Tensor` of shape `(R, C)`): block of each canvas position.
+        steps (`Tensor` of shape `(R, C)`): decoding step inside the block, -1 for never.
+
+    Returns:
+        `Tensor` of shape `(R, C)`, -1 for never.
+    """
+    num_blocks = int(blocks.max()) + 1 if blocks.numel() else 1
+    lengths = torch.zeros(len(blocks), num_blocks, dtype=torch.long, device=blocks.device)
+    lengths.scatter_reduce_(1, blocks, steps + 1, reduce="amax")  # number of steps of each block
+    before = lengths.cumsum(1) - lengths
+    return torch.where(steps == NEVER, NEVER, steps + before.gather(1, blocks))

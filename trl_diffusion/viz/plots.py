@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..policies.spec import DiffusionSpec
-from ..trajectories.trajectory import NEVER, TrajectoryBatch, response_blocks
+from ..trajectories.trajectory import NEVER, TrajectoryBatch, global_steps, response_blocks
 
 
 def _figure(width: float, height: float):
@@ -17,24 +17,6 @@ def _figure(width: float, height: float):
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: pip install 'trl-diffusion[viz]'") from error
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def global_steps(batch: TrajectoryBatch, spec: DiffusionSpec, row: int) -> torch.Tensor:
-    """
-    Decoding step at which each canvas position of a response was unmasked, counted through all blocks.
-
-    Returns:
-        `Tensor` of shape `(canvas length,)`, -1 for never.
-    """
-    length = int(batch.canvas_lengths[row])
-    steps = batch.steps[row, :length].cpu()
-    blocks = response_blocks(spec, batch.prompt_lengths[row : row + 1].cpu(), length)[0]
-    offsets, total = torch.zeros_like(steps), 0
-    for block in blocks.unique().tolist():
-        here = blocks == block
-        offsets[here] = total
-        total += int(steps[here].max()) + 1
-    return torch.where(steps == NEVER, NEVER, steps + offsets)
 
 
 def plot_trajectory(
@@ -58,10 +40,13 @@ def plot_trajectory(
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    steps = global_steps(batch, spec, row).tolist()
+    one = batch.select(torch.tensor([row])).to("cpu")
+    length = int(one.canvas_lengths[0])
+    blocks = response_blocks(spec, one.prompt_lengths, length)
+    steps = global_steps(blocks, one.steps[:, :length])[0].tolist()
+    blocks = blocks[0].tolist()
     tokens = [tokenizer.decode([token]) for token in batch.canvas_ids[row, : len(steps)].tolist()]
     confidence = batch.logps[row, : len(steps)].exp().tolist()
-    blocks = response_blocks(spec, batch.prompt_lengths[row : row + 1].cpu(), len(steps))[0].tolist()
     counted = int(batch.completion_lengths[row])
     num_steps = max(steps) + 1
 

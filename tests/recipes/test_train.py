@@ -1,0 +1,126 @@
+"""recipes/train.py as a user runs it, on small settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import shared
+from trl_diffusion.tasks import load_task
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "recipes" / "train.py")]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=500
+    )
+
+
+SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "16", "--train_size", "64", "--eval_size", "20"]
+
+
+@pytest.mark.slow
+def test_sudoku_end_to_end(tmp_path):
+    result = train(*SMALL, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = result.stdout.strip().splitlines()
+    assert lines[-1].startswith("solve rate ") and lines[-1].endswith("(20 puzzles, seed 0)")
+    out = tmp_path / "outputs" / "tiny_sudoku"
+    results = json.loads((out / "results.json").read_text())
+    assert lines[-1].split()[2] == f"{results['solve_rate_before']:.1%}"
+    assert (out / "reward_curve.png").stat().st_size > 5000 and (out / "denoising.png").stat().st_size > 5000
+    assert (out / "model.safetensors").exists() and (out / "tokenizer.json").exists()
+    again = train("--model_name_or_path", str(out), "--config", str(ROOT / "recipes" / "tiny_sudoku.yaml"), *SMALL,
+                  "--max_steps", "1", cwd=tmp_path)  # fmt: skip
+    assert again.returncode == 0, again.stderr[-3000:]  # what was saved is a policy
+
+
+@pytest.mark.slow
+def test_lora_and_a_file_of_puzzles(tmp_path):
+    (tmp_path / "mine.csv").write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
+    result = train(*SMALL, "--use_peft", "--lora_target_modules", "all-linear", "--eval_file", "mine.csv", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip().splitlines()[-1].endswith("(1 puzzles, seed 0)")
+    assert (tmp_path / "outputs" / "tiny_sudoku" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_gsm8k_with_the_real_tokenizer(tmp_path):
+    """Real questions, the real tokenizer, a random policy: finite loss and every usual metric, at every step."""
+    result = train(
+        "--config", str(ROOT / "recipes" / "gsm8k_random.yaml"),
+        "--train_file", str(shared("data", "gsm8k", "train.jsonl")),
+        "--tokenizer_name_or_path", str(shared("fixtures", "fast_dllm_v2", "tokenizer")),
+        "--max_steps", "3",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    state = json.loads((tmp_path / "outputs" / "gsm8k_random" / "trainer_state.json").read_text())
+    logs = [entry for entry in state["log_history"] if "loss" in entry]
+    assert len(logs) == 3
+    for entry in logs:
+        assert abs(entry["loss"]) < 1e6
+        for name in ("math_accuracy", "answer_format"):
+            assert f"rewards/{name}/mean" in entry
+        for name in ("kl", "entropy", "completions/mean_length", "diffusion/recorded_gap/max", "num_tokens"):
+            assert entry[name] is not None
+        assert entry["diffusion/recorded_gap/max"] < 1e-3 or entry["step"] > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", "Puzzle\n123\n31022000021003x0\n", "rows.csv, row 1: A 4x4 sudoku puzzle is 16 digits"),
+        ("rows.csv", "Question\nwhat\n", r"row 0: none of the columns \['puzzle', 'Puzzle'\]"),
+        ("rows.csv", "Puzzle\n", "has no rows"),
+        ("rows.txt", "3102200002100320", "must end in .csv, .jsonl or .json"),
+        ("rows.jsonl", '{"puzzle": "3102200002100320"}\n{"puz', "rows.jsonl, line 2: not JSON"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_task("sudoku", eval_file=str(path))
+
+
+def test_missing_files_and_tasks_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.csv"):
+        load_task("sudoku", train_file=str(tmp_path / "nothing.csv"))
+    with pytest.raises(ValueError, match=r"Unknown task 'chess'; there are \['countdown', 'gsm8k', 'sudoku'\]"):
+        load_task("chess")
+    with pytest.raises(ValueError, match="needs `--train_file`"):
+        load_task("gsm8k")
+
+
+def test_training_rows_never_repeat_evaluation_rows():
+    path = shared("data", "sudoku", "4x4_test.csv")
+    task = load_task("sudoku", eval_file=str(path), train_size=3000)
+    assert len(task.evaluation) == 500
+    assert not set(task.evaluation["puzzle"]) & set(task.train["puzzle"])
+    same = load_task("sudoku", train_file=str(path), eval_size=500)
+    assert not set(same.evaluation["puzzle"]) & set(same.train["puzzle"])
+    with pytest.raises(ValueError, match="left with no training rows"):
+        load_task("sudoku", train_file=str(path), eval_file=str(path))
+    gsm8k = load_task("gsm8k", str(shared("data", "gsm8k", "train.jsonl")), train_size=50, eval_size=10)
+    asked = [row[0]["content"] for row in gsm8k.evaluation["prompt"]]
+    assert not set(asked) & {row[0]["content"] for row in gsm8k.train["prompt"]}
+
+
+def test_solve_rate_counts_answers():
+    task = load_task("countdown", eval_size=4, train_size=8)
+    from trl_diffusion.rewards.countdown import solve
+
+    answers = [solve(row["numbers"], row["target"]) for row in task.evaluation]
+    assert task.solve_rate(answers) == 1.0
+    assert task.solve_rate([*answers[:3], "1+1"]) == 0.75
