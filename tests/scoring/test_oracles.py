@@ -1,4 +1,4 @@
-"""Oracles O1, O2, O4, O6, O7 and O9 of METHOD.md for block-attention policies."""
+"""Oracles O1, O2, O4, O6, O7 and O9 of METHOD.md, for block-attention and full-attention policies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_diffusion.policies.spec import DiffusionSpec
 from trl_diffusion.scoring.draws import StepDraw, count_tokens, draw_steps
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
-from trl_diffusion.trajectories.trajectory import TrajectoryBatch, autoregressive_positions, response_blocks
+from trl_diffusion.trajectories.trajectory import TrajectoryBatch, drawable_states, response_blocks
 
 
 DECODINGS = {
@@ -31,15 +31,8 @@ def rollout(policy, decoding, seed=0) -> TrajectoryBatch:
     return decode(policy, prompts, decoding, seeds=[100 + row for row in range(len(prompts))])
 
 
-def token_facts(batch: TrajectoryBatch, spec: DiffusionSpec):
-    """Block of each token, and which tokens take part in draws."""
-    width, lengths = batch.canvas_ids.shape[1], batch.prompt_lengths
-    drawable = batch.completion_mask & ~autoregressive_positions(spec, lengths, width)
-    return response_blocks(spec, lengths, width), drawable
-
-
 def draw_everything_at(step: int, batch: TrajectoryBatch, blocks) -> StepDraw:
-    """The draw that scores step `step` of every block."""
+    """The draw that scores state `step` of every group of tokens."""
     every_block = torch.arange(int(blocks.max()) + 1).expand(len(batch), -1)
     return StepDraw(every_block, torch.full_like(every_block, step), torch.ones(every_block.shape))
 
@@ -47,7 +40,7 @@ def draw_everything_at(step: int, batch: TrajectoryBatch, blocks) -> StepDraw:
 def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float):
     """
     The log-probability of every counted token, from one un-packed forward pass per state: the sequence as the policy
-    saw it, nothing behind the active block, the attention written out position by position. Independent of `pack`.
+    saw it (with block attention nothing behind the active block, with full attention masks), the attention written out position by position. Independent of `pack`.
     """
     result = torch.zeros_like(batch.logps)
     for row in range(len(batch)):
@@ -58,9 +51,12 @@ def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float
         for column in range(int(batch.completion_lengths[row])):
             position = len(prompt) + column
             end = origin + (block_of(position) + 1) * spec.block_size
+            if spec.attention == "full":
+                end = len(prompt) + int(batch.canvas_lengths[row])
             tokens = prompt + [
                 token
-                if block_of(len(prompt) + j) < block_of(position) or 0 <= steps[j] < steps[column]
+                if block_of(len(prompt) + j) < block_of(position)
+                or (block_of(len(prompt) + j) == block_of(position) and 0 <= steps[j] < steps[column])
                 else spec.mask_token_id
                 for j, token in enumerate(canvas)
             ]
@@ -68,6 +64,7 @@ def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float
             allowed = torch.tensor(
                 [[block_of(key) <= block_of(query) for key in range(len(tokens))] for query in range(len(tokens))]
             )
+            allowed |= spec.attention == "full"
             logits = policy(
                 input_ids=torch.tensor([tokens]),
                 position_ids=torch.arange(len(tokens))[None],
@@ -89,9 +86,9 @@ def test_o1_packed_equals_recorded_equals_plain(policy, spec, decoding):
     counted = batch.completion_mask
     torch.testing.assert_close(batch.logps[counted], plain[counted], atol=1e-5, rtol=0)
 
-    blocks, _ = token_facts(batch, spec)
+    blocks, states, _ = drawable_states(spec, batch)
     scored = torch.zeros_like(counted)
-    for step in range(int(batch.steps.max()) + 1):
+    for step in range(int(states.max()) + 1):
         layout = pack(batch, spec, draw_everything_at(step, batch, blocks))
         logps, _ = score(policy, layout, spec, decoding.temperature)
         here = layout.weights > 0
@@ -105,8 +102,7 @@ def test_rollouts_cover_the_hard_cases():
     spec = SPECS["block-from-sequence"]
     policy = make_policy(spec)
     batch = rollout(policy, DECODINGS["threshold"])
-    blocks, counted = token_facts(batch, spec)
-    assert (count_tokens(blocks, batch.steps, counted) > 1).any()
+    assert (count_tokens(*drawable_states(spec, batch)) > 1).any()
     assert (batch.completion_lengths < batch.canvas_lengths).any()
     stopped = [ids[-1] == STOP for ids in rollout(policy, DECODINGS["two-per-step"]).completions()]
     assert any(stopped) and not all(stopped)
@@ -203,18 +199,18 @@ def test_o2_estimate_equals_exact_log_ratio_in_expectation(policy, spec, distrib
     """Through the packed forward: the mean over all draws of sum(weight * log-ratio) is the exact log-ratio."""
     reference = make_policy(spec, seed=1)
     batch = rollout(policy, DECODINGS["threshold"])
-    blocks, drawable = token_facts(batch, spec)
+    blocks, states, drawable = drawable_states(spec, batch)
     exact = (
         plain_forward_logps(policy, spec, batch, 1.3) - plain_forward_logps(reference, spec, batch, 1.3)
     ).masked_fill(~batch.completion_mask, 0.0)
 
     # Every token's log-ratio as the packed pass gives it, and the inclusion of tokens averaged over all draws.
     ratios = torch.zeros_like(batch.logps)
-    for step in range(int(batch.steps.max()) + 1):
+    for step in range(int(states.max()) + 1):
         layout = pack(batch, spec, draw_everything_at(step, batch, blocks))
         difference = score(policy, layout, spec, 1.3)[0] - score(reference, layout, spec, 1.3)[0]
         ratios = torch.where(layout.weights > 0, difference, ratios)
-    counts = count_tokens(blocks, batch.steps, drawable)
+    counts = count_tokens(blocks, states, drawable)
     expected = torch.where(batch.completion_mask & ~drawable, ratios, 0.0).sum(1).double()
     for row, block in itertools.product(range(len(batch)), range(counts.shape[1])):
         support = counts[row, block].nonzero().squeeze(1).tolist()
@@ -231,7 +227,7 @@ def test_o2_estimate_equals_exact_log_ratio_in_expectation(policy, spec, distrib
             sizes = [counts[row, block, t].item() for t in outcome]
             weights = weights_of(distribution, len(support), total, sizes)
             for step, weight in zip(outcome, weights, strict=True):
-                at_step = drawable[row] & (blocks[row] == block) & (batch.steps[row] == step)
+                at_step = drawable[row] & (blocks[row] == block) & (states[row] == step)
                 expected[row] += chance * weight * ratios[row][at_step].double().sum()
     torch.testing.assert_close(expected, exact.sum(1).double(), atol=1e-4, rtol=1e-5)
 
@@ -267,8 +263,8 @@ def test_o6_gradient_of_the_enumerated_estimator(spec):
     """Averaging the estimator over all steps gives the exact objective's gradient."""
     policy = make_policy(spec)
     batch = rollout(policy, DECODINGS["two-per-step"])
-    blocks, drawable = token_facts(batch, spec)
-    counts = count_tokens(blocks, batch.steps, drawable)
+    blocks, states, drawable = drawable_states(spec, batch)
+    counts = count_tokens(blocks, states, drawable)
 
     def gradient(objective):
         policy.zero_grad()
@@ -307,6 +303,7 @@ def pad_differently(batch: TrajectoryBatch) -> TrajectoryBatch:
     prompt = torch.cat([batch.prompt_ids.gather(1, order), torch.full((rows, 5), 17)], 1)
     mask = torch.cat([batch.prompt_mask.gather(1, order), torch.zeros(rows, 5, dtype=torch.long)], 1)
     inside = torch.arange(batch.canvas_ids.shape[1]) < batch.canvas_lengths[:, None]
+    assert (batch.steps[~inside] == -1).all()
     canvas = torch.cat([batch.canvas_ids.masked_fill(~inside, 23), torch.full((rows, 7), 23)], 1)
     return replace(
         batch,
@@ -324,8 +321,7 @@ def test_o7_padding_and_neighbours_change_nothing(policy, spec):
     seeds = list(range(len(batch)))
 
     def weighted(batch, seeds):
-        blocks, drawable = token_facts(batch, spec)
-        draw = draw_steps(blocks, batch.steps, drawable, seeds, num_draws=2)
+        draw = draw_steps(*drawable_states(spec, batch), seeds, num_draws=2)
         layout = pack(batch, spec, draw)
         logps, _ = score(policy, layout, spec)
         return (logps * layout.weights)[:, : int(batch.completion_lengths.max())]
@@ -355,18 +351,20 @@ def test_draws_leave_the_global_random_state_alone():
 def test_o9_nothing_leaks(policy, spec):
     """Tokens that a state masks, and everything behind its block, do not move its scored log-probabilities."""
     batch = rollout(policy, DECODINGS["two-per-step"])
-    blocks, drawable = token_facts(batch, spec)
+    blocks = response_blocks(spec, batch.prompt_lengths, batch.canvas_ids.shape[1])
+    groups, states, drawable = drawable_states(spec, batch)
     checked = 0
-    for block, step in itertools.product(range(int(blocks.max()) + 1), range(int(batch.steps.max()) + 1)):
-        hit = (drawable & (blocks == block) & (batch.steps == step)).any(1)
-        if not hit.any():
+    for group, state in itertools.product(range(int(groups.max()) + 1), range(int(states.max()) + 1)):
+        target = drawable & (groups == group) & (states == state)
+        if not target.any():
             continue
-        draw = StepDraw(torch.where(hit, block, -1)[:, None], torch.full((len(batch), 1), step), hit.float()[:, None])
-        # Every block is drawn at another step besides, so that leaks between noisy copies would show too.
-        others = draw_everything_at(1, batch, blocks)
+        hit = target.any(1)
+        draw = StepDraw(torch.where(hit, group, -1)[:, None], torch.full((len(batch), 1), state), hit.float()[:, None])
+        # Every group is drawn at another state besides, so that leaks between noisy copies would show too.
+        others = draw_everything_at(1 if state != 1 else 0, batch, groups)
         draw = StepDraw(*(torch.cat(pair, 1) for pair in zip(vars(draw).values(), vars(others).values(), strict=True)))
-        target = drawable & (blocks == block) & (batch.steps == step)
-        hidden = (blocks > block) | ((blocks == block) & ((batch.steps >= step) | (batch.steps < 0)) & ~target)
+        own_block = torch.where(target, blocks, -1).max(1, keepdim=True).values
+        hidden = (blocks > own_block) | ((blocks == own_block) & ((states >= state) | (states < 0)) & ~target)
         changed = replace(batch, canvas_ids=torch.where(hidden, (batch.canvas_ids + 7) % MASK, batch.canvas_ids))
         before, after = (score(policy, pack(b, spec, draw), spec)[0] for b in (batch, changed))
         torch.testing.assert_close(before[target], after[target], atol=1e-5, rtol=0)
@@ -374,16 +372,17 @@ def test_o9_nothing_leaks(policy, spec):
     assert checked == int(drawable.sum())
 
 
+@pytest.mark.parametrize("name", ["block-from-sequence", "full"])
 @torch.no_grad()
-def test_a_visible_token_does_matter():
+def test_a_visible_token_does_matter(name):
     """The counterpart of O9: the test above would not pass on a policy that looks at nothing."""
-    spec = SPECS["block-from-sequence"]
+    spec = SPECS[name]
     policy = make_policy(spec)
     batch = rollout(policy, DECODINGS["two-per-step"])
-    blocks, drawable = token_facts(batch, spec)
-    draw = draw_everything_at(2, batch, blocks)
-    target = drawable & (batch.steps == 2)
-    visible = (batch.steps >= 0) & (batch.steps < 2)
+    groups, states, drawable = drawable_states(spec, batch)
+    draw = draw_everything_at(2, batch, groups)
+    target = drawable & (states == 2)
+    visible = (states >= 0) & (states < 2)
     changed = replace(batch, canvas_ids=torch.where(visible, (batch.canvas_ids + 7) % MASK, batch.canvas_ids))
     before, after = (score(policy, pack(b, spec, draw), spec)[0] for b in (batch, changed))
     assert (before[target] - after[target]).abs().min() > 1e-4

@@ -510,3 +510,31 @@ def test_parser_reads_yaml_and_the_command_line(tmp_path):
     parser = TrlParser((DTRPOConfig, ModelConfig))
     config, _ = parser.parse_args_and_config(["--config", str(path), "--tokens_per_step", "2"])
     assert config.tokens_per_step == 2 and config.diffusion_spec == spec
+
+
+# ----------------------------------------------------------------------------------------------------- other policies
+
+
+@pytest.mark.parametrize("token_shift", [False, True])
+def test_full_attention_policy_trains(make_trainer, tokenizer, token_shift):
+    """One state of the whole trajectory per draw, several draws in one batched forward."""
+    spec = DiffusionSpec(
+        mask_token_id=tokenizer.mask_token_id, attention="full", block_size=8, block_origin="response",
+        token_shift=token_shift, stop_token_ids=(tokenizer.eos_token_id,),
+    )  # fmt: skip
+    trainer = make_trainer(spec=spec, num_step_draws=3)
+    before = parameters(trainer.model)
+    trainer.train()
+    assert not [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[0]["diffusion/recorded_gap/max"] < 1e-5
+    assert logs[0]["diffusion/scored_tokens"] <= 3 * trainer.args.tokens_per_step
+
+
+def test_lora_targets_that_match_nothing_are_named(make_trainer):
+    config = LoraConfig(r=4, target_modules=["q_proj", "attn_out", "ff_proj"])
+    message = r"\['attn_out', 'ff_proj'\] match nothing in Qwen3ForCausalLM. Its linear layers are \['down_proj', .*'v_proj'\]"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(kwargs={"peft_config": config})
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tiny_policy_path(), kwargs={"peft_config": config})

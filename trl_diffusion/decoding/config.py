@@ -37,6 +37,9 @@ class DecodingConfig:
             generation). Steps that would unmask nothing are left out.
         sub_block_size (`int`, *optional*):
             Unmask the parts of a block of this many positions one after another, from left to right (Fast-dLLM v2).
+        allow_mask_token (`bool`, *optional*, defaults to `False`):
+            Whether the mask token may be proposed. A position for which it is chosen stays masked, and what is masked
+            after `steps_per_block` steps stays so: LLaDA's published loop, token for token, and no use for training.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -50,6 +53,7 @@ class DecodingConfig:
     steps_per_block: int | None = None
     schedule: str = "even"
     sub_block_size: int | None = None
+    allow_mask_token: bool = False
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -63,6 +67,8 @@ class DecodingConfig:
         for name in ("steps_per_block", "sub_block_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.allow_mask_token and self.steps_per_block is None:
+            raise ValueError("`allow_mask_token=True` needs `steps_per_block`, or a block might never end.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"`schedule` must be one of {SCHEDULES}, got {self.schedule!r}.")
         if not 0 <= self.threshold <= 1:

@@ -80,7 +80,7 @@ class _Loop:
             masked = self._first_token(start, ids, masked, steps, logps, uniforms)
         total = masked.sum(1)
         step = 0
-        while masked.any():
+        while masked.any() and not (self.config.allow_mask_token and step >= self.config.steps_per_block):
             quota = quota_at(step, total, masked.sum(1), self.config)
             step += 1
             if not quota.any():
@@ -88,6 +88,7 @@ class _Loop:
             tokens, log_probs = self._propose(start, ids, masked, None if uniforms is None else uniforms[:, step])
             candidates = leftmost_part(masked, self.config.sub_block_size)
             chosen = SELECT[self.config.strategy](log_probs.exp(), candidates, quota, self.config)
+            chosen = chosen & (tokens != self.spec.mask_token_id)  # only if `allow_mask_token`
             ids = torch.where(chosen, tokens, ids)
             logps = torch.where(chosen, log_probs, logps)
             steps = torch.where(chosen, row_steps[:, None], steps)
@@ -123,7 +124,8 @@ class _Loop:
         """
         log_probs = log_distribution(logits, self.spec, self.config.temperature)
         choices = log_probs
-        if self.spec.predicts_mask_token:  # it has a share of the distribution, yet it is no answer
+        if self.spec.predicts_mask_token and not self.config.allow_mask_token:
+            # It has a share of the distribution, yet it is no answer.
             choices = choices.index_fill(-1, torch.tensor(self.spec.mask_token_id, device=logits.device), -torch.inf)
         if uniforms is None:
             tokens = choices.argmax(-1)
@@ -149,7 +151,8 @@ class _Loop:
         steps = self.steps.gather(1, slots).masked_fill(~inside, NEVER)
         canvas = self.ids.gather(1, slots).masked_fill(~inside, 0)
 
-        counted = (columns < self.config.max_new_tokens) & (steps != NEVER)
+        reached = self.done_blocks * self.spec.block_size - tails
+        counted = (columns < self.config.max_new_tokens) & (columns < reached[:, None])
         stops = torch.isin(canvas, self.stop) & counted
         ends = torch.where(stops.any(1), stops.long().argmax(1) + 1, counted.sum(1))
 

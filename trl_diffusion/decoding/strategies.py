@@ -53,10 +53,10 @@ def quota_at(step: int, total: Tensor, left: Tensor, config: DecodingConfig) -> 
     steps = config.steps_per_block
     if steps is None or config.strategy == "threshold":
         return torch.full_like(left, config.tokens_per_step)
-    if step >= steps - 1:
-        return left
     if config.schedule == "even":
         return total // steps + (step < total % steps)
+    if step >= steps - 1:
+        return left
     times = torch.linspace(1, 1e-3, steps + 1, device=left.device)
     return (left * (1 - times[step + 1] / times[step])).long()
 

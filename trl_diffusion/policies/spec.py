@@ -104,19 +104,21 @@ class DiffusionSpec:
         return prompt_length % self.block_size if self.block_origin == "sequence" else prompt_length * 0
 
 
-def get_spec(config: PretrainedConfig) -> DiffusionSpec:
+def get_spec(config: PretrainedConfig, overrides: Mapping[str, Any] | None = None) -> DiffusionSpec:
     """
     The spec stored in a model's config.
 
     Args:
         config ([`~transformers.PretrainedConfig`]):
             Config of the policy.
+        overrides (`Mapping[str, Any]`, *optional*):
+            Fields that complete or replace the stored ones.
 
     Raises:
-        ValueError: if the config holds no spec, that is, if nothing says which token is the mask.
+        ValueError: if there is no spec, that is, if nothing says which token is the mask.
     """
-    values = getattr(config, CONFIG_KEY, None)
-    if values is None:
+    values = {**(getattr(config, CONFIG_KEY, None) or {}), **(overrides or {})}
+    if not values:
         raise ValueError(
             f"This `{config.model_type}` model has no diffusion spec: nothing says which token stands for [MASK] and "
             "how its blocks are denoised. Give it one before training, for example "

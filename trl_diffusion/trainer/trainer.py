@@ -11,12 +11,14 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from trl import GRPOTrainer
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
-from ..policies.spec import CONFIG_KEY, DiffusionSpec, check_spec, get_spec, set_spec
+from ..policies.loading import load_config
+from ..policies.lora import check_targets, empty_model
+from ..policies.spec import DiffusionSpec, check_spec, get_spec, set_spec
 from ..scoring.draws import derive_seed, draw_steps
 from ..scoring.layout import PackedLayout, pack
 from ..scoring.score import score
@@ -103,7 +105,11 @@ class DTRPOTrainer(GRPOTrainer):
             raise TypeError(f"`args` must be a DTRPOConfig, got {type(args).__name__}.")
         for name, dataset in _named_datasets(train_dataset, kwargs.get("eval_dataset")):
             _check_columns(name, dataset)
-        spec = _resolve_spec(model, args)  # before the weights are loaded
+        # All that can be known before the weights are loaded.
+        config = _load_config(model, args)
+        spec = _resolve_spec(config, args)
+        if kwargs.get("peft_config") is not None:
+            check_targets(empty_model(config) if isinstance(model, str) else model, kwargs["peft_config"])
 
         self._layout: PackedLayout | None = None
         self._rollouts: TrajectoryBatch | None = None
@@ -352,17 +358,15 @@ def _check_columns(name: str, dataset: Any) -> None:
         raise ValueError(f"`{name}` has {images}: diffusion policies here take text only. Remove these columns.")
 
 
-def _resolve_spec(model: str | PreTrainedModel, args: DTRPOConfig) -> DiffusionSpec:
+def _load_config(model: str | PreTrainedModel, args: DTRPOConfig) -> PretrainedConfig:
+    if not isinstance(model, str):
+        return model.config
+    known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+    return load_config(model, **{key: value for key, value in (args.model_init_kwargs or {}).items() if key in known})
+
+
+def _resolve_spec(config: PretrainedConfig, args: DTRPOConfig) -> DiffusionSpec:
     """The policy's spec: what its config says, completed and overridden by `args.diffusion_spec`."""
-    if isinstance(model, str):
-        known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-        options = {key: value for key, value in (args.model_init_kwargs or {}).items() if key in known}
-        config = AutoConfig.from_pretrained(model, **options)
-    else:
-        config = model.config
-    if not args.diffusion_spec:
-        return get_spec(config)
-    stored = getattr(config, CONFIG_KEY, None) or {}
-    spec = DiffusionSpec.from_dict({**stored, **args.diffusion_spec})
+    spec = get_spec(config, args.diffusion_spec or {})
     check_spec(spec, config)
     return spec

@@ -1,0 +1,40 @@
+"""Names of LoRA targets that match nothing are an error, not half an adapter."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of a model's linear layers, sorted."""
+    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+
+
+def empty_model(config: PretrainedConfig) -> nn.Module:
+    """A model of this config without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_targets(model: nn.Module, peft_config: PeftConfig) -> None:
+    """
+    Checks that each name in `target_modules` matches a module. PEFT itself is content if one of them does.
+
+    Raises:
+        ValueError: naming the targets that were not found, and the linear layers that there are.
+    """
+    targets = getattr(peft_config, "target_modules", None)
+    if targets is None or isinstance(targets, str):  # PEFT's own defaults, "all-linear", or a regular expression
+        return
+    names = [name for name, _ in model.named_modules()]
+    missing = sorted(
+        target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)
+    )
+    if missing:
+        raise ValueError(
+            f"LoRA `target_modules` {missing} match nothing in {type(model).__name__}. Its linear layers are "
+            f"{linear_names(model)}; 'all-linear' takes all of them but the LM head."
+        )
