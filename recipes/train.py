@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -56,8 +57,8 @@ class ScriptArguments:
     )
 
 
-def random_policy(fields: str, tokenizer):
-    """A small randomly initialised policy for a tokenizer."""
+def random_policy(fields: str, tokenizer, directory: Path) -> str:
+    """Makes a small randomly initialised policy for a tokenizer, and saves it: a reference is loaded from there."""
     options = json.loads(fields) if isinstance(fields, str) else fields
     config = AutoConfig.for_model(
         "qwen3",
@@ -66,18 +67,24 @@ def random_policy(fields: str, tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         **{"tie_word_embeddings": True, **options},
     )
-    model = AutoModelForCausalLM.from_config(config)
-    model.generation_config = GenerationConfig.from_model_config(config)
-    return model
+    state = PartialState()
+    if state.is_main_process:
+        model = AutoModelForCausalLM.from_config(config)
+        model.generation_config = GenerationConfig.from_model_config(config)
+        model.save_pretrained(directory)
+    state.wait_for_everyone()
+    return str(directory)
 
 
 def load_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig):
-    """The model (a path, or a random one) and its tokenizer."""
+    """The path of the model (made here if it is a random one) and its tokenizer."""
     if script_args.random_policy:
         if not script_args.tokenizer_name_or_path:
             raise ValueError("`--random_policy` needs `--tokenizer_name_or_path`.")
         tokenizer = AutoTokenizer.from_pretrained(script_args.tokenizer_name_or_path, padding_side="left")
-        return random_policy(script_args.random_policy, tokenizer), tokenizer
+        torch.manual_seed(training_args.seed)
+        directory = Path(training_args.output_dir) / "random_policy"
+        return random_policy(script_args.random_policy, tokenizer, directory), tokenizer
     path = model_args.model_name_or_path or tiny_policy_path()
     tokenizer = AutoTokenizer.from_pretrained(script_args.tokenizer_name_or_path or path, padding_side="left")
     training_args.model_init_kwargs = {

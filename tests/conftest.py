@@ -12,7 +12,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, Qwen3Config  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from trl_diffusion.policies.spec import DiffusionSpec, set_spec  # noqa: E402
 
@@ -37,8 +37,13 @@ SPECS = {
         mask_token_id=MASK, attention="full", block_size=8, block_origin="response", stop_token_ids=(STOP,)
     ),
     "full-shift": DiffusionSpec(
-        mask_token_id=MASK, attention="full", block_size=12, block_origin="response", token_shift=True,
-        stop_token_ids=(STOP,), predicts_mask_token=True,
+        mask_token_id=MASK,
+        attention="full",
+        block_size=12,
+        block_origin="response",
+        token_shift=True,
+        stop_token_ids=(STOP,),
+        predicts_mask_token=True,
     ),  # fmt: skip
     "block-of-one": DiffusionSpec(
         mask_token_id=MASK, block_size=1, token_shift=True, first_token="autoregressive", stop_token_ids=(STOP,)
@@ -46,9 +51,10 @@ SPECS = {
 }
 
 
-def make_policy(spec: DiffusionSpec, seed: int = 0, **changes):
+def make_policy(spec: DiffusionSpec, seed: int = 0, backbone: str = "qwen3", **changes):
     """A random policy whose distributions are far from uniform, so that a wrong state shows."""
-    config = Qwen3Config(
+    config = AutoConfig.for_model(
+        backbone,
         **{
             "vocab_size": 40,
             "hidden_size": 32,
@@ -60,7 +66,7 @@ def make_policy(spec: DiffusionSpec, seed: int = 0, **changes):
             "max_position_embeddings": 128,
             "initializer_range": 0.3,
             **changes,
-        }
+        },
     )
     set_spec(config, spec)
     with torch.random.fork_rng():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .policies import families as _families  # noqa: F401  (registers the families with transformers' auto classes)
+
 
 __version__ = "0.1.0.dev0"
 

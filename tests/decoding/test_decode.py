@@ -65,6 +65,8 @@ def test_every_trajectory_is_valid(
     sub_block_size, seed,
 ):  # fmt: skip
     spec = SPECS[name]
+    if strategy == "threshold":
+        steps_per_block = None
     config = DecodingConfig(
         max_new_tokens, temperature, strategy, tokens_per_step, threshold, steps_per_block, schedule, sub_block_size
     )
@@ -144,7 +146,11 @@ def test_leftmost_part():
     [
         ("even", 10, [3, 3, 2, 2]),
         ("even", 3, [1, 1, 1, 0]),
-        ("linear", 10, [2, 2, 2, 4]),  # times 1, 0.75, 0.5, 0.25, 0.001: floor(10/4), floor(8/3), floor(6/2) - rounding
+        (
+            "linear",
+            10,
+            [2, 2, 2, 4],
+        ),  # times 1, 0.75, 0.5, 0.25, 0.001: floor(10/4), floor(8/3), floor(6/2) - rounding
     ],
 )
 def test_schedules_unmask_everything(schedule, total, expected):
@@ -155,6 +161,14 @@ def test_schedules_unmask_everything(schedule, total, expected):
         taken.append(int(quota))
         left = left - quota
     assert taken == expected and left == 0
+
+
+def test_a_sub_block_may_stretch_a_schedule():
+    """With sub-blocks of one position a block takes as many steps as it has positions, whatever the schedule says."""
+    spec = SPECS["block-from-sequence"]
+    config = DecodingConfig(24, 1.0, steps_per_block=3, schedule="linear", sub_block_size=1)
+    batch = decode(make_policy(spec), make_prompts((8,)), config, seeds=[0])
+    assert batch.steps[0, :8].tolist() == list(range(8))
 
 
 def test_rows_leave_the_batch_when_they_stop():
@@ -179,6 +193,7 @@ def test_rows_leave_the_batch_when_they_stop():
         ([[7, 8], [7, MASK, 8]], r"Prompt 1 contains the mask token \(39\) at position 1"),
         ([[7] * 120], "more than the policy's context of 128"),
         ([], "no prompt"),
+        ([[7, 40]], "Prompt 0 holds token 40, but the model's vocabulary has 40 tokens"),
     ],
 )
 def test_bad_prompts_are_refused(prompts, message):
@@ -204,6 +219,10 @@ def test_sampling_needs_a_seed_for_each_prompt():
         {"steps_per_block": 0},
         {"schedule": "cosine"},
         {"sub_block_size": 0},
+        {"tokens_per_step": 1.5},
+        {"temperature": float("nan")},
+        {"steps_per_block": 4, "strategy": "threshold"},
+        {"allow_mask_token": True},
     ],
 )
 def test_bad_settings_are_refused(settings_):

@@ -8,18 +8,15 @@ from transformers import AutoModelForCausalLM
 
 import trl_diffusion  # noqa: F401  (registers the families)
 from tests.conftest import shared
-from trl_diffusion import DecodingConfig, DiffusionSpec, decode, get_spec
+from trl_diffusion import DecodingConfig, decode, get_spec
 
 
 def family(name: str, **changes):
     directory = shared("fixtures", name)
     policy = AutoModelForCausalLM.from_pretrained(directory).eval()
-    try:
-        spec = get_spec(policy.config)
-    except ValueError:
-        spec = DiffusionSpec.from_dict({**trl_diffusion.policies.families.family_fields(policy.config), **changes})
     # The published loops of these generations do not stop early.
-    return policy, spec.replace(**{"stop_token_ids": (), **changes}), load_file(directory / "golden.safetensors")
+    spec = get_spec(policy.config, {"stop_token_ids": (), **changes})
+    return policy, spec, load_file(directory / "golden.safetensors")
 
 
 CASES = {

@@ -34,6 +34,9 @@ def test_a_model_without_a_spec_is_told_how_to_get_one():
         ({"mask_token_id": 3, "token_shift": True}, "first_token='autoregressive'"),
         ({"mask_token_id": 3, "blocksize": 4}, r"Unknown diffusion spec fields \['blocksize'\]"),
         ({"block_size": 4}, "needs `mask_token_id`"),
+        ({"mask_token_id": True}, "mask_token_id"),
+        ({"mask_token_id": 3, "stop_token_ids": 5}, "must be a list of token ids, got 5"),
+        ({"mask_token_id": 3, "stop_token_ids": [3]}, "holds the mask token"),
     ],
 )
 def test_bad_specs_are_refused(fields, message):

@@ -48,7 +48,9 @@ def test_sudoku_end_to_end(tmp_path):
 @pytest.mark.slow
 def test_lora_and_a_file_of_puzzles(tmp_path):
     (tmp_path / "mine.csv").write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
-    result = train(*SMALL, "--use_peft", "--lora_target_modules", "all-linear", "--eval_file", "mine.csv", cwd=tmp_path)
+    result = train(
+        *SMALL, "--use_peft", "--lora_target_modules", "all-linear", "--eval_file", "mine.csv", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip().splitlines()[-1].endswith("(1 puzzles, seed 0)")
     assert (tmp_path / "outputs" / "tiny_sudoku" / "adapter_model.safetensors").exists()

@@ -71,6 +71,13 @@ def test_training_puzzles_are_not_evaluation_puzzles():
     assert all(countdown.is_solved(game["solution"], game["numbers"], game["target"]) for game in games)
 
 
+def test_more_puzzles_than_there_are():
+    with pytest.raises(ValueError, match="only 288 puzzles|only 4608 puzzles"):
+        sudoku.generate(10_000, seed=0, blanks=1)
+    with pytest.raises(ValueError, match="from 1 to 16"):
+        sudoku.generate(1, seed=0, blanks=17)
+
+
 def test_countdown_value():
     assert countdown.evaluate_expression("30+93-100") == (Fraction(23), [30, 93, 100])
     assert countdown.evaluate_expression(" (3-1)*4/5 ")[0] == Fraction(8, 5)

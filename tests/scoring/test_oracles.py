@@ -11,7 +11,6 @@ import torch
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
 from trl_diffusion.decoding.config import DecodingConfig
 from trl_diffusion.decoding.decode import decode
-from trl_diffusion.policies.spec import DiffusionSpec
 from trl_diffusion.scoring.draws import StepDraw, count_tokens, draw_steps
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
@@ -386,3 +385,19 @@ def test_a_visible_token_does_matter(name):
     changed = replace(batch, canvas_ids=torch.where(visible, (batch.canvas_ids + 7) % MASK, batch.canvas_ids))
     before, after = (score(policy, pack(b, spec, draw), spec)[0] for b in (batch, changed))
     assert (before[target] - after[target]).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["block-from-sequence", "full"])
+def test_a_state_drawn_twice_counts_twice_and_no_more(name):
+    """Drawing with replacement: the gradient belongs to the weights, not to the number of copies laid out."""
+    spec = SPECS[name]
+    policy = make_policy(spec)
+    batch = rollout(policy, DecodingConfig(8, tokens_per_step=8)).select(torch.tensor([1]))  # blocks of one step
+    gradients = []
+    for num_draws in (1, 4):
+        draw = draw_steps(*drawable_states(spec, batch), seeds=[3], distribution="token", num_draws=num_draws)
+        layout = pack(batch, spec, draw)
+        policy.zero_grad()
+        (score(policy, layout, spec)[0] * layout.weights).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)

@@ -29,7 +29,8 @@ class DecodingConfig:
         threshold (`float`, *optional*, defaults to `0.9`):
             Probability above which `"threshold"` unmasks a position.
         steps_per_block (`int`, *optional*):
-            Number of steps over which `"confidence"` spreads a block.
+            Number of steps over which `"confidence"` spreads a block. With `sub_block_size`, a step ends with its part,
+            so there may be more.
         schedule (`str`, *optional*, defaults to `"even"`):
             How it spreads them. `"even"`: the same number at each step, one more at the first ones if it does not
             divide (LLaDA's generation). `"linear"`: each step unmasks the share `1 - t[i + 1] / t[i]` of what is left,
@@ -38,8 +39,9 @@ class DecodingConfig:
         sub_block_size (`int`, *optional*):
             Unmask the parts of a block of this many positions one after another, from left to right (Fast-dLLM v2).
         allow_mask_token (`bool`, *optional*, defaults to `False`):
-            Whether the mask token may be proposed. A position for which it is chosen stays masked, and what is masked
-            after `steps_per_block` steps stays so: LLaDA's published loop, token for token, and no use for training.
+            Whether the mask token may be proposed, with full attention and temperature 0. A position for which it is
+            chosen stays masked and competes with those of later blocks for their steps; what is left in the end stays
+            masked. This is LLaDA's published loop, token for token; its trajectories are no use for training.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -56,19 +58,21 @@ class DecodingConfig:
     allow_mask_token: bool = False
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` must not be negative, got {self.temperature}.")
+        for name in ("max_new_tokens", "tokens_per_step", "steps_per_block", "sub_block_size"):
+            value = getattr(self, name)
+            optional = name in ("steps_per_block", "sub_block_size")
+            if not (optional and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be a whole number, at least 1, got {value!r}.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"`temperature` must be finite and not negative, got {self.temperature}.")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"`strategy` must be one of {STRATEGIES}, got {self.strategy!r}.")
-        if self.tokens_per_step < 1:
-            raise ValueError(f"`tokens_per_step` must be at least 1, got {self.tokens_per_step}.")
-        for name in ("steps_per_block", "sub_block_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.allow_mask_token and self.steps_per_block is None:
-            raise ValueError("`allow_mask_token=True` needs `steps_per_block`, or a block might never end.")
+        if self.steps_per_block is not None and self.strategy == "threshold":
+            raise ValueError("`steps_per_block` says how many positions 'confidence' unmasks; 'threshold' ignores it.")
+        if self.allow_mask_token and (self.steps_per_block is None or self.temperature > 0):
+            raise ValueError(
+                "`allow_mask_token=True` needs `steps_per_block`, or a block might never end, and no temperature."
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"`schedule` must be one of {SCHEDULES}, got {self.schedule!r}.")
         if not 0 <= self.threshold <= 1:

@@ -56,6 +56,8 @@ def decode(
             "Sampling with a temperature needs `seeds`, one for each prompt, so that a rollout can be reproduced; got "
             f"{'none' if seeds is None else len(seeds)} for {len(prompts)} prompts."
         )
+    if config.allow_mask_token and spec.attention != "full":
+        raise ValueError("`allow_mask_token=True` is for full-attention policies only.")
     check_prompts(prompts, spec, base.config, config.max_new_tokens)
     loop = BlockLoop if spec.attention == "block" else FullLoop
     return loop(model, prompts, config, spec, seeds).run()
@@ -63,7 +65,8 @@ def decode(
 
 def check_prompts(prompts: list[list[int]], spec: DiffusionSpec, config, max_new_tokens: int) -> None:
     """Raises a `ValueError` that names the first prompt that the policy cannot take, and why."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    config = config.get_text_config()
+    context, vocab_size = getattr(config, "max_position_embeddings", None), config.vocab_size
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"Prompt {row} is empty.")
@@ -72,6 +75,12 @@ def check_prompts(prompts: list[list[int]], spec: DiffusionSpec, config, max_new
             raise ValueError(
                 f"Prompt {row} contains the mask token ({spec.mask_token_id}) at position {where}. The policy would "
                 "take it for a position to be denoised. Remove it from the data."
+            )
+        outside = [token for token in prompt if not 0 <= token < vocab_size]
+        if outside:
+            raise ValueError(
+                f"Prompt {row} holds token {outside[0]}, but the model's vocabulary has {vocab_size} tokens. Is this "
+                "the model's own tokenizer?"
             )
         if context is None:
             continue

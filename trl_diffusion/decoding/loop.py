@@ -70,7 +70,10 @@ class _Loop:
     def _denoise(self, block: int) -> None:
         """Unmasks one block of every live row."""
         start = self.prefix + block * self.spec.block_size
-        here = (self.live, slice(start, start + self.spec.block_size))
+        end = start + self.spec.block_size
+        if self.config.allow_mask_token:  # what earlier blocks have left is tried again
+            start = self.prefix
+        here = (self.live, slice(start, end))
         ids, masked, steps, logps = self.ids[here], self.masked[here], self.steps[here], self.logps[here]
         uniforms = self._uniforms()
         row_steps = torch.zeros_like(self.live)  # decoding steps that each row has taken in this block
@@ -78,15 +81,15 @@ class _Loop:
         if self.spec.first_token == "autoregressive":
             row_steps += masked[:, 0]
             masked = self._first_token(start, ids, masked, steps, logps, uniforms)
-        total = masked.sum(1)
+        total = masked[:, -self.spec.block_size :].sum(1)
         step = 0
         while masked.any() and not (self.config.allow_mask_token and step >= self.config.steps_per_block):
             quota = quota_at(step, total, masked.sum(1), self.config)
             step += 1
             if not quota.any():
                 continue
-            tokens, log_probs = self._propose(start, ids, masked, None if uniforms is None else uniforms[:, step])
             candidates = leftmost_part(masked, self.config.sub_block_size)
+            tokens, log_probs = self._propose(start, ids, candidates, None if uniforms is None else uniforms[:, step])
             chosen = SELECT[self.config.strategy](log_probs.exp(), candidates, quota, self.config)
             chosen = chosen & (tokens != self.spec.mask_token_id)  # only if `allow_mask_token`
             ids = torch.where(chosen, tokens, ids)
@@ -94,19 +97,19 @@ class _Loop:
             steps = torch.where(chosen, row_steps[:, None], steps)
             row_steps += chosen.any(1)
             masked = masked & ~chosen
-        self.ids[here], self.steps[here], self.logps[here] = ids, steps, logps
+        self.ids[here], self.masked[here], self.steps[here], self.logps[here] = ids, masked, steps, logps
 
     def _uniforms(self) -> Tensor | None:
         """A random number for each live row, each step that a block can take, and each position of the block."""
         if self.generators is None:
             return None
-        shape = (max(self.spec.block_size, self.config.steps_per_block or 0) + 1, self.spec.block_size)
+        shape = (self.spec.block_size + (self.config.steps_per_block or 0) + 1, self.spec.block_size)
         rows = [torch.rand(shape, generator=self.generators[row]) for row in self.live.tolist()]
         return torch.stack(rows).to(self.ids.device)
 
-    def _propose(self, start: int, ids: Tensor, masked: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A token for each masked position of the block that begins at slot `start`, and its log-probability."""
-        rows, columns = masked.nonzero(as_tuple=True)
+    def _propose(self, start: int, ids: Tensor, candidates: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A token for each candidate position of the block that begins at slot `start`, and its log-probability."""
+        rows, columns = candidates.nonzero(as_tuple=True)
         logits = self._block_logits(start, ids, rows, columns - int(self.spec.token_shift))
         tokens, log_probs = self._sample(logits, None if uniforms is None else uniforms[rows, columns])
         return ids.index_put((rows, columns), tokens), torch.zeros_like(ids, dtype=torch.float).index_put(
@@ -236,7 +239,7 @@ class FullLoop(_Loop):
 
     def _block_logits(self, start: int, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         inputs = self.ids[self.live]
-        inputs[:, start : start + self.spec.block_size] = ids
+        inputs[:, start : start + ids.shape[1]] = ids
         starts = self.starts[self.live][:, None]
         slots = torch.arange(inputs.shape[1], device=inputs.device)
         ends = self.prefix + self.num_blocks[self.live][:, None] * self.spec.block_size

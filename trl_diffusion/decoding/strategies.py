@@ -22,7 +22,9 @@ def by_confidence(confidence: Tensor, candidates: Tensor, quota: Tensor, config:
         Boolean `Tensor` of shape `(R, B)`, a subset of `candidates`.
     """
     order = confidence.masked_fill(~candidates, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    ranks = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return (ranks < quota[:, None]) & candidates
 
 

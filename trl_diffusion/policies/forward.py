@@ -46,26 +46,28 @@ def policy_logits(
     return output.logits[0]
 
 
-def attention_mask(model: nn.Module, allowed: Tensor) -> Tensor:
+def check_attention(model: nn.Module) -> str:
     """
-    `allowed` in the form that the model's attention implementation takes.
+    The model's attention implementation.
 
     Raises:
-        ValueError: for an implementation that cannot run an arbitrary mask, such as `flash_attention_2`.
+        ValueError: for one that cannot run an arbitrary mask, such as `flash_attention_2`.
     """
-    base = unwrap(model)
-    implementation = base.config._attn_implementation
-    if implementation == "sdpa":
-        return allowed
-    if implementation == "eager":
-        dtype = next(base.parameters()).dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
+    implementation = unwrap(model).config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot run the attention mask of a diffusion policy. Load the "
+            "model with attn_implementation='sdpa' (or 'eager')."
         )
-    raise ValueError(
-        f"attn_implementation={implementation!r} cannot run the attention mask of a diffusion policy. Load the model "
-        "with attn_implementation='sdpa' (or 'eager')."
-    )
+    return implementation
+
+
+def attention_mask(model: nn.Module, allowed: Tensor) -> Tensor:
+    """`allowed` in the form that the model's attention implementation takes."""
+    if check_attention(model) == "sdpa":
+        return allowed
+    dtype = unwrap(model).get_input_embeddings().weight.dtype
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, PretrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from .families import FAMILIES
+from .spec import spec_fields
 
 
 def load_config(path: str, **options) -> PretrainedConfig:
@@ -12,5 +16,44 @@ def load_config(path: str, **options) -> PretrainedConfig:
     Args:
         path (`str`): directory or hub id.
         options (`dict`): passed on to `AutoConfig.from_pretrained`.
+
+    Raises:
+        ValueError: if the checkpoint is of a model type that neither transformers nor this package knows; the message
+            lists what there is.
     """
-    return AutoConfig.from_pretrained(path, **options)
+    options.setdefault("trust_remote_code", False)  # an error, where transformers would ask on the terminal
+    try:
+        return AutoConfig.from_pretrained(path, **options)
+    except ValueError as error:
+        values, _ = PretrainedConfig.get_config_dict(path, **options)
+        model_type = values.get("model_type")
+        if model_type in CONFIG_MAPPING:
+            raise
+        known = ", ".join(f"{name} (`{config.model_type}`)" for name, (config, *_) in FAMILIES.items())
+        raise ValueError(
+            f"{path} has the model type {model_type!r}, which neither trl_diffusion nor transformers "
+            f"{transformers.__version__} knows. Families that load as they were published: {known}. A checkpoint on "
+            "any causal backbone of transformers (Llama, Qwen2, Qwen3, ...) works too: give it that backbone's "
+            "`model_type` and say how it is denoised with DTRPOConfig(diffusion_spec={'mask_token_id': ..., "
+            "'block_size': ..., ...})."
+        ) from error
+
+
+def resolve_mask_token(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    Id of the token that stands for [MASK]: from the config, or else from the tokenizer.
+
+    Raises:
+        ValueError: if neither has one.
+    """
+    if (mask := spec_fields(config).get("mask_token_id")) is not None:
+        return mask
+    if (spelling := getattr(config, "mask_token", None)) in (vocabulary := tokenizer.get_vocab()):
+        return vocabulary[spelling]
+    if getattr(tokenizer, "mask_token", None) is not None:
+        return tokenizer.mask_token_id
+    raise ValueError(
+        f"Neither the config of this `{config.model_type}` model nor its tokenizer says which token stands for [MASK]; "
+        f"the tokenizer's special tokens are {tokenizer.all_special_tokens}. Pass "
+        "`diffusion_spec={'mask_token_id': ...}`."
+    )

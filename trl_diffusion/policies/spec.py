@@ -37,8 +37,10 @@ class DiffusionSpec:
         stop_token_ids (`tuple[int, ...]`, *optional*, defaults to `()`):
             Tokens that end a response. The first one counts as part of the response, nothing behind it does.
         predicts_mask_token (`bool`, *optional*, defaults to `False`):
-            Whether the mask token keeps its share of the policy's distribution. `False` removes it from the softmax,
-            in decoding and in scoring alike, since a denoiser never answers with a mask.
+            Whether the mask token keeps its share of the softmax, as in the families' published samplers. It is never
+            sampled either way, so with `True` a recorded or scored log-probability is lower than that of the
+            distribution sampled from by `-log(1 - p(mask))`, which is next to nothing for a trained policy. `False`
+            removes the mask token from the softmax, in decoding and in scoring alike.
 
     Raises:
         ValueError: if a field has a value that is not listed above, or two fields contradict each other.
@@ -54,7 +56,7 @@ class DiffusionSpec:
     predicts_mask_token: bool = False
 
     def __post_init__(self):
-        if self.mask_token_id is None or not isinstance(self.mask_token_id, int) or self.mask_token_id < 0:
+        if type(self.mask_token_id) is not int or self.mask_token_id < 0:
             raise ValueError(f"`mask_token_id` must be a token id (a non-negative int), got {self.mask_token_id!r}.")
         choices = {
             "attention": ("block", "full"),
@@ -78,7 +80,12 @@ class DiffusionSpec:
                 "With block attention and `token_shift=True` the first token of a block can only be read from the "
                 "block before it: set `first_token='autoregressive'`."
             )
-        object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in self.stop_token_ids))
+        stops = self.stop_token_ids
+        if not isinstance(stops, list | tuple) or any(type(token) is not int for token in stops):
+            raise ValueError(f"`stop_token_ids` must be a list of token ids, got {stops!r}.")
+        if self.mask_token_id in stops:
+            raise ValueError(f"`stop_token_ids` holds the mask token ({self.mask_token_id}).")
+        object.__setattr__(self, "stop_token_ids", tuple(stops))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionSpec:
@@ -104,20 +111,30 @@ class DiffusionSpec:
         return prompt_length % self.block_size if self.block_origin == "sequence" else prompt_length * 0
 
 
+def family_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """The fields of [`DiffusionSpec`] that follow from the checkpoint's family; none for a stock backbone."""
+    return config.spec_fields() if hasattr(config, "spec_fields") else {}
+
+
+def spec_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """The fields of [`DiffusionSpec`] that a config knows: those of its family, overridden by those stored in it."""
+    return {**family_fields(config), **(getattr(config, CONFIG_KEY, None) or {})}
+
+
 def get_spec(config: PretrainedConfig, overrides: Mapping[str, Any] | None = None) -> DiffusionSpec:
     """
-    The spec stored in a model's config.
+    The spec of a model: stored in its config, or derived from its family.
 
     Args:
         config ([`~transformers.PretrainedConfig`]):
             Config of the policy.
         overrides (`Mapping[str, Any]`, *optional*):
-            Fields that complete or replace the stored ones.
+            Fields that complete or replace what the config says.
 
     Raises:
-        ValueError: if there is no spec, that is, if nothing says which token is the mask.
+        ValueError: if nothing says which token is the mask.
     """
-    values = {**(getattr(config, CONFIG_KEY, None) or {}), **(overrides or {})}
+    values = {**spec_fields(config), **(overrides or {})}
     if not values:
         raise ValueError(
             f"This `{config.model_type}` model has no diffusion spec: nothing says which token stands for [MASK] and "
@@ -125,6 +142,12 @@ def get_spec(config: PretrainedConfig, overrides: Mapping[str, Any] | None = Non
             "`set_spec(model.config, DiffusionSpec(mask_token_id=tokenizer.mask_token_id, block_size=32, "
             "stop_token_ids=(tokenizer.eos_token_id,)))`, or pass "
             "`DTRPOConfig(diffusion_spec={'mask_token_id': ..., 'block_size': ...})`."
+        )
+    if "mask_token_id" not in values:
+        raise ValueError(
+            f"The config of this `{config.model_type}` model does not say which token stands for [MASK]. Pass "
+            "`DTRPOConfig(diffusion_spec={'mask_token_id': ...})`; `resolve_mask_token(model.config, tokenizer)` "
+            "reads it from the tokenizer."
         )
     return DiffusionSpec.from_dict(values)
 

@@ -87,13 +87,21 @@ def generate(num_puzzles: int, seed: int, blanks: int = 8, exclude: Collection[s
 
     Returns:
         `list[dict]` with `puzzle` and `solution`.
+
+    Raises:
+        ValueError: if there are not that many puzzles.
     """
+    if not 1 <= blanks <= 16:
+        raise ValueError(f"`blanks` must be from 1 to 16, got {blanks}.")
     stream = _puzzles(random.Random(seed), blanks)
     seen = set(exclude)
     rows: list[dict[str, str]] = []
-    for puzzle, solution in stream:
-        if len(rows) == num_puzzles:
-            break
+    repeats = 0
+    while len(rows) < num_puzzles:
+        puzzle, solution = next(stream)
+        repeats = repeats + 1 if puzzle in seen else 0
+        if repeats == 100_000:
+            raise ValueError(f"There seem to be only {len(rows)} puzzles with {blanks} blanks, not {num_puzzles}.")
         if puzzle not in seen:
             seen.add(puzzle)
             rows.append({"puzzle": puzzle, "solution": solution})

@@ -86,8 +86,9 @@ def _pack_full(batch: TrajectoryBatch, spec: DiffusionSpec, draw: StepDraw, coun
     prompt_lengths = batch.prompt_lengths
     sequence, sequence_states = _unpad(batch, prompt_lengths, states)
 
-    responses, draws = (draw.blocks >= 0).nonzero(as_tuple=True)  # one row for each
-    steps = draw.steps[responses, draws]
+    responses, draws = (draw.blocks >= 0).nonzero(as_tuple=True)
+    # One row for each state: what is drawn twice is scored once, with both weights.
+    responses, steps = torch.unique(torch.stack([responses, draw.steps[responses, draws]]), dim=1)
     positions = torch.arange(sequence.shape[1], device=sequence.device).expand(len(responses), -1)
     lengths = (prompt_lengths + batch.canvas_lengths)[responses]
     hidden = sequence_states[responses]

@@ -93,7 +93,7 @@ def _sudoku(train_file: str | None, eval_file: str | None, train_size: int, eval
     evaluation = read(eval_file) if eval_file else [{"puzzle": puzzle} for puzzle in kept]
     excluded = {*kept, *(row["puzzle"] for row in evaluation)}
     if train_file:
-        train = [row for row in read(train_file) if row["puzzle"] not in excluded]
+        train = [row for row in read(train_file) if row["puzzle"] not in excluded][:train_size]
     else:
         train = [{"puzzle": row["puzzle"]} for row in sudoku.generate(train_size, seed, exclude=excluded)]
     for row in (*train, *evaluation):
@@ -117,6 +117,7 @@ def _countdown(train_file: str | None, eval_file: str | None, train_size: int, e
     excluded = {countdown.key_of(row["numbers"], row["target"]) for row in (*kept, *evaluation)}
     if train_file:
         train = [row for row in read(train_file) if countdown.key_of(row["numbers"], row["target"]) not in excluded]
+        train = train[:train_size]
     else:
         games = countdown.generate(train_size, seed, exclude=excluded)
         train = [{"numbers": game["numbers"], "target": game["target"]} for game in games]
@@ -130,19 +131,20 @@ def _gsm8k(train_file: str | None, eval_file: str | None, train_size: int, eval_
     if not train_file:
         raise ValueError("The task `gsm8k` needs `--train_file`, a JSON Lines file with `question` and `answer`.")
 
-    def read(path: str, size: int) -> list[dict[str, Any]]:
+    def read(path: str) -> list[dict[str, Any]]:
         rows = []
-        for number, row in enumerate(read_rows(path)[:size]):
+        for number, row in enumerate(read_rows(path)):
             question = _column(row, ("question",), path, number)
             content = f"{question}\nThink step by step and end with '#### ' and the answer."
             prompt = [{"role": "user", "content": content}]
             rows.append({"prompt": prompt, "answer": _column(row, ("answer",), path, number)})
         return rows
 
-    evaluation = read(eval_file, eval_size) if eval_file else read(train_file, eval_size)
-    train = read(train_file, train_size)
-    if not eval_file:  # without a file of its own, evaluation takes rows that training does not see
-        train = read(train_file, train_size + eval_size)[eval_size:]
+    # Without a file of its own, evaluation takes rows that training does not see.
+    train = read(train_file)
+    evaluation = read(eval_file)[:eval_size] if eval_file else train[:eval_size]
+    excluded = {row["prompt"][0]["content"] for row in evaluation}
+    train = [row for row in train if row["prompt"][0]["content"] not in excluded][:train_size]
     return _task("gsm8k", "questions", train, evaluation, [math.math_accuracy, math.answer_format], math.math_accuracy)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 
-__all__ = ["unwrap_model_for_generation", "use_adapter"]
+__all__ = ["disable_dropout_in_model", "unwrap_model_for_generation", "use_adapter"]

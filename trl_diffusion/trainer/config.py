@@ -139,6 +139,15 @@ class DTRPOConfig(GRPOConfig):
         if refused:
             reasons = "\n".join(f"- `{name}`: {why}" for name, why in refused.items())
             raise ValueError(f"These options of GRPOConfig cannot be used with a diffusion policy:\n{reasons}")
+        if self.max_completion_length is None:
+            raise ValueError("`max_completion_length` is needed: it is the length of the canvas.")
+        if not isinstance(self.diffusion_spec, dict | None):
+            raise ValueError(f"`diffusion_spec` must be a mapping or a JSON object, got {self.diffusion_spec!r}.")
+        if self.weighting == "none" and self.loss_type in ("dr_grpo", "luspo"):
+            raise ValueError(
+                f"`loss_type={self.loss_type!r}` divides by a constant, so with `weighting='none'` its size would depend "
+                "on the number of steps. Use `weighting='unbiased'`."
+            )
         if self.num_step_draws < 1:
             raise ValueError(f"`num_step_draws` must be at least 1, got {self.num_step_draws}.")
         if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
@@ -182,6 +191,7 @@ class DTRPOConfig(GRPOConfig):
             "top_entropy_quantile": (1.0, no_entropy),
             "entropy_coef": (0.0, no_entropy),
             "use_adaptive_entropy": (False, no_entropy),
+            "router_aux_loss_coef": (0.0, "the load-balancing loss of a packed layout would count its copies"),
             "off_policy_mask_threshold": (
                 None,
                 "it averages over all tokens, of which only the scored ones are known",

@@ -10,26 +10,29 @@ import torch.nn.functional as F
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
+from ..policies.forward import check_attention
 from ..policies.loading import load_config
 from ..policies.lora import check_targets, empty_model
 from ..policies.spec import DiffusionSpec, check_spec, get_spec, set_spec
-from ..scoring.draws import derive_seed, draw_steps
+from ..scoring.draws import count_tokens, derive_seed, draw_steps
 from ..scoring.layout import PackedLayout, pack
 from ..scoring.score import score
 from ..trajectories.trajectory import TrajectoryBatch, drawable_states, response_blocks
-from ._trl import unwrap_model_for_generation, use_adapter
+from ._trl import disable_dropout_in_model, unwrap_model_for_generation, use_adapter
 from .config import DTRPOConfig
 
 
 logger = get_logger(__name__)
 
-_TRAIN, _EVAL = 0, 1  # random streams
+_TRAIN, _EVAL, _DRAWS = 0, 1, 2  # random streams
 
 
 class DTRPOTrainer(GRPOTrainer):
@@ -56,7 +59,7 @@ class DTRPOTrainer(GRPOTrainer):
     trainer = DTRPOTrainer(
         model=tiny_policy_path(),
         reward_funcs=sudoku.sudoku_solved,
-        args=DTRPOConfig("sudoku", max_completion_length=17),
+        args=DTRPOConfig("sudoku", max_completion_length=17, bf16=False),  # a CPU is better off in float32
         train_dataset=dataset,
     )
     trainer.train()
@@ -70,12 +73,15 @@ class DTRPOTrainer(GRPOTrainer):
             As for [`~trl.GRPOTrainer`].
         args ([`DTRPOConfig`], *optional*):
             Configuration of this trainer.
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+        train_dataset, eval_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Must have a `prompt` column, standard or conversational; other columns reach the reward functions.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. Loaded from where the model is by default.
         kwargs (`dict`):
-            The other arguments of [`~trl.GRPOTrainer`]: `eval_dataset`, `processing_class`, `peft_config`, ...
+            The other arguments of [`~trl.GRPOTrainer`], by name: `callbacks`, `optimizers`, `peft_config`, ...
 
     Raises:
+        TypeError: if the model, the arguments or a dataset are of another type.
         ValueError: before anything is trained, if there is no reward function, a dataset is empty or has no `prompt`
             column, the policy has no mask token, or a prompt holds the mask token or is too long for the policy.
     """
@@ -89,8 +95,12 @@ class DTRPOTrainer(GRPOTrainer):
         reward_funcs=None,
         args: DTRPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
+        if not isinstance(model, str | PreTrainedModel | PeftModel):
+            raise TypeError(f"`model` must be a path, a hub id or a model, got {type(model).__name__}.")
         for name in ("tools", "rollout_func", "environment_factory"):
             if kwargs.get(name):
                 raise ValueError(
@@ -103,7 +113,7 @@ class DTRPOTrainer(GRPOTrainer):
             args = DTRPOConfig(f"{name.rstrip('/').split('/')[-1]}-DTRPO")
         if not isinstance(args, DTRPOConfig):
             raise TypeError(f"`args` must be a DTRPOConfig, got {type(args).__name__}.")
-        for name, dataset in _named_datasets(train_dataset, kwargs.get("eval_dataset")):
+        for name, dataset in _named_datasets(train_dataset, eval_dataset):
             _check_columns(name, dataset)
         # All that can be known before the weights are loaded.
         config = _load_config(model, args)
@@ -111,24 +121,57 @@ class DTRPOTrainer(GRPOTrainer):
         if kwargs.get("peft_config") is not None:
             check_targets(empty_model(config) if isinstance(model, str) else model, kwargs["peft_config"])
 
+        if args.beta != 0.0 and not isinstance(model, str) and kwargs.get("peft_config") is None:
+            if not isinstance(model, PeftModel) and not model.config._name_or_path:
+                raise ValueError(
+                    "`beta` is not 0, so a reference is needed, which is loaded from where the policy was; but this model "
+                    "was not loaded from anywhere. Save it and pass the path as `model`, or set `beta=0`."
+                )
+
         self._layout: PackedLayout | None = None
         self._rollouts: TrajectoryBatch | None = None
-        self._rollout_clock = (-1, 0)  # optimizer step, and rollouts so far in it
-        super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        self._rollout_clock = {}  # for training and evaluation: optimizer step, and rollouts so far in it
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        check_attention(self.model)
+        if self.is_fsdp_enabled or (is_deepspeed_zero3_enabled() and not args.ds3_gather_for_generation):
+            raise ValueError(
+                "Rollouts over sharded parameters are not supported yet, since processes would have to run the same "
+                "number of denoising steps. Use DDP, ZeRO-2, or ZeRO-3 with `ds3_gather_for_generation=True`."
+            )
 
         self.spec = spec
+        # Recorded and re-scored log-probabilities are compared: no dropout between them.
+        disable_dropout_in_model(self.model)
+        # What ends a response here is what TRL calls terminated (before TRL 1.16 it knew the tokenizer's token only).
+        self.eos_token_ids = list(spec.stop_token_ids)
+        if self._tokenizer.eos_token_id not in spec.stop_token_ids:
+            logger.warning(
+                f"The policy stops at {list(spec.stop_token_ids)}, the tokenizer's end-of-text token is "
+                f"{self._tokenizer.eos_token_id}. `clipped_ratio` and `mask_truncated_completions` may take finished "
+                "responses for truncated ones."
+            )
+        self.aux_loss_enabled = False  # the load balance of a packed layout would count its copies
         set_spec(self.model.config, spec)
         if self.ref_model is not None:
             set_spec(self.ref_model.config, spec)
         logger.info(f"Diffusion policy: {spec}")
-        for name, dataset in _named_datasets(train_dataset, kwargs.get("eval_dataset")):
+        for name, dataset in _named_datasets(train_dataset, eval_dataset):
             self._check_prompts(name, dataset)
 
     # ------------------------------------------------------------------------------------------------- rollouts
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """Denoises a response for each prompt; what happened is kept for the rest of this rollout."""
-        self._rollouts = self._decode(prompt_ids, self.args.decoding(), self._row_seeds(len(prompt_ids)))
+        self._seeds = self._row_seeds(len(prompt_ids))
+        self._rollouts = self._decode(prompt_ids, self.args.decoding(), self._seeds)
         return self._rollouts.completions(), self._rollouts.completion_logps()
 
     def _decode(self, prompt_ids: list[list[int]], decoding: DecodingConfig, seeds: list[int]) -> TrajectoryBatch:
@@ -167,9 +210,11 @@ class DTRPOTrainer(GRPOTrainer):
         """
         decoding = self.args.decoding(temperature=0.0) if decoding is None else decoding
         prompts = list(prompts)  # a dataset's column is not one
+        if not prompts:
+            raise ValueError("There is no prompt to answer.")
         prompt_ids = self._tokenize_prompts(prompts)[0]
         seeds = [derive_seed(seed, row) for row in range(len(prompts))]
-        # Every process decodes the same number of rows, so that collectives inside the policy stay in step.
+        # Every process has the same number of rows; the last ones wrap around.
         share = -(-len(prompts) // self.accelerator.num_processes)
         first = self.accelerator.process_index * share
         rows = [row % len(prompts) for row in range(first, first + share)]
@@ -180,12 +225,13 @@ class DTRPOTrainer(GRPOTrainer):
     def _row_seeds(self, num_rows: int) -> list[int]:
         """
         One seed for each local row of this rollout: a function of the run's seed, the optimizer step and the row's
-        place in the whole rollout, so it does not depend on the number of processes, and a resumed run repeats it.
+        place in the whole rollout, so it does not depend on the number of processes or on evaluations in between, and
+        a resumed run repeats it.
         """
-        step, rollouts = self._rollout_clock
-        rollouts = rollouts + 1 if step == self.state.global_step else 0
-        self._rollout_clock = (self.state.global_step, rollouts)
         stream = _TRAIN if self.model.training else _EVAL
+        step, rollouts = self._rollout_clock.get(stream, (-1, 0))
+        rollouts = rollouts + 1 if step == self.state.global_step else 0
+        self._rollout_clock[stream] = (self.state.global_step, rollouts)
         first = self.accelerator.process_index * num_rows
         return [
             derive_seed(self.args.seed, stream, self.state.global_step, rollouts, first + row)
@@ -200,9 +246,7 @@ class DTRPOTrainer(GRPOTrainer):
             rollouts = self._rollouts
         finally:
             self._rollouts = None
-        step, index = self._rollout_clock
-        first = self.accelerator.process_index * len(rollouts)
-        draw_seeds = [derive_seed(self.args.seed, 2, step, index, first + row) for row in range(len(rollouts))]
+        draw_seeds = [derive_seed(seed, _DRAWS) for seed in self._seeds]
         output.update(
             canvas_ids=rollouts.canvas_ids,
             canvas_steps=rollouts.steps,
@@ -210,6 +254,9 @@ class DTRPOTrainer(GRPOTrainer):
             canvas_lengths=rollouts.canvas_lengths,
             draw_seeds=torch.tensor(draw_seeds, device=rollouts.canvas_ids.device),
         )
+        if self.args.weighting == "none":
+            counted = _fit(output["completion_mask"].bool(), rollouts.canvas_ids.shape[1])
+            output["expected_weight"] = self._expected_weight(rollouts, counted)
         self._log_rollouts(rollouts)
         return output
 
@@ -241,9 +288,10 @@ class DTRPOTrainer(GRPOTrainer):
             if self.beta != 0.0:
                 inputs["ref_per_token_logps"] = _fit(self._reference_logps(layout), width)
             if self.args.weighting == "none":
-                inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * self._scored_share(inputs, layout)
+                inputs["num_items_in_batch"] = inputs["expected_weight"]
             inputs["completion_mask"] = _fit(layout.weights, width)
-            inputs["old_per_token_logps"] = _fit(inputs["canvas_logps"], width)
+            old = torch.where(layout.weights > 0, inputs["canvas_logps"], 0.0)  # what is not scored has ratio 1
+            inputs["old_per_token_logps"] = _fit(old, width)
             return super()._compute_loss(model, inputs)
 
     @contextmanager
@@ -281,11 +329,17 @@ class DTRPOTrainer(GRPOTrainer):
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
             return score(self.model, layout, self.spec, self.temperature)[0]
 
-    def _scored_share(self, inputs: dict[str, Any], layout: PackedLayout) -> Tensor:
-        """Weight of the scored tokens over the number of tokens, what an unweighted sum has to be normalised by."""
-        totals = torch.stack([layout.weights.sum(), inputs["completion_mask"].sum().float()])
-        scored, tokens = self.accelerator.reduce(totals, reduction="sum")
-        return scored / tokens.clamp(min=1.0)
+    def _expected_weight(self, rollouts: TrajectoryBatch, counted: Tensor) -> Tensor:
+        """What the weights of a draw sum to on average, over the rollouts of all processes."""
+        groups, states, drawable = drawable_states(self.spec, rollouts, counted)
+        counts = count_tokens(groups, states, drawable).float()  # (R, S, T)
+        support = counts > 0
+        if self.args.step_distribution == "uniform":
+            chance = support / support.sum(-1, keepdim=True).clamp(min=1)
+        else:
+            chance = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        total = (chance * counts).sum() + (counted & ~drawable).sum()
+        return self.accelerator.reduce(total, reduction="sum")
 
     # -------------------------------------------------------------------------------------------------- metrics
 
@@ -322,6 +376,9 @@ class DTRPOTrainer(GRPOTrainer):
             return
         for begin in range(0, len(dataset), 1000):
             prompts = dataset[begin : begin + 1000]["prompt"]
+            missing = [begin + index for index, prompt in enumerate(prompts) if not prompt]
+            if missing:
+                raise ValueError(f"{name}: row {missing[0]} has no prompt (it is {prompts[missing[0] - begin]!r}).")
             prompt_ids = self._tokenize_prompts(prompts)[0]
             try:
                 check_prompts(prompt_ids, self.spec, self.model.config, self.max_completion_length)
@@ -346,6 +403,8 @@ def _named_datasets(train_dataset, eval_dataset) -> list[tuple[str, Any]]:
 def _check_columns(name: str, dataset: Any) -> None:
     if dataset is None:
         raise ValueError(f"`{name}` is required.")
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(f"`{name}` must be a Dataset or an IterableDataset, got {type(dataset).__name__}.")
     columns = dataset.column_names
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")

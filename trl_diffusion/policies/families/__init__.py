@@ -1,0 +1,47 @@
+"""
+The published families of diffusion language models: loaded without remote code, saved in their own format.
+
+Each is a stock transformers backbone under another name, so PEFT, gradient checkpointing, attention implementations and
+parallelism are those of transformers. `import trl_diffusion` registers them with the auto classes.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
+from .models import (
+    LLADA_NAMES,
+    DreamModel,
+    DreamTokenizer,
+    Fast_dLLM_QwenForCausalLM,
+    Fast_dLLM_QwenModel,
+    LLaDAModelLM,
+    SDARForCausalLM,
+    SDARModel,
+)
+
+
+# Config, and what `AutoModel` and `AutoModelForCausalLM` give for it (as in the families' own `auto_map`).
+FAMILIES = {
+    "LLaDA": (LLaDAConfig, LLaDAModelLM, LLaDAModelLM),
+    "Dream": (DreamConfig, DreamModel, DreamModel),
+    "Fast-dLLM v2": (Fast_dLLM_QwenConfig, Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM),
+    "SDAR": (SDARConfig, SDARModel, SDARForCausalLM),
+}
+
+
+def register() -> None:
+    """Tells transformers' auto classes about the families, and its loading and saving about LLaDA's weight names."""
+    for config, model, causal_lm in FAMILIES.values():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)
+    names = [WeightRenaming(rf"^model\.transformer\.{theirs}", ours) for theirs, ours in LLADA_NAMES.items()]
+    register_checkpoint_conversion_mapping(LLaDAConfig.model_type, names, overwrite=True)
+
+
+register()
