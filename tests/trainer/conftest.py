@@ -59,8 +59,7 @@ def make_trainer(tokenizer, char_spec, tmp_path):
             reward_funcs=reward_funcs,
             args=DTRPOConfig(**options),
             train_dataset=make_dataset() if dataset is None else dataset,
-            processing_class=tokenizer,
-            **(kwargs or {}),
+            **{"processing_class": tokenizer, **(kwargs or {})},
         )
 
     return build

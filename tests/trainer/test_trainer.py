@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+import trl
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Qwen3Config
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
@@ -335,6 +337,7 @@ def test_resume_repeats_the_uninterrupted_run(make_trainer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), part.model.parameters(), strict=True))
 
 
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="TRL knew the tokenizer's end token only")
 def test_truncated_responses_are_masked(make_trainer, tokenizer):
     """Responses without a stop token carry no weight, and those with one do, whichever token it is."""
     trainer = make_trainer(

@@ -19,9 +19,9 @@ from trl import GRPOTrainer
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
 from ..policies.forward import check_attention
-from ..policies.loading import load_config
+from ..policies.loading import load_config, resolve_mask_token
 from ..policies.lora import check_targets, empty_model
-from ..policies.spec import DiffusionSpec, check_spec, get_spec, set_spec
+from ..policies.spec import DiffusionSpec, check_spec, family_fields, get_spec, set_spec, spec_fields
 from ..scoring.draws import count_tokens, derive_seed, draw_steps
 from ..scoring.layout import PackedLayout, pack
 from ..scoring.score import score
@@ -117,7 +117,7 @@ class DTRPOTrainer(GRPOTrainer):
             _check_columns(name, dataset)
         # All that can be known before the weights are loaded.
         config = _load_config(model, args)
-        spec = _resolve_spec(config, args)
+        spec = _resolve_spec(config, args, processing_class)
         if kwargs.get("peft_config") is not None:
             check_targets(empty_model(config) if isinstance(model, str) else model, kwargs["peft_config"])
 
@@ -424,8 +424,13 @@ def _load_config(model: str | PreTrainedModel, args: DTRPOConfig) -> PretrainedC
     return load_config(model, **{key: value for key, value in (args.model_init_kwargs or {}).items() if key in known})
 
 
-def _resolve_spec(config: PretrainedConfig, args: DTRPOConfig) -> DiffusionSpec:
+def _resolve_spec(
+    config: PretrainedConfig, args: DTRPOConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> DiffusionSpec:
     """The policy's spec: what its config says, completed and overridden by `args.diffusion_spec`."""
-    spec = get_spec(config, args.diffusion_spec or {})
+    overrides = dict(args.diffusion_spec or {})
+    if family_fields(config) and tokenizer is not None and "mask_token_id" not in {**spec_fields(config), **overrides}:
+        overrides["mask_token_id"] = resolve_mask_token(config, tokenizer)  # only the tokenizer knows
+    spec = get_spec(config, overrides)
     check_spec(spec, config)
     return spec

@@ -1,0 +1,104 @@
+"""Every checkpoint family trains from its path, and its trajectories are scored as they were made."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import trl_diffusion  # noqa: F401  (registers the families)
+from tests.conftest import make_prompts, shared
+from tests.scoring.test_oracles import draw_everything_at, plain_forward_logps
+from trl_diffusion import DecodingConfig, decode, get_spec
+from trl_diffusion.scoring.layout import pack
+from trl_diffusion.scoring.score import score
+from trl_diffusion.trajectories.trajectory import drawable_states
+
+
+# What the fixtures' configs do not say, and blocks short enough for a quick test.
+FAMILIES = {
+    "llada": {"block_size": 8},
+    "dream": {"block_size": 8},
+    "fast_dllm_v2": {"mask_token_id": 300},
+    "sdar": {},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_o1_recorded_equals_packed_equals_plain(name):
+    policy = AutoModelForCausalLM.from_pretrained(shared("fixtures", name)).eval()
+    spec = get_spec(policy.config, FAMILIES[name])
+    for config in (DecodingConfig(20, 1.0, tokens_per_step=2), DecodingConfig(20, 0.8, "threshold", threshold=0.02)):
+        batch = decode(policy, make_prompts((3, 13, 32, 37)), config, spec, seeds=[1, 2, 3, 4])
+        plain = plain_forward_logps(policy, spec, batch, config.temperature)
+        counted = batch.completion_mask
+        torch.testing.assert_close(batch.logps[counted], plain[counted], atol=1e-5, rtol=0)
+        groups, states, _ = drawable_states(spec, batch)
+        scored = torch.zeros_like(counted)
+        for step in range(int(states.max()) + 1):
+            layout = pack(batch, spec, draw_everything_at(step, batch, groups))
+            here = layout.weights > 0
+            logps = score(policy, layout, spec, config.temperature)[0]
+            torch.testing.assert_close(logps[here], plain[here], atol=1e-5, rtol=0)
+            scored |= here
+        assert torch.equal(scored, counted)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("lora", [False, True])
+def test_three_steps_from_a_path(make_trainer, tmp_path, name, beta, lora):
+    if lora and not beta:
+        pytest.skip("LoRA is tried with a reference")
+    directory = shared("fixtures", name)
+    seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    trainer = make_trainer(
+        str(directory),
+        beta=beta,
+        gradient_checkpointing=True,
+        diffusion_spec=FAMILIES[name] or None,
+        kwargs={"peft_config": LoraConfig(r=4, target_modules=seven)} if lora else None,
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.state.global_step == 3
+    for n, p in trainer.model.named_parameters():
+        changes = "lora_" in n if lora else True
+        assert torch.equal(p, before[n]) != changes, n
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert max(entry["diffusion/recorded_gap/max"] for entry in logs) < 1e-5
+    assert all(entry["diffusion/scored_tokens"] > 0 for entry in logs)
+    if beta:
+        assert logs[0]["kl"] < 1e-6 < logs[-1]["kl"]
+    trainer.save_model(tmp_path / "trained")
+    if not lora:  # saved under the family's own names
+        with (
+            safe_open(directory / "model.safetensors", "pt") as a,
+            safe_open(tmp_path / "trained" / "model.safetensors", "pt") as b,
+        ):
+            assert set(a.keys()) == set(b.keys())
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+        assert all(torch.equal(x, y) for x, y in zip(again.parameters(), trainer.model.parameters(), strict=True))
+        assert get_spec(again.config) == trainer.spec
+
+
+def test_an_unknown_model_type_is_told_what_there_is(make_trainer, tmp_path):
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "config.json").write_text('{"model_type": "strange_dlm", "architectures": ["StrangeLM"]}')
+    with pytest.raises(ValueError, match="(?s)strange_dlm.*LLaDA.*SDAR.*diffusion_spec"):
+        make_trainer(str(tmp_path / "strange"))
+
+
+def test_a_mask_token_that_only_the_tokenizer_knows(make_trainer, tokenizer):
+    """Fast-dLLM v2's config does not name it."""
+    path = str(shared("fixtures", "fast_dllm_v2"))
+    assert make_trainer(path).spec.mask_token_id == tokenizer.mask_token_id
+    blank = copy.deepcopy(tokenizer)
+    blank.mask_token = None
+    with pytest.raises(ValueError, match="Neither the config .* nor its tokenizer says which token stands for"):
+        make_trainer(path, kwargs={"processing_class": blank})
