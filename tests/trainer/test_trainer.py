@@ -524,7 +524,6 @@ def test_bad_input_leaves_nothing_behind(make_trainer, tmp_path):
         {"cast_lm_head_to_fp32": True},
         {"top_entropy_quantile": 0.2},
         {"off_policy_mask_threshold": 0.5},
-        {"router_aux_loss_coef": 0.1},
         {"diffusion_spec": "block"},
         {"loss_type": "dr_grpo", "weighting": "none"},
         {"max_completion_length": None},

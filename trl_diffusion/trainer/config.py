@@ -191,7 +191,6 @@ class DTRPOConfig(GRPOConfig):
             "top_entropy_quantile": (1.0, no_entropy),
             "entropy_coef": (0.0, no_entropy),
             "use_adaptive_entropy": (False, no_entropy),
-            "router_aux_loss_coef": (0.0, "the load-balancing loss of a packed layout would count its copies"),
             "off_policy_mask_threshold": (
                 None,
                 "it averages over all tokens, of which only the scored ones are known",
