@@ -127,6 +127,7 @@ def main(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: M
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(RewardProgressCallback)
     say = trainer.accelerator.print
+    say(f"Policy: {trainer.spec}")
 
     say(f"Measuring the policy on {len(task.evaluation)} {task.unit} that training never sees ...")
     before, _ = trainer.answer(task.evaluation["prompt"])

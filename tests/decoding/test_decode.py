@@ -121,6 +121,19 @@ def test_samples_follow_the_policy():
     assert ((frequencies - expected).abs() < 5 * (expected * (1 - expected) / repeats).sqrt() + 1e-9).all()
 
 
+def test_top_k_samples_from_what_is_left():
+    spec = SPECS["block-of-one"]
+    policy = make_policy(spec)
+    logits = policy(torch.tensor([[7, 8, 9]])).logits[0, -1].detach()
+    logits[MASK] = -torch.inf
+    best = logits.topk(3)
+    batch = decode(policy, [[7, 8, 9]] * 500, DecodingConfig(1, 1.0, top_k=3), seeds=list(range(500)))
+    assert set(batch.canvas_ids[:, 0].tolist()) <= set(best.indices.tolist())
+    expected = dict(zip(best.indices.tolist(), best.values.log_softmax(-1).tolist(), strict=True))
+    for token, logp in zip(batch.canvas_ids[:, 0].tolist(), batch.logps[:, 0].tolist(), strict=True):
+        assert logp == pytest.approx(expected[token], abs=1e-5)
+
+
 def test_strategies():
     confidence = torch.tensor([[0.9, 0.5, 0.5, 0.1], [0.2, 0.95, 0.3, 0.99]])
     masked = torch.tensor([[False, True, True, True], [True, True, True, True]])
@@ -219,6 +232,7 @@ def test_sampling_needs_a_seed_for_each_prompt():
         {"steps_per_block": 0},
         {"schedule": "cosine"},
         {"sub_block_size": 0},
+        {"top_k": 0},
         {"tokens_per_step": 1.5},
         {"temperature": float("nan")},
         {"steps_per_block": 4, "strategy": "threshold"},

@@ -28,7 +28,7 @@ CASES = {
     ),
     "dream": (
         {"block_size": 24},
-        DecodingConfig(24, steps_per_block=24, schedule="linear", allow_mask_token=True),
+        DecodingConfig(24, steps_per_block=24, schedule="linear", top_k=50, allow_mask_token=True),
         "prompt",
         "gen_maskgit_plus",
     ),

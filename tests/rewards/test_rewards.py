@@ -128,7 +128,7 @@ def test_math_rejects():
     assert math.math_accuracy(answers, [gold] * len(answers)) == [0.0] * len(answers)
     right = ["so #### 72", "#### 72.0", r"it is \boxed{72}", "#### $72"]
     assert math.math_accuracy(right, [gold] * len(right)) == [1.0] * len(right)
-    assert math.answer_format(["no marker", "#### 72", "work ####", "work #### 72"]) == [0.0, 0.0, 0.0, 1.0]
+    assert math.answer_format(["no marker", "#### 72", "work ####", "work #### 72"]) == [0.0, 0.2, 0.0, 1.0]
 
 
 def test_conversational_completions():

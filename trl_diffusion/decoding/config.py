@@ -38,6 +38,10 @@ class DecodingConfig:
             generation). Steps that would unmask nothing are left out.
         sub_block_size (`int`, *optional*):
             Unmask the parts of a block of this many positions one after another, from left to right (Fast-dLLM v2).
+        top_k (`int`, *optional*):
+            Keep the `top_k` most likely tokens of each distribution only, before confidence and sampling. Recorded
+            log-probabilities are those of what is left; they cannot be compared with scored ones, so training
+            refuses it. (Dream's published generation runs with 50 under transformers 4, whose configs say so.)
         allow_mask_token (`bool`, *optional*, defaults to `False`):
             Whether the mask token may be proposed, with full attention and temperature 0. A position for which it is
             chosen stays masked and competes with those of later blocks for their steps; what is left in the end stays
@@ -55,12 +59,13 @@ class DecodingConfig:
     steps_per_block: int | None = None
     schedule: str = "even"
     sub_block_size: int | None = None
+    top_k: int | None = None
     allow_mask_token: bool = False
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "tokens_per_step", "steps_per_block", "sub_block_size"):
+        for name in ("max_new_tokens", "tokens_per_step", "steps_per_block", "sub_block_size", "top_k"):
             value = getattr(self, name)
-            optional = name in ("steps_per_block", "sub_block_size")
+            optional = name not in ("max_new_tokens", "tokens_per_step")
             if not (optional and value is None) and (type(value) is not int or value < 1):
                 raise ValueError(f"`{name}` must be a whole number, at least 1, got {value!r}.")
         if not 0 <= self.temperature < float("inf"):

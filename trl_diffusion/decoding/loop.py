@@ -125,7 +125,7 @@ class _Loop:
         One token for each of `M` rows of logits, and its log-probability under the distribution it was sampled from.
         `uniforms`, of shape `(M,)`, picks it from the cumulative distribution; without it the most likely one is taken.
         """
-        log_probs = log_distribution(logits, self.spec, self.config.temperature)
+        log_probs = log_distribution(logits, self.spec, self.config.temperature, self.config.top_k)
         choices = log_probs
         if self.spec.predicts_mask_token and not self.config.allow_mask_token:
             # It has a share of the distribution, yet it is no answer.

@@ -92,7 +92,9 @@ def logits_at(model: nn.Module, rows: Tensor, columns: Tensor):
         handle.remove()
 
 
-def log_distribution(logits: Tensor, spec: DiffusionSpec, temperature: float = 1.0) -> Tensor:
+def log_distribution(
+    logits: Tensor, spec: DiffusionSpec, temperature: float = 1.0, top_k: int | None = None
+) -> Tensor:
     """
     The policy's log-distribution over tokens, in float32 (METHOD.md, section 3.6). Decoding and scoring both use it.
 
@@ -101,6 +103,7 @@ def log_distribution(logits: Tensor, spec: DiffusionSpec, temperature: float = 1
         spec ([`DiffusionSpec`]): facts about the policy.
         temperature (`float`, *optional*, defaults to `1.0`): what the logits are divided by; 0 stands for 1, since the
             distribution that greedy decoding looks at is the untempered one.
+        top_k (`int`, *optional*): keeps the `top_k` most likely tokens only.
 
     Returns:
         float32 `Tensor` of shape `(..., V)`.
@@ -113,4 +116,6 @@ def log_distribution(logits: Tensor, spec: DiffusionSpec, temperature: float = 1
         mask = torch.zeros(logits.shape[-1], device=logits.device)
         mask[spec.mask_token_id] = -torch.inf
         logits = logits + mask
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
     return logits.log_softmax(-1)

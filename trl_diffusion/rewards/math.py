@@ -36,5 +36,9 @@ def math_accuracy(completions, answer, **kwargs) -> list[float | None]:
 
 
 def answer_format(completions, **kwargs) -> list[float]:
-    """Reward function: 1 if the completion ends in `#### answer`, as GSM8K's solutions do, with text before it."""
-    return [float(re.search(r"\S.*\n?####\s*\S+\s*$", text, re.DOTALL) is not None) for text in texts(completions)]
+    """
+    Reward function: 1 for a completion that ends in `#### answer` with text before it, as GSM8K's solutions do; 0.2 for
+    one that holds a number at least, so that a policy far from the format has a slope to climb; 0 otherwise.
+    """
+    complete = re.compile(r"\S.*####\s*\S+\s*$", re.DOTALL)
+    return [1.0 if complete.search(text) else 0.2 * bool(re.search(r"\d", text)) for text in texts(completions)]
