@@ -29,6 +29,7 @@ from trl_diffusion.rewards import countdown, sudoku
 from trl_diffusion.scoring.draws import StepDraw
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
+from trl_diffusion.scoring.states import drawn_states
 from trl_diffusion.trajectories.trajectory import TrajectoryBatch
 
 
@@ -135,10 +136,8 @@ def collate(pairs: list[tuple[str, str]], tokenizer, block_size: int, generator:
         canvas_lengths=torch.tensor(lengths),
         completion_lengths=torch.tensor(lengths),
     )
-    every_block = torch.arange(num_blocks).expand(len(pairs), -1)
     hit = torch.zeros(len(pairs), num_blocks).scatter_add(1, blocks, (masked & batch.completion_mask).float()) > 0
-    every_block = torch.where(hit, every_block, -1)
-    return batch, StepDraw(every_block, torch.ones_like(every_block), hit.float())
+    return batch, StepDraw(torch.where(hit, 1, -1)[..., None], hit.float()[..., None], hit.float())
 
 
 def solve_rate(model, tokenizer, prompts: list[str], check, config: DecodingConfig) -> float:
@@ -186,7 +185,7 @@ def main() -> None:
     for step in bar:
         model.train()
         batch, draw = collate(rng.sample(corpus, args.batch_size), tokenizer, spec.block_size, generator)
-        layout = pack(batch, spec, draw)
+        layout = pack(batch, spec, drawn_states(batch, spec, draw))
         logps, _ = score(model, layout, spec)
         loss = -logps.sum() / (layout.weights > 0).sum()
         loss.backward()

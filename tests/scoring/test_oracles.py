@@ -15,7 +15,8 @@ from trl_diffusion.decoding.decode import decode
 from trl_diffusion.scoring.draws import StepDraw, count_tokens, draw_steps
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
-from trl_diffusion.trajectories.trajectory import TrajectoryBatch, drawable_states, response_blocks
+from trl_diffusion.scoring.states import drawn_states
+from trl_diffusion.trajectories.trajectory import TokenStates, TrajectoryBatch, response_blocks, token_states
 
 
 DECODINGS = {
@@ -43,8 +44,12 @@ def another(policy):
 
 def draw_everything_at(step: int, batch: TrajectoryBatch, blocks) -> StepDraw:
     """The draw that scores state `step` of every group of tokens."""
-    every_block = torch.arange(int(blocks.max()) + 1).expand(len(batch), -1)
-    return StepDraw(every_block, torch.full_like(every_block, step), torch.ones(every_block.shape))
+    shape = (len(batch), int(blocks.max()) + 1)
+    return StepDraw(torch.full((*shape, 1), step), torch.ones(*shape, 1), torch.ones(shape))
+
+
+def lay_out(batch: TrajectoryBatch, spec, draw: StepDraw, **options):
+    return pack(batch, spec, drawn_states(batch, spec, draw), **options)
 
 
 def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float):
@@ -96,10 +101,10 @@ def test_o1_packed_equals_recorded_equals_plain(policy, spec, decoding):
     counted = batch.completion_mask
     torch.testing.assert_close(batch.logps[counted], plain[counted], atol=1e-5, rtol=0)
 
-    blocks, states, _ = drawable_states(spec, batch)
+    blocks, states, *_ = token_states(spec, batch)
     scored = torch.zeros_like(counted)
     for step in range(int(states.max()) + 1):
-        layout = pack(batch, spec, draw_everything_at(step, batch, blocks))
+        layout = lay_out(batch, spec, draw_everything_at(step, batch, blocks))
         logps, _ = score(policy, layout, spec, decoding.temperature)
         here = layout.weights > 0
         torch.testing.assert_close(logps[here], plain[here], atol=1e-5, rtol=0)
@@ -112,7 +117,7 @@ def test_rollouts_cover_the_hard_cases():
     spec = SPECS["block-from-sequence"]
     policy = make_policy(spec)
     batch = rollout(policy, DECODINGS["threshold"])
-    assert (count_tokens(*drawable_states(spec, batch)) > 1).any()
+    assert (count_tokens(*token_states(spec, batch)[:3]) > 1).any()
     assert (batch.completion_lengths < batch.canvas_lengths).any()
     stopped = [ids[-1] == STOP for ids in rollout(policy, DECODINGS["two-per-step"]).completions()]
     assert any(stopped) and not all(stopped)
@@ -156,9 +161,9 @@ def test_o2_enumerated_draws_are_unbiased(distribution, num_draws):
         expected = 0.0
         for outcome, chance in zip(outcomes, chances, strict=True):
             weights = weights_of(distribution, len(support), total, [counts[row, block, t].item() for t in outcome])
-            picked = StepDraw(
-                torch.full((1, len(outcome)), block), torch.tensor([outcome]), torch.tensor([weights])
-            ).token_weights(blocks[row : row + 1], steps[row : row + 1], counted[row : row + 1])[0]
+            picked = torch.zeros(blocks.shape[1])
+            for step, weight in zip(outcome, weights, strict=True):
+                picked[here & (steps[row] == step)] += weight
             expected = expected + chance * (picked.double() * ratios[row]).sum()
         assert abs(expected - exact) < 1e-5
 
@@ -177,7 +182,7 @@ def test_draws_follow_their_distribution_and_carry_its_weights(distribution, num
     counts = count_tokens(blocks, steps, counted)
     repeats = 4000
     draw = draw_steps(
-        *(tensor.repeat_interleave(repeats, 0) for tensor in (blocks, steps, counted)),
+        TokenStates(*(tensor.repeat_interleave(repeats, 0) for tensor in (blocks, steps, counted, counted))),
         seeds=list(range(2 * repeats)),
         distribution=distribution,
         num_draws=num_draws,
@@ -187,16 +192,16 @@ def test_draws_follow_their_distribution_and_carry_its_weights(distribution, num
         sizes = counts[row, block]
         support = (sizes > 0).nonzero().squeeze(1).tolist()
         expected_draws = min(num_draws, len(support)) if distribution == "uniform" else num_draws
-        here = draw.blocks[rows] == block
-        assert (here.sum(1) == expected_draws).all()
-        frequencies = torch.stack([((draw.steps[rows] == t) & here).sum() for t in range(len(sizes))]) / repeats
+        drawn = draw.steps[rows, block]
+        assert ((drawn >= 0).sum(1) == expected_draws).all()
+        frequencies = torch.stack([(drawn == t).sum() for t in range(len(sizes))]) / repeats
         if distribution == "uniform":
             expected = (sizes > 0) * expected_draws / len(support)
         else:
             expected = sizes / sizes.sum() * num_draws
         assert (frequencies - expected).abs().max() < 4 * (0.5 * num_draws / repeats**0.5)
         for step in support:
-            weights = draw.weights[rows][(draw.steps[rows] == step) & here]
+            weights = draw.weights[rows, block][drawn == step]
             size = sizes[step].item()
             wanted = weights_of(distribution, len(support), sizes.sum().item(), [size] * expected_draws)[0]
             assert torch.allclose(weights, torch.tensor(wanted, dtype=torch.float))
@@ -209,7 +214,7 @@ def test_o2_estimate_equals_exact_log_ratio_in_expectation(policy, spec, distrib
     """Through the packed forward: the mean over all draws of sum(weight * log-ratio) is the exact log-ratio."""
     reference = another(policy)
     batch = rollout(policy, DECODINGS["threshold"])
-    blocks, states, drawable = drawable_states(spec, batch)
+    blocks, states, drawable, _ = token_states(spec, batch)
     exact = (
         plain_forward_logps(policy, spec, batch, 1.3) - plain_forward_logps(reference, spec, batch, 1.3)
     ).masked_fill(~batch.completion_mask, 0.0)
@@ -217,7 +222,7 @@ def test_o2_estimate_equals_exact_log_ratio_in_expectation(policy, spec, distrib
     # Every token's log-ratio as the packed pass gives it, and the inclusion of tokens averaged over all draws.
     ratios = torch.zeros_like(batch.logps)
     for step in range(int(states.max()) + 1):
-        layout = pack(batch, spec, draw_everything_at(step, batch, blocks))
+        layout = lay_out(batch, spec, draw_everything_at(step, batch, blocks))
         difference = score(policy, layout, spec, 1.3)[0] - score(reference, layout, spec, 1.3)[0]
         ratios = torch.where(layout.weights > 0, difference, ratios)
     counts = count_tokens(blocks, states, drawable)
@@ -257,11 +262,12 @@ def test_o4_variance_of_one_uniform_draw():
             if size > 1:  # simple random sampling without replacement
                 expected += size**2 * d.var(correction=0).item() / k * (size - k) / (size - 1)
         draw = draw_steps(
-            *(tensor.expand(repeats, -1) for tensor in (blocks, steps, counted)),
+            TokenStates(*(tensor.expand(repeats, -1) for tensor in (blocks, steps, counted, counted))),
             seeds=list(range(repeats)),
             num_draws=num_draws,
         )
-        weights = draw.token_weights(*(tensor.expand(repeats, -1) for tensor in (blocks, steps, counted)))
+        hit = (draw.steps[:, blocks[0]] == steps[0, :, None]) & (steps[0, :, None] >= 0)  # (repeats, C, K)
+        weights = (hit * draw.weights[:, blocks[0]]).sum(-1) * counted
         estimates = (weights * ratios).sum(1).double()
         centred = (estimates - estimates.mean()) ** 2
         standard_error = centred.std() / repeats**0.5
@@ -272,7 +278,7 @@ def test_o4_variance_of_one_uniform_draw():
 def test_o6_gradient_of_the_enumerated_estimator(policy, spec):
     """Averaging the estimator over all steps gives the exact objective's gradient."""
     batch = rollout(policy, DECODINGS["two-per-step"])
-    blocks, states, drawable = drawable_states(spec, batch)
+    blocks, states, drawable, _ = token_states(spec, batch)
     counts = count_tokens(blocks, states, drawable)
 
     def gradient(objective):
@@ -283,8 +289,8 @@ def test_o6_gradient_of_the_enumerated_estimator(policy, spec):
     total = 0.0
     for step in range(counts.shape[2]):
         hit = counts[:, :, step] > 0
-        draw = StepDraw(torch.where(hit, torch.arange(hit.shape[1]), -1), torch.full(hit.shape, step), hit.float())
-        layout = pack(batch, spec, draw)
+        draw = StepDraw(torch.where(hit, step, -1)[..., None], hit.float()[..., None], torch.ones(hit.shape))
+        layout = lay_out(batch, spec, draw)
         logps, _ = score(policy, layout, spec, 1.0)
         own = torch.where(drawable, layout.weights, 0.0)
         # Autoregressive tokens are in every pass with weight 1: count them once.
@@ -330,8 +336,8 @@ def test_o7_padding_and_neighbours_change_nothing(policy, spec):
     seeds = list(range(len(batch)))
 
     def weighted(batch, seeds):
-        draw = draw_steps(*drawable_states(spec, batch), seeds, num_draws=2)
-        layout = pack(batch, spec, draw)
+        draw = draw_steps(token_states(spec, batch), seeds, num_draws=2)
+        layout = lay_out(batch, spec, draw)
         logps, _ = score(policy, layout, spec)
         return (logps * layout.weights)[:, : int(batch.completion_lengths.max())]
 
@@ -349,10 +355,10 @@ def test_o7_padding_and_neighbours_change_nothing(policy, spec):
 def test_draws_leave_the_global_random_state_alone():
     blocks, steps, counted = hand_made_steps()
     before = torch.random.get_rng_state()
-    first = draw_steps(blocks, steps, counted, seeds=[1, 2], num_draws=2)
+    first = draw_steps(TokenStates(blocks, steps, counted, counted), seeds=[1, 2], num_draws=2)
     assert torch.equal(before, torch.random.get_rng_state())
     torch.rand(3)
-    again = draw_steps(blocks, steps, counted, seeds=[1, 2], num_draws=2)
+    again = draw_steps(TokenStates(blocks, steps, counted, counted), seeds=[1, 2], num_draws=2)
     assert torch.equal(first.steps, again.steps)
 
 
@@ -361,23 +367,24 @@ def test_o9_nothing_leaks(policy, spec):
     """Tokens that a state masks, and everything behind its block, do not move its scored log-probabilities."""
     batch = rollout(policy, DECODINGS["two-per-step"])
     blocks = response_blocks(spec, batch.prompt_lengths, batch.canvas_ids.shape[1])
-    groups, states, drawable = drawable_states(spec, batch)
+    groups, states, drawable, _ = token_states(spec, batch)
     checked = 0
     for group, state in itertools.product(range(int(groups.max()) + 1), range(int(states.max()) + 1)):
         target = drawable & (groups == group) & (states == state)
         if not target.any():
             continue
         hit = target.any(1)
-        draw = StepDraw(torch.where(hit, group, -1)[:, None], torch.full((len(batch), 1), state), hit.float()[:, None])
+        steps = torch.full((len(batch), int(groups.max()) + 1, 1), -1)
+        steps[hit, group] = state
         # Every group is drawn at another state besides, so that leaks between noisy copies would show too.
         others = draw_everything_at(1 if state != 1 else 0, batch, groups)
-        draw = StepDraw(*(torch.cat(pair, 1) for pair in zip(vars(draw).values(), vars(others).values(), strict=True)))
+        draw = StepDraw(torch.cat([steps, others.steps], 2), torch.ones(*steps.shape[:2], 2), others.block_weights)
         own_block = torch.where(target, blocks, -1).max(1, keepdim=True).values
         hidden = (blocks > own_block) | ((blocks == own_block) & ((states >= state) | (states < 0)) & ~target)
         changed = replace(
             batch, canvas_ids=torch.where(hidden, (batch.canvas_ids + 7) % spec.mask_token_id, batch.canvas_ids)
         )
-        before, after = (score(policy, pack(b, spec, draw), spec)[0] for b in (batch, changed))
+        before, after = (score(policy, lay_out(b, spec, draw), spec)[0] for b in (batch, changed))
         torch.testing.assert_close(before[target], after[target], atol=1e-5, rtol=0)
         checked += int(target.sum())
     assert checked == int(drawable.sum())
@@ -390,12 +397,12 @@ def test_a_visible_token_does_matter(name):
     spec = SPECS[name]
     policy = make_policy(spec)
     batch = rollout(policy, DECODINGS["two-per-step"])
-    groups, states, drawable = drawable_states(spec, batch)
+    groups, states, drawable, _ = token_states(spec, batch)
     draw = draw_everything_at(2, batch, groups)
     target = drawable & (states == 2)
     visible = (states >= 0) & (states < 2)
     changed = replace(batch, canvas_ids=torch.where(visible, (batch.canvas_ids + 7) % MASK, batch.canvas_ids))
-    before, after = (score(policy, pack(b, spec, draw), spec)[0] for b in (batch, changed))
+    before, after = (score(policy, lay_out(b, spec, draw), spec)[0] for b in (batch, changed))
     assert (before[target] - after[target]).abs().min() > 1e-4
 
 
@@ -407,8 +414,8 @@ def test_a_state_drawn_twice_counts_twice_and_no_more(name):
     batch = rollout(policy, DecodingConfig(8, tokens_per_step=8)).select(torch.tensor([1]))  # blocks of one step
     gradients = []
     for num_draws in (1, 4):
-        draw = draw_steps(*drawable_states(spec, batch), seeds=[3], distribution="token", num_draws=num_draws)
-        layout = pack(batch, spec, draw)
+        draw = draw_steps(token_states(spec, batch), seeds=[3], distribution="token", num_draws=num_draws)
+        layout = lay_out(batch, spec, draw)
         policy.zero_grad()
         (score(policy, layout, spec)[0] * layout.weights).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))

@@ -12,11 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import trl_diffusion  # noqa: F401  (registers the families)
 from tests.conftest import make_prompts, shared
-from tests.scoring.test_oracles import draw_everything_at, plain_forward_logps
+from tests.scoring.test_oracles import draw_everything_at, lay_out, plain_forward_logps
 from trl_diffusion import DecodingConfig, decode, get_spec
-from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
-from trl_diffusion.trajectories.trajectory import drawable_states
+from trl_diffusion.trajectories.trajectory import token_states
 
 
 # What the fixtures' configs do not say, and blocks short enough for a quick test.
@@ -38,10 +37,10 @@ def test_o1_recorded_equals_packed_equals_plain(name):
         plain = plain_forward_logps(policy, spec, batch, config.temperature)
         counted = batch.completion_mask
         torch.testing.assert_close(batch.logps[counted], plain[counted], atol=1e-5, rtol=0)
-        groups, states, _ = drawable_states(spec, batch)
+        groups, states, *_ = token_states(spec, batch)
         scored = torch.zeros_like(counted)
         for step in range(int(states.max()) + 1):
-            layout = pack(batch, spec, draw_everything_at(step, batch, groups))
+            layout = lay_out(batch, spec, draw_everything_at(step, batch, groups))
             here = layout.weights > 0
             logps = score(policy, layout, spec, config.temperature)[0]
             torch.testing.assert_close(logps[here], plain[here], atol=1e-5, rtol=0)

@@ -19,6 +19,7 @@ from trl_diffusion import DiffusionSpec, DTRPOConfig, DTRPOTrainer, get_spec, ti
 from trl_diffusion.scoring.draws import StepDraw
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
+from trl_diffusion.scoring.states import drawn_states
 
 
 USUAL_METRICS = [
@@ -103,10 +104,16 @@ def test_several_iterations_draw_afresh(make_trainer):
     def spy(*args, **kwargs):
         if trainer._layout is not None:
             draws.append(trainer._layout.weights.clone())
-            old.append(trainer._recorded.clone())
         return compute(*args, **kwargs)
 
     trainer._get_per_token_logps_and_entropies = spy
+    loss = trainer._compute_loss
+
+    def spy_on_inputs(model, inputs):
+        old.append(inputs["canvas_logps"].clone())
+        return loss(model, inputs)
+
+    trainer._compute_loss = spy_on_inputs
     trainer.train()
     assert len(draws) == 3
     assert torch.equal(old[0], old[1]) and torch.equal(old[0], old[2])  # the same rollouts, the same old policy
@@ -135,7 +142,7 @@ def per_row_inputs(trainer, row_count=8):
     """The local batch that the trainer makes from its first rows."""
     rows = [trainer.train_dataset[i // 4] for i in range(row_count)]
     trainer.model.train()
-    return trainer._generate_and_score_completions(rows)
+    return trainer._ungroup(trainer._generate_and_score_completions(rows))
 
 
 def slice_rows(inputs, rows):
@@ -278,7 +285,8 @@ def exact_dapo_loss(trainer, inputs):
     logps = torch.zeros_like(batch.logps)
     for step in range(int(batch.steps.max()) + 1):
         every = torch.arange(int(blocks.max()) + 1).expand(len(batch), -1)
-        layout = pack(batch, trainer.spec, StepDraw(every, torch.full_like(every, step), torch.ones(every.shape)))
+        draw = StepDraw(torch.full((*every.shape, 1), step), torch.ones(*every.shape, 1), torch.ones(every.shape))
+        layout = pack(batch, trainer.spec, drawn_states(batch, trainer.spec, draw))
         logps = logps + score(trainer.model, layout, trainer.spec)[0]
     ratio = (logps - batch.logps).exp()
     advantages = inputs["advantages"][:, None]
@@ -545,7 +553,7 @@ def test_arguments_without_meaning_are_refused(make_trainer, name):
 @pytest.mark.parametrize(
     "option",
     [
-        {"num_step_draws": 0},
+        {"num_draws": 0},
         {"rollout_batch_size": 0},
         {"step_distribution": "best"},
         {"weighting": "both"},
@@ -565,7 +573,7 @@ def test_bad_options_are_refused(tmp_path, option):
 
 def test_every_option_has_a_help_text_and_a_line_in_the_docstring():
     own = set(DTRPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
-    assert len(own) == 11
+    assert len(own) == 17
     for name in own:
         assert DTRPOConfig.__dataclass_fields__[name].metadata["help"]
         assert f"\n        {name} (" in DTRPOConfig.__doc__
@@ -590,7 +598,7 @@ def test_full_attention_policy_trains(make_trainer, tokenizer, token_shift):
         mask_token_id=tokenizer.mask_token_id, attention="full", block_size=8, block_origin="response",
         token_shift=token_shift, stop_token_ids=(tokenizer.eos_token_id,),
     )  # fmt: skip
-    trainer = make_trainer(spec=spec, num_step_draws=3)
+    trainer = make_trainer(spec=spec, num_draws=3)
     before = parameters(trainer.model)
     trainer.train()
     assert not [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]

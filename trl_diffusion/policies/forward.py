@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from .attention import SEGMENTED, SegmentedMask
 from .spec import DiffusionSpec
 
 
@@ -15,7 +16,7 @@ def policy_logits(
     model: nn.Module,
     input_ids: Tensor,
     position_ids: Tensor,
-    allowed: Tensor,
+    allowed: Tensor | SegmentedMask,
     rows: Tensor,
     columns: Tensor,
     cache: Cache | None = None,
@@ -28,7 +29,8 @@ def policy_logits(
             The policy, wrapped (DDP, DeepSpeed, PEFT) or not.
         input_ids (`Tensor` of shape `(R, N)`): token ids.
         position_ids (`Tensor` of shape `(R, N)`): position of each token.
-        allowed (boolean `Tensor` of shape `(R, 1, N, K)`): who may look at whom; `K > N` with a cache.
+        allowed (boolean `Tensor` of shape `(R, 1, N, K)`, or [`SegmentedMask`]): who may look at whom; `K > N` with a
+            cache.
         rows, columns (`Tensor` of shape `(M,)`): the places whose logits are wanted.
         cache ([`~transformers.Cache`], *optional*): keys and values of what came before.
 
@@ -39,9 +41,9 @@ def policy_logits(
         output = model(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=attention_mask(model, allowed),
             past_key_values=cache,
             use_cache=cache is not None,
+            **attention_arguments(model, allowed),
         )
     return output.logits[0]
 
@@ -54,7 +56,7 @@ def check_attention(model: nn.Module) -> str:
         ValueError: for one that cannot run an arbitrary mask, such as `flash_attention_2`.
     """
     implementation = unwrap(model).config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in ("sdpa", "eager", SEGMENTED):
         raise ValueError(
             f"attn_implementation={implementation!r} cannot run the attention mask of a diffusion policy. Load the "
             "model with attn_implementation='sdpa' (or 'eager')."
@@ -62,9 +64,20 @@ def check_attention(model: nn.Module) -> str:
     return implementation
 
 
-def attention_mask(model: nn.Module, allowed: Tensor) -> Tensor:
+def attention_arguments(model: nn.Module, allowed: Tensor | SegmentedMask) -> dict[str, Tensor | SegmentedMask]:
     """`allowed` in the form that the model's attention implementation takes."""
-    if check_attention(model) == "sdpa":
+    implementation = check_attention(model)
+    if isinstance(allowed, SegmentedMask):
+        if implementation == SEGMENTED:
+            # A 4-dimensional mask is what keeps the model from making a causal one.
+            return {"attention_mask": allowed.prefix, "segmented_mask": allowed}
+        allowed = allowed.dense()
+    return {"attention_mask": attention_mask(model, allowed)}
+
+
+def attention_mask(model: nn.Module, allowed: Tensor) -> Tensor:
+    """A boolean mask in the form that the model's attention implementation takes."""
+    if check_attention(model) != "eager":
         return allowed
     dtype = unwrap(model).get_input_embeddings().weight.dtype
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)

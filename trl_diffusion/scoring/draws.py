@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ..trajectories.trajectory import TokenStates
 
 
 _MASK64 = (1 << 64) - 1
@@ -30,40 +33,21 @@ def derive_seed(*parts: int) -> int:
 @dataclass
 class StepDraw:
     """
-    The states to score: `D` pairs of a block and a decoding step for each of `R` responses.
+    Decoding steps drawn in each of the `S` groups (blocks) of `R` responses, up to `K` in each.
 
     Attributes:
-        blocks (`Tensor` of shape `(R, D)`):
-            Block of the response, -1 where a response has fewer draws than the widest one.
-        steps (`Tensor` of shape `(R, D)`):
-            Decoding step inside that block.
-        weights (`Tensor` of shape `(R, D)`, float32):
-            Weight of the step's log-ratio in the estimate, 0 where `blocks` is -1.
+        steps (`Tensor` of shape `(R, S, K)`):
+            Decoding step inside the block, -1 for no draw.
+        weights (`Tensor` of shape `(R, S, K)`, float32):
+            Weight of the step's log-ratio in the estimate, 0 where `steps` is -1.
+        block_weights (`Tensor` of shape `(R, S)`, float32):
+            Weight of a log-ratio that belongs to the block and is in every pass over it, 0 where the block is not
+            scored: `S / m` if `m` of `S` blocks are.
     """
 
-    blocks: Tensor
     steps: Tensor
     weights: Tensor
-
-    def token_weights(self, token_blocks: Tensor, token_steps: Tensor, counted: Tensor) -> Tensor:
-        """
-        The weight that each token carries under this draw, 0 where it is not scored.
-
-        Args:
-            token_blocks (`Tensor` of shape `(R, C)`):
-                Block of each canvas position.
-            token_steps (`Tensor` of shape `(R, C)`):
-                Decoding step at which each canvas position was unmasked, -1 for never.
-            counted (boolean `Tensor` of shape `(R, C)`):
-                Positions that take part in the draw.
-
-        Returns:
-            float32 `Tensor` of shape `(R, C)`.
-        """
-        hit = (self.blocks[:, None, :] == token_blocks[:, :, None]) & (
-            self.steps[:, None, :] == token_steps[:, :, None]
-        )
-        return (hit * self.weights[:, None, :]).sum(-1) * counted
+    block_weights: Tensor
 
 
 def count_tokens(token_blocks: Tensor, token_steps: Tensor, counted: Tensor) -> Tensor:
@@ -83,31 +67,30 @@ def count_tokens(token_blocks: Tensor, token_steps: Tensor, counted: Tensor) -> 
 
 
 def draw_steps(
-    token_blocks: Tensor,
-    token_steps: Tensor,
-    counted: Tensor,
+    tokens: TokenStates,
     seeds: list[int],
     distribution: Literal["uniform", "token"] = "uniform",
     num_draws: int = 1,
     weighting: Literal["unbiased", "none"] = "unbiased",
+    num_blocks: int | None = None,
 ) -> StepDraw:
     r"""
     Draws `num_draws` decoding steps per block, independently for each block (METHOD.md, section 2).
 
-    A step takes part if it unmasked at least one counted token; the others contribute nothing to the log-ratio. With
-    `d[t]` the log-ratio of the tokens unmasked at step `t` of a block with `T` such steps and `n` counted tokens, and
+    A step takes part if it unmasked at least one drawable token; the others contribute nothing to the log-ratio. With
+    `d[t]` the log-ratio of the tokens unmasked at step `t` of a block with `T` such steps and `n` drawable tokens, and
     `weighting="unbiased"`, the expectation of `sum_draws weight * d[step]` is `sum_t d[t]`:
 
     - `"uniform"`: `K = min(num_draws, T)` different steps, each with weight `T / K`;
     - `"token"`: `K = num_draws` steps with replacement, step `t` with probability `n_t / n`, weight `n / (K * n_t)`.
 
+    With `num_blocks`, only `m = min(num_blocks, S)` of a response's `S` blocks are drawn from, without replacement, all
+    equally likely, and weights grow by `S / m`.
+
     Args:
-        token_blocks (`Tensor` of shape `(R, C)`):
-            Block of each canvas position.
-        token_steps (`Tensor` of shape `(R, C)`):
-            Decoding step of each canvas position, -1 for never.
-        counted (boolean `Tensor` of shape `(R, C)`):
-            Positions that take part in the draw.
+        tokens ([`TokenStates`]):
+            Block and decoding step of each canvas position, and what takes part. A block with a token that counts is one
+            to draw from.
         seeds (`list[int]` of length `R`):
             One seed per response. A response's draw depends on its own seed and steps alone: not on its neighbours in
             the batch, and not on the global random state.
@@ -118,39 +101,74 @@ def draw_steps(
         weighting (`str`, *optional*, defaults to `"unbiased"`):
             `"unbiased"` as above; `"none"` gives every draw the weight `1 / K` (the estimator as it is printed in the
             paper's figure, up to a factor that beta absorbs when all blocks have the same number of steps).
+        num_blocks (`int`, *optional*):
+            Blocks drawn from. All if `None`.
 
     Returns:
         [`StepDraw`]
     """
     if num_draws < 1:
         raise ValueError(f"`num_draws` must be at least 1, got {num_draws}.")
-    if len(seeds) != len(token_steps):
-        raise ValueError(f"`seeds` must hold one seed per response: got {len(seeds)} for {len(token_steps)}.")
-    device = token_steps.device
-    counts = count_tokens(token_blocks.cpu(), token_steps.cpu(), counted.cpu())  # (R, S, T)
+    if num_blocks is not None and num_blocks < 1:
+        raise ValueError(f"`num_blocks` must be at least 1, got {num_blocks}.")
+    if len(seeds) != len(tokens.states):
+        raise ValueError(f"`seeds` must hold one seed per response: got {len(seeds)} for {len(tokens.states)}.")
+    if weighting not in ("unbiased", "none"):
+        raise ValueError(f"`weighting` must be 'unbiased' or 'none', got {weighting!r}.")
+    device = tokens.states.device
+    in_block, counts = _count(TokenStates(*(values.cpu() for values in tokens)))
+    block_weights = _pick_blocks(in_block > 0, seeds, num_blocks)
     picks = _pick(counts, seeds, distribution, num_draws)  # (R, S, K), -1 for none
+    picks = torch.where(block_weights[..., None] > 0, picks, -1)
     valid = picks >= 0
 
-    in_block = counts.sum(-1, keepdim=True)  # n_s
     at_step = counts.gather(2, picks.clamp(min=0))  # |U[s, t]|
     drawn = valid.sum(-1, keepdim=True)  # K
     if weighting == "none":
-        weights = 1.0 / drawn
-    elif weighting == "unbiased":
-        number_of_steps = (counts > 0).sum(-1, keepdim=True)  # T_s
-        weights = number_of_steps / drawn if distribution == "uniform" else in_block / (drawn * at_step)
+        weights, block_weights = 1.0 / drawn, (block_weights > 0).float()
     else:
-        raise ValueError(f"`weighting` must be 'unbiased' or 'none', got {weighting!r}.")
+        number_of_steps = (counts > 0).sum(-1, keepdim=True)  # T_s
+        total = counts.sum(-1, keepdim=True)  # n_s
+        weights = number_of_steps / drawn if distribution == "uniform" else total / (drawn * at_step)
+        weights = weights * block_weights[..., None]
     weights = torch.where(valid, weights.expand_as(picks).float(), 0.0)
+    return StepDraw(picks.to(device), weights.to(device), block_weights.to(device))
 
-    # One flat list of draws per response, those that exist first.
-    blocks = torch.arange(picks.shape[1])[None, :, None].expand_as(picks)
-    order = (~valid).flatten(1).long().sort(dim=1, stable=True).indices
-    width = max(int(valid.flatten(1).sum(1).max()), 0) if len(valid) else 0
-    flat = [
-        tensor.flatten(1).gather(1, order)[:, :width] for tensor in (torch.where(valid, blocks, -1), picks, weights)
-    ]
-    return StepDraw(*(tensor.to(device) for tensor in flat))
+
+def expected_weights(
+    tokens: TokenStates, distribution: Literal["uniform", "token"] = "uniform", num_blocks: int | None = None
+) -> Tensor:
+    """What the token weights of each response sum to, on average over [`draw_steps`] with `weighting="none"`, `(R,)`."""
+    in_block, counts = _count(tokens)
+    counts = counts.float()
+    chances = (counts > 0).float() if distribution == "uniform" else counts
+    chances = chances / chances.sum(-1, keepdim=True).clamp(min=1)
+    always = in_block - counts.sum(-1)  # in every pass over the block
+    total = (chances * counts).sum((1, 2)) + always.sum(1)
+    num = (in_block > 0).sum(1)
+    return total if num_blocks is None else total * (num.clamp(max=num_blocks) / num.clamp(min=1))
+
+
+def _count(tokens: TokenStates) -> tuple[Tensor, Tensor]:
+    """Number of tokens that count in each block, `(R, S)`, and of those that each step unmasked, `(R, S, T)`."""
+    groups, states, drawable, counted = tokens
+    in_block = count_tokens(groups, torch.zeros_like(states), counted)[..., 0]
+    counts = count_tokens(groups, states, drawable)
+    return in_block, F.pad(counts, (0, 0, 0, in_block.shape[1] - counts.shape[1]))
+
+
+def _pick_blocks(support: Tensor, seeds: list[int], num_blocks: int | None) -> Tensor:
+    """Weight of each block, shape `(R, S)`: `S / m` for the `m` drawn ones of a row, 0 for the others."""
+    if num_blocks is None:
+        return support.float()
+    weights = torch.zeros(support.shape)
+    for row, seed in enumerate(seeds):
+        blocks = support[row].nonzero().squeeze(1)
+        if len(blocks):
+            generator = torch.Generator().manual_seed(derive_seed(seed, 1))  # another stream than that of the steps
+            drawn = blocks[torch.randperm(len(blocks), generator=generator)[:num_blocks]]
+            weights[row, drawn] = len(blocks) / len(drawn)
+    return weights
 
 
 def _pick(counts: Tensor, seeds: list[int], distribution: str, num_draws: int) -> Tensor:

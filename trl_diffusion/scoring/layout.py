@@ -1,212 +1,311 @@
-"""The packed layout: one forward pass that holds a clean copy of each response and a noisy copy of each drawn block."""
+"""The packed layout: one forward pass that holds a clean copy of each response and a noisy copy of each scored block."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..policies.attention import SegmentedMask
 from ..policies.spec import DiffusionSpec
 from ..trajectories.trajectory import (
-    NEVER,
     TrajectoryBatch,
     autoregressive_positions,
-    drawable_states,
     response_blocks,
 )
-from .draws import StepDraw
+from .states import States
 
 
 @dataclass
 class PackedLayout:
     """
-    `Q` packed rows of `N` tokens, and the `M` places in them where the tokens of `R` responses are scored. With block
-    attention a row holds all drawn states of a response; with full attention it holds one.
+    `Q` packed rows of `N` tokens, and the `M` places in them where tokens of `R` responses are scored. With block
+    attention a row holds all views of a response (and, with a shared prompt, of several responses); with full attention
+    it holds one view of one response.
 
     Attributes:
         input_ids (`Tensor` of shape `(Q, N)`): token ids.
         position_ids (`Tensor` of shape `(Q, N)`): position of each token in its unpadded sequence.
-        allowed (boolean `Tensor` of shape `(Q, 1, N or 1, N)`): True where the token of the row may look at the column's.
+        allowed (boolean `Tensor` of shape `(Q, 1, N or 1, N)`, or [`SegmentedMask`]): True where the token of the row may
+            look at the column's.
         rows, columns (`Tensor` of shape `(M,)`): where the logits of a scored token are read.
         targets (`Tensor` of shape `(M,)`): the token whose log-probability is wanted there.
         responses, canvas_columns (`Tensor` of shape `(M,)`): the response and the canvas position of that token.
+        coefficients (`Tensor` of shape `(M,)`, float32): share of the log-probability in the token's estimate.
         weights (`Tensor` of shape `(R, C)`, float32): weight of each canvas position, 0 where it is not scored.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    allowed: Tensor
+    allowed: Tensor | SegmentedMask
     rows: Tensor
     columns: Tensor
     targets: Tensor
     responses: Tensor
     canvas_columns: Tensor
+    coefficients: Tensor
     weights: Tensor
 
 
 def pack(
     batch: TrajectoryBatch,
     spec: DiffusionSpec,
-    draw: StepDraw,
-    counted: Tensor | None = None,
+    states: States,
+    one_row: bool = True,
+    share_prompts: bool = False,
 ) -> PackedLayout:
     """
-    Lays out every drawn state of every response for one forward pass (METHOD.md, section 2).
+    Lays out every state of every response for one forward pass (METHOD.md, section 2).
 
-    Block attention: one row for each response.
+    Block attention: one row for each response (or for each of its views).
 
         tokens     [ prompt and canvas up to the last block that anything looks back to | noisy copies of blocks ]
         attention  clean token: clean tokens of its own block and the blocks before it
                    noisy token: clean tokens of the blocks before its own, and its own noisy copy
 
-    The noisy copy of block `s` at step `t` shows what the policy saw just before that step: tokens of the block that
-    earlier steps had unmasked, and the mask token elsewhere. Tokens that are made autoregressively are read from the
-    clean part; their state is in every pass, so they are always scored, with weight 1.
+    The noisy copy of a block shows what a view shows of it. Tokens that are made autoregressively are read from the
+    clean part, whose state is in every pass.
 
-    Full attention: one row for each drawn state, `[ prompt and canvas as they were just before that step ]`, in which
-    every token sees every other.
+    With `share_prompts`, neighbours in the batch that have the same prompt share a row and its whole blocks, in which no
+    response is visible:
+
+        tokens     [ whole blocks of the prompt | clean and noisy part of response 1 | of response 2 | ... ]
+
+    Full attention: one row for each view, `[ prompt and canvas as the view shows them ]`, in which every token sees every
+    other.
 
     Args:
         batch ([`TrajectoryBatch`]):
             The responses. Padding, wherever it is, changes nothing.
         spec ([`DiffusionSpec`]):
             Facts about the policy.
-        draw ([`StepDraw`]):
-            Which states to lay out, and their weights; groups and states are those of [`drawable_states`].
-        counted (boolean `Tensor` of shape `(R, C)`, *optional*):
-            Canvas positions that may be scored. Defaults to the completions.
+        states ([`States`]):
+            What to show and what to score.
+        one_row (`bool`, *optional*, defaults to `True`):
+            Block attention: whether the views of a response share a row and its clean part, or have a row each. The
+            numbers are the same; attention inside a row costs the square of its length.
+        share_prompts (`bool`, *optional*, defaults to `False`):
+            Block attention: whether responses share their prompt as above. Needs
+            [`~policies.attention.enable_segments`] on the model.
     """
-    return (_pack_blocks if spec.attention == "block" else _pack_full)(batch, spec, draw, counted)
+    if states.prompt_hidden is not None:
+        hidden = states.prompt_hidden & (batch.prompt_mask > 0)
+        batch = replace(batch, prompt_ids=batch.prompt_ids.masked_fill(hidden, spec.mask_token_id))
+    if spec.attention == "full":
+        return _pack_full(batch, spec, states)
+    if one_row:
+        return _pack_blocks(batch, spec, states, share_prompts)
+    rows, views = states.view_rows()
+    layout = _pack_blocks(batch.select(rows), spec, views, share_prompts)
+    return replace(layout, responses=rows[layout.responses], weights=states.weights)
 
 
-def _pack_full(batch: TrajectoryBatch, spec: DiffusionSpec, draw: StepDraw, counted: Tensor | None) -> PackedLayout:
-    groups, states, counted = drawable_states(spec, batch, counted)
-    weights = draw.token_weights(groups, states, counted)
+def _pack_full(batch: TrajectoryBatch, spec: DiffusionSpec, states: States) -> PackedLayout:
     prompt_lengths = batch.prompt_lengths
-    sequence, sequence_states = _unpad(batch, prompt_lengths, states)
-
-    responses, draws = (draw.blocks >= 0).nonzero(as_tuple=True)
-    # One row for each state: what is drawn twice is scored once, with both weights.
-    responses, steps = torch.unique(torch.stack([responses, draw.steps[responses, draws]]), dim=1)
+    sequence, canvas_columns = _unpad(batch, prompt_lengths)
+    needed = (states.coefficients != 0).any(-1)
+    needed[:1, :1] |= ~needed.any()  # a pass over nothing still is a pass
+    responses, views = needed.nonzero(as_tuple=True)
     positions = torch.arange(sequence.shape[1], device=sequence.device).expand(len(responses), -1)
-    lengths = (prompt_lengths + batch.canvas_lengths)[responses]
-    hidden = sequence_states[responses]
-    hidden = ((hidden == NEVER) | (hidden >= steps[:, None])) & (positions >= prompt_lengths[responses, None])
-    valid = positions < lengths[:, None]
+    hidden = states.hidden[responses, views].gather(1, canvas_columns[responses])
+    hidden &= positions >= prompt_lengths[responses, None]
+    valid = positions < (prompt_lengths + batch.canvas_lengths)[responses, None]
 
-    rows, canvas_columns = ((states[responses] == steps[:, None]) & counted[responses]).nonzero(as_tuple=True)
+    scored = states.coefficients[responses, views]
+    rows, columns = (scored != 0).nonzero(as_tuple=True)
     return PackedLayout(
         input_ids=sequence[responses].masked_fill(hidden, spec.mask_token_id).masked_fill(~valid, 0),
         position_ids=positions.masked_fill(~valid, 0),
         allowed=valid[:, None, None],
         rows=rows,
-        columns=prompt_lengths[responses[rows]] + canvas_columns - int(spec.token_shift),
-        targets=batch.canvas_ids[responses[rows], canvas_columns],
+        columns=prompt_lengths[responses[rows]] + columns - int(spec.token_shift),
+        targets=batch.canvas_ids[responses[rows], columns],
         responses=responses[rows],
-        canvas_columns=canvas_columns,
-        weights=weights,
+        canvas_columns=columns,
+        coefficients=scored[rows, columns],
+        weights=states.weights,
     )
 
 
-def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, draw: StepDraw, counted: Tensor | None) -> PackedLayout:
+def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, share_prompts: bool) -> PackedLayout:
     block_size = spec.block_size
     device = batch.canvas_ids.device
     num_rows, canvas_width = batch.canvas_ids.shape
     prompt_lengths = batch.prompt_lengths
     starts = prompt_lengths - spec.prompt_tail(prompt_lengths)  # position of the first token of block 0
-    counted = (batch.completion_mask if counted is None else counted) & (batch.steps != NEVER)
-
     token_blocks = response_blocks(spec, prompt_lengths, canvas_width)
-    autoregressive = autoregressive_positions(spec, prompt_lengths, canvas_width) & counted
-    weights = draw.token_weights(token_blocks, batch.steps, counted & ~autoregressive) + autoregressive.float()
+    sequence, canvas_columns = _unpad(batch, prompt_lengths)
+    members = shared_prompts(batch) if share_prompts else None
+    if members is not None and starts.max() == 0:
+        members = None  # nothing to share
 
-    sequence, sequence_steps = _unpad(batch, prompt_lengths, batch.steps)
+    # Which token is read where: made autoregressively, from the clean part; else from the noisy copy of its block.
+    responses, views, columns = (states.coefficients != 0).nonzero(as_tuple=True)
+    blocks = token_blocks[responses, columns]
+    from_clean = autoregressive_positions(spec, prompt_lengths, canvas_width)[responses, columns]
 
-    # Clean part: up to the start of the last block that is scored.
-    last_block = torch.where(weights > 0, token_blocks, -1).max(1).values if canvas_width else prompt_lengths * 0 - 1
-    clean_lengths = torch.where(last_block >= 0, starts + last_block * block_size, 0)
-    clean_width = max(int(clean_lengths.max()), 1)
-    clean_positions = torch.arange(clean_width, device=device).expand(num_rows, -1)
-    clean_ids = sequence[:, :clean_width]
-    clean_valid = clean_positions < clean_lengths[:, None]
+    # Clean part: up to the start of the last block that is scored, and from where no prompt is shared.
+    first = starts if members is not None else torch.zeros_like(starts)
+    last_block = torch.full((num_rows,), -1, device=device).scatter_reduce(0, responses, blocks, reduce="amax")
+    clean_lengths = torch.where(last_block >= 0, starts + last_block * block_size - first, 0)
+    clean_width = max(int(clean_lengths.max()), 0 if members is not None else 1) if num_rows else 1
+    clean_columns = torch.arange(clean_width, device=device)
+    clean_positions = first[:, None] + clean_columns
+    clean_valid = clean_columns < clean_lengths[:, None]
 
-    # Noisy part: `D` copies of `B` positions.
-    num_draws = draw.blocks.shape[1]
-    drawn = draw.blocks >= 0
-    copy_starts = starts[:, None] + draw.blocks.clamp(min=0) * block_size
-    noisy_positions = (copy_starts[..., None] + torch.arange(block_size, device=device)).flatten(1)
+    # Noisy part: `D` copies of `B` positions, one for each pair of a view and a block of it that is scored.
+    num_blocks = int(token_blocks.max()) + 1 if token_blocks.numel() else 1
+    needed = torch.zeros(num_rows, states.hidden.shape[1] * num_blocks, dtype=torch.bool, device=device)
+    needed[responses[~from_clean], (views * num_blocks + blocks)[~from_clean]] = True
+    copy_of = needed.cumsum(1) - 1  # number of the copy, for each pair that is needed
+    order = (~needed).long().sort(dim=1, stable=True).indices[:, : int(needed.sum(1).max()) if num_rows else 0]
+    drawn = needed.gather(1, order)  # (R, D)
+    copy_views, copy_blocks = order // num_blocks, order % num_blocks
+    noisy_positions = starts[:, None] + copy_blocks * block_size
+    noisy_positions = (noisy_positions[..., None] + torch.arange(block_size, device=device)).flatten(1)
     noisy_valid = drawn.repeat_interleave(block_size, 1)
     in_sequence = noisy_positions.clamp(max=sequence.shape[1] - 1)
-    noisy_steps = sequence_steps.gather(1, in_sequence)
-    hidden = (noisy_steps == NEVER) | (noisy_steps >= draw.steps.repeat_interleave(block_size, 1))
-    hidden &= noisy_positions >= prompt_lengths[:, None]
+    hidden = states.hidden[
+        torch.arange(num_rows, device=device)[:, None],
+        copy_views.repeat_interleave(block_size, 1),
+        canvas_columns.gather(1, in_sequence),
+    ]
+    hidden = hidden & (noisy_positions >= prompt_lengths[:, None])
     noisy_ids = sequence.gather(1, in_sequence).masked_fill(hidden, spec.mask_token_id)
 
-    input_ids = torch.cat([clean_ids, noisy_ids], 1)
-    position_ids = torch.cat([clean_positions, noisy_positions], 1)
-    valid = torch.cat([clean_valid, noisy_valid], 1)
-    blocks = _position_blocks(spec, position_ids, starts)
-    copies = torch.cat(
-        [
-            torch.zeros(clean_width, dtype=torch.long, device=device),
-            torch.arange(1, num_draws + 1, device=device).repeat_interleave(block_size),
-        ]
+    clean_ids = sequence.gather(1, clean_positions.clamp(max=sequence.shape[1] - 1))
+    copies = torch.arange(1, order.shape[1] + 1, device=device).repeat_interleave(block_size)
+    part = _Part(
+        ids=torch.cat([clean_ids, noisy_ids], 1),
+        positions=torch.cat([clean_positions, noisy_positions], 1),
+        valid=torch.cat([clean_valid, noisy_valid], 1),
+        copies=torch.cat([torch.zeros_like(clean_columns), copies]),
     )
-    allowed = _attention(blocks, copies, valid)
 
-    # Where each scored token is read: in the copy that its draw made, or in the clean part.
-    rows, canvas_columns = (weights > 0).nonzero(as_tuple=True)
-    targets = batch.canvas_ids[rows, canvas_columns]
-    positions = prompt_lengths[rows] + canvas_columns
-    slot_in_block = (positions - starts[rows]) % block_size - int(spec.token_shift)
-    same_state = (draw.blocks[rows] == token_blocks[rows, canvas_columns][:, None]) & (
-        draw.steps[rows] == batch.steps[rows, canvas_columns][:, None]
-    )
-    in_copy = clean_width + same_state.long().argmax(1) * block_size + slot_in_block if num_draws else slot_in_block
-    columns = torch.where(slot_in_block < 0, positions - 1, in_copy)
+    slot = (prompt_lengths[responses] + columns - starts[responses]) % block_size - int(spec.token_shift)
+    in_copy = clean_width + copy_of[responses, views * num_blocks + blocks] * block_size + slot
+    before = prompt_lengths[responses] + columns - 1  # position of the last clean token
+    in_clean = before - first[responses]
+    places = torch.where(from_clean, in_clean, in_copy)
+    rows = responses
+    if members is None:
+        input_ids, position_ids, allowed = part.ids, part.positions, part.attention(spec, starts)
+        valid = part.valid
+    else:
+        prefix = _Part(*_shared_prefix(sequence, starts, members))
+        input_ids, position_ids, valid, allowed = _join(prefix, part, spec, starts, members)
+        groups, seats = _seats(members)
+        rows = groups[responses]
+        prefix_width, width = prefix.ids.shape[1], part.ids.shape[1]
+        places = torch.where(places < 0, before, prefix_width + seats[responses] * width + places)
     return PackedLayout(
         input_ids=input_ids.masked_fill(~valid, 0),
         position_ids=position_ids.masked_fill(~valid, 0),
         allowed=allowed,
         rows=rows,
-        columns=columns,
-        targets=targets,
-        responses=rows,
-        canvas_columns=canvas_columns,
-        weights=weights,
+        columns=places,
+        targets=batch.canvas_ids[responses, columns],
+        responses=responses,
+        canvas_columns=columns,
+        coefficients=states.coefficients[responses, views, columns],
+        weights=states.weights,
     )
 
 
-def _unpad(batch: TrajectoryBatch, prompt_lengths: Tensor, canvas_steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompt and canvas as one right-padded sequence, with the unmasking step of each position (prompt: never)."""
+@dataclass
+class _Part:
+    """Tokens of some rows; `copies` (W,) says which noisy copy each column belongs to, 0 for the clean part."""
+
+    ids: Tensor
+    positions: Tensor
+    valid: Tensor
+    copies: Tensor
+
+    def blocks(self, spec: DiffusionSpec, starts: Tensor) -> Tensor:
+        """Attention block of each token: blocks of the response count from 0, those of the prompt are negative."""
+        blocks = torch.div(self.positions - starts[:, None], spec.block_size, rounding_mode="floor")
+        return blocks if spec.block_origin == "sequence" else blocks.clamp(min=-1)
+
+    def attention(self, spec: DiffusionSpec, starts: Tensor) -> Tensor:
+        """Who may look at whom, boolean, `(R, 1, W, W)`."""
+        blocks = self.blocks(spec, starts)
+        clean_key, same_copy = self.copies == 0, self.copies[:, None] == self.copies
+        looks_back = blocks[:, None, :] < blocks[:, :, None]
+        same_block = (blocks[:, None, :] == blocks[:, :, None]) & same_copy
+        allowed = torch.where(clean_key, looks_back | same_block, same_copy) & self.valid[:, None, :]
+        # A padding token looks at itself, so that no row of the softmax is empty; nothing looks at a padding token.
+        allowed |= torch.eye(len(self.copies), dtype=torch.bool, device=allowed.device)
+        return allowed[:, None]
+
+
+def shared_prompts(batch: TrajectoryBatch) -> Tensor | None:
+    """
+    Neighbours in a batch that have the same prompt.
+
+    Returns:
+        `Tensor` of shape `(Q, G)`: the responses to each of `Q` prompts, -1 where a prompt has fewer than `G`; or `None`
+        if sharing would save nothing, because prompts differ or groups are too unequal.
+    """
+    num_rows = len(batch)
+    if num_rows < 2:
+        return None
+    same = ((batch.prompt_ids[1:] == batch.prompt_ids[:-1]) | (batch.prompt_mask[1:] == 0)).all(1)
+    same &= (batch.prompt_mask[1:] == batch.prompt_mask[:-1]).all(1)
+    groups = torch.cat([same.new_zeros(1, dtype=torch.long), (~same).long().cumsum(0)])
+    sizes = torch.bincount(groups)
+    largest = int(sizes.max())
+    if largest == 1 or len(sizes) * largest > 1.25 * num_rows:
+        return None
+    members = torch.full((len(sizes), largest), -1, device=groups.device)
+    seats = torch.arange(num_rows, device=groups.device) - (sizes.cumsum(0) - sizes)[groups]
+    members[groups, seats] = torch.arange(num_rows, device=groups.device)
+    return members
+
+
+def _seats(members: Tensor) -> tuple[Tensor, Tensor]:
+    """Group of each response and its place in it, both `(R,)`."""
+    groups, seats = (members >= 0).nonzero(as_tuple=True)
+    return groups, seats  # members are numbered in this order
+
+
+def _shared_prefix(sequence: Tensor, starts: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The whole blocks of each group's prompt, right-padded: ids, positions, validity, copies."""
+    lengths = starts[members[:, 0]]
+    columns = torch.arange(int(lengths.max()), device=sequence.device)
+    ids = sequence[members[:, 0], : len(columns)]
+    return ids, columns.expand_as(ids), columns < lengths[:, None], torch.zeros_like(columns)
+
+
+def _join(
+    prefix: _Part, part: _Part, spec: DiffusionSpec, starts: Tensor, members: Tensor
+) -> tuple[Tensor, Tensor, Tensor, SegmentedMask]:
+    """One row for each group: its prefix, and behind it the parts of its members side by side."""
+    group_starts = starts[members[:, 0]]
+    flat = members.clamp(min=0).flatten()
+
+    def beside(name: str) -> Tensor:
+        values = getattr(part, name)[flat]
+        if name == "valid":
+            values = values & (members.flatten() >= 0)[:, None]
+        return torch.cat([getattr(prefix, name), values.unflatten(0, members.shape).flatten(1)], 1)
+
+    # A token of a part sees all of the prefix if it is of a later block, and every token of a part is.
+    own = part.attention(spec, starts)[flat]
+    shared = prefix.valid[:, None, None].expand(-1, members.shape[1], own.shape[2], -1).flatten(0, 1)[:, None]
+    allowed = SegmentedMask(
+        prefix=prefix.attention(spec, group_starts), segments=torch.cat([shared, own], -1), count=members.shape[1]
+    )
+    return beside("ids"), beside("positions"), beside("valid"), allowed
+
+
+def _unpad(batch: TrajectoryBatch, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompt and canvas as one right-padded sequence, and the canvas column of each position (0 in the prompt)."""
     order = (batch.prompt_mask == 0).long().sort(dim=1, stable=True).indices
     prompt = batch.prompt_ids.gather(1, order)
     width = int((prompt_lengths + batch.canvas_lengths).max()) if len(batch) else 0
     positions = torch.arange(max(width, 1), device=prompt.device).expand(len(batch), -1)
     in_canvas = (positions - prompt_lengths[:, None]).clamp(0, max(batch.canvas_ids.shape[1] - 1, 0))
-    is_prompt = positions < prompt_lengths[:, None]
     in_prompt = positions.clamp(max=prompt.shape[1] - 1)
-    sequence = torch.where(is_prompt, prompt.gather(1, in_prompt), batch.canvas_ids.gather(1, in_canvas))
-    steps = torch.where(is_prompt, NEVER, canvas_steps.gather(1, in_canvas))
-    return sequence, steps
-
-
-def _position_blocks(spec: DiffusionSpec, positions: Tensor, starts: Tensor) -> Tensor:
-    """Attention block of each position: blocks of the response count from 0, those of the prompt are negative."""
-    blocks = torch.div(positions - starts[:, None], spec.block_size, rounding_mode="floor")
-    return blocks if spec.block_origin == "sequence" else blocks.clamp(min=-1)
-
-
-def _attention(blocks: Tensor, copies: Tensor, valid: Tensor) -> Tensor:
-    """Who may look at whom, shape `(R, 1, N, N)`; copy 0 is the clean part."""
-    query_copy, key_copy = copies[:, None], copies[None, :]
-    query_block, key_block = blocks[:, :, None], blocks[:, None, :]
-    clean_key = key_copy == 0
-    looks_back = key_block < query_block
-    same_block = (key_block == query_block) & (query_copy == 0)
-    allowed = torch.where(clean_key, looks_back | same_block, query_copy == key_copy)
-    allowed &= valid[:, None, :]
-    # A padding token looks at itself, so that no row of the softmax is empty; nothing looks at a padding token.
-    allowed |= torch.eye(len(copies), dtype=torch.bool, device=valid.device)
-    return allowed[:, None]
+    is_prompt = positions < prompt_lengths[:, None]
+    return torch.where(is_prompt, prompt.gather(1, in_prompt), batch.canvas_ids.gather(1, in_canvas)), in_canvas

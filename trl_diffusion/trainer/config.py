@@ -8,6 +8,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from ..decoding.config import SCHEDULES, STRATEGIES, DecodingConfig
+from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 
 
 @dataclass
@@ -45,13 +46,31 @@ class DTRPOConfig(GRPOConfig):
 
         > Parameters that control the estimator
 
+        estimator (`str`, *optional*, defaults to `"dtrpo"`):
+            Which states of a response an update scores: `"dtrpo"` (random decoding steps), `"exact"` (all of them),
+            `"elbo"` (VRPO), `"mean_field"` (diffu-GRPO) or `"coupled"` (coupled-GRPO). See [`scoring.estimators`].
+        num_draws (`int`, *optional*, defaults to `1`):
+            Steps drawn per block (`"dtrpo"`; with full attention, per response), or random masks per response
+            (`"elbo"`). More draws shrink the variance of the estimate and lengthen the pass.
         step_distribution (`str`, *optional*, defaults to `"uniform"`):
-            How the scored step of a block is drawn: `"uniform"` over its steps, or `"token"` for proportional to the
-            number of tokens a step unmasked.
-        num_step_draws (`int`, *optional*, defaults to `1`):
-            Steps drawn per block. More draws shrink the variance of the estimate and lengthen the packed sequence.
+            How `"dtrpo"` draws the scored step of a block: `"uniform"` over its steps, or `"token"` for proportional to
+            the number of tokens a step unmasked.
         weighting (`str`, *optional*, defaults to `"unbiased"`):
             `"unbiased"` weighs a drawn step by the inverse of its probability; `"none"` gives all the same weight.
+        num_scored_blocks (`int`, *optional*):
+            Blocks of a response that `"dtrpo"` scores, drawn at random and weighted. All if `None`.
+        prompt_mask_probability (`float`, *optional*, defaults to `0.15`):
+            Probability with which `"mean_field"` masks a prompt token.
+        share_prompts (`bool`, *optional*, defaults to `True`):
+            Whether responses to the same prompt share its part of the pass. Numbers are the same. Takes effect with
+            block attention, `attn_implementation="sdpa"`, and `per_device_train_batch_size` a multiple of
+            `num_generations` (groups then stay together when rollouts are shuffled).
+        estimator_check_steps (`int`, *optional*):
+            Every this many optimizer steps, compute the exact log-ratio of a few trajectories to the reference (to the
+            policy that decoded them if `beta=0`) and log the bias, standard deviation and correlation of eight estimates
+            of it as `diffusion/check/...`. Costs some extra forward passes at these steps.
+        estimator_check_size (`int`, *optional*, defaults to `8`):
+            Most trajectories per process to check on.
 
     > [!NOTE]
     > All other defaults are those of the installed [`~trl.GRPOConfig`].
@@ -109,19 +128,27 @@ class DTRPOConfig(GRPOConfig):
     )
 
     # Parameters that control the estimator
+    estimator: str = field(
+        default="dtrpo",
+        metadata={
+            "help": "Which states of a response an update scores: 'dtrpo' (random decoding steps), 'exact' (all of "
+            "them), 'elbo' (VRPO), 'mean_field' (diffu-GRPO) or 'coupled' (coupled-GRPO).",
+            "choices": list(ESTIMATORS),
+        },
+    )
+    num_draws: int = field(
+        default=1,
+        metadata={
+            "help": "Steps drawn per block ('dtrpo'; with full attention, per response), or random masks per response "
+            "('elbo'). More draws shrink the variance of the estimate and lengthen the pass."
+        },
+    )
     step_distribution: str = field(
         default="uniform",
         metadata={
-            "help": "How the scored step of a block is drawn: 'uniform' over its steps, or 'token' for proportional to "
-            "the number of tokens a step unmasked.",
+            "help": "How 'dtrpo' draws the scored step of a block: 'uniform' over its steps, or 'token' for "
+            "proportional to the number of tokens a step unmasked.",
             "choices": ["uniform", "token"],
-        },
-    )
-    num_step_draws: int = field(
-        default=1,
-        metadata={
-            "help": "Steps drawn per block. More draws shrink the variance of the estimate and lengthen the packed "
-            "sequence."
         },
     )
     weighting: str = field(
@@ -132,6 +159,28 @@ class DTRPOConfig(GRPOConfig):
             "choices": ["unbiased", "none"],
         },
     )
+    num_scored_blocks: int | None = field(
+        default=None,
+        metadata={"help": "Blocks of a response that 'dtrpo' scores, drawn at random and weighted. All if not set."},
+    )
+    prompt_mask_probability: float = field(
+        default=0.15, metadata={"help": "Probability with which 'mean_field' masks a prompt token."}
+    )
+    share_prompts: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether responses to the same prompt share its part of the pass, where they can. Numbers are the "
+            "same."
+        },
+    )
+    estimator_check_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every this many optimizer steps, log how estimates compare with the exact log-ratio of a few "
+            "trajectories."
+        },
+    )
+    estimator_check_size: int = field(default=8, metadata={"help": "Most trajectories per process to check on."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -148,14 +197,16 @@ class DTRPOConfig(GRPOConfig):
                 f"`loss_type={self.loss_type!r}` divides by a constant, so with `weighting='none'` its size would depend "
                 "on the number of steps. Use `weighting='unbiased'`."
             )
-        if self.num_step_draws < 1:
-            raise ValueError(f"`num_step_draws` must be at least 1, got {self.num_step_draws}.")
         if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
             raise ValueError(f"`rollout_batch_size` must be at least 1, got {self.rollout_batch_size}.")
-        for name in ("step_distribution", "weighting"):
-            choices = type(self).__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        self.scoring()  # checks the settings of the estimator
+        for name in ("estimator_check_steps", "estimator_check_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.estimator_check_steps and self.beta == 0.0 and not ESTIMATORS[self.estimator].recorded:
+            raise ValueError(
+                f"`estimator_check_steps` with `estimator={self.estimator!r}` needs a reference to compare with: set `beta`."
+            )
         self.decoding()  # checks the decoding settings
 
     def decoding(self, temperature: float | None = None) -> DecodingConfig:
@@ -169,6 +220,17 @@ class DTRPOConfig(GRPOConfig):
             steps_per_block=self.steps_per_block,
             schedule=self.step_schedule,
             sub_block_size=self.sub_block_size,
+        )
+
+    def scoring(self) -> EstimatorConfig:
+        """Settings of the estimator."""
+        return EstimatorConfig(
+            name=self.estimator,
+            num_draws=self.num_draws,
+            step_distribution=self.step_distribution,
+            weighting=self.weighting,
+            num_blocks=self.num_scored_blocks,
+            prompt_mask_probability=self.prompt_mask_probability,
         )
 
     def refused(self) -> dict[str, str]:

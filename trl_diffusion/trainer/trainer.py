@@ -18,21 +18,24 @@ from trl import GRPOTrainer
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
-from ..policies.forward import check_attention
+from ..policies.attention import enable_segments
+from ..policies.forward import check_attention, unwrap
 from ..policies.loading import load_config, resolve_mask_token
 from ..policies.lora import check_targets, empty_model
 from ..policies.spec import DiffusionSpec, check_spec, family_fields, get_spec, set_spec, spec_fields
-from ..scoring.draws import count_tokens, derive_seed, draw_steps
+from ..scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
+from ..scoring.draws import derive_seed, expected_weights
+from ..scoring.estimators import ESTIMATORS
 from ..scoring.layout import PackedLayout, pack
 from ..scoring.score import score
-from ..trajectories.trajectory import TrajectoryBatch, drawable_states, response_blocks
+from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
 from ._trl import disable_dropout_in_model, unwrap_model_for_generation, use_adapter
 from .config import DTRPOConfig
 
 
 logger = get_logger(__name__)
 
-_TRAIN, _EVAL, _DRAWS = 0, 1, 2  # random streams
+_TRAIN, _EVAL, _DRAWS, _CHECKS = range(4)  # random streams
 
 
 class DTRPOTrainer(GRPOTrainer):
@@ -128,7 +131,10 @@ class DTRPOTrainer(GRPOTrainer):
                     "was not loaded from anywhere. Save it and pass the path as `model`, or set `beta=0`."
                 )
 
+        self.estimator = ESTIMATORS[args.estimator]
+        self.scoring_config = args.scoring()
         self._layout: PackedLayout | None = None
+        self._old: Tensor | None = None
         self._rollouts: TrajectoryBatch | None = None
         self._rollout_clock = {}  # for training and evaluation: optimizer step, and rollouts so far in it
         super().__init__(
@@ -148,6 +154,10 @@ class DTRPOTrainer(GRPOTrainer):
             )
 
         self.spec = spec
+        self._share_prompts = args.share_prompts and spec.attention == "block"
+        for policy in (self.model, self.ref_model):
+            if policy is not None and self._share_prompts:
+                self._share_prompts = enable_segments(unwrap(policy))
         # Recorded and re-scored log-probabilities are compared: no dropout between them.
         disable_dropout_in_model(self.model)
         # What ends a response here is what TRL calls terminated (before TRL 1.16 it knew the tokenizer's token only).
@@ -255,10 +265,45 @@ class DTRPOTrainer(GRPOTrainer):
             draw_seeds=torch.tensor(draw_seeds, device=rollouts.canvas_ids.device),
         )
         if self.args.weighting == "none":
-            counted = _fit(output["completion_mask"].bool(), rollouts.canvas_ids.shape[1])
-            output["expected_weight"] = self._expected_weight(rollouts, counted)
+            output["expected_weight"] = self._expected_weight(output)
+        if "old_per_token_logps" in output and not self.estimator.recorded:
+            output["old_estimates"] = self._old_estimates(output)
         self._log_rollouts(rollouts)
-        return output
+        return self._group(output)
+
+    def _group(self, output: dict[str, Any]) -> dict[str, Any]:
+        """
+        Tensors of shape `(R, ...)` as `(R / G, G, ...)` for groups of `G` responses to a prompt, so that TRL shuffles and
+        splits groups instead of responses, and a batch can share prompts. As it was, if a batch does not hold groups.
+        """
+        size = self.num_generations
+        if not self._share_prompts or not self.model.training or self.args.per_device_train_batch_size % size:
+            return output
+        return {key: value.unflatten(0, (-1, size)) if _is_rows(value) else value for key, value in output.items()}
+
+    def _ungroup(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Undoes [`_group`]; always a copy."""
+        if inputs["prompt_ids"].dim() == 2:
+            return dict(inputs)
+        return {key: value.flatten(0, 1) if _is_rows(value) else value for key, value in inputs.items()}
+
+    @torch.no_grad()
+    def _old_estimates(self, output: dict[str, Any]) -> Tensor:
+        """
+        What the policy of this rollout estimates for the states that each pass over it will draw, `(R, iterations, C)`;
+        for estimators whose states are not those of the recording.
+        """
+        size = self.args.per_device_train_batch_size
+        rows = len(output["prompt_ids"])
+        estimates = []
+        for begin in range(0, rows, size):
+            part = {k: v[begin : begin + size] if _is_rows(v) else v for k, v in output.items()}
+            passes = []
+            for iteration in range(self.num_iterations):
+                with self._scoring(part, iteration) as layout:
+                    passes.append(score(self.model, layout, self.spec, self.temperature)[0])
+            estimates.append(torch.stack(passes, 1))
+        return torch.cat(estimates)
 
     # -------------------------------------------------------------------------------------------------- scoring
 
@@ -282,43 +327,40 @@ class DTRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         """TRL's loss with the weights of the scored tokens as its mask (METHOD.md, sections 2 and 5)."""
+        inputs = self._ungroup(inputs)
         width = inputs["completion_ids"].shape[1]
-        with self._scoring(inputs) as layout:
-            inputs = dict(inputs)
+        iteration = self._step // self.args.steps_per_generation % self.num_iterations if self.model.training else 0
+        if self._check_is_due():
+            self._check_estimator(inputs)
+        with self._scoring(inputs, iteration) as layout:
             if self.beta != 0.0:
                 inputs["ref_per_token_logps"] = _fit(self._reference_logps(layout), width)
             if self.args.weighting == "none":
                 inputs["num_items_in_batch"] = inputs["expected_weight"]
             inputs["completion_mask"] = _fit(layout.weights, width)
-            old = torch.where(layout.weights > 0, inputs["canvas_logps"], 0.0)  # what is not scored has ratio 1
-            inputs["old_per_token_logps"] = _fit(old, width)
+            inputs.pop("old_per_token_logps", None)
+            if self._old is not None:
+                inputs["old_per_token_logps"] = _fit(self._old, width)
             return super()._compute_loss(model, inputs)
 
     @contextmanager
-    def _scoring(self, inputs: dict[str, Any]):
-        """Draws the states that this update scores, and lays them out. Policy and reference share them."""
-        batch = TrajectoryBatch(
-            prompt_ids=inputs["prompt_ids"],
-            prompt_mask=inputs["prompt_mask"],
-            canvas_ids=inputs["canvas_ids"],
-            steps=inputs["canvas_steps"],
-            logps=inputs["canvas_logps"],
-            canvas_lengths=inputs["canvas_lengths"],
-            completion_lengths=inputs["completion_mask"].long().sum(1),
-        )
-        iteration = self._step // self.args.steps_per_generation % self.num_iterations if self.model.training else 0
-        draw = draw_steps(
-            *drawable_states(self.spec, batch),
-            [derive_seed(seed, iteration) for seed in inputs["draw_seeds"].tolist()],
-            distribution=self.args.step_distribution,
-            num_draws=self.args.num_step_draws,
-            weighting=self.args.weighting,
-        )
-        self._layout, self._recorded = pack(batch, self.spec, draw), batch.logps
+    def _scoring(self, inputs: dict[str, Any], iteration: int = 0):
+        """
+        Draws the states that this pass over a rollout scores, and lays them out. Policy, old policy and reference share
+        them. `self._old` is what the old policy estimates there, `None` if that is the policy as it is now.
+        """
+        batch = _trajectories(inputs)
+        seeds = [derive_seed(seed, iteration) for seed in inputs["draw_seeds"].tolist()]
+        states = self.estimator.states(batch, self.spec, seeds, self.scoring_config)
+        self._layout = pack(batch, self.spec, states, self.estimator.one_row, self._share_prompts)
+        if self.estimator.recorded:
+            self._old = torch.where(states.weights > 0, batch.logps, 0.0)  # what is not scored has ratio 1
+        else:
+            self._old = inputs["old_estimates"][:, iteration] if "old_estimates" in inputs else None
         try:
             yield self._layout
         finally:
-            self._layout = self._recorded = None
+            self._layout = self._old = None
 
     @torch.no_grad()
     def _reference_logps(self, layout: PackedLayout) -> Tensor:
@@ -329,17 +371,11 @@ class DTRPOTrainer(GRPOTrainer):
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
             return score(self.model, layout, self.spec, self.temperature)[0]
 
-    def _expected_weight(self, rollouts: TrajectoryBatch, counted: Tensor) -> Tensor:
+    def _expected_weight(self, output: dict[str, Any]) -> Tensor:
         """What the weights of a draw sum to on average, over the rollouts of all processes."""
-        groups, states, drawable = drawable_states(self.spec, rollouts, counted)
-        counts = count_tokens(groups, states, drawable).float()  # (R, S, T)
-        support = counts > 0
-        if self.args.step_distribution == "uniform":
-            chance = support / support.sum(-1, keepdim=True).clamp(min=1)
-        else:
-            chance = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-        total = (chance * counts).sum() + (counted & ~drawable).sum()
-        return self.accelerator.reduce(total, reduction="sum")
+        tokens = token_states(self.spec, _trajectories(output))
+        total = expected_weights(tokens, self.args.step_distribution, self.args.num_scored_blocks)
+        return self.accelerator.reduce(total.sum(), reduction="sum")
 
     # -------------------------------------------------------------------------------------------------- metrics
 
@@ -356,14 +392,45 @@ class DTRPOTrainer(GRPOTrainer):
         self._record("diffusion/steps_per_response", steps / responses)
 
     def _log_scores(self, logps: Tensor) -> None:
-        """How the scored log-probabilities compare with the recorded ones (METHOD.md, section 4)."""
-        scored = self._layout.weights > 0
-        gap = torch.where(scored, (logps - self._recorded).abs(), 0.0)
+        """How the scored log-probabilities compare with the old policy's: those recorded while decoding, for estimators
+        that score what was recorded (METHOD.md, section 4)."""
+        weights = self._layout.weights
+        scored, old = weights > 0, logps if self._old is None else self._old
+        sums = self.accelerator.reduce(ratio_statistics(logps - old, weights), reduction="sum")
+        for name, value in summarise_ratios(sums).items():
+            self._record(f"diffusion/{name}", value)
+        gap = torch.where(scored, (logps - old).abs(), 0.0)
         totals = torch.stack([gap.sum(), scored.sum().float(), torch.tensor(len(gap), device=gap.device).float()])
         total, tokens, responses = self.accelerator.reduce(totals, reduction="sum").tolist()
-        self._record("diffusion/recorded_gap/mean", total / max(tokens, 1))
-        self._record("diffusion/recorded_gap/max", self.accelerator.gather(gap.max()).max().item())
         self._record("diffusion/scored_tokens", tokens / responses)
+        if self.estimator.recorded:
+            self._record("diffusion/recorded_gap/mean", total / max(tokens, 1))
+            self._record("diffusion/recorded_gap/max", self.accelerator.gather(gap.max()).max().item())
+
+    def _check_is_due(self) -> bool:
+        """Whether this is the first batch of an optimizer step at which the estimator is to be checked."""
+        every = self.args.estimator_check_steps
+        due = every is not None and self.model.training and self.state.global_step % every == 0
+        return due and self._step % self.current_gradient_accumulation_steps == 0
+
+    def _check_estimator(self, inputs: dict[str, Any]) -> None:
+        """Logs how estimates compare with the exact log-ratio of a few trajectories."""
+        batch = _trajectories(inputs).select(slice(0, self.args.estimator_check_size))
+        seeds = [derive_seed(seed, _CHECKS) for seed in inputs["draw_seeds"][: len(batch)].tolist()]
+
+        def log_ratios(layout: PackedLayout) -> Tensor:
+            logps, _ = score(self.model, layout, self.spec, self.temperature)
+            if self.beta != 0.0:
+                return logps - self._reference_logps(layout)
+            return logps - torch.where(layout.weights > 0, batch.logps, 0.0)
+
+        quality = estimate_quality(log_ratios, batch, self.spec, self.scoring_config, seeds)
+        self._record("diffusion/check/log_ratio", self.accelerator.gather(quality.exact).mean().item())
+        for name in ("bias", "std", "correlation"):
+            value = torch.tensor([getattr(quality, name)], device=batch.logps.device)
+            value = self.accelerator.gather(value).nanmean().item()
+            if value == value:
+                self._record(f"diffusion/check/{name}", value)
 
     def _record(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
@@ -389,6 +456,24 @@ class DTRPOTrainer(GRPOTrainer):
 def _fit(values: Tensor, width: int) -> Tensor:
     """Pads or cuts the columns of a canvas tensor to the width of TRL's completion tensors."""
     return F.pad(values, (0, width - values.shape[1]))
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether this entry of a batch has a row for each response (or group)."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _trajectories(inputs: dict[str, Any]) -> TrajectoryBatch:
+    """The trajectories of a batch."""
+    return TrajectoryBatch(
+        prompt_ids=inputs["prompt_ids"],
+        prompt_mask=inputs["prompt_mask"],
+        canvas_ids=inputs["canvas_ids"],
+        steps=inputs["canvas_steps"],
+        logps=inputs["canvas_logps"],
+        canvas_lengths=inputs["canvas_lengths"],
+        completion_lengths=inputs["completion_mask"].long().sum(1),
+    )
 
 
 def _named_datasets(train_dataset, eval_dataset) -> list[tuple[str, Any]]:

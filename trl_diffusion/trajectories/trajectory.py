@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,32 +129,44 @@ def autoregressive_positions(spec: DiffusionSpec, prompt_lengths: Tensor, width:
     return first & (spec.first_token == "autoregressive")
 
 
-def drawable_states(
-    spec: DiffusionSpec, batch: TrajectoryBatch, counted: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+class TokenStates(NamedTuple):
     """
-    What a draw chooses from: for every token, the group it lies in, the state of that group that unmasked it, and
-    whether it takes part. One state is drawn for each group, independently.
+    What a draw chooses from, for every token of `R` canvases of `C` positions. One state is drawn for each group,
+    independently.
+
+    Attributes:
+        groups (`Tensor` of shape `(R, C)`): group of the token.
+        states (`Tensor` of shape `(R, C)`): the state of its group that unmasked it, -1 for never.
+        drawable (boolean `Tensor` of shape `(R, C)`): tokens that take part in the draw.
+        counted (boolean `Tensor` of shape `(R, C)`): these, and tokens whose state is in every pass over their group.
+    """
+
+    groups: Tensor
+    states: Tensor
+    drawable: Tensor
+    counted: Tensor
+
+
+def token_states(spec: DiffusionSpec, batch: TrajectoryBatch, counted: Tensor | None = None) -> TokenStates:
+    """
+    The states in which tokens were unmasked.
 
     With block attention a group is a block and its states are the block's decoding steps: the states of all blocks fit
-    into one pass. With full attention a pass holds one state, so the whole response is one group, and its states are
-    the steps of all blocks, counted through (METHOD.md, section 2).
+    into one pass. Tokens made autoregressively are in every pass. With full attention a pass holds one state, so the
+    whole response is one group, and its states are the steps of all blocks, counted through (METHOD.md, section 2).
 
     Args:
         spec ([`DiffusionSpec`]): facts about the policy.
         batch ([`TrajectoryBatch`]): the responses.
         counted (boolean `Tensor` of shape `(R, C)`, *optional*): tokens that count. Defaults to the completions.
-
-    Returns:
-        Three tensors of shape `(R, C)`: groups, states (-1 for never unmasked), and a boolean one that leaves out tokens
-        made autoregressively, whose state is in every pass.
     """
     width, lengths = batch.canvas_ids.shape[1], batch.prompt_lengths
     counted = (batch.completion_mask if counted is None else counted) & (batch.steps != NEVER)
     blocks = response_blocks(spec, lengths, width)
     if spec.attention == "block":
-        return blocks, batch.steps, counted & ~autoregressive_positions(spec, lengths, width)
-    return torch.zeros_like(blocks), global_steps(blocks, batch.steps), counted
+        drawable = counted & ~autoregressive_positions(spec, lengths, width)
+        return TokenStates(blocks, batch.steps, drawable, counted)
+    return TokenStates(torch.zeros_like(blocks), global_steps(blocks, batch.steps), counted, counted)
 
 
 def global_steps(blocks: Tensor, steps: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""How far an estimate, and the policy behind it, can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..policies.spec import DiffusionSpec
+from ..trajectories.trajectory import TrajectoryBatch
+from .draws import derive_seed
+from .estimators import ESTIMATORS, EstimatorConfig
+from .layout import PackedLayout, pack
+
+
+@dataclass
+class EstimateQuality:
+    """
+    Estimates of log-ratios between two policies beside their exact values, for `R` trajectories.
+
+    Attributes:
+        exact (`Tensor` of shape `(R,)`): `D`, the log-ratio of the whole trajectory in nats (METHOD.md, section 2).
+        estimates (`Tensor` of shape `(N, R)`): `N` independent estimates of it.
+    """
+
+    exact: Tensor
+    estimates: Tensor
+
+    @property
+    def bias(self) -> float:
+        """Mean of estimate minus exact value, in nats."""
+        return (self.estimates - self.exact).mean().item()
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of an estimate around its own mean, in nats: the root of the mean variance."""
+        return self.estimates.var(0, correction=1).mean().sqrt().item()
+
+    @property
+    def correlation(self) -> float:
+        """Pearson correlation of estimates with exact values; NaN where either does not vary."""
+        pairs = torch.stack([self.estimates.flatten(), self.exact.expand_as(self.estimates).flatten()])
+        return torch.corrcoef(pairs)[0, 1].item() if (pairs.std(1) > 1e-6).all() else float("nan")
+
+
+@torch.no_grad()
+def estimate_quality(
+    log_ratios: Callable[[PackedLayout], Tensor],
+    batch: TrajectoryBatch,
+    spec: DiffusionSpec,
+    config: EstimatorConfig,
+    seeds: list[int],
+    num_estimates: int = 8,
+) -> EstimateQuality:
+    """
+    Computes the exact log-ratio of some trajectories, and an estimator's estimates of it with several seeds.
+
+    Args:
+        log_ratios (callable): from a layout to the log-ratio of each token, `(R, C)`.
+        batch ([`TrajectoryBatch`]): the trajectories.
+        spec ([`DiffusionSpec`]): facts about the policy.
+        config ([`EstimatorConfig`]): the estimator.
+        seeds (`list[int]` of length `R`): one seed per trajectory.
+        num_estimates (`int`, *optional*, defaults to `8`): number of estimates of each.
+    """
+
+    def estimate(config: EstimatorConfig, seeds: list[int]) -> Tensor:
+        estimator = ESTIMATORS[config.name]
+        layout = pack(batch, spec, estimator.states(batch, spec, seeds, config), estimator.one_row)
+        return (log_ratios(layout).double() * layout.weights).sum(1)
+
+    exact = estimate(EstimatorConfig("exact"), seeds)
+    estimates = [estimate(config, [derive_seed(seed, n) for seed in seeds]) for n in range(num_estimates)]
+    return EstimateQuality(exact, torch.stack(estimates))
+
+
+def ratio_statistics(log_ratios: Tensor, weights: Tensor) -> Tensor:
+    """
+    Sums from which [`summarise_ratios`] makes statistics of importance ratios; sums of several batches add up.
+
+    Args:
+        log_ratios (`Tensor` of shape `(R, C)`): log-ratio of each token, policy over old policy, in nats.
+        weights (`Tensor` of shape `(R, C)`): weight of each token, 0 where it is not scored.
+
+    Returns:
+        `Tensor` of shape `(6,)`.
+    """
+    log_ratios = torch.where(weights > 0, log_ratios, 0.0)
+    ratios = log_ratios.exp()
+    moments = [
+        torch.ones_like(ratios),
+        log_ratios,
+        log_ratios.square(),
+        ratios,
+        ratios.square(),
+        ratios - 1 - log_ratios,
+    ]
+    return torch.stack([(weights * moment).sum() for moment in moments])
+
+
+def summarise_ratios(sums: Tensor) -> dict[str, float]:
+    """
+    From the sums of [`ratio_statistics`], weighted over scored tokens:
+
+    - `log_ratio_std`: standard deviation of the log-ratio, in nats;
+    - `effective_sample_size`: `(sum w r)^2 / (sum w * sum w r^2)` of the ratios `r`, 1 if all are equal (Kish);
+    - `kl_to_old`: mean of `r - 1 - log r`, the KL divergence from the old policy that samples estimate
+      (http://joschu.net/blog/kl-approx.html, "k3").
+    """
+    total, first, second, ratios, squares, divergence = sums.double().tolist()
+    if total <= 0:
+        return {"log_ratio_std": 0.0, "effective_sample_size": 1.0, "kl_to_old": 0.0}
+    mean = first / total
+    return {
+        "log_ratio_std": max(second / total - mean**2, 0.0) ** 0.5,
+        "effective_sample_size": ratios**2 / (total * squares) if squares > 0 else 0.0,
+        "kl_to_old": divergence / total,
+    }

@@ -1,0 +1,264 @@
+"""Estimators of a response's log-probability, one signature: which states are scored, and what each is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..policies.spec import DiffusionSpec
+from ..trajectories.trajectory import NEVER, TrajectoryBatch, token_states
+from .draws import derive_seed, draw_steps
+from .states import States, all_states, drawn_states
+
+
+COUPLED_RANGE = (0.2, 0.8)  # of the mask ratio of coupled-GRPO
+
+
+@dataclass(frozen=True)
+class EstimatorConfig:
+    r"""
+    Settings of an estimator.
+
+    Args:
+        name (`str`, *optional*, defaults to `"dtrpo"`):
+            One of [`ESTIMATORS`].
+        num_draws (`int`, *optional*, defaults to `1`):
+            `"dtrpo"`: steps drawn per block. `"elbo"`: random masks per response.
+        step_distribution (`str`, *optional*, defaults to `"uniform"`):
+            `"dtrpo"`: how a step is drawn, `"uniform"` or `"token"` (see [`draw_steps`]).
+        weighting (`str`, *optional*, defaults to `"unbiased"`):
+            `"dtrpo"`: `"unbiased"` or `"none"` (see [`draw_steps`]).
+        num_blocks (`int`, *optional*):
+            `"dtrpo"` with block attention: blocks scored per response, drawn at random. All if `None`.
+        prompt_mask_probability (`float`, *optional*, defaults to `0.15`):
+            `"mean_field"`: probability with which a prompt token is masked.
+
+    Raises:
+        ValueError: for an unknown estimator or a value out of range.
+    """
+
+    name: str = "dtrpo"
+    num_draws: int = 1
+    step_distribution: Literal["uniform", "token"] = "uniform"
+    weighting: Literal["unbiased", "none"] = "unbiased"
+    num_blocks: int | None = None
+    prompt_mask_probability: float = 0.15
+
+    def __post_init__(self):
+        for name, choices in (
+            ("name", tuple(ESTIMATORS)),
+            ("step_distribution", ("uniform", "token")),
+            ("weighting", ("unbiased", "none")),
+        ):
+            if getattr(self, name) not in choices:
+                what = "estimator" if name == "name" else name
+                raise ValueError(f"`{what}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
+        if self.num_draws < 1:
+            raise ValueError(f"`num_draws` must be at least 1, got {self.num_draws}.")
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise ValueError(f"`num_blocks` must be at least 1, got {self.num_blocks}.")
+        if not 0 <= self.prompt_mask_probability < 1:
+            raise ValueError(
+                f"`prompt_mask_probability` must be at least 0 and below 1, got {self.prompt_mask_probability}."
+            )
+        for name, users in (
+            ("num_draws", ("dtrpo", "elbo")),
+            ("step_distribution", ("dtrpo",)),
+            ("weighting", ("dtrpo",)),
+            ("num_blocks", ("dtrpo",)),
+            ("prompt_mask_probability", ("mean_field",)),
+        ):
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default and self.name not in users:
+                raise ValueError(
+                    f"`{name}` is for estimator={' or '.join(repr(user) for user in users)}, not for {self.name!r}; "
+                    f"leave it at {default!r}."
+                )
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """
+    An estimator.
+
+    Attributes:
+        states (callable): `(batch, spec, seeds, config) -> States`; `seeds` holds one seed per response.
+        recorded (`bool`):
+            Whether it scores tokens in the states in which they were unmasked, so that the log-probabilities recorded
+            while decoding are those of the policy that decoded.
+        one_row (`bool`):
+            Whether block attention runs all views of a response in one packed row, instead of one row for each.
+    """
+
+    states: Callable[[TrajectoryBatch, DiffusionSpec, list[int], EstimatorConfig], States]
+    recorded: bool
+    one_row: bool
+
+
+def dtrpo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
+    """
+    State reduction of dTRPO (https://huggingface.co/papers/2603.18806; METHOD.md, section 2): `num_draws` random
+    decoding steps of each block (full attention: of the response), of which the newly unmasked tokens are scored.
+
+    Forward passes per response: 1 with block attention, `num_draws` with full attention.
+    """
+    if config.num_blocks is not None and spec.attention == "full":
+        raise ValueError(
+            "`num_blocks` is for block attention; with full attention a pass holds one state, and `num_draws` sets how many."
+        )
+    draw = draw_steps(
+        token_states(spec, batch),
+        seeds,
+        distribution=config.step_distribution,
+        num_draws=config.num_draws,
+        weighting=config.weighting,
+        num_blocks=config.num_blocks,
+    )
+    return drawn_states(batch, spec, draw)
+
+
+def exact(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
+    """
+    The whole trajectory: every token in the state in which it was unmasked (METHOD.md, section 1). Nothing is random.
+
+    Forward passes per response: as many as the block with the most steps has (block attention); as many as there are
+    steps (full attention).
+    """
+    return all_states(batch, spec)
+
+
+def elbo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
+    """
+    Evidence lower bound as in VRPO (LLaDA 1.5, https://huggingface.co/papers/2505.19223): of the `N` tokens of the
+    response, `m` are masked, `m` uniform in 1 to `N`, which ones at random; their log-probabilities are summed with
+    weight `N / m`, and the mean over `num_draws` masks is taken. With block attention this holds for each block,
+    given the blocks before it.
+
+    A token's estimate is the weighted mean of its log-probabilities over the masks that hide it, and its weight the sum
+    of those weights, so that the weighted sum over tokens is the bound.
+
+    Forward passes per response: `num_draws`.
+    """
+    groups, autoregressive, drawn, counted = _tokens(batch, spec)
+    keys = _uniforms(batch, seeds, config.num_draws)  # (R, V, C)
+    sizes = _group_sums(groups, drawn[:, None].float())  # (R, 1, C): N of the token's group
+    sizes = sizes.expand(-1, config.num_draws, -1)
+    numbers = _per_group(groups, _uniforms(batch, [derive_seed(seed, 1) for seed in seeds], config.num_draws))
+    num_masked = (numbers * sizes).floor() + 1  # m, uniform in 1 to N
+    masked = drawn[:, None] & (_ranks(groups, keys, drawn) < num_masked)
+    shares = (masked & counted[:, None]) * sizes / num_masked / config.num_draws
+    weights = shares.sum(1)
+    coefficients = shares / weights.clamp(min=torch.finfo(weights.dtype).tiny)[:, None]
+    return _random_states(batch, masked, coefficients, weights, autoregressive, counted)
+
+
+def mean_field(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
+    """
+    One-step log-probabilities as in diffu-GRPO (d1, https://huggingface.co/papers/2504.12216): every token of the
+    response is scored with the whole response masked (block attention: with its whole block masked), and each prompt
+    token is masked with probability `prompt_mask_probability`.
+
+    Forward passes per response: 1.
+    """
+    _, autoregressive, drawn, counted = _tokens(batch, spec)
+    prompt_hidden = torch.zeros_like(batch.prompt_mask, dtype=torch.bool)
+    for row, seed in enumerate(seeds):
+        length = int(batch.prompt_lengths[row])
+        chances = torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        hits = (chances < config.prompt_mask_probability).to(prompt_hidden.device)
+        prompt_hidden[row, batch.prompt_mask[row].bool()] = hits
+    scored = (counted & drawn).float()
+    states = _random_states(batch, drawn[:, None], scored[:, None], scored, autoregressive, counted)
+    states.prompt_hidden = prompt_hidden
+    return states
+
+
+def coupled(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
+    """
+    Coupled sampling as in DiffuCoder (https://huggingface.co/papers/2506.20639): with a mask ratio `r` uniform in 0.2 to
+    0.8, every token is masked with probability `r` in one state, and the other tokens are in a second one; a third one
+    masks everything. The estimate of a token is half its log-probability in the third, plus half of it, divided by
+    `r` or `1 - r`, in the one of the other two that masks it. With block attention, states are those of each block, given
+    the blocks before it.
+
+    Forward passes per response: 3.
+    """
+    _, autoregressive, drawn, counted = _tokens(batch, spec)
+    low, high = COUPLED_RANGE
+    ratios = [
+        low + (high - low) * torch.rand((), generator=torch.Generator().manual_seed(derive_seed(seed, 1))).item()
+        for seed in seeds
+    ]
+    ratio = torch.tensor(ratios, device=drawn.device)[:, None]
+    first = _uniforms(batch, seeds, 1)[:, 0] < ratio
+    masked = torch.stack([torch.ones_like(first), first, ~first], 1) & drawn[:, None]
+    scored = (counted & drawn).float()
+    worth = torch.stack([torch.full_like(ratio, 0.5), 0.5 / ratio, 0.5 / (1 - ratio)], 1)  # (R, 3, 1)
+    return _random_states(batch, masked, masked * worth * scored[:, None], scored, autoregressive, counted)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "dtrpo": Estimator(dtrpo, recorded=True, one_row=True),
+    "exact": Estimator(exact, recorded=True, one_row=False),
+    "elbo": Estimator(elbo, recorded=False, one_row=False),
+    "mean_field": Estimator(mean_field, recorded=False, one_row=False),
+    "coupled": Estimator(coupled, recorded=False, one_row=False),
+}
+
+
+def _tokens(batch: TrajectoryBatch, spec: DiffusionSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Groups that are masked together, tokens made autoregressively, tokens that masks are drawn from, and tokens that
+    count; all of shape `(R, C)`."""
+    unmasked = batch.steps != NEVER
+    groups, _, drawn, _ = token_states(spec, batch, unmasked)
+    return groups, unmasked & ~drawn, drawn, batch.completion_mask & unmasked
+
+
+def _random_states(
+    batch: TrajectoryBatch,
+    masked: Tensor,
+    coefficients: Tensor,
+    weights: Tensor,
+    autoregressive: Tensor,
+    counted: Tensor,
+) -> States:
+    """States that hide the `masked` tokens. Those made autoregressively are always visible, and always scored."""
+    always = (autoregressive & counted).float()
+    coefficients = coefficients.clone()
+    coefficients[:, 0] += always
+    return States((batch.steps == NEVER)[:, None] | masked, coefficients.float(), (weights + always).float())
+
+
+def _uniforms(batch: TrajectoryBatch, seeds: list[int], num: int) -> Tensor:
+    """Uniform numbers of shape `(R, num, C)` (float64) that depend on a row's own seed and canvas length alone."""
+    values = torch.zeros(len(batch), num, batch.canvas_ids.shape[1], dtype=torch.float64)
+    for row, (seed, length) in enumerate(zip(seeds, batch.canvas_lengths.tolist(), strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        values[row, :, :length] = torch.rand(num, length, generator=generator, dtype=torch.float64)
+    return values.to(batch.canvas_ids.device)
+
+
+def _group_sums(groups: Tensor, values: Tensor) -> Tensor:
+    """Sum of `values` (R, V, C) over the group of each position, shape `(R, V, C)`."""
+    index = groups[:, None].expand_as(values)
+    sums = torch.zeros(*values.shape[:2], int(groups.max()) + 1, dtype=values.dtype, device=values.device)
+    return sums.scatter_add_(2, index, values).gather(2, index)
+
+
+def _per_group(groups: Tensor, values: Tensor) -> Tensor:
+    """One of the `values` (R, V, C) for each group, the same for all its positions."""
+    index = groups[:, None].expand_as(values)
+    return values.gather(2, index)  # group `g` takes the number of position `g`
+
+
+def _ranks(groups: Tensor, keys: Tensor, drawn: Tensor) -> Tensor:
+    """Rank of each position's key among the `drawn` positions of its group, from 0; shape `(R, V, C)`."""
+    ordered = torch.where(drawn[:, None], groups[:, None] + keys, torch.inf).argsort(-1).argsort(-1)
+    before = (drawn.long().cumsum(1) - drawn.long()).masked_fill(~drawn, torch.iinfo(torch.long).max)
+    starts = torch.full((len(groups), int(groups.max()) + 1), torch.iinfo(torch.long).max, device=groups.device)
+    starts = starts.scatter_reduce(1, groups, before, reduce="amin").gather(1, groups)  # groups are contiguous
+    return ordered - starts[:, None]

@@ -1,0 +1,96 @@
+"""States to be scored: what the policy is shown, and what its log-probabilities there are worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..policies.spec import DiffusionSpec
+from ..trajectories.trajectory import NEVER, TrajectoryBatch, token_states
+from .draws import StepDraw
+
+
+@dataclass
+class States:
+    r"""
+    `V` views of each of `R` responses. The estimate of a token's log-probability is
+
+        estimate[r, c] = sum_v coefficients[r, v, c] * log p(token c | view v of response r)
+
+    and `sum_c weights[r, c] * estimate[r, c]` is the estimate of the log-probability of the response.
+
+    With block attention, a view is one state of every block (the blocks before it are clean), and a block of a view that
+    has no coefficient is not run. With full attention, a view is one state of the whole response. Tokens that are made
+    autoregressively are read from the clean tokens before them, whatever the view hides.
+
+    Attributes:
+        hidden (boolean `Tensor` of shape `(R, V, C)`): True where the view shows the mask token.
+        coefficients (`Tensor` of shape `(R, V, C)`, float32): 0 where the view does not score the token.
+        weights (`Tensor` of shape `(R, C)`, float32): weight of each token in the loss, 0 where it is not scored.
+        prompt_hidden (boolean `Tensor` of shape `(R, P)`, *optional*): prompt tokens replaced by the mask token.
+    """
+
+    hidden: Tensor
+    coefficients: Tensor
+    weights: Tensor
+    prompt_hidden: Tensor | None = None
+
+    def view_rows(self) -> tuple[Tensor, States]:
+        """
+        Every view as a response of its own.
+
+        Returns:
+            `(R * V,)` indices of the response each row belongs to, and its states with a single view.
+        """
+        num_responses, num_views = self.hidden.shape[:2]
+        rows = torch.arange(num_responses, device=self.hidden.device).repeat_interleave(num_views)
+        return rows, States(
+            hidden=self.hidden.flatten(0, 1)[:, None],
+            coefficients=self.coefficients.flatten(0, 1)[:, None],
+            weights=self.weights[rows],
+            prompt_hidden=None if self.prompt_hidden is None else self.prompt_hidden[rows],
+        )
+
+
+def drawn_states(batch: TrajectoryBatch, spec: DiffusionSpec, draw: StepDraw, counted: Tensor | None = None) -> States:
+    """
+    The states just before the drawn decoding steps, in which the tokens that those steps unmasked are scored.
+
+    Args:
+        batch ([`TrajectoryBatch`]): the responses.
+        spec ([`DiffusionSpec`]): facts about the policy.
+        draw ([`StepDraw`]): groups and steps are those of [`token_states`].
+        counted (boolean `Tensor` of shape `(R, C)`, *optional*): tokens that may be scored. Defaults to the completions.
+    """
+    groups, steps, drawable, counted = token_states(spec, batch, counted)
+    num_groups, num_draws = draw.steps.shape[1:]
+
+    def of_token(values: Tensor) -> Tensor:  # (R, S, ...) -> (R, C, ...)
+        index = groups.clamp(max=num_groups - 1)
+        return values.gather(1, index.view(*index.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:]))
+
+    drawn, weights = of_token(draw.steps), of_token(draw.weights)  # (R, C, K)
+    hit = (drawn == steps[..., None]) & (drawn >= 0) & drawable[..., None]
+    hit &= (groups < num_groups)[..., None]
+    # A state that is drawn twice is scored once, with both weights.
+    repeated = of_token((draw.steps[..., :, None] == draw.steps[..., None, :]).tril(-1).any(-1))
+    always = (counted & ~drawable).float()  # made autoregressively: their state is in every pass
+    coefficients = (hit & ~repeated).float()
+    coefficients[..., 0] += always * (of_token(draw.block_weights) > 0)
+    return States(
+        hidden=((steps[..., None] == NEVER) | (steps[..., None] >= drawn)).transpose(1, 2),
+        coefficients=coefficients.transpose(1, 2),
+        weights=(hit * weights).sum(-1) + always * of_token(draw.block_weights),
+    )
+
+
+def all_states(batch: TrajectoryBatch, spec: DiffusionSpec, counted: Tensor | None = None) -> States:
+    """Every state of every trajectory, one decoding step in each view: every token is scored, with weight 1."""
+    groups, steps, drawable, counted = token_states(spec, batch, counted)
+    num_groups = int(groups[counted].max()) + 1 if counted.any() else 1
+    num_steps = int(steps[drawable].max()) + 1 if drawable.any() else 1
+    every = torch.arange(num_steps, device=steps.device).expand(len(batch), num_groups, -1)
+    ones = torch.ones(every.shape, device=steps.device)
+    return drawn_states(batch, spec, StepDraw(every, ones, ones[..., 0]), counted)
