@@ -4,6 +4,7 @@ Trains a diffusion language model with dTRPO and shows what it gained.
     accelerate launch recipes/train.py                                                    # embedded policy, 4x4 sudoku
     accelerate launch recipes/train.py --eval_file puzzles.csv                            # measured on your puzzles
     accelerate launch recipes/train.py --config recipes/tiny_countdown.yaml
+    accelerate launch recipes/train.py --config recipes/tiny_offline.yaml --trajectories outputs/trajectories
     accelerate launch recipes/train.py --config recipes/tiny_sudoku.yaml --use_peft --learning_rate 3e-3
 
 Options are those of `DTRPOConfig`, `trl.ModelConfig` and the ones below; a YAML file given by `--config` sets them too,
@@ -17,19 +18,20 @@ and every metric of the run in `trainer_state.json`.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from trl_diffusion import DTRPOConfig, DTRPOTrainer, tiny_policy_path
-from trl_diffusion.tasks import TASKS, load_task
+from trl_diffusion import DTRPOConfig, DTRPOTrainer, load_trajectories, tiny_policy_path
+from trl_diffusion.tasks import TASKS, load_task, read_rows
 from trl_diffusion.trainer.callbacks import RewardProgressCallback
+from trl_diffusion.utils import use_all_cores
 
 
 @dataclass
@@ -42,6 +44,14 @@ class ScriptArguments:
     )
     eval_file: str | None = field(
         default=None, metadata={"help": "Rows to measure on, before and after. Training rows among them are dropped."}
+    )
+    trajectories: str | None = field(
+        default=None,
+        metadata={"help": "Directory that recipes/collect.py has written, to train on instead of fresh responses."},
+    )
+    preferences: str | None = field(
+        default=None,
+        metadata={"help": "Pairs to train on with loss_type=dpo (.jsonl or .json): `prompt`, `chosen`, `rejected`."},
     )
     train_size: int = field(default=10_000, metadata={"help": "Most rows to train on."})
     eval_size: int = field(default=500, metadata={"help": "Most rows to measure on."})
@@ -96,13 +106,6 @@ def load_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_
     return path, tokenizer
 
 
-def use_all_cores() -> None:
-    """Shares the cores among the processes of this machine; `accelerate launch` gives each process just one."""
-    if not torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
 def main(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
     use_all_cores()
     task = load_task(
@@ -114,11 +117,16 @@ def main(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: M
         training_args.seed,
     )
     model, tokenizer = load_policy(script_args, training_args, model_args)
+    train_dataset, reward_funcs = task.train, task.reward_funcs
+    if script_args.trajectories:
+        train_dataset, reward_funcs = load_trajectories(script_args.trajectories), None  # its stored rewards
+    elif script_args.preferences:
+        train_dataset, reward_funcs = Dataset.from_list(read_rows(script_args.preferences)), None
     trainer = DTRPOTrainer(
         model=model,
-        reward_funcs=task.reward_funcs,
+        reward_funcs=reward_funcs,
         args=training_args,
-        train_dataset=task.train,
+        train_dataset=train_dataset,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),

@@ -13,10 +13,13 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from .decoding.config import DecodingConfig
     from .decoding.decode import decode
+    from .offline.collect import collect
+    from .offline.preferences import from_preferences
     from .policies.spec import DiffusionSpec, get_spec, set_spec
     from .policies.tiny import tiny_policy_path
     from .trainer.config import DTRPOConfig
     from .trainer.trainer import DTRPOTrainer
+    from .trajectories.dataset import load_trajectories
     from .trajectories.trajectory import TrajectoryBatch
 
 # Imported when first used, so that `import trl_diffusion` does not pull in what is not needed.
@@ -26,8 +29,11 @@ _LOCATIONS = {
     "DecodingConfig": "decoding.config",
     "DiffusionSpec": "policies.spec",
     "TrajectoryBatch": "trajectories.trajectory",
+    "collect": "offline.collect",
     "decode": "decoding.decode",
+    "from_preferences": "offline.preferences",
     "get_spec": "policies.spec",
+    "load_trajectories": "trajectories.dataset",
     "set_spec": "policies.spec",
     "tiny_policy_path": "policies.tiny",
 }
@@ -38,8 +44,11 @@ __all__ = [
     "DecodingConfig",
     "DiffusionSpec",
     "TrajectoryBatch",
+    "collect",
     "decode",
+    "from_preferences",
     "get_spec",
+    "load_trajectories",
     "set_spec",
     "tiny_policy_path",
 ]

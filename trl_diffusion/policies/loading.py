@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from .families import FAMILIES
-from .spec import spec_fields
+from .spec import DiffusionSpec, check_spec, family_fields, get_spec, spec_fields
 
 
 def load_config(path: str, **options) -> PretrainedConfig:
@@ -57,3 +60,23 @@ def resolve_mask_token(config: PretrainedConfig, tokenizer: PreTrainedTokenizerB
         f"the tokenizer's special tokens are {tokenizer.all_special_tokens}. Pass "
         "`diffusion_spec={'mask_token_id': ...}`."
     )
+
+
+def resolve_spec(
+    config: PretrainedConfig,
+    overrides: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> DiffusionSpec:
+    """
+    The policy's spec: what its config says, completed and overridden, with the mask token from the tokenizer where a
+    family's config does not know it.
+
+    Raises:
+        ValueError: if nothing says which token is the mask, or the spec names tokens that the model does not have.
+    """
+    overrides = dict(overrides or {})
+    if family_fields(config) and tokenizer is not None and "mask_token_id" not in {**spec_fields(config), **overrides}:
+        overrides["mask_token_id"] = resolve_mask_token(config, tokenizer)  # only the tokenizer knows
+    spec = get_spec(config, overrides)
+    check_spec(spec, config)
+    return spec

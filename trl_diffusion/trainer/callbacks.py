@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import ProgressCallback
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from transformers import ProgressCallback, Trainer, TrainerCallback
+
+from ..viz.plots import plot_trajectory
 
 
 class RewardProgressCallback(ProgressCallback):
@@ -21,3 +27,89 @@ class RewardProgressCallback(ProgressCallback):
         }
         if shown:
             self.training_bar.set_postfix(shown)
+
+
+class TrajectoryCallback(TrainerCallback):
+    """
+    Draws responses of the latest rollout while they train the policy. Pictures go to files, and to Weights & Biases or
+    TensorBoard if `report_to` names them. Only the main process draws.
+
+    Example:
+
+    ```python
+    trainer = DTRPOTrainer(...)
+    trainer.add_callback(TrajectoryCallback(trainer, every=50))
+    ```
+
+    Args:
+        trainer ([`DTRPOTrainer`]):
+            The trainer that this callback is added to.
+        every (`int`):
+            Draw every this many optimizer steps.
+        directory (`str` or `Path`, *optional*):
+            Where pictures go, as `step_000123.png` and, for further responses, `step_000123_1.png`. Defaults to
+            `trajectories` in the output directory.
+        rows (`int`, *optional*, defaults to `1`):
+            Responses to draw, from the first of the rollout on.
+        max_positions (`int`, *optional*, defaults to `64`):
+            Positions to draw of a response, from its first on: a picture of a long one would be too large to look at,
+            or to hold in memory.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        ValueError: if a number is not positive.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        every: int,
+        directory: str | Path | None = None,
+        rows: int = 1,
+        max_positions: int = 64,
+    ):
+        for name, value in (("every", every), ("rows", rows), ("max_positions", max_positions)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if find_spec("matplotlib") is None:
+            raise ImportError("TrajectoryCallback needs matplotlib: pip install 'trl-diffusion[viz]'")
+        self.trainer, self.every, self.rows, self.max_positions = trainer, every, rows, max_positions
+        self.directory = directory
+
+    def on_step_end(self, args, state, control, **kwargs):
+        rollouts = self.trainer.last_rollouts
+        if not state.is_world_process_zero or state.global_step % self.every or rollouts is None:
+            return
+        directory = Path(args.output_dir, "trajectories") if self.directory is None else Path(self.directory)
+        shown = replace(rollouts, canvas_lengths=rollouts.canvas_lengths.clamp(max=self.max_positions))
+        paths = []
+        for row in range(min(self.rows, len(shown))):
+            path = directory / f"step_{state.global_step:06d}{f'_{row}' if row else ''}.png"
+            title = f"response {row} at optimizer step {state.global_step}"
+            paths.append(
+                plot_trajectory(shown, self.trainer.spec, self.trainer.processing_class, path, row=row, title=title)
+            )
+        if "wandb" in args.report_to:
+            self._log_to_wandb(paths, state.global_step)
+        if "tensorboard" in args.report_to:
+            self._log_to_tensorboard(paths, state.global_step)
+
+    @staticmethod
+    def _log_to_wandb(paths: list[Path], step: int) -> None:
+        import wandb
+
+        if wandb.run is None:
+            return
+        images = [wandb.Image(str(path)) for path in paths]
+        # As transformers logs: with `step=`, wandb drops what comes after a later step of its own count of calls.
+        wandb.log({"trajectory": images[0] if len(images) == 1 else images, "train/global_step": step})
+
+    def _log_to_tensorboard(self, paths: list[Path], step: int) -> None:
+        from matplotlib.image import imread
+
+        for callback in self.trainer.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None:
+                for row, path in enumerate(paths):
+                    name = f"trajectory/{row}" if row else "trajectory"
+                    writer.add_image(name, imread(path)[..., :3], step, dataformats="HWC")

@@ -8,6 +8,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from ..decoding.config import SCHEDULES, STRATEGIES, DecodingConfig
+from ..offline.orders import ORDERS
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 
 
@@ -71,6 +72,22 @@ class DTRPOConfig(GRPOConfig):
             of it as `diffusion/check/...`. Costs some extra forward passes at these steps.
         estimator_check_size (`int`, *optional*, defaults to `8`):
             Most trajectories per process to check on.
+
+        > Parameters that control training on stored responses and preferences
+
+        decoding_order (`str`, *optional*, defaults to `"random"`):
+            The order in which responses of a preference dataset count as denoised, `tokens_per_step` at a time:
+            `"random"`, `"left_to_right"` or `"confidence"` (what the reference is surest of first; asked once, before
+            training).
+        pair_selection (`str`, *optional*, defaults to `"best_worst"`):
+            Pairs that `loss_type="dpo"` makes of a group: its best and its worst response, or `"all"` ordered pairs.
+        dpo_length_normalization (`bool`, *optional*, defaults to `False`):
+            Whether `loss_type="dpo"` divides the log-ratio of a response by its number of tokens.
+        precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
+            Whether the reference scores all stored responses before training, in exactly the states that training will
+            draw, instead of at every step. It then leaves memory, unless there is an evaluation dataset.
+
+    `loss_type="dpo"` is the pairwise loss of dTRPO (METHOD.md, section 5); it needs `beta > 0`.
 
     > [!NOTE]
     > All other defaults are those of the installed [`~trl.GRPOConfig`].
@@ -182,6 +199,35 @@ class DTRPOConfig(GRPOConfig):
     )
     estimator_check_size: int = field(default=8, metadata={"help": "Most trajectories per process to check on."})
 
+    # Parameters that control training on stored responses and preferences
+    decoding_order: str = field(
+        default="random",
+        metadata={
+            "help": "The order in which responses of a preference dataset count as denoised, `tokens_per_step` at a "
+            "time: 'random', 'left_to_right' or 'confidence' (what the reference is surest of first).",
+            "choices": list(ORDERS),
+        },
+    )
+    pair_selection: str = field(
+        default="best_worst",
+        metadata={
+            "help": "Pairs that loss_type='dpo' makes of a group: its best and its worst response, or 'all' ordered "
+            "pairs.",
+            "choices": ["best_worst", "all"],
+        },
+    )
+    dpo_length_normalization: bool = field(
+        default=False,
+        metadata={"help": "Whether loss_type='dpo' divides the log-ratio of a response by its number of tokens."},
+    )
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the reference scores all stored responses before training, in exactly the states that "
+            "training will draw, instead of at every step."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
         refused = self.refused()
@@ -200,6 +246,12 @@ class DTRPOConfig(GRPOConfig):
         if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
             raise ValueError(f"`rollout_batch_size` must be at least 1, got {self.rollout_batch_size}.")
         self.scoring()  # checks the settings of the estimator
+        for name in ("decoding_order", "pair_selection"):
+            choices = type(self).__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.loss_type == "dpo":
+            self._check_pairs()
         for name in ("estimator_check_steps", "estimator_check_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -208,6 +260,22 @@ class DTRPOConfig(GRPOConfig):
                 f"`estimator_check_steps` with `estimator={self.estimator!r}` needs a reference to compare with: set `beta`."
             )
         self.decoding()  # checks the decoding settings
+
+    def _check_pairs(self) -> None:
+        if self.beta <= 0.0:
+            raise ValueError(f"`loss_type='dpo'` needs a reference: set `beta` (0.1 is usual), got {self.beta}.")
+        sizes = {
+            "per_device_train_batch_size": self.num_generations,
+            "per_device_eval_batch_size": self.num_generations_eval or self.num_generations,
+        }
+        for name, group in sizes.items():
+            if name == "per_device_eval_batch_size" and self.eval_strategy == "no":
+                continue
+            if getattr(self, name) % group:
+                raise ValueError(
+                    f"`loss_type='dpo'` compares responses of a group, so `{name}` must be a multiple of the "
+                    f"{group} generations, got {getattr(self, name)}."
+                )
 
     def decoding(self, temperature: float | None = None) -> DecodingConfig:
         """Settings of the denoising loop; `temperature` replaces the one that rollouts are sampled with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,30 +13,36 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
+from ..objectives.pairwise import make_pairs, pairwise_loss
+from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_segments
 from ..policies.forward import check_attention, unwrap
-from ..policies.loading import load_config, resolve_mask_token
+from ..policies.loading import load_config, resolve_spec
 from ..policies.lora import check_targets, empty_model
-from ..policies.spec import DiffusionSpec, check_spec, family_fields, get_spec, set_spec, spec_fields
+from ..policies.spec import set_spec
 from ..scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
 from ..scoring.draws import derive_seed, expected_weights
 from ..scoring.estimators import ESTIMATORS
 from ..scoring.layout import PackedLayout, pack
 from ..scoring.score import score
+from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows, is_trajectory_dataset
 from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
 from ._trl import disable_dropout_in_model, unwrap_model_for_generation, use_adapter
 from .config import DTRPOConfig
+from .data import OfflineData
 
 
 logger = get_logger(__name__)
 
-_TRAIN, _EVAL, _DRAWS, _CHECKS = range(4)  # random streams
+_TRAIN, _EVAL, _DRAWS, _CHECKS, _STORED, _CHOICE = range(6)  # random streams
 
 
 class DTRPOTrainer(GRPOTrainer):
@@ -77,7 +84,9 @@ class DTRPOTrainer(GRPOTrainer):
         args ([`DTRPOConfig`], *optional*):
             Configuration of this trainer.
         train_dataset, eval_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Must have a `prompt` column, standard or conversational; other columns reach the reward functions.
+            Must have a `prompt` column, standard or conversational; other columns reach the reward functions. Or a
+            trajectory dataset (see [`collect`] and [`load_trajectories`]): nothing is generated then, and
+            `reward_funcs` may be left out, for the stored rewards. Or, for `loss_type="dpo"`, a preference dataset.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer. Loaded from where the model is by default.
         kwargs (`dict`):
@@ -109,22 +118,42 @@ class DTRPOTrainer(GRPOTrainer):
                 raise ValueError(
                     f"`{name}` is not supported: responses of a diffusion policy are denoised in one turn."
                 )
-        if not reward_funcs:
-            raise ValueError("No reward function was given. Pass at least one as `reward_funcs`.")
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DTRPOConfig(f"{name.rstrip('/').split('/')[-1]}-DTRPO")
         if not isinstance(args, DTRPOConfig):
             raise TypeError(f"`args` must be a DTRPOConfig, got {type(args).__name__}.")
+        offline = is_trajectory_dataset(train_dataset) or is_preference_dataset(train_dataset)
+        if not reward_funcs and not offline:
+            raise ValueError("No reward function was given. Pass at least one as `reward_funcs`.")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             _check_columns(name, dataset)
         # All that can be known before the weights are loaded.
         config = _load_config(model, args)
-        spec = _resolve_spec(config, args, processing_class)
+        spec = resolve_spec(config, args.diffusion_spec, processing_class)
         if kwargs.get("peft_config") is not None:
             check_targets(empty_model(config) if isinstance(model, str) else model, kwargs["peft_config"])
 
-        if args.beta != 0.0 and not isinstance(model, str) and kwargs.get("peft_config") is None:
+        store = None
+        if offline:
+            processing_class = processing_class or _load_tokenizer(model)
+            changed = kwargs.get("quantization_config") is not None
+            store = OfflineData(model, config, args, spec, processing_class, reward_funcs, changed)
+            train_dataset, eval_dataset = store.prepare(train_dataset, eval_dataset)
+            reward_funcs = reward_funcs or store.reward_funcs
+        elif args.precompute_ref_log_probs:
+            raise ValueError(
+                "`precompute_ref_log_probs=True` is for stored responses; these are generated as it goes."
+            )
+        self._reference_is_recorded = store is not None and store.reference_is_recorded
+        self._ref_estimates: dict[tuple[int, int], Tensor] = {}
+
+        if (
+            args.beta != 0.0
+            and not self._reference_is_recorded
+            and not isinstance(model, str)
+            and kwargs.get("peft_config") is None
+        ):
             if not isinstance(model, PeftModel) and not model.config._name_or_path:
                 raise ValueError(
                     "`beta` is not 0, so a reference is needed, which is loaded from where the policy was; but this model "
@@ -135,17 +164,26 @@ class DTRPOTrainer(GRPOTrainer):
         self.scoring_config = args.scoring()
         self._layout: PackedLayout | None = None
         self._old: Tensor | None = None
+        self._stored: list[tuple[dict[str, Any], int, int]] | None = None  # rows of this rollout, responses, epoch
         self._rollouts: TrajectoryBatch | None = None
+        self.last_rollouts: TrajectoryBatch | None = None
         self._rollout_clock = {}  # for training and evaluation: optimizer step, and rollouts so far in it
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        beta = args.beta
+        if self._reference_is_recorded:
+            args.beta = 0.0  # so that no reference is loaded
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
+        finally:
+            args.beta = beta
+        self.beta = beta
         check_attention(self.model)
         if self.is_fsdp_enabled or (is_deepspeed_zero3_enabled() and not args.ds3_gather_for_generation):
             raise ValueError(
@@ -175,11 +213,17 @@ class DTRPOTrainer(GRPOTrainer):
         logger.info(f"Diffusion policy: {spec}")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             self._check_prompts(name, dataset)
+        if store is not None:
+            store.report()
 
     # ------------------------------------------------------------------------------------------------- rollouts
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        """Denoises a response for each prompt; what happened is kept for the rest of this rollout."""
+        """Denoises a response for each prompt, or takes the stored one; what happened is kept for the rest of this
+        rollout."""
+        if self._stored is not None:
+            self._rollouts = self._take(prompt_ids)
+            return self._rollouts.completions(), self._rollouts.completion_logps()
         self._seeds = self._row_seeds(len(prompt_ids))
         self._rollouts = self._decode(prompt_ids, self.args.decoding(), self._seeds)
         return self._rollouts.completions(), self._rollouts.completion_logps()
@@ -252,10 +296,15 @@ class DTRPOTrainer(GRPOTrainer):
         """TRL's rollout, with the trajectories attached to its output: one row each, so that they are shuffled and
         split with it."""
         try:
+            if "event_steps" in inputs[0]:
+                inputs = self._choose(inputs)
             output = super()._generate_and_score_completions(inputs)
             rollouts = self._rollouts
+            if self.model.training:
+                self.last_rollouts = rollouts
+            stored = self._stored
         finally:
-            self._rollouts = None
+            self._rollouts = self._stored = None
         draw_seeds = [derive_seed(seed, _DRAWS) for seed in self._seeds]
         output.update(
             canvas_ids=rollouts.canvas_ids,
@@ -268,8 +317,89 @@ class DTRPOTrainer(GRPOTrainer):
             output["expected_weight"] = self._expected_weight(output)
         if "old_per_token_logps" in output and not self.estimator.recorded:
             output["old_estimates"] = self._old_estimates(output)
+        if stored is not None and self._ref_estimates:
+            rows = [self._ref_estimates[epoch, row["row"]][index] for row, index, epoch in stored]
+            output["ref_estimates"] = (
+                pad_sequence([row.T for row in rows], batch_first=True).transpose(1, 2).to(rollouts.logps.device)
+            )
         self._log_rollouts(rollouts)
         return self._group(output)
+
+    # ------------------------------------------------------------------------------------------ stored responses
+
+    def _choose(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """
+        Picks a stored response for each row of a rollout and leaves it in `self._stored`; a group with more responses
+        than are asked for gives others in every epoch. Returns the rows as a prompt dataset would have them.
+        """
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        epoch = int(self.state.epoch or 0) if self.model.training else 0
+        first = self.accelerator.process_index * len(inputs)
+        self._stored, self._seeds, visible = [], [], []
+        for place, row in enumerate(inputs, start=first):
+            index = place % size
+            count = len(row["canvas_lengths"])
+            if count > size:
+                generator = torch.Generator().manual_seed(derive_seed(self.args.seed, _CHOICE, epoch, row["row"]))
+                index = int(torch.randperm(count, generator=generator)[index])
+            self._stored.append((row, index, epoch))
+            self._seeds.append(self._stored_seed(epoch, row["row"], index))
+            visible.append(
+                {
+                    name: value[index] if name.startswith(REWARD_PREFIX) else value
+                    for name, value in row.items()
+                    if name not in OWN_COLUMNS
+                }
+            )
+        return visible
+
+    def _stored_seed(self, epoch: int, row: int, index: int) -> int:
+        """Source of the draws of a stored response: another one in every epoch, the same in a resumed run."""
+        return derive_seed(self.args.seed, _STORED, epoch, row, index)
+
+    def _take(self, prompt_ids: list[list[int]]) -> TrajectoryBatch:
+        """The stored responses as the rollout."""
+        for ids, (row, _, _) in zip(prompt_ids, self._stored, strict=True):
+            if list(ids) != list(row["prompt_ids"]):
+                raise ValueError(
+                    f"Row {row['row']}: the tokenizer turns the prompt into other tokens than those it was answered with. "
+                    "Use the tokenizer, chat template and `chat_template_kwargs` that the data was made with."
+                )
+        batch = from_rows([(row, index) for row, index, _ in self._stored], self.spec)
+        return batch.to(self.accelerator.device)
+
+    def train(self, *args: Any, **kwargs: Any):
+        if self.args.precompute_ref_log_probs and not self._reference_is_recorded and self.beta != 0.0:
+            self._precompute_reference()
+        return super().train(*args, **kwargs)
+
+    @torch.no_grad()
+    def _precompute_reference(self) -> None:
+        """The reference's estimates for every stored response and every draw that training will make of it."""
+        rows = self.train_dataset
+        epochs = math.ceil(self.args.num_train_epochs)
+        if self.args.max_steps > 0:
+            per_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
+            per_step = per_step * self.args.gradient_accumulation_steps / self.num_iterations / self.num_generations
+            epochs = math.ceil(self.args.max_steps * per_step / len(rows)) + 1
+        own = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
+        bar = tqdm(own, desc="reference", unit="prompt", disable=not self.accelerator.is_main_process)
+        found = []
+        for row in (rows[number] for number in bar):
+            batch = from_rows([(row, index) for index in range(len(row["canvas_lengths"]))], self.spec)
+            batch = batch.to(self.accelerator.device)
+            for epoch in range(epochs):
+                seeds = [self._stored_seed(epoch, row["row"], index) for index in range(len(batch))]
+                passes = []
+                for iteration in range(self.num_iterations):
+                    draws = [derive_seed(derive_seed(seed, _DRAWS), iteration) for seed in seeds]
+                    states = self.estimator.states(batch, self.spec, draws, self.scoring_config)
+                    layout = pack(batch, self.spec, states, self.estimator.one_row, self._share_prompts)
+                    passes.append(self._reference_logps(layout))
+                found.append(((epoch, row["row"]), torch.stack(passes, 1).cpu()))
+        self._ref_estimates = dict(gather_object(found))
+        if self.eval_dataset is None:
+            self.ref_model = None
 
     def _group(self, output: dict[str, Any]) -> dict[str, Any]:
         """
@@ -277,7 +407,11 @@ class DTRPOTrainer(GRPOTrainer):
         splits groups instead of responses, and a batch can share prompts. As it was, if a batch does not hold groups.
         """
         size = self.num_generations
-        if not self._share_prompts or not self.model.training or self.args.per_device_train_batch_size % size:
+        if (
+            not (self._share_prompts or self.loss_type == "dpo")
+            or not self.model.training
+            or self.args.per_device_train_batch_size % size
+        ):
             return output
         return {key: value.unflatten(0, (-1, size)) if _is_rows(value) else value for key, value in output.items()}
 
@@ -334,7 +468,10 @@ class DTRPOTrainer(GRPOTrainer):
             self._check_estimator(inputs)
         with self._scoring(inputs, iteration) as layout:
             if self.beta != 0.0:
-                inputs["ref_per_token_logps"] = _fit(self._reference_logps(layout), width)
+                reference = self._reference_estimates(inputs, layout, iteration)
+                inputs["ref_per_token_logps"] = _fit(reference, width)
+            if self.loss_type == "dpo":
+                return self._pairwise_loss(model, inputs, layout, reference)
             if self.args.weighting == "none":
                 inputs["num_items_in_batch"] = inputs["expected_weight"]
             inputs["completion_mask"] = _fit(layout.weights, width)
@@ -361,6 +498,37 @@ class DTRPOTrainer(GRPOTrainer):
             yield self._layout
         finally:
             self._layout = self._old = None
+
+    def _pairwise_loss(self, model, inputs: dict[str, Any], layout: PackedLayout, reference: Tensor) -> Tensor:
+        """`-log sigmoid` of the difference of log-ratios to the reference, better against worse response of a group."""
+        logps, _ = score(model, layout, self.spec, self.temperature)
+        training = self.model.training
+        size = self.num_generations if training else self.num_generations_eval
+        pairs = make_pairs(inputs["advantages"].view(-1, size), self.args.pair_selection)
+        lengths = _trajectories(inputs).completion_lengths if self.args.dpo_length_normalization else None
+        log_ratios = ((logps - reference) * layout.weights).sum(1)
+        loss, sums = pairwise_loss(log_ratios, pairs, self.beta, lengths)
+
+        self._log_scores(logps.detach())
+        kl = ratio_statistics(reference - logps.detach(), layout.weights)
+        self._record("kl", summarise_ratios(self.accelerator.reduce(kl, reduction="sum"))["kl_to_old"])
+        totals = torch.stack([*sums.values(), torch.tensor(float(pairs.tied), device=loss.device)])
+        *values, count, tied = self.accelerator.reduce(totals, reduction="sum").tolist()
+        for name, value in zip(("chosen", "rejected", "margins", "accuracies"), values, strict=True):
+            if count:
+                self._record(f"rewards/{name}", value / count)
+        self._record("pairs/count", count)
+        self._record("pairs/tied_groups", tied)
+        return loss / self.current_gradient_accumulation_steps if training else loss
+
+    def _reference_estimates(self, inputs: dict[str, Any], layout: PackedLayout, iteration: int) -> Tensor:
+        """What the reference estimates for the states of this pass: as recorded, as precomputed, or by a pass of its
+        own."""
+        if self._reference_is_recorded:
+            return torch.where(layout.weights > 0, inputs["canvas_logps"], 0.0)
+        if "ref_estimates" in inputs:
+            return _fit(inputs["ref_estimates"][:, iteration], layout.weights.shape[1])
+        return self._reference_logps(layout)
 
     @torch.no_grad()
     def _reference_logps(self, layout: PackedLayout) -> Tensor:
@@ -495,6 +663,8 @@ def _check_columns(name: str, dataset: Any) -> None:
         raise ValueError(f"`{name}` is empty.")
     if columns is None:  # a stream that does not know its columns
         return
+    if is_preference_dataset(dataset):
+        return
     if "prompt" not in columns:
         raise ValueError(f"`{name}` has no `prompt` column; it has {sorted(columns)}.")
     images = sorted({"image", "images"} & set(columns))
@@ -502,20 +672,13 @@ def _check_columns(name: str, dataset: Any) -> None:
         raise ValueError(f"`{name}` has {images}: diffusion policies here take text only. Remove these columns.")
 
 
+def _load_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
+    path = model if isinstance(model, str) else model.config._name_or_path
+    return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
+
+
 def _load_config(model: str | PreTrainedModel, args: DTRPOConfig) -> PretrainedConfig:
     if not isinstance(model, str):
         return model.config
     known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
     return load_config(model, **{key: value for key, value in (args.model_init_kwargs or {}).items() if key in known})
-
-
-def _resolve_spec(
-    config: PretrainedConfig, args: DTRPOConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> DiffusionSpec:
-    """The policy's spec: what its config says, completed and overridden by `args.diffusion_spec`."""
-    overrides = dict(args.diffusion_spec or {})
-    if family_fields(config) and tokenizer is not None and "mask_token_id" not in {**spec_fields(config), **overrides}:
-        overrides["mask_token_id"] = resolve_mask_token(config, tokenizer)  # only the tokenizer knows
-    spec = get_spec(config, overrides)
-    check_spec(spec, config)
-    return spec

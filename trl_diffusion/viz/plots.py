@@ -37,9 +37,6 @@ def plot_trajectory(
     Returns:
         `Path` of the file.
     """
-    from matplotlib.colors import Normalize
-    from matplotlib.patches import Rectangle
-
     one = batch.select(torch.tensor([row])).to("cpu")
     length = int(one.canvas_lengths[0])
     blocks = response_blocks(spec, one.prompt_lengths, length)
@@ -51,6 +48,9 @@ def plot_trajectory(
     num_steps = max(steps) + 1
 
     figure = _figure(max(5.0, 0.42 * len(steps) + 2.2), max(2.5, 0.34 * num_steps + 1.4))
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
     axes = figure.subplots()
     colours, norm = figure_colormap(), Normalize(0, 1)
     for column, first in enumerate(steps):
@@ -81,7 +81,7 @@ def plot_trajectory(
 
 
 def figure_colormap():
-    """Light for a safe token, dark for an unsure one."""
+    """Green for a safe token, red for an unsure one."""
     from matplotlib import colormaps
 
     return colormaps["RdYlGn"]

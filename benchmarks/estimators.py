@@ -1,0 +1,196 @@
+"""
+How good each estimator's log-ratio is, and what it costs, as the embedded policy learns sudoku.
+
+    python benchmarks/estimators.py --json
+
+The policy is trained with `recipes/tiny_sudoku.yaml`'s settings. For `n` in 0, 50 and 200 updates, responses are decoded
+by the policy after `n` updates, and the log-ratio of the policy 10 updates later to it is estimated: what an off-policy
+update has to estimate. `exact` is the whole trajectory. Columns, over all responses and 16 estimates of each:
+
+- bias, std: mean error, and standard deviation of an estimate around its own mean, in nats;
+- spread: standard deviation of the exact log-ratio over responses, for comparison;
+- correlation: of estimates with exact values;
+- passes: forward passes per response; ms, MiB: forward and backward, time and peak memory, per response.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, get_spec, tiny_policy_path
+from trl_diffusion.scoring.diagnostics import estimate_quality
+from trl_diffusion.scoring.draws import derive_seed
+from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
+from trl_diffusion.scoring.layout import pack
+from trl_diffusion.scoring.score import score
+from trl_diffusion.tasks import load_task
+
+
+POINTS, LATER = (0, 50, 200), 10
+CONFIGS = {
+    **{f"dtrpo, K = {k}": EstimatorConfig("dtrpo", num_draws=k) for k in (1, 2, 4, 8)},
+    **{f"elbo, K = {k}": EstimatorConfig("elbo", num_draws=k) for k in (1, 2, 4, 8)},
+    "mean_field": EstimatorConfig("mean_field"),
+    "coupled": EstimatorConfig("coupled"),
+    "exact": EstimatorConfig("exact"),
+}
+
+
+class Keep(TrainerCallback):
+    """Saves the policy after some numbers of updates."""
+
+    def __init__(self, directory: Path, steps: set[int]):
+        self.directory, self.steps = directory, steps
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.steps:
+            model.save_pretrained(self.directory / str(state.global_step))
+
+
+def train(directory: Path, steps: int, seed: int) -> None:
+    task = load_task("sudoku", seed=seed)
+    trainer = DTRPOTrainer(
+        model=tiny_policy_path(),
+        reward_funcs=task.reward_funcs,
+        args=DTRPOConfig(
+            output_dir=str(directory), per_device_train_batch_size=512, num_generations=16, max_completion_length=17,
+            tokens_per_step=2, max_steps=steps, learning_rate=6e-4, warmup_steps=3, beta=0.0, seed=seed, bf16=False,
+            gradient_checkpointing=False, save_strategy="no", report_to="none", logging_steps=10,
+        ),
+        train_dataset=task.train,
+        callbacks=[Keep(directory, {n + d for n in POINTS for d in (0, LATER)})],
+    )  # fmt: skip
+    trainer.model.save_pretrained(directory / "0")
+    trainer.train()
+
+
+def rollouts(policy, size: int, seed: int):
+    """Answers to evaluation puzzles, one character a step: 8 steps in a block."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left")
+    prompts = load_task("sudoku", train_size=16).evaluation["prompt"][:size]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    return decode(policy, ids, DecodingConfig(17, 1.0), seeds=[derive_seed(seed, row) for row in range(len(ids))])
+
+
+def passes(config: EstimatorConfig, batch, spec) -> int:
+    states = ESTIMATORS[config.name].states(batch, spec, list(range(len(batch))), config)
+    return 1 if ESTIMATORS[config.name].one_row else states.hidden.shape[1]
+
+
+def cost(config: EstimatorConfig, directory: Path, size: int, queue) -> None:
+    """Seconds and peak memory of forward and backward for `size` responses, in a process of its own."""
+    torch.set_num_threads(2)
+    policy = AutoModelForCausalLM.from_pretrained(directory / "0")
+    spec = get_spec(policy.config)
+    batch = rollouts(policy, size, 0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    elapsed = []
+    for seed in range(6):
+        started = time.perf_counter()
+        states = ESTIMATORS[config.name].states(batch, spec, [seed] * len(batch), config)
+        logps, _ = score(policy, pack(batch, spec, states, ESTIMATORS[config.name].one_row), spec)
+        (logps * states.weights).sum().backward()
+        policy.zero_grad()
+        elapsed.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    queue.put((statistics.median(elapsed[1:]) / size, peak / 1024 / size))
+
+
+def in_process(function, *arguments):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=function, args=(*arguments, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(POINTS), figsize=(13, 4.2), sharey=True, layout="constrained")
+    markers = {"dtrpo": "o", "elbo": "s", "mean_field": "^", "coupled": "D", "exact": "*"}
+    for axis, point in zip(axes, POINTS, strict=True):
+        for name, marker in markers.items():
+            own = [row for row in rows if row["updates"] == point and row["estimator"].split(",")[0] == name]
+            error = [max((row["bias"] ** 2 + row["std"] ** 2) ** 0.5 / row["spread"], 1e-3) for row in own]
+            axis.plot([row["ms"] for row in own], error, marker=marker, label=name)
+        axis.set(xscale="log", yscale="log", title=f"after {point} updates", xlabel="ms per response")
+        axis.axhline(1.0, color="gray", linewidth=0.8, linestyle=":")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("root mean square error / spread of the exact value")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--responses", type=int, default=256)
+    parser.add_argument("--estimates", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--directory", type=Path, default=None, help="where policies are kept; found ones are reused")
+    parser.add_argument("--plot", type=Path, default=Path(__file__).parent / "estimators.png")
+    parser.add_argument("--json", action="store_true", help="print all rows as one JSON object on the last line")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = args.directory or Path(temporary)
+        last = POINTS[-1] + LATER
+        if not (directory / str(last)).exists():
+            train(directory, last, args.seed)
+        costs = {name: in_process(cost, config, directory, 64) for name, config in CONFIGS.items()}
+        rows = []
+        for point in POINTS:
+            old, new = (
+                AutoModelForCausalLM.from_pretrained(directory / str(n)).eval() for n in (point, point + LATER)
+            )
+            spec = get_spec(old.config)
+            batch = rollouts(old, args.responses, args.seed)
+
+            def log_ratios(layout, new=new, old=old, spec=spec):
+                return score(new, layout, spec)[0] - score(old, layout, spec)[0]
+
+            seeds = [derive_seed(args.seed, 1, row) for row in range(len(batch))]
+            for name, config in CONFIGS.items():
+                quality = estimate_quality(log_ratios, batch, spec, config, seeds, args.estimates)
+                seconds, memory = costs[name]
+                rows.append(
+                    {
+                        "updates": point,
+                        "estimator": name,
+                        "bias": round(quality.bias, 4),
+                        "std": round(quality.std, 4),
+                        "spread": round(quality.exact.std().item(), 4),
+                        "correlation": round(quality.correlation, 4),
+                        "passes": passes(config, batch, spec),
+                        "ms": round(1000 * seconds, 3),
+                        "mib": round(memory, 2),
+                    }
+                )
+    header = ["updates", "estimator", "bias", "std", "spread", "correlation", "passes", "ms", "mib"]
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(str(row[name]) for name in header) + " |")
+    plot(rows, args.plot)
+    print(f"Plot: {args.plot}")
+    if args.json:
+        print(json.dumps({"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""
+Collects trajectories to train on later: a policy answers prompts, the answers are scored, and everything that training
+needs is written to disk.
+
+    accelerate launch recipes/collect.py                                    # embedded policy, 4x4 sudoku
+    accelerate launch recipes/collect.py --task gsm8k --train_file gsm8k/train.jsonl --model_name_or_path MODEL
+    accelerate launch recipes/train.py --trajectories outputs/trajectories  # then train, as often as you like
+
+An interrupted run goes on where it stopped when the same command is given again. Processes share the work.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, TrlParser
+
+from trl_diffusion import DecodingConfig, collect, tiny_policy_path
+from trl_diffusion.policies.loading import resolve_spec
+from trl_diffusion.tasks import TASKS, load_task
+from trl_diffusion.utils import use_all_cores
+
+
+@dataclass
+class CollectArguments:
+    """What to collect."""
+
+    output_dir: str = field(default="outputs/trajectories", metadata={"help": "Where the trajectories go."})
+    task: str = field(default="sudoku", metadata={"help": "What to answer.", "choices": sorted(TASKS)})
+    train_file: str | None = field(default=None, metadata={"help": "Rows to answer, as for recipes/train.py."})
+    eval_file: str | None = field(default=None, metadata={"help": "Rows to leave out."})
+    train_size: int = field(default=2000, metadata={"help": "Most rows to answer."})
+    num_responses: int = field(default=16, metadata={"help": "Responses to each prompt."})
+    batch_size: int = field(default=512, metadata={"help": "Responses that a process decodes at once."})
+    rows_per_shard: int = field(default=64, metadata={"help": "Prompts in a shard."})
+    seed: int = field(default=0, metadata={"help": "Source of randomness."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer, if it is not in the model's directory."}
+    )
+    diffusion_spec: str | None = field(
+        default=None, metadata={"help": "Fields of DiffusionSpec, as JSON, that complete those of the model."}
+    )
+    max_completion_length: int = field(default=17, metadata={"help": "Most tokens of a response."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
+    decoding_strategy: str = field(default="confidence", metadata={"help": "'confidence' or 'threshold'."})
+    tokens_per_step: int = field(default=2, metadata={"help": "Positions unmasked at a step by 'confidence'."})
+    confidence_threshold: float = field(
+        default=0.9, metadata={"help": "Probability above which 'threshold' unmasks a position."}
+    )
+    sub_block_size: int | None = field(default=None, metadata={"help": "Parts of a block, from left to right."})
+
+
+def main(args: CollectArguments, model_args: ModelConfig) -> None:
+    use_all_cores()
+    path = model_args.model_name_or_path or tiny_policy_path()
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or path, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        dtype=model_args.dtype or torch.float32,
+    )
+    spec = resolve_spec(model.config, json.loads(args.diffusion_spec or "{}"), tokenizer)
+    task = load_task(args.task, args.train_file, args.eval_file, args.train_size, 1, args.seed)
+    directory = collect(
+        model.to(PartialState().device),
+        tokenizer,
+        task.train,
+        task.reward_funcs,
+        args.output_dir,
+        DecodingConfig(
+            max_new_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            strategy=args.decoding_strategy,
+            tokens_per_step=args.tokens_per_step,
+            threshold=args.confidence_threshold,
+            sub_block_size=args.sub_block_size,
+        ),
+        num_responses=args.num_responses,
+        spec=spec,
+        batch_size=args.batch_size,
+        rows_per_shard=args.rows_per_shard,
+        seed=args.seed,
+    )
+    PartialState().print(f"Trajectories and their card are in {directory}.")
+
+
+if __name__ == "__main__":
+    main(*TrlParser((CollectArguments, ModelConfig)).parse_args_and_config())

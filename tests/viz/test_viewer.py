@@ -1,0 +1,320 @@
+"""The page of a response, and the command that shows a stored one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from matplotlib.image import imread
+from transformers import AutoTokenizer
+
+from tests.conftest import SPECS, make_policy, make_prompts
+from trl_diffusion import DecodingConfig, decode, tiny_policy_path
+from trl_diffusion.trajectories.dataset import Provenance, to_rows
+from trl_diffusion.trajectories.fingerprint import fingerprint_tokenizer
+from trl_diffusion.trajectories.trajectory import NEVER, global_steps, response_blocks
+from trl_diffusion.viz.__main__ import main
+from trl_diffusion.viz.html import MASK, trajectory_html
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(tiny_policy_path())
+
+
+def make_batch(spec, lengths=(3, 13), responses: int = 2, tokens_per_step: int = 2):
+    prompts = [prompt for prompt in make_prompts(lengths) for _ in range(responses)]
+    config = DecodingConfig(20, tokens_per_step=tokens_per_step, temperature=1.0)
+    return decode(make_policy(spec), prompts, config, seeds=list(range(len(prompts))))
+
+
+def write_dataset(directory: Path, tokenizer, spec, batch, /, recorded: bool = True, **plan) -> list[dict]:
+    """Rows of two responses each, in the stored format."""
+    provenance = Provenance("0" * 32, fingerprint_tokenizer(tokenizer), spec, {"decoder": "loop"})
+    rows = to_rows(batch, spec, 2, provenance, recorded)
+    for number, row in enumerate(rows):
+        row.update(row=number, prompt="?", reward_solved=[1.0, 0.25], reward_rare=[None, 0.5])
+    (directory / "data").mkdir(parents=True)
+    parquet.write_table(pa.Table.from_pylist(rows), directory / "data" / "shard-00000.parquet")
+    if plan:
+        (directory / "collection.json").write_text(json.dumps(plan))
+    return rows
+
+
+class Page(HTMLParser):
+    """What a browser sees of a page."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.rows: list[list[tuple[dict, str]]] = []
+        self.blocks: list[int] = []
+        self.texts: dict[int, str] = {}
+        self.heads, self.state, self.tags = [], [], set()
+        self._sink = None
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.add(tag)
+        assert not {"src", "href", "onclick", "onload", "onerror"} & set(attrs)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag == "colgroup" and "span" in attrs:
+            self.blocks.append(int(attrs["span"]))
+        elif tag == "th" and "title" in attrs:
+            self.heads.append(attrs["title"])
+        elif tag == "td":
+            self.rows[-1].append((attrs, ""))
+            self._sink = "td"
+        elif tag == "div" and "data-after" in attrs:
+            self._sink = int(attrs["data-after"])
+            self.texts[self._sink] = ""
+        elif tag == "span" and "data-step" in attrs:
+            self.state.append((int(attrs["data-step"]), ""))
+            self._sink = "state"
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "div") or self._sink == "state":
+            self._sink = None
+
+    def handle_data(self, data):
+        if self._sink == "td":
+            attrs, text = self.rows[-1][-1]
+            self.rows[-1][-1] = (attrs, text + data)
+        elif self._sink == "state":
+            self.state[-1] = (self.state[-1][0], self.state[-1][1] + data)
+        elif self._sink is not None:
+            self.texts[self._sink] += data
+
+
+def steps_of(batch, spec, row: int) -> list[int]:
+    one = batch.select(torch.tensor([row]))
+    length = int(one.canvas_lengths[0])
+    return global_steps(response_blocks(spec, one.prompt_lengths, length), one.steps[:, :length])[0].tolist()
+
+
+def test_page_shows_what_happened(spec, tokenizer, tmp_path):
+    batch = make_batch(spec)
+    for row in range(len(batch)):
+        page = Page(trajectory_html(batch, spec, tokenizer, tmp_path / "deep" / "one.html", row=row))
+        steps = steps_of(batch, spec, row)
+        tokens = [tokenizer.decode([token]) for token in batch.canvas_ids[row, : len(steps)].tolist()]
+        counted = int(batch.completion_lengths[row])
+        head, *grid = page.rows
+        assert not head and len(page.heads) == len(steps)
+        assert len(grid) == max(steps) + 1 and all(len(cells) == len(steps) for cells in grid)
+        for step, cells in enumerate(grid):
+            for column, (attrs, text) in enumerate(cells):
+                kinds = attrs["class"].split()
+                if steps[column] == NEVER or step < steps[column]:
+                    assert kinds == ["m"] and text == ""
+                    continue
+                assert text == tokens[column].replace("\n", "↵")
+                assert ("u" in kinds) == (step == steps[column]) and ("g" in kinds) == (column >= counted)
+                probability = float(batch.logps[row, column].exp())
+                assert kinds[0] == f"p{round(probability * 20)}"
+                if step == steps[column]:
+                    assert f"step {step} with probability {probability:.4f}" in attrs["title"]
+        blocks = response_blocks(spec, batch.prompt_lengths[row : row + 1], len(steps))[0]
+        assert page.blocks == blocks.unique_consecutive(return_counts=True)[1].tolist()
+        assert [step for step, _ in page.state] == steps
+        assert list(page.texts) == sorted({round(max(steps) * i / 5) for i in range(6)})
+        canvas = tokenizer.decode(batch.canvas_ids[row, : len(steps)].tolist())
+        assert NEVER not in steps and page.texts[max(steps)] == canvas
+        for step, text in page.texts.items():
+            assert text.count(MASK) == sum(first > step for first in steps)
+    assert os.listdir(tmp_path / "deep") == ["one.html"]
+
+
+def test_page_escapes_everything(tokenizer, tmp_path):
+    spec = SPECS["block-from-sequence"]
+    batch = make_batch(spec, (8,), 1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path())
+    added = ["<script>alert(1)</script>", "</td>", "&amp;", "\"'>", "a\r\x00b", "two\nlines"]
+    tokenizer.add_tokens(added)
+    batch.canvas_ids[0, : len(added)] = torch.tensor(tokenizer.convert_tokens_to_ids(added))
+    batch.completion_lengths[0] = int(batch.canvas_lengths[0])
+    page = Page(trajectory_html(batch, spec, tokenizer, tmp_path / "one.html", title="<b>&\n</title>"))
+    assert page.source.count("<script") == page.source.count("</script") == 1 and "b" not in page.tags
+    assert "\x00" not in page.source and "\r" not in page.source
+    last = [text for _, text in page.rows[-1]][: len(added)]
+    assert last == [*added[:4], "a␍␀b", "two↵lines"]
+    assert [text for _, text in page.state][: len(added)] == [*added[:4], "a␍␀b", "two\nlines"]
+    final = page.texts[max(steps_of(batch, spec, 0))]
+    assert final == tokenizer.decode(batch.canvas_ids[0].tolist()).replace("\r", "␍").replace("\x00", "␀")
+    assert not any(word in page.source for word in ("http:", "https:", "url(", "@import", "fetch("))
+
+
+def test_page_at_chosen_steps_and_with_gaps(tokenizer, tmp_path):
+    spec = SPECS["full"]
+    batch = make_batch(spec, (3,), 1)
+    steps = steps_of(batch, spec, 0)
+    hole = steps.index(max(steps))
+    batch.steps[0, hole] = NEVER
+    batch.logps[0, 0] = float("nan")
+    page = Page(trajectory_html(batch, spec, tokenizer, tmp_path / "one.html", steps=[3, 1]))
+    assert list(page.texts) == [3, 1]
+    assert all(cells[hole] == ({"class": "m"}, "") for cells in page.rows[1:])
+    assert page.heads[hole].endswith("never unmasked") and "not recorded" in page.heads[0]
+    assert page.state[hole] == (NEVER, MASK)
+    before = page.source
+    with pytest.raises(ValueError, match="holds 99, but this response took the steps 0 to"):
+        trajectory_html(batch, spec, tokenizer, tmp_path / "one.html", steps=[99])
+    assert (tmp_path / "one.html").read_text() == before
+    with pytest.raises(OSError):
+        trajectory_html(batch, spec, tokenizer, tmp_path, title="a directory")
+    batch.steps[:] = NEVER
+    assert len(Page(trajectory_html(batch, spec, tokenizer, tmp_path / "one.html")).rows) == 2
+
+
+def test_command_writes_pictures_and_numbers(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    spec = SPECS["block-from-sequence"]
+    batch = make_batch(spec)
+    write_dataset(tmp_path / "made", tokenizer, spec, batch, tokenizer=tiny_policy_path(), num_shards=7)
+    assert main(["made", "1"]) == 0
+    height, width, _ = imread(tmp_path / "trajectory_1_0.png").shape
+    assert min(height, width) > 100
+    out, err = capsys.readouterr()
+    assert err == ""
+    counted = int(batch.completion_lengths[2])
+    steps = len(set(steps_of(batch, spec, 2)[:counted]))
+    mean = float(batch.logps[2, :counted].exp().mean())
+    prompt = batch.prompt_ids[2][batch.prompt_mask[2] > 0].tolist()
+    assert out.startswith(f"trajectory_1_0.png\nprompt: {tokenizer.decode(prompt)}\ntext: ")
+    assert tokenizer.decode(batch.completions()[2], skip_special_tokens=True) in out
+    assert out.endswith(
+        f"{counted} tokens, {steps} steps, {counted / steps:.2f} tokens per step, mean probability {mean:.3f}, "
+        "reward solved 1, reward rare n/a\n"
+    )
+    assert main(["made", "0", "--response", "1", "--output", "deep/page.html"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("reward solved 0.25, reward rare 0.5")
+    page = Page(tmp_path / "deep" / "page.html")
+    length = int(batch.canvas_lengths[1])
+    assert page.texts[max(page.texts)] == tokenizer.decode(batch.canvas_ids[1, :length].tolist())
+
+
+def test_command_finds_the_tokenizer(tokenizer, tmp_path, capsys):
+    spec = SPECS["block-from-sequence"]
+    output = ["--output", str(tmp_path / "one.html")]
+    made = tmp_path / "made"
+    write_dataset(made, tokenizer, spec, make_batch(spec))
+    assert main([str(made), "0", *output]) == 2
+    assert "Pass --tokenizer PATH" in capsys.readouterr().err
+    assert main([str(made), "0", *output, "--tokenizer", tiny_policy_path()]) == 0
+    tokenizer.save_pretrained(made / "tokenizer")
+    assert main([str(made), "0", *output]) == 0
+    assert capsys.readouterr().err == ""
+    (made / "collection.json").write_text(json.dumps({"tokenizer": str(tmp_path / "gone"), "num_shards": 1}))
+    assert main([str(made), "0", *output]) == 2
+    assert str(tmp_path / "gone") in capsys.readouterr().err
+    other = AutoTokenizer.from_pretrained(tiny_policy_path())
+    other.add_tokens(["more"])
+    other.save_pretrained(tmp_path / "other")
+    assert main([str(made), "0", *output, "--tokenizer", str(tmp_path / "other")]) == 0
+    assert "made with another tokenizer" in capsys.readouterr().err
+
+
+def test_command_without_recorded_probabilities(tokenizer, tmp_path, capsys):
+    spec = SPECS["block-from-sequence"]
+    write_dataset(tmp_path, tokenizer, spec, make_batch(spec), recorded=False, tokenizer=tiny_policy_path())
+    for name in ("one.png", "one.html"):
+        assert main([str(tmp_path), "0", "--output", str(tmp_path / name)]) == 0
+        assert "mean probability not recorded" in capsys.readouterr().out
+    assert (tmp_path / "one.png").read_bytes().startswith(PNG)
+    shown = {attrs["class"].split()[0] for cells in Page(tmp_path / "one.html").rows for attrs, _ in cells}
+    assert shown == {"m", "p"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["made", "2"], "There is no row 2 in made: it has 2 (0 to 1)."),
+        (["made", "-1"], "There is no row -1"),
+        (["made", "0", "--response", "2"], "There is no response 2 in row 0: it has 2 (0 to 1)."),
+        (["made", "0", "--response", "-1"], "There is no response -1"),
+        (["nowhere", "0"], "There is no directory nowhere."),
+        ([".", "0"], "There are no trajectories in ."),
+        (["made", "0", "--output", "one.pdf"], "--output must end in .png or .html, got one.pdf."),
+        (["made", "0", "--output", "made"], "--output must end in .png or .html, got made."),
+        (["made", "0", "--tokenizer", "nowhere"], "The tokenizer nowhere cannot be loaded"),
+        (["broken", "0"], "shard-00000.parquet cannot be read"),
+        (["prompts", "0"], "prompts does not hold trajectories: it lacks the columns"),
+        (["newer", "0"], "Row 0 of newer has format version 99"),
+        (["damaged", "0"], "Row 0, response 0 of damaged is damaged"),
+        (["made", "0", "--output", "made/data/shard-00000.parquet/one.html"], "shard-00000.parquet"),
+    ],
+)
+def test_command_says_what_is_wrong(arguments, problem, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    spec = SPECS["block-from-sequence"]
+    rows = write_dataset(tmp_path / "made", tokenizer, spec, make_batch(spec), tokenizer=tiny_policy_path())
+    if arguments[0] in ("broken", "prompts", "newer", "damaged"):
+        shutil.copytree("made", arguments[0])
+        shard = Path(arguments[0], "data", "shard-00000.parquet")
+        if arguments[0] == "broken":
+            shard.write_bytes(shard.read_bytes()[:100])
+        else:
+            rows[0]["event_positions"][0][0] = 1000
+            changed = {
+                "prompts": [{"prompt": "?"}],
+                "newer": [{**row, "format_version": 99} for row in rows],
+                "damaged": rows,
+            }
+            parquet.write_table(pa.Table.from_pylist(changed[arguments[0]]), shard)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and problem in err
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_command_needs_matplotlib_for_a_png_only(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    spec = SPECS["block-from-sequence"]
+    write_dataset(tmp_path / "made", tokenizer, spec, make_batch(spec), tokenizer=tiny_policy_path())
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["made", "0"]) == 2
+    assert "pip install 'trl-diffusion[viz]'" in capsys.readouterr().err
+    assert main(["made", "0", "--output", "one.html"]) == 0
+
+
+def test_command_refuses_a_huge_png(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    spec = SPECS["block-from-sequence"]
+    batch = make_batch(spec, (8,))
+    times = 20
+    long = dataclasses.replace(
+        batch,
+        canvas_ids=batch.canvas_ids.repeat(1, times),
+        steps=batch.steps.repeat(1, times),
+        logps=batch.logps.repeat(1, times),
+        canvas_lengths=torch.full_like(batch.canvas_lengths, batch.canvas_ids.shape[1] * times),
+    )
+    write_dataset(tmp_path / "made", tokenizer, spec, long, tokenizer=tiny_policy_path())
+    assert main(["made", "0"]) == 2
+    assert "too many for a PNG" in capsys.readouterr().err
+    assert main(["made", "0", "--output", "one.html"]) == 0
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    help_text = capsys.readouterr().out
+    assert help_text.count("python -m trl_diffusion.viz DATASET ROW") >= 4 and "--tokenizer" in help_text

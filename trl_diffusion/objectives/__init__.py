@@ -1,0 +1,1 @@
+"""What to minimise: pure functions of log-ratios. Group losses are TRL's own."""

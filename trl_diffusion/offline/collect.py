@@ -1,0 +1,361 @@
+"""Collecting trajectories: a policy, prompts and reward functions in, a dataset on disk out."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import torch
+import transformers
+import trl
+import xxhash
+from accelerate import PartialState
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+
+from ..decoding.config import DecodingConfig
+from ..decoding.decode import check_prompts, decode
+from ..policies.spec import DiffusionSpec, get_spec
+from ..scoring.draws import derive_seed
+from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
+from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
+from ..trajectories.trajectory import TrajectoryBatch
+from .prompts import tokenize_prompts
+
+
+PLAN = "collection.json"
+TEMPORARY = ".unfinished-"
+
+
+def collect(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    reward_funcs: Callable | list[Callable],
+    output_dir: str | Path,
+    decoding: DecodingConfig,
+    num_responses: int = 8,
+    spec: DiffusionSpec | None = None,
+    batch_size: int = 64,
+    rows_per_shard: int = 64,
+    seed: int = 0,
+    disable_tqdm: bool = False,
+) -> Path:
+    """
+    Decodes a group of responses for every prompt, scores them, and writes them as Parquet shards in the format of
+    [`trajectories.dataset`], with a dataset card. Processes share the shards.
+
+    A shard appears when it is whole. Called again after an interruption of any kind, with the same arguments, it makes
+    the shards that are missing; every response depends on `seed` and its own row alone, so the result is the same.
+
+    Args:
+        model (`nn.Module`):
+            The policy.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        prompts ([`~datasets.Dataset`]):
+            A `prompt` column, standard or conversational; the other columns reach the reward functions and are kept.
+        reward_funcs (callable or list of callables):
+            With TRL's signature; each gives a column `reward_NAME`.
+        output_dir (`str` or `Path`):
+            A new directory, or that of an interrupted collection.
+        decoding ([`DecodingConfig`]):
+            Settings of the decoder. With temperature 0 all responses to a prompt are the same.
+        num_responses (`int`, *optional*, defaults to `8`):
+            Responses to each prompt.
+        spec ([`DiffusionSpec`], *optional*):
+            Facts about the policy. Defaults to the ones stored in the model's config.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Responses decoded at once on each process.
+        rows_per_shard (`int`, *optional*, defaults to `64`):
+            Prompts in a shard: what an interruption can cost each process.
+        seed (`int`, *optional*, defaults to `0`):
+            Source of randomness.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Whether to go without a progress bar.
+
+    Returns:
+        `output_dir` as a `Path`.
+
+    Raises:
+        ValueError: before anything is written, for prompts that the policy cannot take, a column whose name the format
+            needs, or an `output_dir` that holds something else, such as a collection with other settings (the
+            differences are named).
+    """
+    reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+    names = [_name(function) for function in reward_funcs]
+    output_dir = Path(output_dir)
+    spec = get_spec(model.config) if spec is None else spec
+    for what, value in (
+        ("num_responses", num_responses),
+        ("batch_size", batch_size),
+        ("rows_per_shard", rows_per_shard),
+    ):
+        if value < 1:
+            raise ValueError(f"`{what}` must be at least 1, got {value}.")
+    prompt_ids = _check_source(prompts, tokenizer, names, spec, model.config, decoding.max_new_tokens)
+    provenance = Provenance(
+        fingerprint_policy(model), fingerprint_tokenizer(tokenizer), spec, {"decoder": "loop", **asdict(decoding)}
+    )
+    num_shards = -(-len(prompts) // rows_per_shard)
+    plan = {
+        "format_version": FORMAT_VERSION,
+        "policy_fingerprint": provenance.policy_fingerprint,
+        "tokenizer_fingerprint": provenance.tokenizer_fingerprint,
+        "spec": spec.to_dict(),
+        "decoding": provenance.decoding,
+        "rewards": names,
+        "num_responses": num_responses,
+        "num_prompts": len(prompts),
+        "prompts_fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(prompt_ids).encode()),
+        "rows_per_shard": rows_per_shard,
+        "num_shards": num_shards,
+        "seed": seed,
+        "policy": getattr(model.config, "_name_or_path", ""),
+        "tokenizer": tokenizer.name_or_path,
+    }
+    state = PartialState()
+    with state.main_process_first():  # the plan is there, and rubbish is gone, before anyone looks
+        if state.is_main_process:
+            _prepare(output_dir, plan)
+    missing = [shard for shard in range(num_shards) if not _shard_path(output_dir, shard).exists()]
+    state.wait_for_everyone()
+    own = missing[state.process_index :: state.num_processes]
+
+    was_training = model.training
+    model.eval()
+    bar = tqdm(
+        total=sum(min(rows_per_shard, len(prompts) - shard * rows_per_shard) for shard in own) * num_responses,
+        desc="collecting",
+        unit="response",
+        disable=disable_tqdm or not state.is_main_process,
+    )
+    started, tokens = time.perf_counter(), 0
+    try:
+        for shard in own:
+            rows = range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, len(prompts)))
+            batches = []
+            jobs = [(row, response) for row in rows for response in range(num_responses)]
+            for begin in range(0, len(jobs), batch_size):
+                part = jobs[begin : begin + batch_size]
+                seeds = [derive_seed(seed, row, response) for row, response in part]
+                batches.append(decode(model, [prompt_ids[row] for row, _ in part], decoding, spec, seeds).to("cpu"))
+                tokens += int(batches[-1].completion_lengths.sum())
+                bar.update(len(part))
+                bar.set_postfix({"tokens/s": f"{tokens / (time.perf_counter() - started):.0f}"})
+            batch = TrajectoryBatch.concatenate(batches)
+            table = to_rows(batch, spec, num_responses, provenance)
+            rewards = _score(batch, prompts, rows, num_responses, tokenizer, reward_funcs, names)
+            source = prompts.select(rows).to_list()
+            for offset, row in enumerate(rows):
+                table[offset] = {**source[offset], "row": row, **table[offset]}
+                for name in names:
+                    here = slice(offset * num_responses, (offset + 1) * num_responses)
+                    table[offset][REWARD_PREFIX + name] = rewards[name][here]
+            _write(_shard_path(output_dir, shard), table, names)
+    finally:
+        bar.close()
+        model.train(was_training)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _write_text(output_dir / "README.md", _card(output_dir, plan))
+    state.wait_for_everyone()
+    return output_dir
+
+
+def _name(function: Callable) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _check_source(prompts, tokenizer, names, spec, config, max_new_tokens) -> list[list[int]]:
+    """Token ids of the prompts, if they can be collected on."""
+    if "prompt" not in prompts.column_names:
+        raise ValueError(f"The dataset has no `prompt` column; it has {sorted(prompts.column_names)}.")
+    if len(prompts) == 0:
+        raise ValueError("The dataset is empty.")
+    if not names:
+        raise ValueError("No reward function was given.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"Reward functions need different names, got {names}.")
+    taken = sorted({*OWN_COLUMNS, *(REWARD_PREFIX + name for name in names)} & set(prompts.column_names))
+    if taken:
+        raise ValueError(f"The dataset has columns that trajectories need for themselves: {taken}. Rename them.")
+    column = list(prompts["prompt"])
+    empty = [row for row, prompt in enumerate(column) if not prompt]
+    if empty:
+        raise ValueError(f"Row {empty[0]} has no prompt (it is {column[empty[0]]!r}).")
+    prompt_ids = tokenize_prompts(tokenizer, column)
+    check_prompts(prompt_ids, spec, config, max_new_tokens)
+    return prompt_ids
+
+
+def _prepare(output_dir: Path, plan: dict[str, Any]) -> None:
+    """Writes the plan of a new collection, or checks that of an interrupted one, and removes unfinished files."""
+    path = output_dir / PLAN
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} cannot be read ({error}). Use another `output_dir`.") from error
+        # Where the policy and the tokenizer were loaded from does not matter; what they are does.
+        differing = sorted(
+            key
+            for key in {*plan, *found} - {"policy", "tokenizer"}
+            if json.dumps(plan.get(key), sort_keys=True) != json.dumps(found.get(key), sort_keys=True)
+        )
+        if differing:
+            details = "; ".join(f"`{key}` was {found.get(key)!r} and is {plan.get(key)!r}" for key in differing)
+            raise ValueError(
+                f"{output_dir} holds a collection with other settings: {details}. Use another `output_dir`."
+            )
+    elif output_dir.exists() and any(not entry.name.startswith(TEMPORARY) for entry in output_dir.iterdir()):
+        raise ValueError(f"{output_dir} is not empty and holds no collection. Use another `output_dir`.")
+    else:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _write_text(path, json.dumps(plan, indent=2) + "\n")
+    (output_dir / "data").mkdir(exist_ok=True)
+    for rest in [*output_dir.glob(TEMPORARY + "*"), *(output_dir / "data").glob(TEMPORARY + "*")]:
+        rest.unlink()
+    for shard in (output_dir / "data").glob("shard-*.parquet"):
+        try:
+            parquet.read_metadata(shard)
+        except Exception as error:
+            raise ValueError(f"{shard} cannot be read ({error}). Delete it to have it made again.") from error
+
+
+def _shard_path(output_dir: Path, shard: int) -> Path:
+    return output_dir / "data" / f"shard-{shard:05d}.parquet"
+
+
+def _score(
+    batch: TrajectoryBatch,
+    prompts: Dataset,
+    rows: Iterable[int],
+    num_responses: int,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_funcs: list[Callable],
+    names: list[str],
+) -> dict[str, list[float | None]]:
+    """Calls the reward functions as TRL does."""
+    completion_ids = batch.completions()
+    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    source = prompts.select([row for row in rows for _ in range(num_responses)])
+    columns = {name: list(source[name]) for name in source.column_names}
+    if is_conversational({"prompt": columns["prompt"][0]}):
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+    else:
+        completions = texts
+    column = columns.pop("prompt")
+    rewards = {}
+    for name, function in zip(names, reward_funcs, strict=True):
+        values = function(prompts=column, completions=completions, completion_ids=completion_ids, **columns)
+        if len(values) != len(texts):
+            raise ValueError(
+                f"The reward function `{name}` returned {len(values)} rewards for {len(texts)} responses."
+            )
+        rewards[name] = [None if value is None else float(value) for value in values]
+    return rewards
+
+
+def _write(path: Path, table: list[dict[str, Any]], names: list[str]) -> None:
+    """Writes a shard so that it is there whole or not at all."""
+    arrow = pa.Table.from_pylist(table)
+    integers, floats = pa.list_(pa.int32()), pa.list_(pa.float32())
+    types = {
+        "format_version": pa.int32(), "row": pa.int64(), "prompt_ids": integers, "canvas_lengths": integers,
+        "completion_lengths": integers, "event_steps": pa.list_(integers), "event_positions": pa.list_(integers),
+        "event_tokens": pa.list_(integers), "event_logps": pa.list_(floats), "policy_fingerprint": pa.string(),
+        **{REWARD_PREFIX + name: floats for name in names},
+    }  # fmt: skip
+    schema = pa.schema([pa.field(field.name, types.get(field.name, field.type)) for field in arrow.schema])
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    parquet.write_table(arrow.cast(schema), temporary)
+    _move(temporary, path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    _move(temporary, path)
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """Puts a finished file in its place, on the disk and not only in its cache."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _card(output_dir: Path, plan: dict[str, Any]) -> str:
+    """The dataset card: who made this, how, with what, how much."""
+    responses = tokens = 0
+    sums = dict.fromkeys(plan["rewards"], (0.0, 0))
+    for shard in sorted((output_dir / "data").glob("shard-*.parquet")):
+        columns = ["completion_lengths", *(REWARD_PREFIX + name for name in plan["rewards"])]
+        for row in parquet.read_table(shard, columns=columns).to_pylist():
+            responses += len(row["completion_lengths"])
+            tokens += sum(row["completion_lengths"])
+            for name in plan["rewards"]:
+                given = [value for value in row[REWARD_PREFIX + name] if value is not None]
+                total, count = sums[name]
+                sums[name] = (total + sum(given), count + len(given))
+    rewards = "\n".join(
+        f"| `{name}` | {total / count:.4f} | {count} |" if count else f"| `{name}` | not applicable | 0 |"
+        for name, (total, count) in sums.items()
+    )
+    settings = "\n".join(f"| {key} | `{value}` |" for key, value in plan["decoding"].items() if value is not None)
+    versions = {"trl": trl, "transformers": transformers, "torch": torch}
+    return f"""---
+tags:
+- trl-diffusion
+- trajectories
+configs:
+- config_name: default
+  data_files: data/*.parquet
+---
+
+# Trajectories
+
+{plan["num_prompts"]} prompts with {plan["num_responses"]} responses each: {responses} responses, {tokens} tokens, in \
+{plan["num_shards"]} shards. Each response comes with the order in which its tokens were unmasked and the log-probability \
+each had then. Format version {plan["format_version"]} of trl_diffusion.
+
+| made by | |
+|---|---|
+| policy | `{plan["policy"]}` |
+| policy fingerprint | `{plan["policy_fingerprint"]}` |
+| tokenizer | `{plan["tokenizer"]}` |
+| tokenizer fingerprint | `{plan["tokenizer_fingerprint"]}` |
+| spec | `{json.dumps(plan["spec"])}` |
+| seed | {plan["seed"]} |
+| versions | {", ".join(f"{name} {module.__version__}" for name, module in versions.items())} |
+
+| decoding | |
+|---|---|
+{settings}
+
+| reward | mean | responses |
+|---|---|---|
+{rewards}
+
+```python
+from trl_diffusion import DTRPOConfig, DTRPOTrainer, load_trajectories
+
+trainer = DTRPOTrainer(model=..., args=DTRPOConfig(...), train_dataset=load_trajectories("this directory"))
+```
+"""

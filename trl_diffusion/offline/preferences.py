@@ -1,0 +1,123 @@
+"""Trajectories from preference data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..policies.spec import DiffusionSpec
+from ..scoring.draws import derive_seed
+from ..trajectories.dataset import Provenance, to_rows
+from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
+from .orders import ORDERS, DecodingOrder, finished_batch, given_order, replay_confidence
+from .prompts import tokenize_preference
+
+
+def is_preference_dataset(dataset: Any) -> bool:
+    """Whether a dataset has preferences in TRL's format: `chosen` and `rejected`."""
+    return dataset is not None and {"chosen", "rejected"} <= set(dataset.column_names or ())
+
+
+def from_preferences(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: DiffusionSpec,
+    decoding_order: DecodingOrder = "random",
+    tokens_per_step: int = 1,
+    temperature: float = 1.0,
+    model: nn.Module | None = None,
+    max_completion_length: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Dataset:
+    """
+    A trajectory dataset with two responses per prompt from a preference dataset
+    (https://huggingface.co/docs/trl/dataset_formats#preference), chosen first; its one reward, `preference`, is 1 and 0.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            `chosen` and `rejected`, standard or conversational, with or without an explicit `prompt`.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The policy's.
+        spec ([`DiffusionSpec`]):
+            Facts about the policy.
+        decoding_order (`str`, *optional*, defaults to `"random"`):
+            The order that responses are given: `"random"`, `"left_to_right"` or `"confidence"` (see [`orders`]). With the
+            last one, log-probabilities are recorded.
+        tokens_per_step (`int`, *optional*, defaults to `1`):
+            Tokens unmasked at a step.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            What `"confidence"` divides logits by.
+        model (`nn.Module`, *optional*):
+            The policy that `"confidence"` asks.
+        max_completion_length (`int`, *optional*):
+            Longest response in tokens. Longer ones are refused.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Responses that `"confidence"` runs at once.
+        seed (`int`, *optional*, defaults to `0`):
+            For `"random"`.
+
+    Raises:
+        ValueError: naming the row, for an empty prompt or response, a response that is too long or holds the mask token.
+    """
+    if decoding_order not in ORDERS:
+        raise ValueError(f"`decoding_order` must be one of {list(ORDERS)}, got {decoding_order!r}.")
+    if decoding_order == "confidence" and model is None:
+        raise ValueError("`decoding_order='confidence'` needs a `model` to ask.")
+    prompts, ids, responses = [], [], []
+    for number, example in enumerate(dataset):
+        for column in ("chosen", "rejected"):
+            if not example[column]:
+                raise ValueError(f"Row {number}, column `{column}` is empty.")
+        prompt, prompt_ids, pair = tokenize_preference(tokenizer, example, spec)
+        if not prompt_ids:
+            raise ValueError(f"Row {number} has an empty prompt.")
+        for column, response in zip(("chosen", "rejected"), pair, strict=True):
+            if spec.mask_token_id in response:
+                raise ValueError(f"Row {number}, column `{column}` holds the mask token ({spec.mask_token_id}).")
+            if max_completion_length is not None and len(response) > max_completion_length:
+                raise ValueError(
+                    f"Row {number}, column `{column}` has {len(response)} tokens, more than `max_completion_length="
+                    f"{max_completion_length}`. Raise it, or drop long rows."
+                )
+        prompts.append(prompt)
+        ids += [prompt_ids, prompt_ids]
+        responses += pair
+
+    recorded = decoding_order == "confidence"
+    provenance = Provenance(
+        fingerprint_policy(model) if recorded else None,
+        fingerprint_tokenizer(tokenizer),
+        spec,
+        {
+            "order": decoding_order,
+            "tokens_per_step": tokens_per_step,
+            "temperature": temperature if recorded else None,
+        },
+    )
+    size = max(batch_size // 2, 1) * 2
+    rows: list[dict[str, Any]] = []
+    starts = range(0, len(ids), size)
+    for begin in tqdm(starts, desc="replaying", unit="batch", disable=not recorded):
+        batch = finished_batch(ids[begin : begin + size], responses[begin : begin + size], spec)
+        if recorded:
+            batch = replay_confidence(model, batch, spec, tokens_per_step, temperature)
+        else:
+            seeds = [derive_seed(seed, begin + row) for row in range(len(batch))]
+            batch = given_order(batch, spec, decoding_order, tokens_per_step, seeds)
+        rows += to_rows(batch, spec, 2, provenance, recorded)
+    kept = {name: dataset[name] for name in dataset.column_names if name not in ("prompt", "chosen", "rejected")}
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return Dataset.from_dict(
+        {
+            "prompt": prompts,
+            **kept,
+            "row": list(range(len(rows))),
+            **columns,
+            "reward_preference": [[1.0, 0.0]] * len(rows),
+        }
+    )

@@ -1,0 +1,284 @@
+"""
+Trajectories on disk: one row per prompt with its group of responses, each an event log.
+
+| column | type | meaning |
+|---|---|---|
+| `prompt` and others | any | the columns of the prompt dataset |
+| `format_version` | int | version of this format |
+| `row` | int | row of the prompt dataset |
+| `prompt_ids` | list of int | token ids of the prompt |
+| `canvas_lengths`, `completion_lengths` | list of int | for each response, positions of the canvas, and tokens that count |
+| `event_steps`, `event_positions`, `event_tokens` | list of list of int | for each response and each token unmasked: decoding step, \
+counted from 0 inside its block; position in the canvas; token id |
+| `event_logps` | list of list of float, or null | log-probability, in nats, that the decoding policy gave the token; null if \
+nobody recorded it |
+| `reward_NAME` | list of float | for each response, what the reward function `NAME` gave, null for not applicable |
+| `policy_fingerprint`, `tokenizer_fingerprint` | string | who made it |
+| `spec`, `decoding` | string | [`DiffusionSpec`] and settings of the decoder, as JSON |
+
+A position without an event was never unmasked. Events are sorted by block, step and position.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+
+from ..policies.spec import DiffusionSpec
+from .trajectory import NEVER, TrajectoryBatch, response_blocks
+
+
+FORMAT_VERSION = 1
+EVENTS = ("event_steps", "event_positions", "event_tokens", "event_logps")
+OWN_COLUMNS = (
+    "format_version", "row", "prompt_ids", "canvas_lengths", "completion_lengths", *EVENTS, "policy_fingerprint",
+    "tokenizer_fingerprint", "spec", "decoding",
+)  # fmt: skip
+REWARD_PREFIX = "reward_"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where trajectories come from: what the columns of the same names hold."""
+
+    policy_fingerprint: str | None
+    tokenizer_fingerprint: str
+    spec: DiffusionSpec
+    decoding: dict[str, Any]
+
+    def columns(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "policy_fingerprint": self.policy_fingerprint,
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "spec": json.dumps(self.spec.to_dict(), sort_keys=True),
+            "decoding": json.dumps(self.decoding, sort_keys=True),
+        }
+
+
+def is_trajectory_dataset(dataset: Dataset | IterableDataset | None) -> bool:
+    """Whether a dataset holds trajectories rather than prompts."""
+    return dataset is not None and {"format_version", "event_steps"} <= set(dataset.column_names or ())
+
+
+def reward_columns(dataset: Dataset) -> list[str]:
+    """Names of the stored rewards, without their prefix, in the order of the columns."""
+    return [name.removeprefix(REWARD_PREFIX) for name in dataset.column_names if name.startswith(REWARD_PREFIX)]
+
+
+def to_rows(
+    batch: TrajectoryBatch, spec: DiffusionSpec, num_responses: int, provenance: Provenance, recorded: bool = True
+) -> list[dict[str, Any]]:
+    """
+    Rows of this format, one for every `num_responses` neighbours of a batch, which answer the same prompt. Columns of the
+    prompt dataset and rewards are for the caller to add.
+    """
+    batch = batch.to("cpu")
+    blocks = response_blocks(spec, batch.prompt_lengths, batch.canvas_ids.shape[1])
+    rows = []
+    for begin in range(0, len(batch), num_responses):
+        row: dict[str, Any] = {**provenance.columns()}
+        row["prompt_ids"] = batch.prompt_ids[begin][batch.prompt_mask[begin] > 0].tolist()
+        members = range(begin, begin + num_responses)
+        row["canvas_lengths"] = batch.canvas_lengths[begin : begin + num_responses].tolist()
+        row["completion_lengths"] = batch.completion_lengths[begin : begin + num_responses].tolist()
+        events: dict[str, list] = {name: [] for name in EVENTS}
+        for member in members:
+            positions = (batch.steps[member] != NEVER).nonzero().squeeze(1).tolist()
+            positions.sort(key=lambda p, m=member: (int(blocks[m, p]), int(batch.steps[m, p]), p))
+            events["event_positions"].append(positions)
+            events["event_steps"].append(batch.steps[member, positions].tolist())
+            events["event_tokens"].append(batch.canvas_ids[member, positions].tolist())
+            events["event_logps"].append(batch.logps[member, positions].tolist())
+        if not recorded:
+            events["event_logps"] = None
+        rows.append({**row, **events})
+    return rows
+
+
+def from_rows(responses: Iterable[tuple[dict[str, Any], int]], spec: DiffusionSpec) -> TrajectoryBatch:
+    """
+    A batch of stored responses.
+
+    Args:
+        responses (iterable of `(row, index)`): a row of this format and the number of a response in it.
+        spec ([`DiffusionSpec`]): facts about the policy; its mask token fills what was never unmasked.
+
+    Returns:
+        [`TrajectoryBatch`], prompts padded on the left, canvases on the right. Log-probabilities are 0 where none were
+        recorded.
+    """
+    responses = list(responses)
+    prompt_width = max(len(row["prompt_ids"]) for row, _ in responses)
+    width = max(row["canvas_lengths"][index] for row, index in responses)
+    count = len(responses)
+    prompt_ids = np.zeros((count, prompt_width), dtype=np.int64)
+    prompt_mask = np.zeros((count, prompt_width), dtype=np.int64)
+    canvas = np.full((count, width), spec.mask_token_id, dtype=np.int64)
+    steps = np.full((count, width), NEVER, dtype=np.int64)
+    logps = np.zeros((count, width), dtype=np.float32)
+    for place, (row, index) in enumerate(responses):
+        ids = row["prompt_ids"]
+        prompt_ids[place, prompt_width - len(ids) :] = ids
+        prompt_mask[place, prompt_width - len(ids) :] = 1
+        positions = row["event_positions"][index]
+        canvas[place, positions] = row["event_tokens"][index]
+        steps[place, positions] = row["event_steps"][index]
+        if row["event_logps"] is not None:
+            logps[place, positions] = row["event_logps"][index]
+    return TrajectoryBatch(
+        prompt_ids=torch.from_numpy(prompt_ids),
+        prompt_mask=torch.from_numpy(prompt_mask),
+        canvas_ids=torch.from_numpy(canvas),
+        steps=torch.from_numpy(steps),
+        logps=torch.from_numpy(logps),
+        canvas_lengths=torch.tensor([row["canvas_lengths"][index] for row, index in responses]),
+        completion_lengths=torch.tensor([row["completion_lengths"][index] for row, index in responses]),
+    )
+
+
+def check_trajectories(
+    dataset: Dataset, spec: DiffusionSpec, vocab_size: int, tokenizer_fingerprint: str | None = None
+) -> None:
+    """
+    Checks every row of a trajectory dataset.
+
+    Raises:
+        ValueError: naming the row and the column, if a column is missing, the format version is unknown, the tokenizer
+            was another one, the policy denoised in another way (mask token, block size, ...), lengths disagree, events do
+            not cover a response or do it twice, steps of a block are not counted from 0, a token is the mask token or
+            outside the vocabulary, or a log-probability is positive, infinite or NaN.
+    """
+    missing = sorted(set(OWN_COLUMNS) - {"row"} - set(dataset.column_names))
+    if missing:
+        raise ValueError(
+            f"This trajectory dataset lacks the columns {missing}; it has {sorted(dataset.column_names)}."
+        )
+    rewards = [REWARD_PREFIX + name for name in reward_columns(dataset)]
+    wanted = dataset.select_columns([*(name for name in OWN_COLUMNS if name in dataset.column_names), *rewards])
+    for number, row in enumerate(wanted):
+        _check_row(row, number, spec, vocab_size, tokenizer_fingerprint, rewards)
+
+
+def _check_row(row, number, spec, vocab_size, tokenizer_fingerprint, rewards) -> None:
+    def refuse(column: str, why: str, response: int | None = None):
+        where = f"Row {number}, column `{column}`" + ("" if response is None else f", response {response}")
+        raise ValueError(f"{where}: {why}")
+
+    if row["format_version"] != FORMAT_VERSION:
+        refuse(
+            "format_version", f"is {row['format_version']!r}; this version of trl_diffusion reads {FORMAT_VERSION}."
+        )
+    if tokenizer_fingerprint is not None and row["tokenizer_fingerprint"] != tokenizer_fingerprint:
+        refuse(
+            "tokenizer_fingerprint",
+            f"is {row['tokenizer_fingerprint']}, but the tokenizer in use has {tokenizer_fingerprint}: token ids mean "
+            "something else. Train with the tokenizer that the data was made with.",
+        )
+    try:
+        stored = DiffusionSpec.from_dict(json.loads(row["spec"]))
+    except (TypeError, ValueError) as error:
+        refuse("spec", f"cannot be read ({error}).")
+    for name in ("mask_token_id", "attention", "block_size", "block_origin", "token_shift", "first_token"):
+        if getattr(stored, name) != getattr(spec, name):
+            refuse(
+                "spec",
+                f"`{name}` was {getattr(stored, name)!r} when this was made; now it is {getattr(spec, name)!r}.",
+            )
+    if not row["prompt_ids"]:
+        refuse("prompt_ids", "is empty.")
+    count = len(row["canvas_lengths"] or ())
+    if count == 0:
+        refuse("canvas_lengths", "holds no response.")
+    for column in ("completion_lengths", *EVENTS, *rewards):
+        values = row[column]
+        if values is None and column == "event_logps":
+            continue
+        if values is None or len(values) != count:
+            found = "nothing" if values is None else len(values)
+            refuse(column, f"holds {found} for {count} responses.")
+    tail = spec.prompt_tail(len(row["prompt_ids"]))
+    for index in range(count):
+        _check_response(row, index, spec, vocab_size, tail, refuse)
+
+
+def _check_response(row, index, spec, vocab_size, tail, refuse) -> None:
+    length, counted = row["canvas_lengths"][index], row["completion_lengths"][index]
+    steps, positions, tokens = (np.asarray(row[name][index], dtype=np.int64) for name in EVENTS[:3])
+    for column, values in (("event_steps", steps), ("event_tokens", tokens)):
+        if len(values) != len(positions):
+            refuse(column, f"holds {len(values)} events, but `event_positions` {len(positions)}.", index)
+    if not 0 < counted <= length:
+        refuse("completion_lengths", f"is {counted}, with a canvas of {length} positions.", index)
+    if len(positions) and (positions.min() < 0 or positions.max() >= length):
+        refuse("event_positions", f"holds a position outside the canvas of {length}.", index)
+    covered = np.bincount(positions, minlength=length) if len(positions) else np.zeros(length, dtype=np.int64)
+    if (covered > 1).any():
+        refuse("event_positions", f"unmasks position {int(covered.argmax())} twice.", index)
+    if (covered[:counted] == 0).any():
+        where = int((covered[:counted] == 0).argmax())
+        refuse("event_positions", f"leaves position {where} of the response masked; {counted} tokens count.", index)
+    if (tokens == spec.mask_token_id).any():
+        where = int(positions[(tokens == spec.mask_token_id).argmax()])
+        refuse("event_tokens", f"position {where} holds the mask token ({spec.mask_token_id}).", index)
+    if ((tokens < 0) | (tokens >= vocab_size)).any():
+        bad = int(tokens[((tokens < 0) | (tokens >= vocab_size)).argmax()])
+        refuse("event_tokens", f"holds token {bad}, but the model's vocabulary has {vocab_size} tokens.", index)
+    if (steps < 0).any():
+        refuse("event_steps", f"holds the step {int(steps.min())}.", index)
+    blocks = (tail + positions) // spec.block_size
+    for block in np.unique(blocks):
+        own = np.unique(steps[blocks == block])
+        if own[0] != 0 or own[-1] != len(own) - 1:
+            refuse("event_steps", f"block {int(block)} has the steps {own.tolist()}; they must count from 0.", index)
+    if row["event_logps"] is None:
+        return
+    logps = np.asarray([np.nan if value is None else value for value in row["event_logps"][index]], dtype=np.float64)
+    if len(logps) != len(positions):
+        refuse("event_logps", f"holds {len(logps)} events, but `event_positions` {len(positions)}.", index)
+    if not np.isfinite(logps).all() or (logps > 1e-6).any():
+        bad = logps[(~np.isfinite(logps) | (logps > 1e-6)).argmax()]
+        refuse("event_logps", f"holds {bad}, which is not the logarithm of a probability.", index)
+
+
+def load_trajectories(path: str | Path, allow_partial: bool = False) -> Dataset:
+    """
+    Loads what [`collect`] wrote.
+
+    Args:
+        path (`str` or `Path`): the directory.
+        allow_partial (`bool`, *optional*, defaults to `False`): whether an interrupted collection will do.
+
+    Raises:
+        FileNotFoundError: if there is no such directory, or no shard in it.
+        ValueError: if a shard cannot be read (it is named), or the collection was interrupted.
+    """
+    import pyarrow.parquet as parquet
+
+    path = Path(path)
+    files = sorted((path / "data").glob("shard-*.parquet"))
+    if not files:
+        raise FileNotFoundError(f"There are no trajectories in {path} (no {path / 'data'}/*.parquet).")
+    for file in files:
+        try:
+            parquet.read_metadata(file)
+        except Exception as error:
+            raise ValueError(
+                f"{file} cannot be read ({error}). Delete it and collect again: only it is made anew."
+            ) from error
+    plan = path / "collection.json"
+    if plan.exists() and not allow_partial:
+        expected = json.loads(plan.read_text())["num_shards"]
+        if len(files) != expected:
+            raise ValueError(
+                f"{path} holds {len(files)} of {expected} shards: its collection was interrupted. Run it again to finish "
+                "it, or pass `allow_partial=True`."
+            )
+    return Dataset.from_parquet([str(file) for file in files])

@@ -1,0 +1,66 @@
+"""Fingerprints: which weights made the data, and which tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+
+def fingerprint_policy(model: nn.Module | str | Path) -> str | None:
+    """
+    A fingerprint of a policy's weights. It does not depend on the names of the parameters, nor on whether tied ones are
+    stored twice, nor on whether a half-precision checkpoint was loaded in float32: a policy and the checkpoint it was
+    loaded from have the same one, in any of a family's formats. A LoRA adapter counts unless it is fresh, that is, changes
+    nothing yet.
+
+    Args:
+        model (`nn.Module`, `str` or `Path`): a model, or the directory or hub id of a checkpoint in safetensors format.
+
+    Returns:
+        32 hexadecimal digits, or `None` for a checkpoint without safetensors files.
+    """
+    if isinstance(model, nn.Module):
+        tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        fresh = not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+        digests = {_digest(tensor) for name, tensor in tensors.items() if not (fresh and "lora_" in name)}
+    else:
+        files = _weight_files(str(model))
+        if not files:
+            return None
+        digests = {_digest(tensor) for file in files for tensor in _tensors(file)}
+    return xxhash.xxh3_128_hexdigest("".join(sorted(digests)).encode())
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A fingerprint of what each token id stands for, 32 hexadecimal digits."""
+    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return xxhash.xxh3_128_hexdigest(repr(vocabulary).encode())
+
+
+def _digest(tensor: Tensor) -> str:
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        tensor = tensor.float()  # exact
+    tensor = tensor.contiguous().cpu()
+    content = xxhash.xxh3_128_hexdigest(tensor.reshape(-1).view(torch.uint8).numpy())
+    return f"{tuple(tensor.shape)}{content}"
+
+
+def _tensors(file: Path):
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as content:
+        for name in content.keys():  # noqa: SIM118  (not a mapping)
+            yield content.get_tensor(name)
+
+
+def _weight_files(path: str) -> list[Path]:
+    directory = Path(path)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        directory = Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
+    return sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("adapter_"))

@@ -1,0 +1,209 @@
+"""
+Shows how a stored response was denoised.
+
+    python -m trl_diffusion.viz DATASET ROW                          # first response: trajectory_ROW_0.png
+    python -m trl_diffusion.viz DATASET ROW --response 3             # its fourth one
+    python -m trl_diffusion.viz DATASET ROW --output page.html       # a page for a browser, with a slider
+    python -m trl_diffusion.viz DATASET ROW --tokenizer path/to/it   # if DATASET does not know its tokenizer
+
+DATASET is a directory of trajectories, such as collecting leaves; an interrupted collection will do. Rows and
+responses are counted from 0. Besides the picture it prints the prompt, the final text, and how many tokens it took how
+many steps to make, how sure the policy was of them, and what the reward functions gave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from datasets import Dataset
+from datasets.exceptions import DatasetsError
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..policies.spec import DiffusionSpec
+from ..trajectories.dataset import (
+    FORMAT_VERSION,
+    OWN_COLUMNS,
+    REWARD_PREFIX,
+    from_rows,
+    load_trajectories,
+    reward_columns,
+)
+from ..trajectories.fingerprint import fingerprint_tokenizer
+from ..trajectories.trajectory import TrajectoryBatch, global_steps, response_blocks
+from .html import trajectory_html
+from .plots import plot_trajectory
+
+
+SUFFIXES = (".png", ".html")
+MOST_CELLS = 20_000  # of a PNG: 140 positions in as many steps
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    Runs the command.
+
+    Args:
+        arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
+
+    Returns:
+        `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        print(_show(options))
+    except (OSError, ValueError, ImportError, DatasetsError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trl_diffusion.viz",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dataset", metavar="DATASET", type=Path, help="directory of trajectories")
+    parser.add_argument("row", metavar="ROW", type=int, help="which row of it: a prompt with its responses")
+    parser.add_argument("--response", type=int, default=0, metavar="N", help="which response to it (default: 0)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="picture (.png) or page (.html) to write (default: trajectory_ROW_RESPONSE.png)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="path or hub id (default: what DATASET/collection.json names, or else DATASET/tokenizer)",
+    )
+    return parser
+
+
+def _show(options: argparse.Namespace) -> str:
+    """Writes the picture; what there is to say about it."""
+    index, response = options.row, options.response
+    output = options.output or Path(f"trajectory_{index}_{response}.png")
+    if output.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--output must end in {' or '.join(SUFFIXES)}, got {output}.")
+    if not options.dataset.is_dir():
+        raise FileNotFoundError(f"There is no directory {options.dataset}.")
+    datasets.disable_progress_bars()
+    dataset = load_trajectories(options.dataset, allow_partial=True)
+    row = _row(dataset, index, options.dataset)
+    if not 0 <= response < len(row["canvas_lengths"]):
+        raise ValueError(
+            f"There is no response {response} in row {index}: it has {_count(len(row['canvas_lengths']))}."
+        )
+    spec = DiffusionSpec.from_dict(json.loads(row["spec"]))
+    try:
+        batch = from_rows([(row, response)], spec)
+    except (IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"Row {index}, response {response} of {options.dataset} is damaged ({error}).") from error
+    tokenizer = _tokenizer(options.dataset, options.tokenizer)
+    if fingerprint_tokenizer(tokenizer) != row["tokenizer_fingerprint"]:
+        print(
+            "warning: the trajectories were made with another tokenizer, so the text may be wrong; --tokenizer names "
+            "the one to use",
+            file=sys.stderr,
+        )
+    recorded = row["event_logps"] is not None
+    _draw(batch, spec, tokenizer, output, f"row {index}, response {response}", recorded)
+
+    rewards = {name: row[REWARD_PREFIX + name] for name in reward_columns(dataset)}
+    return "\n".join(
+        [
+            str(output),
+            f"prompt: {tokenizer.decode(row['prompt_ids'])}",
+            f"text: {tokenizer.decode(batch.completions()[0], skip_special_tokens=True)}",
+            _numbers(batch, spec, {name: values[response] for name, values in rewards.items() if values}, recorded),
+        ]
+    )
+
+
+def _row(dataset: Dataset, index: int, directory: Path) -> dict[str, Any]:
+    missing = sorted(set(OWN_COLUMNS) - {"row"} - set(dataset.column_names))
+    if missing:
+        raise ValueError(f"{directory} does not hold trajectories: it lacks the columns {missing}.")
+    if not 0 <= index < len(dataset):
+        raise ValueError(f"There is no row {index} in {directory}: it has {_count(len(dataset))}.")
+    row = dataset[index]
+    if row["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"Row {index} of {directory} has format version {row['format_version']}; this version of trl_diffusion "
+            f"reads {FORMAT_VERSION}."
+        )
+    return row
+
+
+def _count(number: int) -> str:
+    return f"{number} (0 to {number - 1})" if number else "none"
+
+
+def _tokenizer(directory: Path, given: str | None) -> PreTrainedTokenizerBase:
+    plan = directory / "collection.json"
+    name = given or (json.loads(plan.read_text(encoding="utf-8")).get("tokenizer") if plan.exists() else None)
+    if not name and (directory / "tokenizer").is_dir():
+        name = str(directory / "tokenizer")
+    if not name:
+        raise ValueError(f"Nothing in {directory} says which tokenizer made it. Pass --tokenizer PATH.")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        hint = "" if given else " Pass another one as --tokenizer PATH."
+        raise ValueError(f"The tokenizer {name} cannot be loaded ({str(error).splitlines()[0]}).{hint}") from error
+
+
+def _draw(batch: TrajectoryBatch, spec: DiffusionSpec, tokenizer, output: Path, title: str, recorded: bool) -> None:
+    if output.suffix.lower() == ".html":
+        if not recorded:
+            batch = replace(batch, logps=torch.full_like(batch.logps, float("nan")))
+        trajectory_html(batch, spec, tokenizer, output, title=title)
+        return
+    positions, steps = int(batch.canvas_lengths[0]), int(_steps(batch, spec).max()) + 1
+    if positions * steps > MOST_CELLS:
+        raise ValueError(
+            f"{positions} positions in {steps} steps are too many for a PNG. Write a page: --output "
+            f"{output.with_suffix('.html')}"
+        )
+    if not recorded:  # the colour in the middle, which is neither sure nor unsure
+        batch = replace(batch, logps=torch.full_like(batch.logps, 0.5).log())
+        title += " (probabilities were not recorded)"
+    try:
+        plot_trajectory(batch, spec, tokenizer, output, title=title)
+    except ImportError as error:
+        raise ImportError(
+            f"A PNG needs matplotlib: pip install 'trl-diffusion[viz]'. Or write a page, which does not: --output "
+            f"{output.with_suffix('.html')}"
+        ) from error
+
+
+def _steps(batch: TrajectoryBatch, spec: DiffusionSpec) -> Tensor:
+    """Decoding step of each position, counted through all blocks, of shape `(R, C)`."""
+    return global_steps(response_blocks(spec, batch.prompt_lengths, batch.canvas_ids.shape[1]), batch.steps)
+
+
+def _numbers(batch: TrajectoryBatch, spec: DiffusionSpec, rewards: dict[str, float | None], recorded: bool) -> str:
+    counted = batch.completion_mask
+    tokens, steps = int(counted.sum()), len(_steps(batch, spec)[counted].unique())
+    mean = f"{batch.logps[counted].exp().mean():.3f}" if recorded else "not recorded"
+    parts = [
+        f"{tokens} tokens",
+        f"{steps} steps",
+        f"{tokens / max(steps, 1):.2f} tokens per step",
+        f"mean probability {mean}",
+    ]
+    parts += [f"reward {name} {'n/a' if value is None else f'{value:g}'}" for name, value in rewards.items()]
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
