@@ -31,7 +31,6 @@ RUNS = {
     "dtrpo": {"estimator": "dtrpo"},
     "exact": {"estimator": "exact"},
     "elbo": {"estimator": "elbo"},
-    "elbo, K = 4": {"estimator": "elbo", "num_draws": 4},
     "mean_field": {"estimator": "mean_field"},
     "coupled": {"estimator": "coupled"},
 }

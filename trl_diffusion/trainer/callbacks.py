@@ -113,3 +113,16 @@ class TrajectoryCallback(TrainerCallback):
                 for row, path in enumerate(paths):
                     name = f"trajectory/{row}" if row else "trajectory"
                     writer.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
+
+
+class StepCounterCallback(TrainerCallback):
+    """
+    Lets a resumed run count batches from where the checkpoint was made, so that it knows which pass over a rollout comes
+    next; TRL's trainer counts from 0 again.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._step = state.global_step * args.gradient_accumulation_steps

@@ -36,6 +36,7 @@ from ..scoring.score import score
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows, is_trajectory_dataset
 from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
 from ._trl import disable_dropout_in_model, unwrap_model_for_generation, use_adapter
+from .callbacks import StepCounterCallback
 from .config import DTRPOConfig
 from .data import OfflineData
 
@@ -191,6 +192,7 @@ class DTRPOTrainer(GRPOTrainer):
                 "number of denoising steps. Use DDP, ZeRO-2, or ZeRO-3 with `ds3_gather_for_generation=True`."
             )
 
+        self.add_callback(StepCounterCallback(self))
         self.spec = spec
         self._share_prompts = args.share_prompts and spec.attention == "block"
         for policy in (self.model, self.ref_model):
@@ -295,6 +297,7 @@ class DTRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         """TRL's rollout, with the trajectories attached to its output: one row each, so that they are shuffled and
         split with it."""
+        beta, self.beta = self.beta, 0.0  # the reference is asked later, about the states that are drawn
         try:
             if "event_steps" in inputs[0]:
                 inputs = self._choose(inputs)
@@ -304,6 +307,7 @@ class DTRPOTrainer(GRPOTrainer):
                 self.last_rollouts = rollouts
             stored = self._stored
         finally:
+            self.beta = beta
             self._rollouts = self._stored = None
         draw_seeds = [derive_seed(seed, _DRAWS) for seed in self._seeds]
         output.update(
@@ -447,9 +451,7 @@ class DTRPOTrainer(GRPOTrainer):
         """
         Log-probabilities of the scored tokens, 0 elsewhere.
 
-        TRL calls this during a rollout for the old policy and the reference. The old policy's are the recorded ones.
-        The reference's depend on the states that an update will draw, so they are computed there, and replace what is
-        returned here.
+        TRL calls this during a rollout for the old policy, whose log-probabilities are the recorded ones.
         """
         if self._layout is None:
             return _fit(self._rollouts.logps, logits_to_keep), None, None

@@ -1,0 +1,444 @@
+"""Training on stored responses: nothing is generated, nothing is scored twice, and bad data is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from tests.conftest import make_policy
+from tests.offline.conftest import codes, collection, length, prompt_dataset, run_collect, start  # noqa: F401
+from trl_diffusion import DiffusionSpec, from_preferences, load_trajectories
+
+
+def logs_of(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def count_forwards(trainer):
+    """Forwards of policy and reference: with a gradient, and without."""
+    counts = {"grad": 0, "no_grad": 0}
+
+    def hook(module, args):
+        counts["grad" if torch.is_grad_enabled() else "no_grad"] += 1
+
+    for model in (trainer.model, trainer.ref_model):
+        if model is not None:
+            model.register_forward_pre_hook(hook)
+    return counts
+
+
+OFFLINE = {"max_completion_length": 14, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def trajectories(collection):  # noqa: F811
+    return load_trajectories(collection)
+
+
+@pytest.fixture
+def offline(make_trainer, start, trajectories):  # noqa: F811
+    def build(dataset=None, model=None, reward_funcs=None, **options):
+        return make_trainer(
+            str(start) if model is None else model,
+            reward_funcs=reward_funcs,
+            dataset=trajectories if dataset is None else dataset,
+            **{**OFFLINE, **options},
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dpo"])
+def test_no_forward_without_a_gradient(offline, beta, loss_type):
+    if loss_type == "dpo" and not beta:
+        pytest.skip("the pairwise loss needs a reference")
+    trainer = offline(beta=beta, loss_type=loss_type, max_steps=4)
+    assert trainer.ref_model is None
+    counts = count_forwards(trainer)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert counts == {"grad": 4, "no_grad": 0}
+    assert not all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    logs = logs_of(trainer)
+    assert logs[0]["diffusion/recorded_gap/max"] < 1e-5
+    if beta:
+        assert logs[0]["kl"] < 1e-6 < logs[-1]["kl"]
+
+
+def test_stored_rewards_are_those_of_the_functions(offline, trajectories):
+    """Stored or scored anew, the same rewards, advantages, losses and weights."""
+    runs = [offline(reward_funcs=functions, max_steps=3) for functions in (None, [codes, length])]
+    for trainer in runs:
+        trainer.train()
+    logs = [logs_of(trainer) for trainer in runs]
+    for stored, scored in zip(*logs, strict=True):
+        assert stored["rewards/codes/mean"] == pytest.approx(scored["rewards/codes/mean"], rel=1e-6)
+        assert stored["rewards/length/mean"] == pytest.approx(scored["rewards/length/mean"], nan_ok=True)
+        assert stored["loss"] == pytest.approx(scored["loss"], abs=1e-6)
+    weights = [torch.cat([p.detach().flatten() for p in trainer.model.parameters()]) for trainer in runs]
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "dpo"])
+def test_another_reference_costs_one_pass_and_is_reported(offline, tmp_path, tokenizer, char_spec, caplog, loss_type):
+    other = make_policy(char_spec, seed=7, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    other.save_pretrained(tmp_path / "other")
+    trainer = offline(model=str(tmp_path / "other"), beta=0.1, loss_type=loss_type, max_steps=3)
+    assert trainer.ref_model is not None
+    counts = count_forwards(trainer)
+    trainer.train()
+    assert counts == {"grad": 3, "no_grad": 3}
+    assert logs_of(trainer)[0]["diffusion/recorded_gap/max"] > 1e-3
+    assert logs_of(trainer)[0]["kl"] < 1e-6
+
+
+def test_the_recorded_reference_is_the_reference(offline, monkeypatch):
+    """With the reference's own pass, the losses and weights are those with the recording."""
+    recorded = offline(beta=0.1, max_steps=3)
+    recorded.train()
+    monkeypatch.setattr("trl_diffusion.trainer.data.fingerprint_policy", lambda model: "somebody else")
+    scored = offline(beta=0.1, max_steps=3)
+    assert scored.ref_model is not None
+    scored.train()
+    for a, b in zip(logs_of(recorded), logs_of(scored), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6) and a["kl"] == pytest.approx(b["kl"], abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["dtrpo", "elbo"])
+def test_precomputed_reference_is_the_reference(offline, tmp_path, tokenizer, char_spec, estimator):
+    """Precomputed for exactly the draws of every epoch and pass: the same losses, and no pass of the reference."""
+    other = make_policy(char_spec, seed=7, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    other.save_pretrained(tmp_path / "other")
+    options = dict(beta=0.1, loss_type="dpo", estimator=estimator, max_steps=25, learning_rate=1e-3)
+    plain = offline(model=str(tmp_path / "other"), **options)
+    plain.train()
+    early = offline(model=str(tmp_path / "other"), precompute_ref_log_probs=True, **options)
+    counts = count_forwards(early)
+    early.train()
+    # (10 rows) x (3.5 epochs, rounded up), and one more pass for each update with elbo, whose old policy is not recorded
+    assert counts["grad"] == 25 and early.ref_model is None
+    assert [entry["loss"] for entry in logs_of(plain)] == pytest.approx(
+        [entry["loss"] for entry in logs_of(early)], abs=1e-5
+    )
+
+
+def test_epochs_draw_afresh(offline):
+    trainer = offline(num_train_epochs=3, max_steps=-1, per_device_train_batch_size=4, num_generations=4)
+    draws = {}
+    compute = trainer._get_per_token_logps_and_entropies
+
+    def spy(*args, **kwargs):
+        if trainer._layout is not None:
+            key = tuple(trainer._layout.targets[:2].tolist()), trainer._current_row
+            draws.setdefault(trainer._current_row, []).append(trainer._layout.weights.clone())
+            assert key
+        return compute(*args, **kwargs)
+
+    choose = trainer._choose
+
+    def spy_on_rows(inputs):
+        trainer._current_row = inputs[0]["row"]
+        return choose(inputs)
+
+    trainer._get_per_token_logps_and_entropies, trainer._choose = spy, spy_on_rows
+    trainer.train()
+    assert sorted(draws) == list(range(10)) and all(len(weights) == 3 for weights in draws.values())
+    differing = [not torch.equal(a[0], a[1]) or not torch.equal(a[1], a[2]) for a in draws.values()]
+    assert sum(differing) >= 8
+    gaps = [entry["diffusion/recorded_gap/max"] for entry in logs_of(trainer)]
+    assert gaps[0] < 1e-5 < gaps[-1]  # the recording stays the old policy while the policy moves
+
+
+def test_a_larger_group_gives_others_in_every_epoch(offline):
+    trainer = offline(num_train_epochs=4, max_steps=-1, num_generations=2, per_device_train_batch_size=2)
+    seen = {}
+    take = trainer._take
+
+    def spy(prompt_ids):
+        row, _, epoch = trainer._stored[0]
+        seen[row["row"], epoch] = tuple(index for _, index, _ in trainer._stored)
+        return take(prompt_ids)
+
+    trainer._take = spy
+    trainer.train()
+    assert len(seen) == 40
+    assert all(len(set(pair)) == 2 for pair in seen.values())
+    assert all(len({seen[row, epoch] for epoch in range(4)}) > 1 for row in range(10))
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "dpo"])
+def test_resume_repeats_the_uninterrupted_run(offline, tmp_path, loss_type):
+    options = dict(
+        loss_type=loss_type, beta=0.1, save_strategy="steps", save_steps=7, max_steps=14, output_dir=str(tmp_path / "run"),
+        num_iterations=2, tokens_per_step=1,
+    )  # fmt: skip
+    whole = offline(**options)
+    whole.train()
+    part = offline(**options)
+    part.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
+    losses = [[entry["loss"] for entry in logs_of(trainer)] for trainer in (whole, part)]
+    assert losses[0] == losses[1] and len(losses[0]) == 14
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), part.model.parameters(), strict=True))
+
+
+def test_groups_without_a_pair_are_dropped_and_counted(offline, trajectories, caplog):
+    rows = trajectories.to_list()
+    for row in rows[:3]:
+        row["reward_codes"] = [0.5] * 4
+        row["reward_length"] = [None] * 4
+    dataset = Dataset.from_list(rows)
+    trainer = offline(dataset, loss_type="dpo", beta=0.1, max_steps=1)
+    assert len(trainer.train_dataset) == 7
+    for row in rows:
+        row["reward_codes"], row["reward_length"] = [0.5] * 4, [None] * 4
+    with pytest.raises(ValueError, match="same reward"):
+        offline(Dataset.from_list(rows), loss_type="dpo", beta=0.1)
+
+
+BAD = [
+    ("format_version", lambda row: row.update(format_version=9), "Row 2, column `format_version`"),
+    ("tokenizer", lambda row: row.update(tokenizer_fingerprint="0" * 32), "Row 2, column `tokenizer_fingerprint`"),
+    ("masked", lambda row: drop_event(row, 1, 0), "Row 2, column `event_positions`, response 1: leaves position"),
+    ("twice", lambda row: row["event_positions"][1].__setitem__(0, row["event_positions"][1][1]), "twice|leaves"),
+    ("positive", lambda row: row["event_logps"][3].__setitem__(0, 0.5), "Row 2, column `event_logps`, response 3"),
+    ("nan", lambda row: row["event_logps"][3].__setitem__(0, float("nan")), "`event_logps`, response 3: holds nan"),
+    ("null", lambda row: row["event_logps"][3].__setitem__(0, None), "`event_logps`, response 3"),
+    ("short", lambda row: row["event_logps"][0].pop(), "Row 2, column `event_logps`, response 0: holds"),
+    ("long", lambda row: row["event_steps"][0].append(1), "Row 2, column `event_steps`, response 0: holds"),
+    ("mask token", lambda row: row["event_tokens"][0].__setitem__(0, 1), "holds the mask token"),
+    ("vocabulary", lambda row: row["event_tokens"][0].__setitem__(0, 10_000), "vocabulary"),
+    ("gap in steps", lambda row: row["event_steps"].__setitem__(0, [s + 1 for s in row["event_steps"][0]]), "count from 0"),
+    ("outside", lambda row: row["event_positions"][0].__setitem__(0, 400), "outside the canvas"),
+    ("no response", lambda row: row.update(canvas_lengths=[]), "no response"),
+    ("group", lambda row: row["completion_lengths"].pop(), "Row 2, column `completion_lengths`: holds 3 for 4"),
+    ("reward", lambda row: row["reward_codes"].pop(), "Row 2, column `reward_codes`: holds 3 for 4"),
+    ("temperature", lambda row: row.update(decoding=json.dumps({"temperature": 0.3})), "temperature=0.3"),
+    ("top k", lambda row: row.update(decoding=json.dumps({"temperature": 1.0, "top_k": 5})), "top_k"),
+    ("spec", lambda row: row.update(spec=row["spec"].replace('"block_size": 8', '"block_size": 16')), "block_size"),
+    ("unreadable spec", lambda row: row.update(spec="{"), "Row 2, column `spec`"),
+    ("prompt", lambda row: row.update(prompt_ids=[]), "Row 2, column `prompt_ids`"),
+]  # fmt: skip
+
+
+def drop_event(row, response, event):
+    for name in ("event_steps", "event_positions", "event_tokens", "event_logps"):
+        row[name][response].pop(event)
+
+
+@pytest.mark.parametrize(("change", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_data_is_refused_by_row_and_column(offline, trajectories, char_spec, change, message, tmp_path):
+    rows = copy.deepcopy(trajectories.to_list())
+    change(rows[2])
+    if "mask token" in message:
+        rows[2]["event_tokens"][0][0] = char_spec.mask_token_id
+    with pytest.raises(ValueError, match=message) as error:
+        offline(Dataset.from_list(rows), output_dir=str(tmp_path / "out"))
+    assert "train_dataset" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_generations": 8, "per_device_train_batch_size": 8}, "4 responses, but `num_generations` is 8"),
+        ({"max_completion_length": 10}, "max_completion_length=10"),
+        ({"temperature": 0.5}, "Set `temperature=1.0`"),
+        ({"loss_type": "dpo"}, "beta"),
+        ({"loss_type": "dpo", "beta": 0.1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, "multiple"),
+        ({"loss_type": "dpo", "beta": 0.1, "pair_selection": "some"}, "pair_selection"),
+        ({"decoding_order": "backwards"}, "decoding_order"),
+        ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_the_data(offline, options, message):
+    with pytest.raises(ValueError, match=message):
+        offline(**options)
+
+
+def test_rewards_are_needed_from_somewhere(offline, trajectories):
+    without = trajectories.remove_columns(["reward_codes", "reward_length"])
+    with pytest.raises(ValueError, match="reward_funcs"):
+        offline(without)
+    offline(without, reward_funcs=codes, max_steps=1).train()
+    with pytest.raises(TypeError, match="stream"):
+        offline(trajectories.to_iterable_dataset())
+
+
+def test_another_chat_template_is_noticed(offline, trajectories):
+    rows = trajectories.to_list()
+    for row in rows:
+        row["prompt"] += " "
+    with pytest.raises(ValueError, match="other tokens"):
+        offline(Dataset.from_list(rows)).train()
+
+
+def preference_rows():
+    source = prompt_dataset(8)
+    return [
+        {"prompt": row["prompt"], "chosen": row["puzzle"][: 5 + i], "rejected": "1" * (9 - i % 3), "level": i}
+        for i, row in enumerate(source)
+    ]
+
+
+@pytest.mark.parametrize("order", ["random", "left_to_right", "confidence"])
+@pytest.mark.parametrize("estimator", ["dtrpo", "elbo"])
+def test_preferences_train(make_trainer, start, order, estimator):  # noqa: F811
+    trainer = make_trainer(
+        str(start), reward_funcs=None, dataset=Dataset.from_list(preference_rows()), loss_type="dpo", beta=0.1,
+        decoding_order=order, num_generations=2, max_steps=12, estimator=estimator, learning_rate=3e-3,
+    )  # fmt: skip
+    counts = count_forwards(trainer)
+    trainer.train()
+    # The replay asked the reference and recorded what it said.
+    expected = 0 if (order, estimator) == ("confidence", "dtrpo") else 12
+    assert counts == {"grad": 12, "no_grad": expected}
+    logs = logs_of(trainer)
+    assert logs[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert logs[-1]["loss"] < 0.65 and logs[-1]["rewards/margins"] > 0 and logs[-1]["rewards/accuracies"] > 0.7
+    assert {"rewards/chosen", "rewards/rejected", "kl", "pairs/count", "pairs/tied_groups"} <= set(logs[0])
+
+
+def test_preference_formats_give_the_same_trajectories(tokenizer, char_spec):
+    """Explicit or implicit prompt, plain or conversational; as TRL documents them."""
+    rows = preference_rows()
+    explicit = from_preferences(Dataset.from_list(rows), tokenizer, char_spec, seed=3)
+    assert explicit["level"] == list(range(8)) and explicit[0]["reward_preference"] == [1.0, 0.0]
+    for row, stored in zip(rows, explicit, strict=True):
+        ids = tokenizer(row["prompt"])["input_ids"]
+        assert stored["prompt_ids"] == ids and stored["event_logps"] is None
+        for response, name in enumerate(("chosen", "rejected")):
+            events = sorted(zip(stored["event_positions"][response], stored["event_tokens"][response], strict=True))
+            assert tokenizer.decode([token for _, token in events][:-1]) == row[name]
+            assert events[-1][1] == tokenizer.eos_token_id
+    implicit = [
+        {"chosen": row["prompt"] + "=" + row["chosen"], "rejected": row["prompt"] + "=" + row["rejected"]}
+        for row in rows
+    ]
+    stored = from_preferences(Dataset.from_list(implicit), tokenizer, char_spec)
+    whole = [tokenizer.decode(ids) for ids in stored["prompt_ids"]]
+    assert all(text.startswith(row["prompt"]) for text, row in zip(whole, rows, strict=True))
+
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    user = [{"role": "user", "content": "sudoku 1"}]
+    answers = {
+        name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "12"), ("rejected", "345"))
+    }
+    for row in ({"prompt": user, **answers}, {name: user + answer for name, answer in answers.items()}):
+        stored = from_preferences(Dataset.from_list([row]), chatty, char_spec)[0]
+        assert stored["prompt"] == user and tokenizer.decode(stored["prompt_ids"]) == "sudoku 1\n"
+        texts = [
+            tokenizer.decode([token for _, token in sorted(zip(positions, tokens, strict=True))])
+            for positions, tokens in zip(stored["event_positions"], stored["event_tokens"], strict=True)
+        ]
+        assert [text.split("\n")[0] for text in texts] == ["12", "345"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"prompt": "a", "chosen": "1", "rejected": ""}], {}, "Row 0, column `rejected` is empty"),
+        ([{"prompt": "a", "chosen": "1" * 40, "rejected": "2"}], {}, "column `chosen` has 41 tokens"),
+        ([{"prompt": "a", "chosen": "1", "rejected": "2"}], {"num_generations": 4}, "num_generations"),
+        ([{"prompt": "a", "chosen": "1", "rejected": "2"}], {"loss_type": "dapo", "beta": 0.0}, "nobody recorded"),
+    ],
+)
+def test_bad_preferences(make_trainer, start, rows, options, message):  # noqa: F811
+    options = {"loss_type": "dpo", "beta": 0.1, "num_generations": 2, **options}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(str(start), reward_funcs=None, dataset=Dataset.from_list(rows), **options)
+
+
+@pytest.mark.parametrize("backbone", ["qwen2", "qwen3"])
+def test_blocks_of_one_give_trl_own_dpo_loss(make_trainer, tokenizer, tmp_path, backbone):
+    """With every token scored, token shift and blocks of 1, loss and gradient are DPOTrainer's."""
+    spec = DiffusionSpec(
+        mask_token_id=tokenizer.mask_token_id, block_size=1, token_shift=True, first_token="autoregressive",
+        stop_token_ids=(tokenizer.eos_token_id,), predicts_mask_token=True,
+    )  # fmt: skip
+    model = make_policy(
+        spec, backbone=backbone, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, initializer_range=0.1
+    )
+    model.save_pretrained(tmp_path / "start")
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in preference_rows()]
+    ours = make_trainer(
+        str(tmp_path / "start"), spec=spec, reward_funcs=None, dataset=Dataset.from_list(rows), loss_type="dpo", beta=0.3,
+        estimator="exact", num_generations=2, per_device_train_batch_size=16,
+    )  # fmt: skip
+    theirs = DPOTrainer(
+        model=str(tmp_path / "start"),
+        args=DPOConfig(
+            output_dir=str(tmp_path / "dpo"), beta=0.3, bf16=False, gradient_checkpointing=False, report_to="none",
+            per_device_train_batch_size=8, dataloader_pin_memory=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    with torch.no_grad():
+        for index, parameter in enumerate(ours.model.parameters()):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    theirs.model.load_state_dict(ours.model.state_dict())
+    for trainer in (ours, theirs):
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+    stored = [ours.train_dataset[i // 2] for i in range(16)]
+    our_loss = ours._compute_loss(ours.model, ours._generate_and_score_completions(stored))
+    batch = theirs.data_collator([theirs.train_dataset[i] for i in range(8)])
+    their_loss = theirs.compute_loss(theirs.model, batch)
+    our_loss.backward()
+    their_loss.backward()
+    gradients = [torch.cat([p.grad.flatten() for p in t.model.parameters()]) for t in (ours, theirs)]
+    assert abs(their_loss.item() - 0.6931) > 1e-2 and gradients[1].abs().max() > 1e-3
+    torch.testing.assert_close(our_loss, their_loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+def test_lora_on_stored_responses(offline):
+    from peft import LoraConfig
+
+    trainer = offline(beta=0.1, max_steps=1)  # the reference is the base model: what was recorded
+    assert trainer._reference_is_recorded
+    model = AutoModelForCausalLM.from_pretrained(trainer.model.config._name_or_path)
+    assert model is not None
+    from tests.trainer.conftest import make_dataset  # noqa: F401
+
+    adapted = trainer.__class__(
+        model=trainer.model.config._name_or_path,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        processing_class=trainer.processing_class,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    assert adapted._reference_is_recorded
+    counts = count_forwards(adapted)
+    adapted.train()
+    assert counts == {"grad": 1, "no_grad": 0}
+
+
+def test_evaluation_on_stored_responses(offline, trajectories):
+    trainer = offline(
+        trajectories.select(range(8)), kwargs={"eval_dataset": trajectories.select([8, 9])}, max_steps=2,
+        eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=4, loss_type="dpo", beta=0.1,
+    )  # fmt: skip
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert len(logs) == 1 and logs[0]["eval_rewards/codes/mean"] > 0 and "eval_rewards/margins" in logs[0]
+
+
+def test_collecting_with_another_temperature(make_trainer, start, tokenizer, tmp_path):  # noqa: F811
+    """Log-probabilities are recorded and scored at the same temperature."""
+    from trl_diffusion import DecodingConfig
+
+    directory = run_collect(start, tmp_path / "run", tokenizer, decoding=DecodingConfig(14, 0.7, tokens_per_step=2))
+    trainer = make_trainer(
+        str(start), reward_funcs=None, dataset=load_trajectories(directory), temperature=0.7, max_steps=1, **OFFLINE
+    )
+    trainer.train()
+    assert logs_of(trainer)[0]["diffusion/recorded_gap/max"] < 1e-5
