@@ -142,7 +142,8 @@ def main(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: M
     rate_before = task.solve_rate(before)
     say(f"solve rate before training: {rate_before:.1%}")
 
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
 
     after, trajectories = trainer.answer(task.evaluation["prompt"])
     rate_after = task.solve_rate(after)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..viz.plots import plot_trajectory
 
@@ -126,3 +127,33 @@ class StepCounterCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._step = state.global_step * args.gradient_accumulation_steps
+
+
+class CheckpointMarkCallback(TrainerCallback):
+    """Marks checkpoints that are complete, so that one a killed run left half-written is not taken for the last one."""
+
+    MARK = "checkpoint_complete"
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and checkpoint.is_dir():
+            (checkpoint / self.MARK).touch()
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    The newest checkpoint of a run that was written to its end.
+
+    Args:
+        output_dir (`str` or `Path`): the run's directory.
+
+    Returns:
+        Path of the newest checkpoint that is marked as complete. Of the newest one, if none is marked because another
+        program wrote them; `None` if there is none.
+    """
+    found = [
+        (int(path.name.split("-")[1]), path) for path in Path(output_dir).glob("checkpoint-[0-9]*") if path.is_dir()
+    ]
+    complete = [pair for pair in found if (pair[1] / CheckpointMarkCallback.MARK).exists()]
+    usable = complete or [pair for pair in found if (pair[1] / TRAINER_STATE_NAME).exists()]
+    return str(max(usable)[1]) if usable else None

@@ -36,7 +36,7 @@ from ..scoring.score import score
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows, is_trajectory_dataset
 from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
 from ._trl import disable_dropout_in_model, unwrap_model_for_generation, use_adapter
-from .callbacks import StepCounterCallback
+from .callbacks import CheckpointMarkCallback, StepCounterCallback, last_complete_checkpoint
 from .config import DTRPOConfig
 from .data import OfflineData
 
@@ -193,6 +193,7 @@ class DTRPOTrainer(GRPOTrainer):
             )
 
         self.add_callback(StepCounterCallback(self))
+        self.add_callback(CheckpointMarkCallback())
         self.spec = spec
         self._share_prompts = args.share_prompts and spec.attention == "block"
         for policy in (self.model, self.ref_model):
@@ -372,10 +373,19 @@ class DTRPOTrainer(GRPOTrainer):
         batch = from_rows([(row, index) for row, index, _ in self._stored], self.spec)
         return batch.to(self.accelerator.device)
 
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """
+        Trains the policy. With `resume_from_checkpoint=True` it goes on from the newest complete checkpoint in
+        `output_dir`, and starts anew if there is none yet, so that a command that may be killed can just be given again.
+        The other arguments are those of [`~transformers.Trainer.train`].
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.warning(f"There is no complete checkpoint in {self.args.output_dir}: training starts anew.")
         if self.args.precompute_ref_log_probs and not self._reference_is_recorded and self.beta != 0.0:
             self._precompute_reference()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     @torch.no_grad()
     def _precompute_reference(self) -> None:

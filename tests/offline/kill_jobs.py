@@ -1,0 +1,72 @@
+"""What the kill tests run in processes of their own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from tests.offline.conftest import prompt_dataset
+from tests.trainer.conftest import codes
+from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, collect, load_trajectories
+
+
+def slow_codes(completions, **kwargs) -> list[float]:
+    time.sleep(0.01)
+    return codes(completions)
+
+
+slow_codes.__name__ = "codes"
+
+
+def quiet() -> None:
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+
+
+def collect_job(start: str, output_dir: str) -> None:
+    quiet()
+    collect(
+        AutoModelForCausalLM.from_pretrained(start),
+        AutoTokenizer.from_pretrained(start, padding_side="left"),
+        prompt_dataset(40),
+        slow_codes,
+        output_dir,
+        DecodingConfig(14, 1.0, tokens_per_step=2),
+        num_responses=4,
+        rows_per_shard=1,
+        seed=5,
+        disable_tqdm=True,
+    )
+    os._exit(0)
+
+
+def train_job(start: str, trajectories: str, output_dir: str, tmp: str) -> None:
+    quiet()
+    # A plain table in memory: what is killed here is training, not the cache of another library.
+    dataset = Dataset.from_list(load_trajectories(trajectories).to_list())
+    trainer = DTRPOTrainer(
+        model=start,
+        args=DTRPOConfig(
+            output_dir=output_dir, max_steps=30, save_steps=2, save_total_limit=2, learning_rate=1e-3, beta=0.1,
+            per_device_train_batch_size=4, num_generations=4, num_iterations=2, max_completion_length=14,
+            tokens_per_step=2, logging_steps=1, bf16=False, gradient_checkpointing=False, report_to="none",
+            disable_tqdm=True, log_level="error",
+        ),
+        train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(start, padding_side="left"),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=True)
+    final = Path(output_dir) / "final"
+    trainer.save_model(str(final))
+    trainer.state.save_to_json(str(final / "state.json"))
+    os._exit(0)
