@@ -20,6 +20,11 @@ from trl_diffusion.trainer.callbacks import last_complete_checkpoint
 
 KILLS = 20
 
+# They take minutes: TRL_DIFFUSION_KILL_TESTS=1 pytest tests/offline/test_kills.py
+asked_for = pytest.mark.skipif(
+    "TRL_DIFFUSION_KILL_TESTS" not in os.environ, reason="TRL_DIFFUSION_KILL_TESTS is not set"
+)
+
 
 @pytest.fixture(scope="module")
 def context():
@@ -58,6 +63,7 @@ def kill_until_done(context, job, arguments, new_target, duration: float, check)
     return finished
 
 
+@asked_for
 @pytest.mark.slow
 def test_killed_collections(context, start, tmp_path):
     whole = tmp_path / "whole"
@@ -90,6 +96,7 @@ def test_killed_collections(context, start, tmp_path):
         assert (target / "README.md").exists() and not list(target.rglob(".unfinished*"))
 
 
+@asked_for
 @pytest.mark.slow
 def test_killed_trainings(context, start, collection, tmp_path):
     def arguments(target):
