@@ -19,7 +19,7 @@ from .prompts import tokenize_preference
 
 def is_preference_dataset(dataset: Any) -> bool:
     """Whether a dataset has preferences in TRL's format: `chosen` and `rejected`."""
-    return dataset is not None and {"chosen", "rejected"} <= set(dataset.column_names or ())
+    return {"chosen", "rejected"} <= set(getattr(dataset, "column_names", None) or ())
 
 
 def from_preferences(

@@ -65,7 +65,7 @@ class Provenance:
 
 def is_trajectory_dataset(dataset: Dataset | IterableDataset | None) -> bool:
     """Whether a dataset holds trajectories rather than prompts."""
-    return dataset is not None and {"format_version", "event_steps"} <= set(dataset.column_names or ())
+    return {"format_version", "event_steps"} <= set(getattr(dataset, "column_names", None) or ())
 
 
 def reward_columns(dataset: Dataset) -> list[str]:
