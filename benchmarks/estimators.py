@@ -11,17 +11,23 @@ update has to estimate. `exact` is the whole trajectory. Columns, over all respo
 - spread: standard deviation of the exact log-ratio over responses, for comparison;
 - correlation: of estimates with exact values;
 - passes: forward passes per response; ms, MiB: forward and backward, time and peak memory, per response.
+
+Memory is measured in a process of its own, which loads stored responses, makes a small update first so that all code is
+loaded, and then one of 64 responses: the peak of its resident set (Linux: `VmHWM`, which is reset before) minus what was
+resident just before.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -34,6 +40,7 @@ from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
 from trl_diffusion.tasks import load_task
+from trl_diffusion.trajectories.trajectory import TrajectoryBatch
 
 
 POINTS, LATER = (0, 50, 200), 10
@@ -87,23 +94,36 @@ def passes(config: EstimatorConfig, batch, spec) -> int:
     return 1 if ESTIMATORS[config.name].one_row else states.hidden.shape[1]
 
 
-def cost(config: EstimatorConfig, directory: Path, size: int, queue) -> None:
-    """Seconds and peak memory of forward and backward for `size` responses, in a process of its own."""
+def resident(field: str) -> float:
+    """Resident memory of this process in MiB: `VmRSS` now, `VmHWM` at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def cost(config: EstimatorConfig, directory: Path, stored: Path, queue) -> None:
+    """Seconds and peak memory per response of forward and backward for the stored responses."""
     torch.set_num_threads(2)
     policy = AutoModelForCausalLM.from_pretrained(directory / "0")
     spec = get_spec(policy.config)
-    batch = rollouts(policy, size, 0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    elapsed = []
-    for seed in range(6):
+    batch = TrajectoryBatch(**torch.load(stored))
+
+    def update(batch: TrajectoryBatch, seed: int) -> float:
         started = time.perf_counter()
         states = ESTIMATORS[config.name].states(batch, spec, [seed] * len(batch), config)
         logps, _ = score(policy, pack(batch, spec, states, ESTIMATORS[config.name].one_row), spec)
         (logps * states.weights).sum().backward()
         policy.zero_grad()
-        elapsed.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    queue.put((statistics.median(elapsed[1:]) / size, peak / 1024 / size))
+        return time.perf_counter() - started
+
+    update(batch.select(slice(0, 1)), 0)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed would be there to be used again
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = resident("VmRSS")
+    update(batch, 0)
+    peak = resident("VmHWM") - before
+    elapsed = statistics.median(update(batch, seed) for seed in range(1, 6))
+    queue.put((elapsed / len(batch), peak / len(batch)))
 
 
 def in_process(function, *arguments):
@@ -153,7 +173,9 @@ def main() -> None:
         last = POINTS[-1] + LATER
         if not (directory / str(last)).exists():
             train(directory, last, args.seed)
-        costs = {name: in_process(cost, config, directory, 64) for name, config in CONFIGS.items()}
+        stored = Path(temporary) / "responses.pt"
+        torch.save(asdict(rollouts(AutoModelForCausalLM.from_pretrained(directory / "0"), 64, 0)), stored)
+        costs = {name: in_process(cost, config, directory, stored) for name, config in CONFIGS.items()}
         rows = []
         for point in POINTS:
             old, new = (
