@@ -1,0 +1,160 @@
+"""Every checker accepts all gold answers of a public benchmark and rejects them once corrupted."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.conftest import shared
+from trl_diffusion.rewards import countdown, math, sudoku
+from trl_diffusion.rewards.code import code_reward
+from trl_diffusion.rewards.sandbox import SandboxLimits
+
+
+def lines(*parts: str) -> list[dict]:
+    return [json.loads(line) for line in shared("data", *parts).open()]
+
+
+# GSM8K
+
+MATH_CORRUPTIONS: dict[str, Callable[[str], str]] = {
+    "one more": lambda answer: f"#### {int(answer) + 1}",
+    "a digit added": lambda answer: f"#### {answer}7",
+    "another sign": lambda answer: f"#### {-int(answer) or 1}",
+    "half of it": lambda answer: f"#### {answer}.5",
+    "in words": lambda answer: "#### some number",
+    "nothing": lambda answer: "",
+    "right in the text, wrong behind the marker": lambda answer: f"It is {answer}. #### {int(answer) + 10}",
+}
+
+
+@pytest.fixture(scope="module")
+def gsm8k() -> list[str]:
+    return [row["answer"] for row in lines("gsm8k", "test.jsonl")]
+
+
+def test_math_gold(gsm8k):
+    assert math.math_accuracy(gsm8k, gsm8k) == [1.0] * 1319
+
+
+@pytest.mark.parametrize("kind", MATH_CORRUPTIONS)
+def test_math_corrupted(gsm8k, kind):
+    corrupted = [MATH_CORRUPTIONS[kind](math.final_answer(answer)) for answer in gsm8k]
+    assert math.math_accuracy(corrupted, gsm8k) == [0.0] * 1319
+
+
+# Sudoku
+
+
+def other(digit: str) -> str:
+    return "2341"[int(digit) - 1]
+
+
+SUDOKU_CORRUPTIONS: dict[str, Callable[[str, str], str]] = {
+    "a blank filled in wrongly": lambda puzzle, answer: "".join(
+        other(digit) if cell == puzzle.index("0") else digit for cell, digit in enumerate(answer)
+    ),
+    "another grid": lambda puzzle, answer: answer.translate(str.maketrans("1234", "2341")),
+    "a cell missing": lambda puzzle, answer: answer[:-1],
+    "a cell too many": lambda puzzle, answer: answer + answer[0],
+    "the puzzle itself": lambda puzzle, answer: puzzle,
+    "in words": lambda puzzle, answer: f"The answer is {answer}",
+    "nothing": lambda puzzle, answer: "",
+}
+
+
+@pytest.fixture(scope="module")
+def puzzles() -> list[tuple[str, str]]:
+    with shared("data", "sudoku", "4x4_test.csv").open() as file:
+        return [(row["Puzzle"], row["Solution"]) for row in csv.DictReader(file)]
+
+
+def test_sudoku_gold(puzzles):
+    assert sudoku.sudoku_solved([s for _, s in puzzles], puzzle=[p for p, _ in puzzles]) == [1.0] * 500
+
+
+@pytest.mark.parametrize("kind", SUDOKU_CORRUPTIONS)
+def test_sudoku_corrupted(puzzles, kind):
+    corrupted = [SUDOKU_CORRUPTIONS[kind](puzzle, solution) for puzzle, solution in puzzles]
+    rewards = sudoku.sudoku_solved(corrupted, puzzle=[puzzle for puzzle, _ in puzzles])
+    assert rewards == [0.0] * 500
+
+
+# Countdown
+
+COUNTDOWN_CORRUPTIONS: dict[str, Callable[[str, list[int]], str]] = {
+    "a number used twice": lambda answer, numbers: f"{answer}+{numbers[0]}-{numbers[0]}",
+    "a number of its own": lambda answer, numbers: f"({answer})*1",
+    "a number left out": lambda answer, numbers: "+".join(map(str, numbers[1:])),
+    "the target itself": lambda answer, numbers: str(countdown.evaluate_expression(answer)[0]),
+    "another value": lambda answer, numbers: f"-({answer})",
+    "an equation": lambda answer, numbers: f"{answer}={countdown.evaluate_expression(answer)[0]}",
+    "unbalanced": lambda answer, numbers: f"({answer}",
+    "Python": lambda answer, numbers: f"int({answer})",
+    "nothing": lambda answer, numbers: "",
+}
+
+
+@pytest.fixture(scope="module")
+def games() -> list[tuple[list[int], int, str]]:
+    """The public games, each with a solution found by trying everything."""
+    rows = [
+        ([int(n) for n in row["input"].split(",")], int(row["output"])) for row in lines("countdown", "cd3_test.jsonl")
+    ]
+    return [(numbers, target, countdown.solve(numbers, target)) for numbers, target in rows]
+
+
+def countdown_rewards(games, answers: list[str]) -> list[float]:
+    return countdown.countdown_solved(answers, numbers=[game[0] for game in games], target=[game[1] for game in games])
+
+
+def test_countdown_gold(games):
+    assert countdown_rewards(games, [game[2] for game in games]) == [1.0] * 256
+
+
+@pytest.mark.parametrize("kind", COUNTDOWN_CORRUPTIONS)
+def test_countdown_corrupted(games, kind):
+    corrupted = [COUNTDOWN_CORRUPTIONS[kind](solution, numbers) for numbers, _, solution in games]
+    assert countdown_rewards(games, corrupted) == [0.0] * 256
+
+
+# HumanEval
+
+CODE_CORRUPTIONS: dict[str, Callable[[dict], str]] = {
+    "returns nothing": lambda row: "    pass\n",
+    "returns an object that is equal to all": lambda row: (
+        "    class Same:\n        __eq__ = __le__ = __lt__ = __ge__ = __gt__ = lambda *_: True\n"
+        "        __abs__ = __sub__ = __rsub__ = lambda self, *_: self\n    return Same()\n"
+    ),
+    "of another task": lambda row: "    return 'of another task'\n",
+    "cut off": lambda row: row["canonical_solution"].rstrip()[:-1] + " (",
+    "another name": lambda row: f"    return\n\ndel {row['entry_point']}\n",
+    "raises": lambda row: "    raise AssertionError\n",
+    "does not end": lambda row: "    import time\n    time.sleep(1000)\n",
+    "leaves": lambda row: "    raise SystemExit(0)\n",
+}
+
+
+@pytest.fixture(scope="module")
+def human_eval() -> list[dict]:
+    return lines("humaneval", "HumanEval.jsonl")
+
+
+def code_rewards(rows: list[dict], completions: list[str], **options) -> list[float | None]:
+    columns = {name: [row[name] for row in rows] for name in ("test", "entry_point")}
+    return code_reward(allow_execution=True, **options)([row["prompt"] for row in rows], completions, **columns)
+
+
+@pytest.mark.slow
+def test_code_gold(human_eval):
+    assert code_rewards(human_eval, [row["canonical_solution"] for row in human_eval]) == [1.0] * 164
+
+
+@pytest.mark.parametrize("kind", CODE_CORRUPTIONS)
+def test_code_corrupted(human_eval, kind):
+    rows = human_eval[:: 16 if kind != "does not end" else 80]
+    completions = [CODE_CORRUPTIONS[kind](row) for row in rows]
+    assert code_rewards(rows, completions, limits=SandboxLimits(wall_time=1)) == [0.0] * len(rows)
