@@ -89,6 +89,7 @@ ATTEMPTS: dict[str, tuple[str, str]] = {
         "os.open('CANARY', os.O_RDONLY | os.O_TRUNC)\nprint('EFFECT')",
         "PermissionError",
     ),
+    "emptying a file opened for neither": ("os.open('CANARY', 3 | os.O_TRUNC)\nprint('EFFECT')", "PermissionError"),
     "removing a file": ("os.remove('CANARY')\nprint('EFFECT')", "PermissionError"),
     "moving a file in": ("os.rename('CANARY', 'mine')\nprint('EFFECT')", "Error"),
     "moving a file out": ("open('a', 'w').close()\nos.rename('a', 'CANARY')\nprint('EFFECT')", "Error"),
@@ -230,6 +231,7 @@ ATTEMPTS: dict[str, tuple[str, str]] = {
         "ended",
     ),
     "an exception that ends tests": ("raise type('SystemExit', (BaseException,), {})()", "SystemExit"),
+    "an exception that ends loops": ("raise StopIteration", "RuntimeError"),
     "warnings and hooks": (
         "sys.excepthook = sys.settrace = lambda *_: None\nsys.stdout = sys.stderr = None\nraise KeyboardInterrupt",
         "KeyboardInterrupt",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -19,6 +21,7 @@ import pytest
 from tests.rewards.hostile import ATTEMPTS, PROGRAMS
 from trl_diffusion.rewards import sandbox
 from trl_diffusion.rewards.code import check_code, code_of_prompt, code_reward, program_of
+from trl_diffusion.rewards.confined import confine
 from trl_diffusion.rewards.sandbox import SandboxError, SandboxLimits, run_tests
 
 
@@ -293,6 +296,7 @@ def test_older_landlock(world, tmp_path, monkeypatch, version):
     names = [
         "emptying a file",
         "emptying a file opened to read",
+        "emptying a file opened for neither",
         "moving a file out",
         "killing another",
         "reading a file",
@@ -306,6 +310,70 @@ def test_older_landlock(world, tmp_path, monkeypatch, version):
 def test_limits_are_positive(name):
     with pytest.raises(ValueError, match=name):
         SandboxLimits(**{name: 0})
+
+
+def run_filter(program: list[tuple[int, int, int, int]], architecture: int, number: int, *arguments: int) -> int:
+    """What a seccomp filter says to a system call."""
+    memory = {0: number, 4: architecture} | {16 + 8 * i: value for i, value in enumerate(arguments)}
+    at, accumulator = 0, 0
+    while True:
+        code, if_true, if_false, constant = program[at]
+        at += 1
+        if code == confine._RETURN:
+            return constant
+        elif code == confine._LOAD:
+            accumulator = memory[constant]
+        elif code == confine._AND:
+            accumulator &= constant
+        elif code == confine._EQUAL:
+            at += if_true if accumulator == constant else if_false
+
+
+@pytest.mark.parametrize("machine", confine._ARCHITECTURES)
+def test_filter_of_system_calls(machine):
+    column, architecture = confine._ARCHITECTURES[machine]
+    program = confine._filter_program(column, architecture)
+    allow, refuse = confine._ALLOW, confine._ERRNO | errno.EPERM
+    assert max(max(step[1:3]) for step in program) < 256 and len(program) < 4096
+
+    def answer(number: int, *arguments: int) -> int:
+        return run_filter(program, architecture, number, *arguments)
+
+    allowed = {numbers[column] for numbers in confine._ALLOWED.values()} - {None}
+    special = {numbers[column] for numbers in (confine._FCNTL, confine._OPEN, confine._OPENAT, confine._IOCTL)}
+    for number in range(600):
+        if number not in special:
+            assert answer(number) == (allow if number in allowed else refuse)
+        assert answer(number + 2**30) == refuse
+        assert run_filter(program, architecture ^ 1, number) == confine._KILL
+    assert [answer(confine._FCNTL[column], 0, command) for command in (1, 8, 10, 1030, 1031)] == [
+        allow, refuse, refuse, allow, refuse,
+    ]  # fmt: skip
+    for flags in range(4):
+        assert answer(confine._OPENAT[column], 0, 0, flags) == (refuse if flags == 3 else allow)
+        emptying = flags | os.O_TRUNC | os.O_CLOEXEC
+        assert answer(confine._OPENAT[column], 0, 0, emptying) == (allow if flags in (1, 2) else refuse)
+    assert answer(confine._IOCTL[column], 0, 0) == confine._ERRNO | errno.ENOTTY
+
+
+def test_names_of_modules():
+    """A program's function may be called as a module is."""
+    assert run_tests("def bisect(x): return x", "assert bisect(1) == 1 and copy.copy(2) == 2").passed
+
+
+def test_more_than_1024_descriptors():
+    """Whatever the trainer has open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip("too few descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert run_tests("def f(): return 1", "assert f() == 1").passed
+    finally:
+        for fd in fds:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # The reward

@@ -21,12 +21,18 @@ The tests and the verdict live in a process where no line of the program runs, s
 or searching the interpreter's memory gains nothing: the most a program can do is to answer. Only plain data can be
 compared; an object with an `__eq__` of its own fails the test.
 
-What is left. The kernel is shared: a hole in it is a hole in the sandbox. Metadata (names, sizes and times) of files
-outside can be queried, though not their content. Packages installed beside the standard library can be read. Timing
-and load are visible, and up to `workers` programs compete for CPU and memory with the trainer within their limits. A
-program can tell that it is being tested, and can answer the tests' inputs by heart. Tests are trusted: one that asks
-the program whether it is right (`assert f(x).ok()`) gets the program's word for it. If the trainer itself is killed,
-the processes die with it, but the working directory stays behind among the temporary files.
+What is left:
+
+- The kernel is shared: a hole in it is a hole in the sandbox.
+- Metadata of files outside (names, sizes, times, targets of links) can be queried, though not their content. Packages
+  installed beside the standard library can be read.
+- Timing and load are visible. Up to `workers` programs compete with the trainer for CPU and memory, within their limits.
+  Disk space is looked at every 0.05 s, so a program on a starved machine may write more before it is stopped.
+- Tests are trusted, and only as good as they are. A program can answer their inputs by heart; it can change a list it
+  is given, and with it what a test compares with later (`assert f(xs) == sorted(xs)`); a name that tests use and do not
+  define is the program's (`isclose` without an import); so is the word for what an object of its own does
+  (`assert f(x).is_right() is True`).
+- If the trainer itself is killed, the processes die with it, but the working directory stays behind.
 """
 
 from __future__ import annotations
@@ -220,7 +226,7 @@ class _Confined:
     def wait_until_confined(self) -> None:
         """Raises a `SandboxError` unless the process reports that it has confined itself."""
         report, deadline = b"", time.monotonic() + _START_TIME
-        while select.select([self._ready.read], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        while _wait([self._ready.read], deadline - time.monotonic()):
             chunk = os.read(self._ready.read, 2**16)
             report += chunk
             if not chunk:
@@ -236,6 +242,14 @@ class _Confined:
         self._process.wait()
 
 
+def _wait(fds: list[int], seconds: float) -> list[int]:
+    """Those of `fds` that can be read, or have been closed at the other end, after `seconds` at most."""
+    poll = select.poll()  # not `select`, which knows the first 1024 descriptors only
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(max(0.0, seconds * 1000))]
+
+
 def _supervise(verdict_fd: int, output_fd: int, directory: str, limits: SandboxLimits) -> Verdict:
     """Waits for the verdict, or for a limit to be passed."""
     deadline = time.monotonic() + limits.wall_time
@@ -248,7 +262,7 @@ def _supervise(verdict_fd: int, output_fd: int, directory: str, limits: SandboxL
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             return failed(f"It took more than {limits.wall_time:g} s.")
-        for fd in select.select(fds, [], [], min(_POLL, remaining))[0]:
+        for fd in _wait(fds, min(_POLL, remaining)):
             chunk = os.read(fd, 2**16)
             if not chunk:
                 fds.remove(fd)
@@ -262,7 +276,7 @@ def _supervise(verdict_fd: int, output_fd: int, directory: str, limits: SandboxL
             return failed(f"It wrote more than {limits.disk} bytes or {limits.files} files.")
     if not verdict:
         return failed("The process of the tests ended before the tests.")
-    if output_fd in fds and select.select([output_fd], [], [], 0)[0]:
+    if output_fd in fds and _wait([output_fd], 0):
         output += os.read(output_fd, 2**16)
     result = json.loads(verdict)
     return replace(failed(result["reason"]), passed=result["passed"])

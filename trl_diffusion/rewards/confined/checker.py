@@ -12,6 +12,9 @@ import builtins
 import json
 import os
 import sys
+from contextlib import suppress
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from start import start
@@ -60,7 +63,8 @@ def _update(argument: Any, now: Any) -> None:
 
 def _exception(name: str, message: str) -> Exception:
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
+    ends_loops = (StopIteration, StopAsyncIteration)  # `all(map(f, inputs))` would end early, and be true
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, ends_loops):
         try:
             return kind(message)
         except TypeError:
@@ -112,6 +116,21 @@ def _refer(value: Any) -> dict:
     raise TypeError(f"The tests pass a {type(value).__name__} to the program: only plain data can be passed.")
 
 
+def _names(tests: str) -> list[tuple[str, ModuleType | None]]:
+    """
+    Names that tests use and that are not built in, in order. A name that has attributes (`math.isclose`) is a module of
+    the standard library if there is one: the program could bring a `math` of its own.
+    """
+    nodes = list(ast.walk(ast.parse(tests)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and not hasattr(builtins, node.id)} - {"check"}
+    owners = {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    modules: dict[str, ModuleType] = {}
+    for name in names & owners & sys.stdlib_module_names:
+        with suppress(ImportError):
+            modules[name] = import_module(name)
+    return [(name, modules.get(name)) for name in sorted(names)]
+
+
 def run(program: Program, helpers: str, tests: str, entry_point: str | None) -> None:
     """
     Runs the tests. Returns if they pass and raises otherwise.
@@ -119,16 +138,15 @@ def run(program: Program, helpers: str, tests: str, entry_point: str | None) -> 
     Args:
         program (`Program`): the program under test.
         helpers (`str`): trusted source that runs before the tests; its functions hide the program's.
-        tests (`str`): source of the tests. Names it does not define are, in this order, of the helpers, modules of
-            the standard library, or the program's.
+        tests (`str`): source of the tests. Names it does not define are the helpers', or those of modules of the
+            standard library, or the program's, in this order.
         entry_point (`str`, *optional*): name of the function that is handed to the tests' `check`.
     """
     program.ask(0, "str")  # raises if the program broke
     namespace: dict[str, Any] = {"__name__": "tests"}
-    names = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)} - {"check"}
-    for name in sorted(name for name in names if not hasattr(builtins, name)):
-        if name in sys.stdlib_module_names:
-            namespace[name] = __import__(name)  # never the program's: it could bring its own `math`
+    for name, module in _names(tests):
+        if module is not None:
+            namespace[name] = module
             continue
         try:
             namespace[name] = program.ask(0, "get", (name,))

@@ -22,7 +22,7 @@ class ConfinementError(Exception):
     """A part of the sandbox could not be set up; the message names it."""
 
 
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _libc = ctypes.CDLL(None, use_errno=True)
 
 # System calls an interpreter needs to compute, to import, and to read and write files it may open: their numbers on
@@ -132,6 +132,7 @@ def confine(limits: dict[str, int], readable: list[str], working_directory: str 
     _limit_resources(limits)
     _prctl("PR_SET_PDEATHSIG", _PR_SET_PDEATHSIG, signal.SIGKILL)
     _drop_capabilities()
+    _prctl("PR_SET_DUMPABLE", _PR_SET_DUMPABLE, 0)  # a crash is not handed to the machine's collector of crashes
     _prctl("PR_SET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, 1)
     _restrict_files(readable, working_directory)
     _filter_system_calls(*_ARCHITECTURES[machine])
@@ -248,11 +249,12 @@ def _filter_program(column: int, architecture: int) -> list[tuple[int, int, int,
     allowed = [step for command in _FCNTL_COMMANDS for step in ((_EQUAL, 0, 1, command), (_RETURN, 0, 0, _ALLOW))]
     refuse = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
     branch(_FCNTL[column], [(_LOAD, 0, 0, _ARGUMENTS_AT + 8), *allowed, refuse])
-    # A file opened to read must not be emptied on the way, which the first versions of Landlock do not see.
+    # A file opened to read, or for neither reading nor writing (3), must not be emptied on the way: the first versions
+    # of Landlock do not see it.
+    refused = [step for flags in (os.O_TRUNC, 3, os.O_TRUNC | 3) for step in ((_EQUAL, 0, 1, flags), refuse)]
     for numbers, argument in ((_OPEN, 1), (_OPENAT, 2)):
-        flags = (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * argument)
-        reading_and_emptying = [(_AND, 0, 0, os.O_TRUNC | os.O_ACCMODE), (_EQUAL, 1, 0, os.O_TRUNC)]
-        branch(numbers[column], [flags, *reading_and_emptying, (_RETURN, 0, 0, _ALLOW), refuse])
+        flags = [(_LOAD, 0, 0, _ARGUMENTS_AT + 8 * argument), (_AND, 0, 0, os.O_TRUNC | os.O_ACCMODE)]
+        branch(numbers[column], [*flags, *refused, (_RETURN, 0, 0, _ALLOW)])
     branch(_IOCTL[column], [(_RETURN, 0, 0, _ERRNO | errno.ENOTTY)])
     program.append(refuse)
     return program
