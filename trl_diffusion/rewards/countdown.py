@@ -129,15 +129,19 @@ def prompt(numbers: list[int], target: int) -> str:
     return f"countdown {','.join(map(str, numbers))}={target}"
 
 
-def countdown_solved(completions, numbers, target, **kwargs) -> list[float]:
-    """Reward function: 1 for a solved puzzle, 0 otherwise. Needs `numbers` and `target` columns."""
+def countdown_solved(completions, numbers, target, **kwargs) -> list[float | None]:
+    """Reward function: 1 for a solved puzzle, 0 otherwise, `None` for a row whose `numbers` is `None`."""
     rows = zip(texts(completions), numbers, target, strict=True)
-    return [float(is_solved(answer, ns, t)) for answer, ns, t in rows]
+    return [None if ns is None else float(is_solved(answer, ns, t)) for answer, ns, t in rows]
 
 
-def countdown_numbers(completions, numbers, **kwargs) -> list[float]:
-    """Reward function: 1 for an expression that uses each number exactly once, whatever its value."""
-    return [float(numbers_used(answer, ns)) for answer, ns in zip(texts(completions), numbers, strict=True)]
+def countdown_numbers(completions, numbers, **kwargs) -> list[float | None]:
+    """
+    Reward function: 1 for an expression that uses each number exactly once, whatever its value, 0 for any other, `None`
+    for a row whose `numbers` is `None`.
+    """
+    rows = zip(texts(completions), numbers, strict=True)
+    return [None if ns is None else float(numbers_used(answer, ns)) for answer, ns in rows]
 
 
 @cache

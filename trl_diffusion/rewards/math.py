@@ -18,15 +18,17 @@ def final_answer(text: str) -> str | None:
 
 def math_accuracy(completions, answer, **kwargs) -> list[float | None]:
     """
-    Reward function: 1 if the final answer equals the gold one, 0 if not, `None` if the gold answer cannot be read.
+    Reward function: 1 if the final answer equals the gold one, 0 if not, `None` if the gold answer is `None`
+    or cannot be read.
 
-    Needs an `answer` column, either just the answer or a GSM8K solution that ends in `#### answer`.
+    Needs an `answer` column, either just the answer or a GSM8K solution that ends in `#### answer`. Must be called in the
+    main thread, since math-verify's time limits (5 s for each step) are signals.
     """
     from math_verify import parse, verify
 
     rewards: list[float | None] = []
     for text, gold in zip(texts(completions), answer, strict=True):
-        expected = parse(final_answer(gold) or gold)
+        expected = parse(final_answer(gold) or gold) if gold is not None else []
         if not expected:
             rewards.append(None)
             continue

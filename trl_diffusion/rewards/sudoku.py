@@ -121,14 +121,16 @@ def prompt(puzzle: str) -> str:
     return f"sudoku {puzzle}"
 
 
-def sudoku_solved(completions, puzzle, **kwargs) -> list[float]:
-    """Reward function: 1 for a solved puzzle, 0 otherwise. Needs a `puzzle` column."""
-    return [float(is_solved(p, answer)) for p, answer in zip(puzzle, texts(completions), strict=True)]
+def sudoku_solved(completions, puzzle, **kwargs) -> list[float | None]:
+    """Reward function: 1 for a solved puzzle, 0 otherwise, `None` for a row whose `puzzle` is `None`."""
+    rows = zip(puzzle, texts(completions), strict=True)
+    return [None if p is None else float(is_solved(p, answer)) for p, answer in rows]
 
 
-def sudoku_units(completions, puzzle, **kwargs) -> list[float]:
-    """Reward function: share of the 12 rows, columns and boxes that are right. Needs a `puzzle` column."""
-    return [units_solved(p, answer) for p, answer in zip(puzzle, texts(completions), strict=True)]
+def sudoku_units(completions, puzzle, **kwargs) -> list[float | None]:
+    """Reward function: share of the 12 rows, columns and boxes that are right, `None` where `puzzle` is `None`."""
+    rows = zip(puzzle, texts(completions), strict=True)
+    return [None if p is None else units_solved(p, answer) for p, answer in rows]
 
 
 @cache
