@@ -34,7 +34,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_diffusion import DiffusionSpec, set_spec
-from trl_diffusion.policies.attention import enable_segments
+from trl_diffusion.policies.attention import enable_plans
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
@@ -59,7 +59,7 @@ def make_model(args) -> torch.nn.Module:
     torch.manual_seed(0)
     with torch.device(args.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
-    enable_segments(model)
+    enable_plans(model)
     return model.train()
 
 

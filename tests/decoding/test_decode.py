@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
 from trl_diffusion.decoding.config import DecodingConfig
 from trl_diffusion.decoding.decode import decode
-from trl_diffusion.decoding.strategies import by_confidence, by_threshold, leftmost_part, quota_at
+from trl_diffusion.decoding.loop import leftmost_part
+from trl_diffusion.decoding.strategies import STRATEGIES, StepView, step_quota
 from trl_diffusion.policies.spec import DiffusionSpec
 from trl_diffusion.trajectories.trajectory import NEVER, TrajectoryBatch, response_blocks
 
@@ -134,24 +136,62 @@ def test_top_k_samples_from_what_is_left():
         assert logp == pytest.approx(expected[token], abs=1e-5)
 
 
+def make_view(probabilities, candidates, quota, config, uniforms=None) -> StepView:
+    """A view of candidates with these distributions, `(R, B, V)`; each proposes its most likely token."""
+    log_probs = torch.tensor(probabilities).log()
+    candidates = torch.tensor(candidates)
+    places = candidates.nonzero(as_tuple=True)
+    return StepView(
+        candidates=candidates,
+        quota=torch.tensor(quota),
+        token_logps=log_probs.max(-1).values.masked_fill(~candidates, 0.0),
+        log_probs=log_probs[places],
+        places=places,
+        config=config,
+        uniforms=uniforms,
+    )
+
+
+def picks(name: str, view: StepView) -> list[list[int]]:
+    """Columns that a strategy picks in each row."""
+    return [row.nonzero().flatten().tolist() for row in STRATEGIES[name](view)]
+
+
 def test_strategies():
-    confidence = torch.tensor([[0.9, 0.5, 0.5, 0.1], [0.2, 0.95, 0.3, 0.99]])
-    masked = torch.tensor([[False, True, True, True], [True, True, True, True]])
-    config = DecodingConfig(strategy="threshold", threshold=0.9)
-    two = by_confidence(confidence, masked, torch.tensor([2, 2]), config)
-    assert two.tolist() == [[False, True, True, False], [False, True, False, True]]
-    one = by_confidence(confidence, masked, torch.tensor([1, 0]), config)
-    assert one.tolist() == [[False, True, False, False], [False] * 4]  # a tie goes to the left
-    high = by_threshold(confidence, masked, torch.tensor([1, 1]), config)
-    assert high.tolist() == [[False, True, False, False], [False, True, False, True]]
-    nothing_left = by_threshold(confidence, torch.zeros_like(masked), torch.tensor([1, 1]), config)
-    assert not nothing_left.any()
+    """Worked out by hand. Columns of row 0: sure, middling, a tie between two tokens, broad."""
+    sure, middling, tie, broad = [0.95, 0.03, 0.02], [0.6, 0.2, 0.2], [0.5, 0.5 - 1e-6, 1e-6], [0.4, 0.3, 0.3]
+    # Entropies 0.23, 0.95, 0.69, 1.09; margins 0.92, 0.4, 0, 0.1.
+    probabilities = [[broad, middling, tie, sure], [sure, broad, middling, sure]]
+    candidates = [[True, True, True, True], [False, True, True, False]]
+    config = DecodingConfig(threshold=0.5, entropy_bound=1.0)
+    uniforms = torch.tensor([[0.3, 0.9, 0.1, 0.5], [0.9, 0.2, 0.1, 0.9]])
+
+    def view(quota):
+        return make_view(probabilities, candidates, quota, config, uniforms)
+
+    assert picks("confidence", view([2, 1])) == [[1, 3], [2]]
+    assert picks("entropy", view([2, 1])) == [[2, 3], [2]]
+    assert picks("margin", view([3, 2])) == [[0, 1, 3], [1, 2]]
+    assert picks("random", view([2, 1])) == [[1, 3], [1]]
+    assert picks("left_to_right", view([2, 1])) == [[0, 1], [1]]
+    assert picks("threshold", view([1, 1])) == [[1, 3], [2]]  # 0.5 is not above 0.5
+    assert picks("threshold", view([3, 2])) == [[1, 2, 3], [1, 2]]  # the schedule's minimum
+    assert picks("entropy_bound", view([1, 1])) == [[2, 3], [2]]  # 0.23 + 0.69 < 1 <= 0.23 + 0.69 + 0.95
+    config = DecodingConfig(threshold=1.0, entropy_bound=0.01)
+    assert picks("entropy_bound", view([1, 1])) == [[3], [2]]  # always one
+    assert picks("threshold", view([1, 1])) == [[3], [2]]
+
+
+def test_ties_go_to_the_left():
+    view = make_view([[[0.9, 0.1], [0.5, 0.5], [0.5, 0.5]]], [[False, True, True]], [1], DecodingConfig())
+    for name in ("confidence", "entropy", "margin", "left_to_right"):
+        assert picks(name, view) == [[1]]
 
 
 def test_leftmost_part():
-    masked = torch.tensor([[False, True, True, True], [False, False, True, True], [False] * 4])
+    masked = np.array([[False, True, True, True], [False, False, True, True], [False] * 4])
     assert leftmost_part(masked, 2).tolist() == [[False, True, False, False], [False, False, True, True], [False] * 4]
-    assert torch.equal(leftmost_part(masked, None), masked)
+    assert (leftmost_part(masked, None) == masked).all()
 
 
 @pytest.mark.parametrize(
@@ -168,10 +208,10 @@ def test_leftmost_part():
 )
 def test_schedules_unmask_everything(schedule, total, expected):
     config = DecodingConfig(steps_per_block=4, schedule=schedule)
-    left, taken = torch.tensor([total]), []
+    left, taken = total, []
     for step in range(4):
-        quota = quota_at(step, torch.tensor([total]), left, config)
-        taken.append(int(quota))
+        quota = step_quota(step, total, left, config)
+        taken.append(quota)
         left = left - quota
     assert taken == expected and left == 0
 
@@ -235,7 +275,16 @@ def test_sampling_needs_a_seed_for_each_prompt():
         {"top_k": 0},
         {"tokens_per_step": 1.5},
         {"temperature": float("nan")},
-        {"steps_per_block": 4, "strategy": "threshold"},
+        {"steps_per_block": 4, "strategy": "entropy_bound"},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"entropy_bound": 0.0},
+        {"suppress_tokens": [-1]},
+        {"suppress_tokens": 3},
+        {"stop_token_ids": ["a"]},
+        {"stop_rule": "line"},
+        {"approximate_cache": "triple"},
+        {"approximate_cache": "sub_block"},
         {"allow_mask_token": True},
     ],
 )

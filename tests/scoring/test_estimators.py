@@ -11,7 +11,7 @@ import torch
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
 from tests.scoring.test_oracles import DECODINGS, another, pad_differently, plain_forward_logps, rollout
 from trl_diffusion.decoding.decode import decode
-from trl_diffusion.policies.attention import SEGMENTED, SegmentedMask, enable_segments
+from trl_diffusion.policies.attention import PLANNED, SegmentedMask, enable_plans
 from trl_diffusion.scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
 from trl_diffusion.scoring.draws import draw_steps, expected_weights
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
@@ -508,7 +508,7 @@ def test_shared_prompts_change_no_number(name, estimator, sizes):
     """Log-probabilities and gradients with shared prompts, segmented or dense, equal those of separate rows."""
     spec = SPECS[name]
     policy, segmented = make_policy(spec), make_policy(spec)
-    assert enable_segments(segmented) and segmented.config._attn_implementation == SEGMENTED
+    assert enable_plans(segmented) and segmented.config._attn_implementation == PLANNED
     batch = group_rollout(policy, sizes)
     config = EstimatorConfig(num_blocks=2) if estimator == "two-blocks" else EstimatorConfig(estimator)
     results = []
@@ -540,13 +540,13 @@ def test_who_shares_a_prompt():
 def test_a_segmented_model_runs_everything_else_as_before():
     spec = SPECS["block-from-sequence"]
     policy, segmented = make_policy(spec), make_policy(spec)
-    enable_segments(segmented)
+    enable_plans(segmented)
     ids = torch.randint(6, MASK, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[0, 0] + [1] * 7, [1] * 9])
     for arguments in ({}, {"attention_mask": mask}):
         torch.testing.assert_close(policy(ids, **arguments).logits[1], segmented(ids, **arguments).logits[1])
     eager = make_policy(spec, attn_implementation="eager")
-    assert not enable_segments(eager) and eager.config._attn_implementation == "eager"
+    assert not enable_plans(eager) and eager.config._attn_implementation == "eager"
 
 
 @torch.no_grad()

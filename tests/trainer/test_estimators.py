@@ -8,7 +8,7 @@ import torch
 from tests.conftest import make_policy
 from tests.trainer.test_trainer import per_row_inputs, slice_rows
 from trl_diffusion import DTRPOConfig
-from trl_diffusion.policies.attention import SEGMENTED, SegmentedMask
+from trl_diffusion.policies.attention import PLANNED, SegmentedMask
 from trl_diffusion.scoring.estimators import ESTIMATORS
 
 
@@ -167,7 +167,7 @@ def test_groups_stay_together(make_trainer, tmp_path):
     assert len(layouts) == 4
     assert all(isinstance(layout.allowed, SegmentedMask) and layout.allowed.count == 4 for layout in layouts)
     trainer.save_model(tmp_path / "saved")
-    assert SEGMENTED not in (tmp_path / "saved" / "config.json").read_text()
+    assert PLANNED not in (tmp_path / "saved" / "config.json").read_text()
 
 
 def test_batches_that_cut_groups_are_shuffled_by_response(make_trainer):

@@ -1,81 +1,71 @@
-"""A key-value cache for finished blocks."""
+"""A key-value cache for sequences of any lengths that come and go."""
 
 from __future__ import annotations
 
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 
-class _BlockLayer(CacheLayerMixin):
-    """Keys and values of one layer in a buffer of fixed size; what is not committed is overwritten by the next call."""
+class _LaneLayer(CacheLayerMixin):
+    """Keys and values of one layer: a buffer of fixed size, written where the cache says."""
 
-    def __init__(self, owner: BlockCache):
+    def __init__(self, owner: LaneCache):
         super().__init__()
         self.owner = owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, heads, _, size = key_states.shape
-        self.keys = key_states.new_empty(rows, heads, self.owner.capacity, size)
-        self.values = value_states.new_empty(rows, heads, self.owner.capacity, value_states.shape[-1])
+        _, heads, _, size = key_states.shape
+        # Zeros, since what nobody has written is masked, and a masked NaN is still a NaN.
+        self.keys = key_states.new_zeros(1, heads, self.owner.num_slots, size)
+        self.values = value_states.new_zeros(1, heads, self.owner.num_slots, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.owner.length
-        end = start + key_states.shape[2]
-        self.keys[:, :, start:end] = key_states
-        self.values[:, :, start:end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        self.keys.index_copy_(2, self.owner.write_slots, key_states)
+        self.values.index_copy_(2, self.owner.write_slots, value_states)
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        return self.owner.length
+        return 0
 
     def get_max_length(self) -> int:
-        return self.owner.capacity
+        return self.owner.num_slots
 
     def get_max_cache_shape(self) -> int:  # the name before transformers 5.2x
-        return self.owner.capacity
+        return self.owner.num_slots
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.owner.length + query_length, 0
+        return self.owner.num_slots, 0
 
 
-class BlockCache(Cache):
+class LaneCache(Cache):
     """
-    Keys and values of the finished blocks of a batch, in preallocated buffers.
-
-    A forward pass writes behind what is committed and sees all of it; [`BlockCache.commit`] then keeps the first tokens
-    of what was written. A noisy block is written and never committed, so the next pass overwrites it.
+    Keys and values of several sequences in *lanes*: lane `l` owns the slots from `l * capacity` on, and its token at
+    position `p` is in slot `l * capacity + p`. A forward pass takes one row that holds tokens of any lanes and writes
+    them to `write_slots`, over what is there; which slots a token then looks at, the attention plan says. What is out of
+    date is overwritten or not looked at, so nothing has to be cleared.
 
     Args:
         num_layers (`int`): layers of the policy.
-        capacity (`int`): most tokens a row will hold, the noisy block included.
+        num_lanes (`int`): sequences held at once.
+        capacity (`int`): most tokens that a sequence will hold.
     """
 
-    def __init__(self, num_layers: int, capacity: int):
-        self.capacity = capacity
-        self.length = 0
-        super().__init__(layers=[_BlockLayer(self) for _ in range(num_layers)])
-
-    def commit(self, num_tokens: int) -> None:
-        """Keeps the first `num_tokens` tokens that the last forward pass wrote."""
-        self.length += num_tokens
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps only the given rows of the batch."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    def __init__(self, num_layers: int, num_lanes: int, capacity: int):
+        self.num_slots = num_lanes * capacity
+        self.write_slots: Tensor | None = None
+        super().__init__(layers=[_LaneLayer(self) for _ in range(num_layers)])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
+        return 0
 
 
-def block_cache(config, capacity: int) -> BlockCache:
+def lane_cache(config: PretrainedConfig, num_lanes: int, capacity: int) -> LaneCache:
     """A cache for a policy with this config."""
-    return BlockCache(config.get_text_config().num_hidden_layers, capacity)
+    return LaneCache(config.get_text_config().num_hidden_layers, num_lanes, capacity)
 
 
-__all__ = ["BlockCache", "block_cache"]
+__all__ = ["LaneCache", "lane_cache"]

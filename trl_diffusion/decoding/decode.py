@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -9,7 +11,8 @@ from ..policies.forward import unwrap
 from ..policies.spec import DiffusionSpec, get_spec
 from ..trajectories.trajectory import TrajectoryBatch
 from .config import DecodingConfig
-from .loop import BlockLoop, FullLoop
+from .loop import DenoisingLoop
+from .pace import SharedPace
 
 
 @torch.no_grad()
@@ -19,13 +22,17 @@ def decode(
     config: DecodingConfig,
     spec: DiffusionSpec | None = None,
     seeds: list[int] | None = None,
+    batch_size: int | None = None,
+    keep_pace: bool = False,
+    on_step: Callable[[DenoisingLoop], None] | None = None,
 ) -> TrajectoryBatch:
     """
     Denoises one response for each prompt, block by block, and remembers how.
 
     With block attention, finished blocks are kept in a key-value cache, and the clean pass that fills it shares a
     forward with the first step of the next block. With full attention every step runs the whole canvas, whose blocks
-    to come are masks. Either way, a row leaves the batch with the block that holds its stop token.
+    to come are masks. Either way nothing is padded, logits are computed only for positions that may be unmasked, and a
+    response that has ended makes room for the next prompt.
 
     Args:
         model (`nn.Module`):
@@ -37,30 +44,58 @@ def decode(
         spec ([`DiffusionSpec`], *optional*):
             Facts about the policy. Defaults to the ones stored in the model's config.
         seeds (`list[int]`, *optional*):
-            One seed for each prompt; needed if `config.temperature > 0`. A response depends on its own prompt and seed
-            alone, not on its neighbours in the batch, and not on the global random state.
+            One seed for each prompt; needed if `config.temperature > 0` and for `strategy="random"`. A response depends on
+            its own prompt and seed alone, not on its neighbours in the batch, and not on the global random state.
+        batch_size (`int`, *optional*):
+            Most responses decoded at once; the others wait until there is room. All of them if `None`.
+        keep_pace (`bool`, *optional*, defaults to `False`):
+            Whether all processes of the default process group run the same number of forward passes. Needed where a
+            forward pass gathers parameters from all of them (ZeRO-3 without gathering, FSDP).
+        on_step (callable, *optional*):
+            Called after each step with the [`DenoisingLoop`], for those who want to watch.
 
     Returns:
         [`TrajectoryBatch`]
 
     Raises:
         ValueError: if there is no prompt, or one is empty, holds the mask token, or leaves no room for the response in
-            the model's context; or if a temperature is given without one seed per prompt.
+            the model's context; if the response is random and there is not one seed per prompt; or if a setting means
+            nothing for this policy.
+        PeerFailed: with `keep_pace`, if decoding failed on another process.
     """
     base = unwrap(model)
     spec = get_spec(base.config) if spec is None else spec
     if len(prompts) == 0:
         raise ValueError("There is no prompt to decode.")
-    if config.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if (config.is_random and seeds is None) or (seeds is not None and len(seeds) != len(prompts)):
         raise ValueError(
-            "Sampling with a temperature needs `seeds`, one for each prompt, so that a rollout can be reproduced; got "
+            "Sampling needs `seeds`, one for each prompt, so that a rollout can be reproduced; got "
             f"{'none' if seeds is None else len(seeds)} for {len(prompts)} prompts."
         )
+    _check_settings(config, spec, base.config.get_text_config().vocab_size)
+    if config.stop_token_ids is not None:
+        spec = spec.replace(stop_token_ids=config.stop_token_ids)
+    check_prompts(prompts, spec, base.config, config.max_new_tokens)
+    pace = SharedPace(next(base.parameters()).device) if keep_pace else None
+    return DenoisingLoop(model, prompts, config, spec, seeds, batch_size, pace, on_step).run()
+
+
+def _check_settings(config: DecodingConfig, spec: DiffusionSpec, vocab_size: int) -> None:
+    """Raises a `ValueError` for a setting that means nothing for this policy."""
     if config.allow_mask_token and spec.attention != "full":
         raise ValueError("`allow_mask_token=True` is for full-attention policies only.")
-    check_prompts(prompts, spec, base.config, config.max_new_tokens)
-    loop = BlockLoop if spec.attention == "block" else FullLoop
-    return loop(model, prompts, config, spec, seeds).run()
+    needed = {"prefix": "full", "dual": "full", "sub_block": "block"}.get(config.approximate_cache, spec.attention)
+    if spec.attention != needed:
+        raise ValueError(
+            f"`approximate_cache={config.approximate_cache!r}` is for {needed}-attention policies, and this one has "
+            f"{spec.attention} attention."
+        )
+    for name in ("suppress_tokens", "stop_token_ids"):
+        outside = [token for token in getattr(config, name) or () if token >= vocab_size]
+        if outside:
+            raise ValueError(f"`{name}` holds {outside[0]}, but the model's vocabulary has {vocab_size} tokens.")
 
 
 def check_prompts(prompts: list[list[int]], spec: DiffusionSpec, config, max_new_tokens: int) -> None:

@@ -1,248 +1,408 @@
-"""The denoising loop, for block attention and for full attention."""
+"""
+The denoising loop: one for block and full attention, for any number of responses.
+
+Responses are denoised in *lanes*. Every forward pass advances every lane by one decoding step: its tokens stand one behind
+the other in a single row, so there is no padding, and a lane waits for no other. A lane whose response has ended takes the
+next prompt of the queue. What is masked is known on the host, so that the device is waited for once a step: for the
+positions that were unmasked.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..policies.forward import log_distribution, policy_logits, unwrap
+from ..policies.attention import plans_enabled
+from ..policies.forward import policy_logits, unwrap
+from ..policies.spec import DiffusionSpec
 from ..trajectories.trajectory import NEVER, TrajectoryBatch
-from .cache import block_cache
-from .strategies import SELECT, leftmost_part, quota_at
+from .attention import Spans, ragged_mask
+from .cache import lane_cache
+from .config import DecodingConfig
+from .pace import Pace
+from .sampling import propose
+from .strategies import STRATEGIES, StepView, step_quota
 
 
-class _Loop:
+@dataclass
+class Lane:
     """
-    State of one call of [`decode`]; what is common to block and full attention.
+    A place where a response is denoised.
 
-    Every row is laid out in *slots*, left-padded so that block `k` of the response starts at the same slot in all
-    rows: `[padding | whole blocks of the prompt | block 0 | block 1 | ...]`. Block 0 begins with the prompt's tail.
+    Attributes:
+        row (`int`): which response.
+        block (`int`): its active block.
+        step (`int`): steps of the block's schedule that are over, those that would unmask nothing included.
+        taken (`int`): decoding steps taken in this block.
+        total (`int`): positions that the schedule of the block spreads.
+        cached (`int`): clean tokens in the cache, from the first on; with an approximate cache, tokens that may be reused.
+        part (`int`): part of the block whose surroundings are in the cache, -1 for none; `"sub_block"` only.
+        uniforms (`Tensor` of shape `(D, S, B)`, *optional*): random numbers for the block: kind, step, position.
     """
 
-    def __init__(self, model, prompts, config, spec, seeds):
-        self.model, self.config, self.spec = model, config, spec
+    row: int
+    block: int = -1
+    step: int = 0
+    taken: int = 0
+    total: int = 0
+    cached: int = 0
+    part: int = -1
+    uniforms: Tensor | None = None
+
+
+@dataclass
+class Window:
+    """
+    The positions that may be unmasked in this step, for `L` lanes; the active block of each. Arrays on the host.
+
+    Attributes:
+        starts (`np.ndarray` of shape `(L,)`): first position of each.
+        positions (`np.ndarray` of shape `(L, B)`): all of them; behind the end of a shorter one, its last.
+        masked (boolean `np.ndarray` of shape `(L, B)`): those that are masked.
+        candidates (boolean `np.ndarray` of shape `(L, B)`): those that may be unmasked now.
+        autoregressive (boolean `np.ndarray` of shape `(L,)`): lanes whose block waits for its first token.
+        quota (`np.ndarray` of shape `(L,)`): how many to unmask.
+    """
+
+    starts: np.ndarray
+    positions: np.ndarray
+    masked: np.ndarray
+    candidates: np.ndarray
+    autoregressive: np.ndarray
+    quota: np.ndarray
+
+
+class DenoisingLoop:
+    """State of one call of [`decode`], whose arguments these are."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: list[list[int]],
+        config: DecodingConfig,
+        spec: DiffusionSpec,
+        seeds: list[int] | None,
+        batch_size: int | None = None,
+        pace: Pace | None = None,
+        on_step: Callable[[DenoisingLoop], None] | None = None,
+    ):
+        self.model, self.config, self.spec, self.prompts = model, config, spec, prompts
+        self.on_step, self.pace = on_step, pace or Pace()
+        self.strategy = config.strategy if callable(config.strategy) else STRATEGIES[config.strategy]
+        self.device = next(model.parameters()).device
         self.generators = None
-        if config.temperature > 0:
+        if seeds is not None and (config.is_random or callable(config.strategy)):
             self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        device = next(model.parameters()).device
-        block_size = spec.block_size
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        tails = spec.prompt_tail(lengths)
-        heads = lengths - tails  # tokens of the prompt before block 0
-        self.prefix = int(heads.max())
-        num_blocks = -(-(tails + config.max_new_tokens) // block_size)  # (R,)
-        width = self.prefix + int(num_blocks.max()) * block_size
-        self.num_blocks = num_blocks.to(device)
 
+        self.lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+        self.tails = spec.prompt_tail(self.lengths)
+        self.heads = self.lengths - self.tails  # tokens of the prompt before block 0
+        self.num_blocks = -(-(self.tails + config.max_new_tokens) // spec.block_size)
+        self.canvas_ends = self.heads + self.num_blocks * spec.block_size
+        width = int(self.canvas_ends.max(initial=0))
+
+        # Row by row, at its position: no padding before the prompt.
         ids = torch.full((len(prompts), width), spec.mask_token_id)
-        for row, (prompt, head) in enumerate(zip(prompts, heads.tolist(), strict=True)):
-            start = self.prefix - head
-            ids[row, start : start + len(prompt)] = torch.tensor(prompt)
-        slots = torch.arange(width)
-        self.prompts, self.lengths, self.tails = prompts, lengths, tails
-        self.starts = (self.prefix - heads).to(device)  # slot of position 0
-        self.ids = ids.to(device)
-        self.masked = (slots >= (self.prefix + tails)[:, None]).to(device)
-        self.steps = torch.full_like(self.ids, NEVER)
-        self.logps = torch.zeros(self.ids.shape, device=device)
-        self.live = torch.arange(len(prompts), device=device)  # rows still in the batch
-        self.stop = torch.tensor(spec.stop_token_ids, dtype=torch.long, device=device)
-        self.done_blocks = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        self.ids = ids.to(self.device)
+        self.logps = torch.zeros(self.ids.shape, device=self.device)
+        positions = np.arange(width)
+        self.masked = (positions >= self.lengths[:, None]) & (positions < self.canvas_ends[:, None])
+        self.steps = np.full(self.masked.shape, NEVER, dtype=np.int64)
+        self.stops = torch.tensor(spec.stop_token_ids, dtype=torch.long, device=self.device)
+        self.stopped_at = np.full(len(prompts), np.iinfo(np.int64).max)  # position of the leftmost stop token so far
+        self.reached = np.zeros(len(prompts), dtype=np.int64)  # blocks that were begun
+
+        num_lanes = min(len(prompts), batch_size or len(prompts))
+        self.lanes: list[Lane | None] = [None] * num_lanes
+        self.queue = iter(range(len(prompts)))
+        self.cache, self.capacity = None, None
+        if spec.attention == "block" or config.approximate_cache is not None:
+            self.capacity = width
+            self.cache = lane_cache(unwrap(model).config, num_lanes, width)
 
     def run(self) -> TrajectoryBatch:
-        """Denoises block after block until every row has stopped or is full."""
-        for block in range(int(self.num_blocks.max())):
-            self._denoise(block)
-            self.done_blocks[self.live] = block + 1
-            canvas = slice(self.prefix, self.prefix + (block + 1) * self.spec.block_size)
-            stopped = torch.isin(self.ids[self.live, canvas], self.stop) & (self.steps[self.live, canvas] != NEVER)
-            finished = stopped.any(1) | (self.num_blocks[self.live] == block + 1)
-            if finished.any():
-                self._keep(~finished)
-            if len(self.live) == 0:
-                break
+        """Denoises every response to its end."""
+        with plans_enabled(unwrap(self.model)), self.pace as pace:
+            self._admit()
+            while pace.go_on(any(self.lanes)):
+                if any(self.lanes):
+                    self._step()
+                    self._admit()
+                else:
+                    self._idle()
         return self._trajectories()
 
-    def _keep(self, rows: Tensor) -> None:
-        """Only these of the live rows go on; a boolean mask."""
-        self.live = self.live[rows]
+    # ---------------------------------------------------------------------------------------------------- lanes
 
-    def _denoise(self, block: int) -> None:
-        """Unmasks one block of every live row."""
-        start = self.prefix + block * self.spec.block_size
-        end = start + self.spec.block_size
+    def _admit(self) -> None:
+        """Gives free lanes the next prompts of the queue."""
+        for place, lane in enumerate(self.lanes):
+            if lane is None:
+                row = next(self.queue, None)
+                if row is None:
+                    return
+                self.lanes[place] = self._begin_block(Lane(row))
+
+    def _begin_block(self, lane: Lane) -> Lane:
+        """Moves a lane to the next block of its response."""
+        lane.block, lane.step, lane.taken, lane.part = lane.block + 1, 0, 0, -1
+        if self.spec.attention == "full":
+            lane.cached = 0  # everything has changed for everybody
+        start = self.heads[lane.row] + lane.block * self.spec.block_size
+        masked = self.masked[lane.row, start : start + self.spec.block_size]
+        lane.total = int(masked.sum()) - int(self.spec.first_token == "autoregressive" and masked[0])
+        if self.generators is not None:
+            kinds = 2 if self._strategy_is_random else 1
+            width = self.spec.block_size * (lane.block + 1 if self.config.allow_mask_token else 1)
+            steps = self.spec.block_size + (self.config.steps_per_block or 0) + 1
+            lane.uniforms = torch.rand(kinds, steps, width, generator=self.generators[lane.row])
+        self.reached[lane.row] = lane.block + 1
+        return lane
+
+    @property
+    def _strategy_is_random(self) -> bool:
+        return callable(self.config.strategy) or self.config.strategy == "random"
+
+    def _is_over(self, lane: Lane, left: int) -> bool:
+        """Whether nothing more happens in the active block, of which `left` positions are masked."""
+        if self.config.allow_mask_token:  # the schedule ends, whatever is left
+            steps = self.config.steps_per_block
+            while lane.step < steps and not step_quota(lane.step, lane.total, left, self.config):
+                lane.step += 1
+            return left == 0 or lane.step >= steps
+        if self.config.stop_rule == "token" and self._has_stopped(lane.row):
+            return not self.masked[lane.row, : self.stopped_at[lane.row]].any()
+        return left == 0
+
+    def _has_stopped(self, row: int) -> bool:
+        return self.stopped_at[row] < self.canvas_ends[row]
+
+    # ----------------------------------------------------------------------------------------------------- step
+
+    def _step(self) -> None:
+        """One decoding step of every lane."""
+        places = [place for place, lane in enumerate(self.lanes) if lane is not None]
+        lanes = [self.lanes[place] for place in places]
+        rows = np.array([lane.row for lane in lanes])
+        window = self._window(lanes, rows)
+        spans = self._spans(np.array(places), lanes, rows, window)
+        row_of, column_of = np.nonzero(window.candidates)
+        logits = self._forward(spans, row_of, window.positions[row_of, column_of] - int(self.spec.token_shift))
+
+        tokens, chosen = self._unmask(lanes, rows, window, row_of, column_of, logits)
+        stops = torch.isin(tokens, self.stops) & chosen
+        chosen, stops = torch.stack([chosen, stops]).cpu().numpy()  # the one time that the device is waited for
+        self._remember(lanes, rows, window, row_of[chosen], column_of[chosen], stops[chosen])
+        if self.on_step is not None:
+            self.on_step(self)
+        for place, lane, left in zip(places, lanes, self._left(rows, window), strict=True):
+            if self._is_over(lane, left):
+                last = self._has_stopped(lane.row) or lane.block + 1 == self.num_blocks[lane.row]
+                self.lanes[place] = None if last else self._begin_block(lane)
+
+    def _window(self, lanes: list[Lane], rows: np.ndarray) -> Window:
+        """The active block of each lane, and what may be unmasked of it."""
+        size = self.spec.block_size
+        starts = self.heads[rows] + np.array([lane.block for lane in lanes]) * size
+        ends = starts + size
         if self.config.allow_mask_token:  # what earlier blocks have left is tried again
-            start = self.prefix
-        here = (self.live, slice(start, end))
-        ids, masked, steps, logps = self.ids[here], self.masked[here], self.steps[here], self.logps[here]
-        uniforms = self._uniforms()
-        row_steps = torch.zeros_like(self.live)  # decoding steps that each row has taken in this block
+            starts = self.heads[rows]
+        positions = starts[:, None] + np.arange((ends - starts).max())
+        inside = positions < ends[:, None]
+        positions = np.minimum(positions, ends[:, None] - 1)
+        masked = self.masked[rows[:, None], positions] & inside
+        candidates = leftmost_part(masked, self.config.sub_block_size)
+        autoregressive = masked[:, 0] & (self.spec.first_token == "autoregressive")
+        candidates[autoregressive, 1:] = False
+        quota = [
+            1 if first else self._quota(lane, int(left))
+            for lane, left, first in zip(lanes, masked.sum(1), autoregressive, strict=True)
+        ]
+        quota = np.minimum(quota, candidates.sum(1))
+        return Window(starts, positions, masked, candidates, autoregressive, quota)
 
-        if self.spec.first_token == "autoregressive":
-            row_steps += masked[:, 0]
-            masked = self._first_token(start, ids, masked, steps, logps, uniforms)
-        total = masked[:, -self.spec.block_size :].sum(1)
-        step = 0
-        while masked.any() and not (self.config.allow_mask_token and step >= self.config.steps_per_block):
-            quota = quota_at(step, total, masked.sum(1), self.config)
-            step += 1
-            if not quota.any():
+    def _quota(self, lane: Lane, left: int) -> int:
+        """How many positions the next step of the schedule unmasks; steps that unmask nothing are passed over."""
+        while not (quota := step_quota(lane.step, lane.total, left, self.config)):
+            lane.step += 1
+        return quota
+
+    def _spans(self, places: np.ndarray, lanes: list[Lane], rows: np.ndarray, window: Window) -> Spans:
+        """What has to be run for this step: whatever is not in the cache."""
+        size, shift = self.spec.block_size, int(self.spec.token_shift)
+        starts = self.heads[rows] + np.array([lane.block for lane in lanes]) * size
+        cached = np.array([lane.cached for lane in lanes])
+        cache = self.config.approximate_cache
+        if self.spec.attention == "full":
+            begins, key_ends = cached, self.canvas_ends[rows]
+            ends = np.where(cached > 0, starts + size, key_ends) if cache == "dual" else key_ends
+            if cache is not None:  # good until the block is over
+                for lane, start in zip(lanes, starts, strict=True):
+                    lane.cached = int(start) - shift
+        else:
+            # Clean tokens that are not in the cache yet ride along, and are in it from now on.
+            begins, ends = cached, np.where(window.autoregressive, starts, starts + size)
+            key_ends = ends
+            for lane, start in zip(lanes, starts, strict=True):
+                lane.cached = int(start)
+            if cache == "sub_block":
+                begins, ends = self._part_spans(lanes, window, begins, ends)
+        return Spans(rows, places, self.heads[rows], begins, ends, key_ends)
+
+    def _part_spans(
+        self, lanes: list[Lane], window: Window, begins: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """With `"sub_block"`: only the active part of a block, once its surroundings are in the cache."""
+        begins, ends, size = begins.copy(), ends.copy(), self.config.sub_block_size
+        parts = window.candidates.argmax(1) // size
+        for index, (lane, part) in enumerate(zip(lanes, parts, strict=True)):
+            if window.autoregressive[index]:
                 continue
-            candidates = leftmost_part(masked, self.config.sub_block_size)
-            tokens, log_probs = self._propose(start, ids, candidates, None if uniforms is None else uniforms[:, step])
-            chosen = SELECT[self.config.strategy](log_probs.exp(), candidates, quota, self.config)
-            chosen = chosen & (tokens != self.spec.mask_token_id)  # only if `allow_mask_token`
-            ids = torch.where(chosen, tokens, ids)
-            logps = torch.where(chosen, log_probs, logps)
-            steps = torch.where(chosen, row_steps[:, None], steps)
-            row_steps += chosen.any(1)
-            masked = masked & ~chosen
-        self.ids[here], self.masked[here], self.steps[here], self.logps[here] = ids, masked, steps, logps
+            if lane.part == part:
+                start = window.starts[index] + part * size
+                begins[index] = max(start - int(self.spec.token_shift), window.starts[index])
+                ends[index] = min(start + size, ends[index])
+            lane.part = int(part)
+        return begins, ends
 
-    def _uniforms(self) -> Tensor | None:
-        """A random number for each live row, each step that a block can take, and each position of the block."""
-        if self.generators is None:
-            return None
-        shape = (self.spec.block_size + (self.config.steps_per_block or 0) + 1, self.spec.block_size)
-        rows = [torch.rand(shape, generator=self.generators[row]) for row in self.live.tolist()]
-        return torch.stack(rows).to(self.ids.device)
-
-    def _propose(self, start: int, ids: Tensor, candidates: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A token for each candidate position of the block that begins at slot `start`, and its log-probability."""
-        rows, columns = candidates.nonzero(as_tuple=True)
-        logits = self._block_logits(start, ids, rows, columns - int(self.spec.token_shift))
-        tokens, log_probs = self._sample(logits, None if uniforms is None else uniforms[rows, columns])
-        return ids.index_put((rows, columns), tokens), torch.zeros_like(ids, dtype=torch.float).index_put(
-            (rows, columns), log_probs
+    def _forward(self, spans: Spans, sequences: np.ndarray, positions: np.ndarray) -> Tensor:
+        """Logits at some positions of sequences of `spans`: `(M, V)`."""
+        sequence, position = spans.tokens()
+        num_keys = len(position)
+        if self.cache is not None:
+            num_keys = self.cache.num_slots
+            self.cache.write_slots = self._to_device(spans.lanes[sequence] * self.capacity + position)
+        position_ids = self._to_device(position)[None]
+        columns = self._to_device(spans.offsets[sequences] + positions - spans.begins[sequences])
+        return policy_logits(
+            self.model,
+            self.ids[self._to_device(spans.rows[sequence]), position_ids[0]][None],
+            position_ids,
+            ragged_mask(spans, self.spec, self.capacity, num_keys, self.device),
+            torch.zeros_like(columns),
+            columns,
+            cache=self.cache,
         )
 
-    def _block_logits(self, start: int, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Logits at places of the block that begins at slot `start` and holds `ids`; column -1 is the slot before."""
-        raise NotImplementedError
+    def _unmask(self, lanes, rows, window: Window, row_of, column_of, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Proposes a token for each candidate and unmasks those that the strategy picks; returns tokens and a boolean
+        mask, `(M,)` each."""
+        places = (self._to_device(row_of), self._to_device(column_of))
+        uniforms = self._uniforms(lanes, window)
+        sampling = uniforms is not None and self.config.temperature > 0
+        tokens, logps, log_probs = propose(logits, self.spec, self.config, uniforms[0][places] if sampling else None)
+        candidates = torch.from_numpy(window.candidates).to(self.device)
+        view = StepView(
+            candidates=candidates,
+            quota=self._to_device(window.quota),
+            token_logps=torch.zeros(candidates.shape, device=self.device).index_put(places, logps),
+            log_probs=log_probs,
+            places=places,
+            config=self.config,
+            uniforms=uniforms[1] if uniforms is not None and self._strategy_is_random else None,
+        )
+        chosen = self.strategy(view)
+        if chosen.dtype != torch.bool or chosen.shape != candidates.shape:
+            raise ValueError(
+                f"The decoding strategy {self.config.strategy!r} must return a boolean tensor of the candidates' shape, "
+                f"{tuple(candidates.shape)}; got {chosen.dtype} of shape {tuple(chosen.shape)}."
+            )
+        chosen = (chosen & candidates)[places]
+        if window.autoregressive.any():
+            chosen = chosen | torch.from_numpy(window.autoregressive).to(self.device)[places[0]]
+        if self.config.allow_mask_token:
+            chosen = chosen & (tokens != self.spec.mask_token_id)
+        where = (self._to_device(rows[row_of]), self._to_device(window.positions[row_of, column_of]))
+        self.ids[where] = torch.where(chosen, tokens, self.spec.mask_token_id)
+        self.logps[where] = torch.where(chosen, logps, 0.0)
+        return tokens, chosen
 
-    def _sample(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-        """
-        One token for each of `M` rows of logits, and its log-probability under the distribution it was sampled from.
-        `uniforms`, of shape `(M,)`, picks it from the cumulative distribution; without it the most likely one is taken.
-        """
-        log_probs = log_distribution(logits, self.spec, self.config.temperature, self.config.top_k)
-        choices = log_probs
-        if self.spec.predicts_mask_token and not self.config.allow_mask_token:
-            # It has a share of the distribution, yet it is no answer.
-            choices = choices.index_fill(-1, torch.tensor(self.spec.mask_token_id, device=logits.device), -torch.inf)
-        if uniforms is None:
-            tokens = choices.argmax(-1)
-        else:
-            cumulative = choices.exp().cumsum(-1)
-            tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
-            tokens = tokens.clamp(max=logits.shape[-1] - 1)
-        return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+    def _uniforms(self, lanes: list[Lane], window: Window) -> Tensor | None:
+        """Random numbers of this step, `(D, L, B)`."""
+        if self.generators is None:
+            return None
+        uniforms = torch.zeros(lanes[0].uniforms.shape[0], *window.masked.shape)
+        for index, lane in enumerate(lanes):
+            step = 0 if window.autoregressive[index] else lane.step + 1
+            uniforms[:, index, : lane.uniforms.shape[2]] = lane.uniforms[:, step]
+        return uniforms.to(self.device, non_blocking=True)
 
-    def _canvas_blocks(self) -> Tensor:
-        """Number of blocks of each row that belong to its canvas, shape `(R,)`."""
-        raise NotImplementedError
+    def _remember(self, lanes, rows, window: Window, row_of, column_of, stops) -> None:
+        """What was unmasked at this step, on the host; all arrays of the same length."""
+        progress = np.bincount(row_of, minlength=len(lanes))
+        if not progress.all() and not self.config.allow_mask_token:
+            raise ValueError(
+                f"The decoding strategy {self.config.strategy!r} unmasked nothing in a block that has masked positions "
+                "left; it would go on like that for ever. A strategy must pick at least one candidate of every row that "
+                "has any."
+            )
+        positions = window.positions[row_of, column_of]
+        taken = np.array([lane.taken for lane in lanes])
+        self.masked[rows[row_of], positions] = False
+        self.steps[rows[row_of], positions] = taken[row_of]
+        np.minimum.at(self.stopped_at, rows[row_of][stops], positions[stops])
+        for lane, count, first in zip(lanes, progress, window.autoregressive, strict=True):
+            lane.taken += bool(count)
+            lane.step += not first
+
+    def _left(self, rows: np.ndarray, window: Window) -> np.ndarray:
+        """Positions of each window that are still masked."""
+        return (self.masked[rows[:, None], window.positions] & window.masked).sum(1)
+
+    def _idle(self) -> None:
+        """A forward pass for the sake of other processes, whose parameters are gathered together."""
+        zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        policy_logits(self.model, zero, zero, allowed, zero[0], zero[0])
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device, non_blocking=True)
+
+    # --------------------------------------------------------------------------------------------------- result
 
     def _trajectories(self) -> TrajectoryBatch:
-        """The canvases, cut out of their slots."""
-        device = self.ids.device
-        tails = self.tails.to(device)
-        canvas_lengths = self._canvas_blocks() * self.spec.block_size - tails
-        width = max(int(canvas_lengths.max()), 1)
-        columns = torch.arange(width, device=device)
-        slots = (self.prefix + tails[:, None] + columns).clamp(max=self.ids.shape[1] - 1)
-        inside = columns < canvas_lengths[:, None]
-        steps = self.steps.gather(1, slots).masked_fill(~inside, NEVER)
-        canvas = self.ids.gather(1, slots).masked_fill(~inside, 0)
+        """The canvases, cut out of their rows."""
+        # With full attention, what was never reached was seen all the same, as masks.
+        blocks = self.num_blocks if self.spec.attention == "full" else self.reached
+        lengths = blocks * self.spec.block_size - self.tails
+        width = max(int(lengths.max(initial=0)), 1)
+        columns = np.arange(width)
+        inside = columns < lengths[:, None]
+        slots = np.minimum(self.lengths[:, None] + columns, max(self.masked.shape[1] - 1, 0))
+        steps = np.where(inside, np.take_along_axis(self.steps, slots, 1), NEVER)
 
-        reached = self.done_blocks * self.spec.block_size - tails
-        counted = (columns < self.config.max_new_tokens) & (columns < reached[:, None])
-        stops = torch.isin(canvas, self.stop) & counted
-        ends = torch.where(stops.any(1), stops.long().argmax(1) + 1, counted.sum(1))
+        # Of what was unmasked in whole: up to the first stop token that counts.
+        counted = np.minimum(self.reached * self.spec.block_size - self.tails, self.config.max_new_tokens)
+        ends = np.minimum(counted, self.stopped_at - self.lengths + 1)
 
-        prompt_width = int(self.lengths.max())
+        prompt_width = int(self.lengths.max(initial=0))
         prompt_ids = torch.zeros(len(self.prompts), prompt_width, dtype=torch.long)
         for row, prompt in enumerate(self.prompts):
             prompt_ids[row, prompt_width - len(prompt) :] = torch.tensor(prompt)
-        prompt_mask = torch.arange(prompt_width) >= (prompt_width - self.lengths)[:, None]
+        prompt_mask = np.arange(prompt_width) >= (prompt_width - self.lengths)[:, None]
+        slots, outside = self._to_device(slots), torch.from_numpy(~inside).to(self.device)
         return TrajectoryBatch(
-            prompt_ids=prompt_ids.to(device),
-            prompt_mask=prompt_mask.long().to(device),
-            canvas_ids=canvas,
-            steps=steps,
-            logps=self.logps.gather(1, slots).masked_fill(~inside, 0.0),
-            canvas_lengths=canvas_lengths,
-            completion_lengths=ends,
+            prompt_ids=prompt_ids.to(self.device),
+            prompt_mask=self._to_device(prompt_mask),
+            canvas_ids=self.ids.gather(1, slots).masked_fill(outside, 0),
+            steps=self._to_device(steps),
+            logps=self.logps.gather(1, slots).masked_fill(outside, 0.0),
+            canvas_lengths=self._to_device(lengths),
+            completion_lengths=self._to_device(ends),
+            cache=self.config.approximate_cache or "exact",
         )
 
 
-class BlockLoop(_Loop):
-    """Block attention: what is finished is in a cache, what is to come does not exist yet."""
-
-    def __init__(self, model, prompts, config, spec, seeds):
-        super().__init__(model, prompts, config, spec, seeds)
-        width = self.ids.shape[1]
-        self.cache = block_cache(unwrap(model).config, width)
-        slots = torch.arange(width, device=self.ids.device)
-        self.slot_block = (slots - self.prefix).div(spec.block_size, rounding_mode="floor")
-        if spec.block_origin == "response":
-            self.slot_block = self.slot_block.clamp(min=-1)
-
-    def _canvas_blocks(self) -> Tensor:
-        return self.done_blocks
-
-    def _keep(self, rows: Tensor) -> None:
-        super()._keep(rows)
-        self.cache.select(rows)
-
-    def _first_token(self, start, ids, masked, steps, logps, uniforms) -> Tensor:
-        """
-        Writes the autoregressive first token of a block, from the last clean position before it, into `ids`, `steps`
-        and `logps`; returns what is masked then.
-        """
-        length = self.cache.length
-        if start > length:
-            rows = masked[:, 0].nonzero().squeeze(1)
-            logits = self._forward(self.ids[self.live, length:start], rows, torch.full_like(rows, start - length - 1))
-            self.cache.commit(start - length)
-            tokens, log_probs = self._sample(logits, None if uniforms is None else uniforms[rows, 0, 0])
-            ids[rows, 0], logps[rows, 0], steps[rows, 0] = tokens, log_probs, 0
-        masked = masked.clone()
-        masked[:, 0] = False
-        return masked
-
-    def _block_logits(self, start: int, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        length = self.cache.length
-        pending = start - length  # clean tokens that are not in the cache yet ride along
-        inputs = torch.cat([self.ids[self.live, length:start], ids], 1) if pending else ids
-        logits = self._forward(inputs, rows, pending + columns)
-        self.cache.commit(pending)
-        return logits
-
-    def _forward(self, inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Logits at `(rows, columns)` of `inputs`, which continue the cache."""
-        begin, end = self.cache.length, self.cache.length + inputs.shape[1]
-        starts = self.starts[self.live]
-        slots = torch.arange(end, device=inputs.device)
-        query_slots = slots[begin:]
-        allowed = self.slot_block[:end][None, :] <= self.slot_block[begin:end][:, None]
-        allowed = allowed[None] & (slots >= starts[:, None])[:, None, :]
-        allowed = allowed | (slots == query_slots[:, None])  # padding looks at itself, nothing looks at padding
-        positions = (query_slots - starts[:, None]).clamp(min=0)
-        return policy_logits(self.model, inputs, positions, allowed[:, None], rows, columns, cache=self.cache)
-
-
-class FullLoop(_Loop):
-    """Full attention: every step runs the whole canvas, whose blocks to come are masks."""
-
-    def _canvas_blocks(self) -> Tensor:
-        return self.num_blocks  # also what was never reached was seen, as masks
-
-    def _block_logits(self, start: int, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        inputs = self.ids[self.live]
-        inputs[:, start : start + ids.shape[1]] = ids
-        starts = self.starts[self.live][:, None]
-        slots = torch.arange(inputs.shape[1], device=inputs.device)
-        ends = self.prefix + self.num_blocks[self.live][:, None] * self.spec.block_size
-        allowed = (slots >= starts) & (slots < ends)
-        positions = (slots - starts).clamp(min=0)
-        return policy_logits(self.model, inputs, positions, allowed[:, None, None], rows, start + columns)
+def leftmost_part(masked: np.ndarray, size: int | None) -> np.ndarray:
+    """The masked positions of the leftmost part, of `size` positions, that still has any: boolean `(L, B)`, a copy."""
+    if size is None:
+        return masked.copy()
+    parts = np.arange(masked.shape[1]) // size
+    first = np.where(masked, parts, masked.shape[1]).min(1, keepdims=True)
+    return masked & (parts == first)

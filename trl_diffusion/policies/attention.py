@@ -1,8 +1,15 @@
-"""Attention in segments: parts of a row that share what comes before them and do not see each other."""
+"""
+Attention of our own shapes, each described by a *plan* that a model of transformers carries to its layers:
+
+- in segments: parts of a row that share what comes before them and do not see each other;
+- ragged: sequences of any lengths, one behind the other in a single row, without padding.
+"""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +18,27 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
-SEGMENTED = "trl_diffusion_segmented"
+PLANNED = "trl_diffusion_planned"
+
+
+class AttentionPlan(Protocol):
+    """Who looks at whom in a forward pass, and how to compute it without the pairs that do not look at each other."""
+
+    def dense(self) -> Tensor:
+        """The same as one boolean mask of shape `(R, 1, N, K)`, for attention implementations that take only that."""
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs) -> Tensor:
+        """
+        Attention under this plan.
+
+        Args:
+            module (`nn.Module`): the attention layer.
+            query (`Tensor` of shape `(R, H, N, D)`): queries.
+            key, value (`Tensor` of shape `(R, H_kv, K, D)`): keys and values.
+
+        Returns:
+            `Tensor` of shape `(R, N, H, D)`.
+        """
 
 
 @dataclass
@@ -44,55 +71,122 @@ class SegmentedMask:
             mask[:, :, here, here] = segments[:, index, :, :, length:]
         return mask
 
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs) -> Tensor:
+        """The prefix, and each segment over the prefix and itself, instead of the whole row over itself."""
+        length, count = self.prefix.shape[-1], self.count
 
-def enable_segments(model: nn.Module) -> bool:
+        def split(values: Tensor) -> tuple[Tensor, Tensor]:  # (Q, H, N, D) -> (Q, H, P, D), (Q * G, H, W, D)
+            segments = values[:, :, length:].unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
+            return values[:, :, :length], segments
+
+        def with_prefix(values: Tensor) -> Tensor:
+            prefix, segments = split(values)
+            return torch.cat([prefix.repeat_interleave(count, 0), segments], 2)
+
+        (prefix_query, segment_query), (prefix_key, _), (prefix_value, _) = split(query), split(key), split(value)
+        before, _ = sdpa_attention_forward(
+            module, prefix_query, prefix_key, prefix_value, self.prefix, **kwargs
+        )  # (Q, P, H, D)
+        behind, _ = sdpa_attention_forward(
+            module, segment_query, with_prefix(key), with_prefix(value), self.segments, **kwargs
+        )  # (Q * G, W, H, D)
+        return torch.cat([before, behind.unflatten(0, (-1, count)).flatten(1, 2)], 1)
+
+
+@dataclass
+class RaggedGroup:
     """
-    Lets a model that runs on `sdpa` take a [`SegmentedMask`]; anything else it computes as before.
+    `G` sequences that have the same number `n` of tokens in this pass, and look at `K` keys at most.
+
+    Attributes:
+        queries (`Tensor` of shape `(G, n)`): where their tokens are in the row.
+        keys (`Tensor` of shape `(G, K)`): where their keys are among all keys.
+        allowed (boolean `Tensor` of shape `(G, 1, n, K)`): who may look at whom. `None`: everything at everything.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    allowed: Tensor | None
+
+
+@dataclass
+class RaggedMask:
+    """
+    Sequences of any lengths, one behind the other in a single row: no token is padding. Sequences with the same number
+    of tokens are attended to together.
+
+    Attributes:
+        groups (`list[RaggedGroup]`): every token of the row is in exactly one group.
+        num_queries (`int`): tokens of the row.
+        num_keys (`int`): keys, those of a cache included.
+    """
+
+    groups: list[RaggedGroup]
+    num_queries: int
+    num_keys: int
+
+    def dense(self) -> Tensor:
+        mask = torch.zeros(self.num_queries, self.num_keys, dtype=torch.bool, device=self.groups[0].queries.device)
+        for group in self.groups:
+            allowed = group.queries.new_ones(()).bool() if group.allowed is None else group.allowed[:, 0]
+            mask[group.queries[:, :, None], group.keys[:, None, :]] = allowed
+        return mask[None, None]
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs) -> Tensor:
+        out = query.new_empty(self.num_queries, query.shape[1], value.shape[-1])
+        for group in self.groups:
+            part, _ = sdpa_attention_forward(
+                module,
+                query[0][:, group.queries].transpose(0, 1),
+                key[0][:, group.keys].transpose(0, 1),
+                value[0][:, group.keys].transpose(0, 1),
+                group.allowed,
+                **{**kwargs, "is_causal": False},
+            )  # (G, n, H, D)
+            out[group.queries] = part
+        return out[None]
+
+
+def enable_plans(model: nn.Module) -> bool:
+    """
+    Lets a model that runs on `sdpa` take an [`AttentionPlan`]; anything else it computes as before.
 
     Returns:
         `bool`: whether the model can.
     """
     implementation = model.config._attn_implementation
     if implementation == "sdpa":
-        model.set_attn_implementation(SEGMENTED)
+        model.set_attn_implementation(PLANNED)
         implementation = model.config._attn_implementation
-    return implementation == SEGMENTED
+    return implementation == PLANNED
 
 
-def segmented_attention(
+@contextmanager
+def plans_enabled(model: nn.Module):
+    """As [`enable_plans`], inside this context only."""
+    before = model.config._attn_implementation
+    enable_plans(model)
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
+
+
+def planned_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    segmented_mask: SegmentedMask | None = None,
+    attention_plan: AttentionPlan | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """
-    Scaled dot-product attention that leaves out what no segment looks at: the prefix, and each segment over the prefix
-    and itself, instead of the whole row over itself. Shapes are those of transformers' attention functions.
-    """
-    if segmented_mask is None:
+    """Scaled dot-product attention, under a plan if there is one. Shapes are those of transformers' functions."""
+    if attention_plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    length, count = segmented_mask.prefix.shape[-1], segmented_mask.count
-
-    def split(values: Tensor) -> tuple[Tensor, Tensor]:  # (Q, H, N, D) -> (Q, H, P, D), (Q * G, H, W, D)
-        segments = values[:, :, length:].unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
-        return values[:, :, :length], segments
-
-    def with_prefix(values: Tensor) -> Tensor:
-        prefix, segments = split(values)
-        return torch.cat([prefix.repeat_interleave(count, 0), segments], 2)
-
-    (prefix_query, segment_query), (prefix_key, _), (prefix_value, _) = split(query), split(key), split(value)
-    before, _ = sdpa_attention_forward(
-        module, prefix_query, prefix_key, prefix_value, segmented_mask.prefix, **kwargs
-    )  # (Q, P, H, D)
-    behind, _ = sdpa_attention_forward(
-        module, segment_query, with_prefix(key), with_prefix(value), segmented_mask.segments, **kwargs
-    )  # (Q * G, W, H, D)
-    return torch.cat([before, behind.unflatten(0, (-1, count)).flatten(1, 2)], 1), None
+    return attention_plan.attend(module, query, key, value, **kwargs), None
 
 
-AttentionInterface.register(SEGMENTED, segmented_attention)
-AttentionMaskInterface.register(SEGMENTED, sdpa_mask)
+AttentionInterface.register(PLANNED, planned_attention)
+AttentionMaskInterface.register(PLANNED, sdpa_mask)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .attention import SEGMENTED, SegmentedMask
+from .attention import PLANNED, AttentionPlan
 from .spec import DiffusionSpec
 
 
@@ -16,7 +16,7 @@ def policy_logits(
     model: nn.Module,
     input_ids: Tensor,
     position_ids: Tensor,
-    allowed: Tensor | SegmentedMask,
+    allowed: Tensor | AttentionPlan,
     rows: Tensor,
     columns: Tensor,
     cache: Cache | None = None,
@@ -29,7 +29,7 @@ def policy_logits(
             The policy, wrapped (DDP, DeepSpeed, PEFT) or not.
         input_ids (`Tensor` of shape `(R, N)`): token ids.
         position_ids (`Tensor` of shape `(R, N)`): position of each token.
-        allowed (boolean `Tensor` of shape `(R, 1, N, K)`, or [`SegmentedMask`]): who may look at whom; `K > N` with a
+        allowed (boolean `Tensor` of shape `(R, 1, N, K)`, or [`AttentionPlan`]): who may look at whom; `K > N` with a
             cache.
         rows, columns (`Tensor` of shape `(M,)`): the places whose logits are wanted.
         cache ([`~transformers.Cache`], *optional*): keys and values of what came before.
@@ -56,7 +56,7 @@ def check_attention(model: nn.Module) -> str:
         ValueError: for one that cannot run an arbitrary mask, such as `flash_attention_2`.
     """
     implementation = unwrap(model).config._attn_implementation
-    if implementation not in ("sdpa", "eager", SEGMENTED):
+    if implementation not in ("sdpa", "eager", PLANNED):
         raise ValueError(
             f"attn_implementation={implementation!r} cannot run the attention mask of a diffusion policy. Load the "
             "model with attn_implementation='sdpa' (or 'eager')."
@@ -64,15 +64,15 @@ def check_attention(model: nn.Module) -> str:
     return implementation
 
 
-def attention_arguments(model: nn.Module, allowed: Tensor | SegmentedMask) -> dict[str, Tensor | SegmentedMask]:
+def attention_arguments(model: nn.Module, allowed: Tensor | AttentionPlan) -> dict[str, Tensor | AttentionPlan]:
     """`allowed` in the form that the model's attention implementation takes."""
-    implementation = check_attention(model)
-    if isinstance(allowed, SegmentedMask):
-        if implementation == SEGMENTED:
-            # A 4-dimensional mask is what keeps the model from making a causal one.
-            return {"attention_mask": allowed.prefix, "segmented_mask": allowed}
-        allowed = allowed.dense()
-    return {"attention_mask": attention_mask(model, allowed)}
+    if isinstance(allowed, Tensor):
+        return {"attention_mask": attention_mask(model, allowed)}
+    if check_attention(model) == PLANNED:
+        # The plan decides. A 4-dimensional mask is what keeps the model from making a causal one.
+        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=unwrap(model).device)
+        return {"attention_mask": nothing, "attention_plan": allowed}
+    return {"attention_mask": attention_mask(model, allowed.dense())}
 
 
 def attention_mask(model: nn.Module, allowed: Tensor) -> Tensor:
@@ -105,9 +105,7 @@ def logits_at(model: nn.Module, rows: Tensor, columns: Tensor):
         handle.remove()
 
 
-def log_distribution(
-    logits: Tensor, spec: DiffusionSpec, temperature: float = 1.0, top_k: int | None = None
-) -> Tensor:
+def log_distribution(logits: Tensor, spec: DiffusionSpec, temperature: float = 1.0) -> Tensor:
     """
     The policy's log-distribution over tokens, in float32 (METHOD.md, section 3.6). Decoding and scoring both use it.
 
@@ -116,7 +114,6 @@ def log_distribution(
         spec ([`DiffusionSpec`]): facts about the policy.
         temperature (`float`, *optional*, defaults to `1.0`): what the logits are divided by; 0 stands for 1, since the
             distribution that greedy decoding looks at is the untempered one.
-        top_k (`int`, *optional*): keeps the `top_k` most likely tokens only.
 
     Returns:
         float32 `Tensor` of shape `(..., V)`.
@@ -129,6 +126,4 @@ def log_distribution(
         mask = torch.zeros(logits.shape[-1], device=logits.device)
         mask[spec.mask_token_id] = -torch.inf
         logits = logits + mask
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
     return logits.log_softmax(-1)

@@ -87,7 +87,7 @@ def pack(
             numbers are the same; attention inside a row costs the square of its length.
         share_prompts (`bool`, *optional*, defaults to `False`):
             Block attention: whether responses share their prompt as above. Needs
-            [`~policies.attention.enable_segments`] on the model.
+            [`~policies.attention.enable_plans`] on the model.
     """
     if states.prompt_hidden is not None:
         hidden = states.prompt_hidden & (batch.prompt_mask > 0)

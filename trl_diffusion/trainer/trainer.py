@@ -23,7 +23,7 @@ from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
 from ..objectives.pairwise import make_pairs, pairwise_loss
 from ..offline.preferences import is_preference_dataset
-from ..policies.attention import enable_segments
+from ..policies.attention import enable_plans
 from ..policies.forward import check_attention, unwrap
 from ..policies.loading import load_config, resolve_spec
 from ..policies.lora import check_targets, empty_model
@@ -198,7 +198,7 @@ class DTRPOTrainer(GRPOTrainer):
         self._share_prompts = args.share_prompts and spec.attention == "block"
         for policy in (self.model, self.ref_model):
             if policy is not None and self._share_prompts:
-                self._share_prompts = enable_segments(unwrap(policy))
+                self._share_prompts = enable_plans(unwrap(policy))
         # Recorded and re-scored log-probabilities are compared: no dropout between them.
         disable_dropout_in_model(self.model)
         # What ends a response here is what TRL calls terminated (before TRL 1.16 it knew the tokenizer's token only).
@@ -232,23 +232,16 @@ class DTRPOTrainer(GRPOTrainer):
         return self._rollouts.completions(), self._rollouts.completion_logps()
 
     def _decode(self, prompt_ids: list[list[int]], decoding: DecodingConfig, seeds: list[int]) -> TrajectoryBatch:
-        """Decodes on this process, in batches of `rollout_batch_size`, with the policy out of its wrappers."""
-        chunk = self.args.rollout_batch_size or max(len(prompt_ids), 1)
+        """Decodes on this process, `rollout_batch_size` at once, with the policy out of its wrappers."""
         with unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
         ) as policy:
             was_training = policy.training
             policy.eval()
             try:
-                batches = [
-                    decode(
-                        policy, prompt_ids[begin : begin + chunk], decoding, self.spec, seeds[begin : begin + chunk]
-                    )
-                    for begin in range(0, len(prompt_ids), chunk)
-                ]
+                return decode(policy, prompt_ids, decoding, self.spec, seeds, self.args.rollout_batch_size)
             finally:
                 policy.train(was_training)
-        return TrajectoryBatch.concatenate(batches)
 
     def answer(
         self, prompts: list, decoding: DecodingConfig | None = None, seed: int = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,9 @@ class TrajectoryBatch:
             Number of canvas positions of each response.
         completion_lengths (`Tensor` of shape `(R,)`):
             Number of tokens of each response that count.
+        cache (`str`, *optional*, defaults to `"exact"`):
+            How the responses were decoded: `"exact"`, or the `approximate_cache` of [`DecodingConfig`] that was used; the
+            recorded log-probabilities are then not those of the policy in its states.
     """
 
     prompt_ids: Tensor
@@ -47,6 +51,7 @@ class TrajectoryBatch:
     logps: Tensor
     canvas_lengths: Tensor
     completion_lengths: Tensor
+    cache: str = "exact"
 
     def __len__(self) -> int:
         return self.canvas_ids.shape[0]
@@ -74,7 +79,7 @@ class TrajectoryBatch:
 
     def select(self, rows: Tensor) -> TrajectoryBatch:
         """The responses at `rows` (indices or a boolean mask of shape `(R,)`)."""
-        return TrajectoryBatch(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        return self._map(lambda values: values[rows])
 
     @classmethod
     def concatenate(cls, batches: list[TrajectoryBatch]) -> TrajectoryBatch:
@@ -90,12 +95,23 @@ class TrajectoryBatch:
                 return F.pad(values, (0, canvas_width - values.shape[1]), value=NEVER if name == "steps" else 0)
             return values
 
-        names = [field.name for field in fields(cls)]
-        return cls(**{name: torch.cat([widen(name, batch) for batch in batches]) for name in names})
+        caches = sorted({batch.cache for batch in batches})
+        if len(caches) > 1:
+            raise ValueError(f"Responses that were decoded in different ways cannot be put in one batch: {caches}.")
+        return cls(
+            **{name: torch.cat([widen(name, batch) for batch in batches]) for name in _TENSORS}, cache=caches[0]
+        )
 
     def to(self, device: torch.device | str) -> TrajectoryBatch:
         """A copy on `device`."""
-        return TrajectoryBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return self._map(lambda values: values.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TrajectoryBatch:
+        """A copy with every tensor replaced."""
+        return replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
+
+
+_TENSORS = [field.name for field in fields(TrajectoryBatch) if field.name != "cache"]
 
 
 def response_blocks(spec: DiffusionSpec, prompt_lengths: Tensor, width: int) -> Tensor:

@@ -1,0 +1,104 @@
+"""Who looks at whom while sequences of different lengths are denoised side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..policies.attention import RaggedGroup, RaggedMask
+from ..policies.spec import DiffusionSpec
+
+
+@dataclass
+class Spans:
+    """
+    What a forward pass runs: of each of `L` sequences, the tokens at positions `begins` to `ends - 1`, one sequence behind
+    the other in one row of `N` tokens. Integer arrays of shape `(L,)`.
+
+    Attributes:
+        rows: which response.
+        lanes: where it is in the cache.
+        heads: position at which its block 0 begins.
+        begins, ends: the tokens to run.
+        key_ends: how many of its tokens are looked at, from its first on.
+    """
+
+    rows: np.ndarray
+    lanes: np.ndarray
+    heads: np.ndarray
+    begins: np.ndarray
+    ends: np.ndarray
+    key_ends: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens to run, `(L,)`."""
+        return self.ends - self.begins
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where each sequence begins in the row, `(L,)`."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sequence, as an index into the `L`, and position of every token of the row, `(N,)` each."""
+        sequence = np.repeat(np.arange(len(self.rows)), self.lengths)
+        return sequence, np.arange(len(sequence)) - (self.offsets - self.begins)[sequence]
+
+
+def ragged_mask(spans: Spans, spec: DiffusionSpec, capacity: int | None, num_keys: int, device) -> RaggedMask:
+    """
+    The attention of a pass over `spans`: with block attention, a token looks at its own block and those before it; with
+    full attention at everything.
+
+    Args:
+        spans ([`Spans`]): what is run.
+        spec ([`DiffusionSpec`]): facts about the policy.
+        capacity (`int`, *optional*): slots of a lane, if there is a cache. Without one, the keys are the tokens of the pass.
+        num_keys (`int`): slots of the cache, or tokens of the pass.
+        device: of the policy.
+    """
+    groups = []
+    for length in np.unique(spans.lengths):
+        members = np.flatnonzero(spans.lengths == length)
+        key_ends = spans.key_ends[members]
+        width = int(key_ends.max())
+        queries = spans.offsets[members][:, None] + np.arange(length)
+        keys = queries if capacity is None else spans.lanes[members][:, None] * capacity + np.arange(width)
+        allowed = None
+        if not _sees_everything(spans, members, spec, width):
+            allowed = _allowed(*(_tensor(values[members], device) for values in (spans.heads, spans.begins, spans.key_ends)),
+                               int(length), width, spec)  # fmt: skip
+        groups.append(RaggedGroup(_tensor(queries, device), _tensor(keys, device), allowed))
+    return RaggedMask(groups, int(spans.lengths.sum()), num_keys)
+
+
+def _sees_everything(spans: Spans, members: np.ndarray, spec: DiffusionSpec, width: int) -> bool:
+    """Whether each token of these sequences looks at all `width` keys: no mask is needed then."""
+    if (spans.key_ends[members] != width).any():
+        return False
+    # With block attention: nothing that is run is in a block before the last one looked at.
+    last_block = spans.heads[members] + (width - 1 - spans.heads[members]) // spec.block_size * spec.block_size
+    return spec.attention == "full" or bool((spans.begins[members] >= last_block).all())
+
+
+def _allowed(heads: Tensor, begins: Tensor, key_ends: Tensor, length: int, width: int, spec: DiffusionSpec) -> Tensor:
+    """Boolean `(G, 1, length, width)`, from arguments of shape `(G,)`."""
+    keys = torch.arange(width, device=heads.device)
+    allowed = (keys < key_ends[:, None])[:, None, None, :].expand(-1, 1, length, -1)
+    if spec.attention == "full":
+        return allowed.contiguous()
+    queries = begins[:, None] + torch.arange(length, device=heads.device)
+
+    def block(positions: Tensor) -> Tensor:  # with block_origin="response" the prompt is one block
+        blocks = (positions - heads[:, None]).div(spec.block_size, rounding_mode="floor")
+        return blocks.clamp(min=-1) if spec.block_origin == "response" else blocks
+
+    return allowed & (block(keys)[:, None, None, :] <= block(queries)[:, None, :, None])
+
+
+def _tensor(values: np.ndarray, device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device, non_blocking=True)
