@@ -12,7 +12,7 @@ from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
 from trl_diffusion.decoding.config import DecodingConfig
 from trl_diffusion.decoding.decode import decode
 from trl_diffusion.decoding.loop import leftmost_part
-from trl_diffusion.decoding.strategies import STRATEGIES, StepView, step_quota
+from trl_diffusion.decoding.strategies import SCHEDULED, STRATEGIES, StepView, step_quota
 from trl_diffusion.policies.spec import DiffusionSpec
 from trl_diffusion.trajectories.trajectory import NEVER, TrajectoryBatch, response_blocks
 
@@ -27,21 +27,30 @@ def assert_valid(batch: TrajectoryBatch, spec: DiffusionSpec, config: DecodingCo
         assert (batch.canvas_ids[inside & ~unmasked] == spec.mask_token_id).all()
         blocks_done = torch.where(unmasked, blocks, -1).max(1).values
         inside = inside & (blocks <= blocks_done[:, None])
+    columns = torch.arange(width)
+    if config.stop_rule == "token":  # the last block may keep masks, behind a stop token only
+        stops = torch.isin(batch.canvas_ids, torch.tensor(spec.stop_token_ids)) & unmasked
+        first = torch.where(stops.any(1), stops.long().argmax(1), width)[:, None]
+        last = torch.where(inside, blocks, -1).max(1, keepdim=True).values
+        loose = (columns > first) & (blocks == last)
+        assert not (unmasked & ~inside).any() and (batch.canvas_ids[loose & inside & ~unmasked] == MASK).all()
+        inside = inside & (~loose | unmasked)
     assert torch.equal(unmasked, inside)  # whole blocks are unmasked, and nothing else
     assert (batch.logps <= 0).all() and (batch.logps[~inside] == 0).all()
     assert (batch.canvas_ids[inside] != spec.mask_token_id).all()
     ends = spec.prompt_tail(batch.prompt_lengths) + batch.canvas_lengths
     assert (ends % spec.block_size == 0).all()  # the canvas ends with a block
     for row in range(len(batch)):
-        length, counted = int(unmasked[row].sum()), int(batch.completion_lengths[row])
+        length, counted = int(inside[row].nonzero().max()) + 1, int(batch.completion_lengths[row])
         for block in blocks[row, :length].unique():
-            steps = batch.steps[row, :length][blocks[row, :length] == block]
+            steps = batch.steps[row, :length][(blocks[row, :length] == block) & unmasked[row, :length]]
             sizes = torch.bincount(steps)
             assert (sizes > 0).all()  # steps are contiguous, each unmasks something
-            if config.strategy == "confidence" and config.steps_per_block is None:
+            if config.strategy in SCHEDULED and config.steps_per_block is None:
                 assert (sizes <= max(config.tokens_per_step, 1)).all()
         ids = batch.canvas_ids[row, :length].tolist()
         stops = [column for column, token in enumerate(ids[: config.max_new_tokens]) if token in spec.stop_token_ids]
+        assert not stops or unmasked[row, : stops[0] + 1].all()
         assert counted == (stops[0] + 1 if stops else min(config.max_new_tokens, length))
         assert counted <= config.max_new_tokens
         if not stops:
@@ -53,27 +62,44 @@ def assert_valid(batch: TrajectoryBatch, spec: DiffusionSpec, config: DecodingCo
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5),
     max_new_tokens=st.integers(1, 30),
     temperature=st.sampled_from([0.0, 0.7, 1.5]),
-    strategy=st.sampled_from(["confidence", "threshold"]),
+    strategy=st.sampled_from(sorted(STRATEGIES)),
     tokens_per_step=st.integers(1, 9),
     threshold=st.sampled_from([0.0, 0.2, 0.9, 1.0]),
     steps_per_block=st.sampled_from([None, None, 1, 3, 8, 11]),
     schedule=st.sampled_from(["even", "linear"]),
     sub_block_size=st.sampled_from([None, None, 1, 2, 3]),
+    stop_rule=st.sampled_from(["block", "token"]),
+    entropy_bound=st.sampled_from([0.01, 1.0, 5.0]),
+    batch_size=st.sampled_from([None, 1, 2]),
+    stops=st.sampled_from([(STOP,), tuple(range(STOP, 15))]),
+    block_size=st.sampled_from([None, 1, 3, 16]),
     seed=st.integers(0, 10),
 )
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_trajectory_is_valid(
     name, lengths, max_new_tokens, temperature, strategy, tokens_per_step, threshold, steps_per_block, schedule,
-    sub_block_size, seed,
+    sub_block_size, stop_rule, entropy_bound, batch_size,
+    stops, block_size, seed,
 ):  # fmt: skip
-    spec = SPECS[name]
-    if strategy == "threshold":
+    spec = SPECS[name].replace(stop_token_ids=stops)
+    if block_size is not None:
+        spec = spec.replace(block_size=block_size)
+    if strategy == "entropy_bound":
         steps_per_block = None
     config = DecodingConfig(
-        max_new_tokens, temperature, strategy, tokens_per_step, threshold, steps_per_block, schedule, sub_block_size
+        max_new_tokens,
+        temperature,
+        strategy,
+        tokens_per_step,
+        threshold,
+        steps_per_block,
+        schedule,
+        sub_block_size,
+        stop_rule=stop_rule,
+        entropy_bound=entropy_bound,
     )
     prompts = make_prompts(lengths, seed)
-    batch = decode(make_policy(spec), prompts, config, seeds=list(range(len(prompts))))
+    batch = decode(make_policy(spec), prompts, config, seeds=list(range(len(prompts))), batch_size=batch_size)
     assert_valid(batch, spec, config)
     assert [ids[:n] for ids, n in zip(prompts, lengths, strict=True)] == [
         row[mask == 1].tolist() for row, mask in zip(batch.prompt_ids, batch.prompt_mask, strict=True)
