@@ -13,6 +13,7 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from .decoding.config import DecodingConfig
     from .decoding.decode import decode
+    from .decoding.generate import Generation, TerminalStreamer, generate
     from .offline.collect import collect
     from .offline.preferences import from_preferences
     from .policies.spec import DiffusionSpec, get_spec, set_spec
@@ -28,10 +29,13 @@ _LOCATIONS = {
     "DTRPOTrainer": "trainer.trainer",
     "DecodingConfig": "decoding.config",
     "DiffusionSpec": "policies.spec",
+    "Generation": "decoding.generate",
+    "TerminalStreamer": "decoding.generate",
     "TrajectoryBatch": "trajectories.trajectory",
     "collect": "offline.collect",
     "decode": "decoding.decode",
     "from_preferences": "offline.preferences",
+    "generate": "decoding.generate",
     "get_spec": "policies.spec",
     "load_trajectories": "trajectories.dataset",
     "set_spec": "policies.spec",
@@ -43,10 +47,13 @@ __all__ = [
     "DTRPOTrainer",
     "DecodingConfig",
     "DiffusionSpec",
+    "Generation",
+    "TerminalStreamer",
     "TrajectoryBatch",
     "collect",
     "decode",
     "from_preferences",
+    "generate",
     "get_spec",
     "load_trajectories",
     "set_spec",

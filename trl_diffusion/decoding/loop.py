@@ -183,6 +183,15 @@ class DenoisingLoop:
     def _has_stopped(self, row: int) -> bool:
         return self.stopped_at[row] < self.canvas_ends[row]
 
+    def active_lanes(self) -> list[Lane]:
+        """The lanes that are in work; for those who watch."""
+        return [lane for lane in self.lanes if lane is not None]
+
+    def canvas(self, row: int) -> list[tuple[int, bool]]:
+        """Token of each position of a response up to the end of its active block, and whether it is masked."""
+        positions = slice(self.lengths[row], self.heads[row] + self.reached[row] * self.spec.block_size)
+        return list(zip(self.ids[row, positions].tolist(), self.masked[row, positions].tolist(), strict=True))
+
     # ----------------------------------------------------------------------------------------------------- step
 
     def _step(self) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ..decoding.config import SCHEDULES, STRATEGIES, DecodingConfig
+from ..decoding.config import SCHEDULES, STOP_RULES, DecodingConfig
+from ..decoding.strategies import STRATEGIES
 from ..offline.orders import ORDERS
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 
@@ -30,20 +31,27 @@ class DTRPOConfig(GRPOConfig):
         > Parameters that control decoding
 
         decoding_strategy (`str`, *optional*, defaults to `"confidence"`):
-            Which masked positions of a block are unmasked at a step: `"confidence"` (the `tokens_per_step` most
-            probable ones) or `"threshold"` (all above `confidence_threshold`, at least one).
+            Which masked positions of a block are unmasked at a step: the `tokens_per_step` best ones by `"confidence"`,
+            `"entropy"`, `"margin"`, `"random"` or `"left_to_right"`; `"threshold"` (all above `confidence_threshold`, at
+            least `tokens_per_step`); or `"entropy_bound"` (the surest ones, whose entropies add up to less than
+            `entropy_bound`, at least one). See [`DecodingConfig`].
         tokens_per_step (`int`, *optional*, defaults to `1`):
-            Positions unmasked at a step by `"confidence"`.
+            Positions unmasked at a step.
         confidence_threshold (`float`, *optional*, defaults to `0.9`):
             Probability above which `"threshold"` unmasks a position.
+        entropy_bound (`float`, *optional*, defaults to `0.1`):
+            Bound of `"entropy_bound"`, in nats.
         steps_per_block (`int`, *optional*):
-            Number of steps over which `"confidence"` spreads a block, instead of `tokens_per_step`.
+            Number of steps over which a block is spread, instead of `tokens_per_step`.
         step_schedule (`str`, *optional*, defaults to `"even"`):
             How `steps_per_block` spreads it: `"even"` (LLaDA) or `"linear"` (Dream).
         sub_block_size (`int`, *optional*):
             Unmask the parts of a block of this many positions one after another, from left to right (Fast-dLLM v2).
+        stop_rule (`str`, *optional*, defaults to `"block"`):
+            When a response with a stop token ends: with its block, or as soon as nothing before the stop token is masked
+            (`"token"`). Responses and scores are the same; `"token"` saves steps.
         rollout_batch_size (`int`, *optional*):
-            Responses that a process decodes at once. All of them if `None`.
+            Responses that a process decodes at once; the others wait until one has ended. All of them if `None`.
 
         > Parameters that control the estimator
 
@@ -108,23 +116,23 @@ class DTRPOConfig(GRPOConfig):
     decoding_strategy: str = field(
         default="confidence",
         metadata={
-            "help": "Which masked positions of a block are unmasked at a step: 'confidence' (the `tokens_per_step` "
-            "most probable ones) or 'threshold' (all above `confidence_threshold`, at least one).",
+            "help": "Which masked positions of a block are unmasked at a step: the `tokens_per_step` best ones by "
+            "'confidence', 'entropy', 'margin', 'random' or 'left_to_right'; 'threshold' (all above "
+            "`confidence_threshold`, at least `tokens_per_step`); or 'entropy_bound' (the surest ones, whose entropies "
+            "add up to less than `entropy_bound`, at least one).",
             "choices": list(STRATEGIES),
         },
     )
-    tokens_per_step: int = field(
-        default=1, metadata={"help": "Positions unmasked at a step by decoding_strategy='confidence'."}
-    )
+    tokens_per_step: int = field(default=1, metadata={"help": "Positions unmasked at a step."})
     confidence_threshold: float = field(
         default=0.9, metadata={"help": "Probability above which decoding_strategy='threshold' unmasks a position."}
     )
+    entropy_bound: float = field(
+        default=0.1, metadata={"help": "Bound of decoding_strategy='entropy_bound', in nats."}
+    )
     steps_per_block: int | None = field(
         default=None,
-        metadata={
-            "help": "Number of steps over which decoding_strategy='confidence' spreads a block, instead of "
-            "`tokens_per_step`."
-        },
+        metadata={"help": "Number of steps over which a block is spread, instead of `tokens_per_step`."},
     )
     step_schedule: str = field(
         default="even",
@@ -140,8 +148,20 @@ class DTRPOConfig(GRPOConfig):
             "(Fast-dLLM v2)."
         },
     )
+    stop_rule: str = field(
+        default="block",
+        metadata={
+            "help": "When a response with a stop token ends: with its 'block', or as soon as nothing before the stop "
+            "'token' is masked. Responses and scores are the same; 'token' saves steps.",
+            "choices": list(STOP_RULES),
+        },
+    )
     rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Responses that a process decodes at once. All of them if not set."}
+        default=None,
+        metadata={
+            "help": "Responses that a process decodes at once; the others wait until one has ended. All of them if "
+            "not set."
+        },
     )
 
     # Parameters that control the estimator
@@ -288,6 +308,8 @@ class DTRPOConfig(GRPOConfig):
             steps_per_block=self.steps_per_block,
             schedule=self.step_schedule,
             sub_block_size=self.sub_block_size,
+            entropy_bound=self.entropy_bound,
+            stop_rule=self.stop_rule,
         )
 
     def scoring(self) -> EstimatorConfig:
