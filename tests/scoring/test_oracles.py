@@ -24,6 +24,9 @@ DECODINGS = {
     "three-per-step-tempered": DecodingConfig(max_new_tokens=21, temperature=0.7, tokens_per_step=3),
     "threshold": DecodingConfig(max_new_tokens=20, temperature=1.3, strategy="threshold", threshold=0.2),
     "greedy": DecodingConfig(max_new_tokens=24, temperature=0.0),
+    "stop-at-token": DecodingConfig(
+        max_new_tokens=22, temperature=1.0, strategy="entropy_bound", entropy_bound=1.5, stop_rule="token"
+    ),
 }
 
 
