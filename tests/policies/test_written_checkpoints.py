@@ -99,7 +99,9 @@ class Family:
             if self.bias:
                 found |= {f"{prefix}{self.names[part]}.bias": shapes[part][:1] for part in "qkv"}
         random = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in found.items()}
-        return {name: 1 + value if value.dim() == 1 and "bias" not in name else value for name, value in random.items()}
+        return {
+            name: 1 + value if value.dim() == 1 and "bias" not in name else value for name, value in random.items()
+        }
 
 
 FAMILIES = {
@@ -280,3 +282,18 @@ def test_a_path_is_all_that_the_trainer_needs(family, checkpoint, tmp_path, beta
     before, after = stored(checkpoint), stored(tmp_path / "trained")
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_familys_own_code_is_found_beside_what_is_saved(family, checkpoint, tmp_path):
+    """It is never run here, and is what the family's own tools run."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "local")
+    name = "modeling_of_the_hub.py"
+    assert (tmp_path / "local" / name).read_text() == (checkpoint / name).read_text()
+    model.config._name_or_path = "their-name/their-model"  # as when it was loaded from the hub
+    model.save_pretrained(tmp_path / "hub")
+    saved = json.loads((tmp_path / "hub" / "config.json").read_text())["auto_map"]
+    assert saved == {key: f"their-name/their-model--{code}" for key, code in family.config()["auto_map"].items()}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", trust_remote_code=False)
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == saved
