@@ -139,6 +139,23 @@ def test_old_logps_come_from_the_recording(make_trainer):
     assert packed_widths == [True] * 3  # three updates, three forwards without a cache, each with a gradient
 
 
+def test_old_logps_can_be_scored_again(make_trainer):
+    """With a falsified recording, the ratio is 1 for a policy that does not move, on the first pass and on later ones."""
+    trainer = make_trainer(rescore_old_log_probs=True, num_iterations=2, learning_rate=0.0, max_steps=2)
+    decode = trainer._decode
+
+    def falsify(*args):
+        batch = decode(*args)
+        batch.logps = batch.logps - 0.5 * (batch.steps >= 0)
+        return batch
+
+    trainer._decode = falsify
+    trainer.train()
+    for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
+        assert entry["diffusion/log_ratio_std"] < 1e-5 and entry["diffusion/kl_to_old"] < 1e-5
+        assert entry["diffusion/recorded_gap/mean"] == pytest.approx(0.5, abs=1e-4)
+
+
 def per_row_inputs(trainer, row_count=8):
     """The local batch that the trainer makes from its first rows."""
     rows = [trainer.train_dataset[i // 4] for i in range(row_count)]
@@ -641,7 +658,7 @@ def test_bad_options_are_refused(tmp_path, option):
 
 def test_every_option_has_a_help_text_and_a_line_in_the_docstring():
     own = set(DTRPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
-    assert len(own) == 21
+    assert len(own) == 22
     for name in own:
         assert DTRPOConfig.__dataclass_fields__[name].metadata["help"]
         assert f"\n        {name} (" in DTRPOConfig.__doc__

@@ -109,6 +109,10 @@ class DTRPOConfig(GRPOConfig):
             Blocks of a response that `"dtrpo"` scores, drawn at random and weighted. All if `None`.
         prompt_mask_probability (`float`, *optional*, defaults to `0.15`):
             Probability with which `"mean_field"` masks a prompt token.
+        rescore_old_log_probs (`bool`, *optional*, defaults to `False`):
+            Whether the policy scores its fresh responses itself for the old log-probabilities, as the update does,
+            instead of taking those recorded while decoding. Costs a forward pass where an update is not the first one
+            since the rollout, and none where it is. For rollouts whose `diffusion/recorded_gap/...` is too large.
         share_prompts (`bool`, *optional*, defaults to `True`):
             Whether responses to the same prompt share its part of the pass. Numbers are the same. Takes effect with
             block attention, `attn_implementation="sdpa"`, and `per_device_train_batch_size` a multiple of
@@ -229,6 +233,13 @@ class DTRPOConfig(GRPOConfig):
     )
     prompt_mask_probability: float = field(
         default=0.15, metadata={"help": "Probability with which 'mean_field' masks a prompt token."}
+    )
+    rescore_old_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the policy scores its fresh responses itself for the old log-probabilities, instead of taking "
+            "those recorded while decoding."
+        },
     )
     share_prompts: bool = field(
         default=True,

@@ -163,6 +163,10 @@ class DTRPOTrainer(GRPOTrainer):
 
         store = None
         if offline:
+            if args.rescore_old_log_probs:
+                raise ValueError(
+                    "`rescore_old_log_probs=True` is for fresh responses: another policy may have made stored ones."
+                )
             processing_class = processing_class or _load_tokenizer(model)
             changed = kwargs.get("quantization_config") is not None
             store = OfflineData(model, config, args, spec, processing_class, reward_funcs, changed)
@@ -188,9 +192,11 @@ class DTRPOTrainer(GRPOTrainer):
                 )
 
         self.estimator = ESTIMATORS[args.estimator]
+        self._old_is_recorded = self.estimator.recorded and not args.rescore_old_log_probs
         self.scoring_config = args.scoring()
         self._layout: PackedLayout | None = None
         self._old: Tensor | None = None
+        self._recorded: Tensor | None = None
         self._stored: list[tuple[dict[str, Any], int, int]] | None = None  # rows of this rollout, responses, epoch
         self._rollouts: TrajectoryBatch | None = None
         self.last_rollouts: TrajectoryBatch | None = None
@@ -345,7 +351,7 @@ class DTRPOTrainer(GRPOTrainer):
         )
         if self.args.weighting == "none":
             output["expected_weight"] = self._expected_weight(output)
-        if "old_per_token_logps" in output and not self.estimator.recorded:
+        if "old_per_token_logps" in output and not self._old_is_recorded:
             output["old_estimates"] = self._old_estimates(output)
         if stored is not None and self._ref_estimates:
             rows = [self._ref_estimates[epoch, row["row"]][index] for row, index, epoch in stored]
@@ -464,7 +470,7 @@ class DTRPOTrainer(GRPOTrainer):
     def _old_estimates(self, output: dict[str, Any]) -> Tensor:
         """
         What the policy of this rollout estimates for the states that each pass over it will draw, `(R, iterations, C)`;
-        for estimators whose states are not those of the recording.
+        where the recording does not say.
         """
         size = self.args.per_device_train_batch_size
         rows = len(output["prompt_ids"])
@@ -527,14 +533,15 @@ class DTRPOTrainer(GRPOTrainer):
         seeds = [derive_seed(seed, iteration) for seed in inputs["draw_seeds"].tolist()]
         states = self.estimator.states(batch, self.spec, seeds, self.scoring_config)
         self._layout = pack(batch, self.spec, states, self.estimator.one_row, self._share_prompts)
-        if self.estimator.recorded:
-            self._old = torch.where(states.weights > 0, batch.logps, 0.0)  # what is not scored has ratio 1
+        self._recorded = torch.where(states.weights > 0, batch.logps, 0.0)  # what is not scored has ratio 1
+        if self._old_is_recorded:
+            self._old = self._recorded
         else:
             self._old = inputs["old_estimates"][:, iteration] if "old_estimates" in inputs else None
         try:
             yield self._layout
         finally:
-            self._layout = self._old = None
+            self._layout = self._old = self._recorded = None
 
     def _pairwise_loss(self, model, inputs: dict[str, Any], layout: PackedLayout, reference: Tensor) -> Tensor:
         """`-log sigmoid` of the difference of log-ratios to the reference, better against worse response of a group."""
@@ -579,7 +586,7 @@ class DTRPOTrainer(GRPOTrainer):
     def _expected_weight(self, output: dict[str, Any]) -> Tensor:
         """What the weights of a draw sum to on average, over the rollouts of all processes."""
         tokens = token_states(self.spec, _trajectories(output))
-        total = expected_weights(tokens, self.args.step_distribution, self.args.num_scored_blocks)
+        total = expected_weights(tokens, self.args.step_distribution, self.args.num_draws, self.args.num_scored_blocks)
         return self.accelerator.reduce(total.sum(), reduction="sum")
 
     # -------------------------------------------------------------------------------------------------- metrics
@@ -604,7 +611,7 @@ class DTRPOTrainer(GRPOTrainer):
         sums = self.accelerator.reduce(ratio_statistics(logps - old, weights), reduction="sum")
         for name, value in summarise_ratios(sums).items():
             self._record(f"diffusion/{name}", value)
-        gap = torch.where(scored, (logps - old).abs(), 0.0)
+        gap = torch.where(scored, (logps - self._recorded).abs(), 0.0)
         totals = torch.stack([gap.sum(), scored.sum().float(), torch.tensor(len(gap), device=gap.device).float()])
         total, tokens, responses = self.accelerator.reduce(totals, reduction="sum").tolist()
         self._record("diffusion/scored_tokens", tokens / responses)
