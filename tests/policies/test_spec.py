@@ -35,6 +35,8 @@ def test_a_model_without_a_spec_is_told_how_to_get_one():
         ({"mask_token_id": 3, "blocksize": 4}, r"Unknown diffusion spec fields \['blocksize'\]"),
         ({"block_size": 4}, "needs `mask_token_id`"),
         ({"mask_token_id": True}, "mask_token_id"),
+        ({"mask_token_id": 3, "block_size": True}, "block_size"),
+        ({"mask_token_id": 3, "token_shift": "false"}, "`token_shift` must be true or false, got 'false'"),
         ({"mask_token_id": 3, "stop_token_ids": 5}, "must be a list of token ids, got 5"),
         ({"mask_token_id": 3, "stop_token_ids": [3]}, "holds the mask token"),
     ],

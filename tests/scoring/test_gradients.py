@@ -15,7 +15,7 @@ import torch
 
 from tests.conftest import SPECS, make_policy, make_prompts
 from tests.scoring.test_estimators import masked_logps, rows_of
-from tests.scoring.test_oracles import another, plain_forward_logps
+from tests.scoring.test_oracles import another, plain_forward_logps, possible_sets, weights_of
 from trl_diffusion.scoring import estimators
 from trl_diffusion.scoring.draws import draw_steps
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
@@ -32,10 +32,10 @@ from trl_diffusion.trajectories.trajectory import (
 
 OPTIONS = {
     "uniform": {},
-    "uniform-2": {"num_draws": 2},  # without replacement
+    "uniform-2": {"num_draws": 2},
     "uniform-4": {"num_draws": 4},  # more than a block has steps
     "token": {"step_distribution": "token"},
-    "token-2": {"step_distribution": "token", "num_draws": 2},  # with replacement
+    "token-2": {"step_distribution": "token", "num_draws": 2},
     "one-block": {"num_blocks": 1},
     "one-block-token-2": {"num_blocks": 1, "step_distribution": "token", "num_draws": 2},
     "none-uniform-2": {"weighting": "none", "num_draws": 2},
@@ -119,13 +119,7 @@ def possible_draws(blocks: list[Counter], step_distribution="uniform", num_draws
     """
 
     def of_block(sizes: Counter) -> dict[tuple[int, ...], float]:
-        chances: dict[tuple[int, ...], float] = Counter()
-        if step_distribution == "uniform":
-            sets = list(itertools.combinations(sorted(sizes), min(num_draws, len(sizes))))
-            return dict.fromkeys(sets, 1 / len(sets))
-        for drawn in itertools.product(sizes, repeat=num_draws if sizes else 0):
-            chances[tuple(sorted(drawn))] += math.prod(sizes[step] / sizes.total() for step in drawn)
-        return chances
+        return possible_sets(dict(sizes), step_distribution, num_draws) if sizes else {(): 1.0}
 
     subsets = list(itertools.combinations(range(len(blocks)), min(num_blocks or len(blocks), len(blocks))))
     result: dict[tuple, float] = Counter()
@@ -196,13 +190,14 @@ def test_o6_enumerated_draws_have_the_exact_gradient(case, name):
             estimated[which] = estimated[which] + (shares * values).sum()
 
         worth = torch.zeros(batch.canvas_ids.shape[1])
+        draws = (options.get("step_distribution", "uniform"), options.get("num_draws", 1))
+        inverse = [weights_of(possible_sets(dict(size), *draws)) if size else {} for size in blocks]
         for place, (block, state) in places.items():
             worth[place] = 1.0
             if options.get("weighting") == "none":  # each step of a block is worth the probability of one draw
                 size = blocks[block]
                 if state is not None:
-                    token = options.get("step_distribution") == "token"
-                    worth[place] = size[state] / size.total() if token else 1 / len(size)
+                    worth[place] = 1 / inverse[block][state] / min(draws[1], len(size))
                 worth[place] *= min(options.get("num_blocks", len(blocks)), len(blocks)) / len(blocks)
         for which, values in enumerate(objectives(plain[row], old[row], advantage)):
             exact[which] = exact[which] + (values * worth).sum()

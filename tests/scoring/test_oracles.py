@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -154,28 +156,59 @@ def test_o2_enumerated_draws_are_unbiased(distribution, num_draws):
         here = counted[row] & (blocks[row] == block) & (steps[row] >= 0)
         exact = ratios[row][here].sum()
         support = [t for t, n in enumerate(counts[row, block].tolist()) if n]
-        total = counts[row, block].sum().item()
-        if distribution == "uniform":
-            outcomes = list(itertools.permutations(support, min(num_draws, len(support))))
-            chances = [1 / len(outcomes)] * len(outcomes)
-        else:
-            outcomes = list(itertools.product(support, repeat=num_draws))
-            chances = [torch.tensor([counts[row, block, t] / total for t in o]).double().prod() for o in outcomes]
+        outcomes = possible_sets({t: counts[row, block, t].item() for t in support}, distribution, num_draws)
+        weights = weights_of(outcomes)
         expected = 0.0
-        for outcome, chance in zip(outcomes, chances, strict=True):
-            weights = weights_of(distribution, len(support), total, [counts[row, block, t].item() for t in outcome])
+        for outcome, chance in outcomes.items():
             picked = torch.zeros(blocks.shape[1])
-            for step, weight in zip(outcome, weights, strict=True):
-                picked[here & (steps[row] == step)] += weight
+            for step in outcome:
+                picked[here & (steps[row] == step)] += weights[step]
             expected = expected + chance * (picked.double() * ratios[row]).sum()
         assert abs(expected - exact) < 1e-5
 
 
-def weights_of(distribution, num_steps, num_tokens, sizes):
-    """The weights of METHOD.md, section 2, and their average over draws."""
+def possible_sets(sizes: dict[int, int], distribution: str, num_draws: int) -> dict[tuple[int, ...], float]:
+    """
+    Every set of steps that can be drawn in a block, and its probability (METHOD.md, section 2). Token-proportional: a
+    step gets `n_t / n` of the draws, one that would get a whole draw is certain, and the others, in a random order, are
+    drawn where `u, u + 1, ...` fall on their probabilities laid end to end.
+    """
+    number = min(num_draws, len(sizes))
     if distribution == "uniform":
-        return [num_steps / len(sizes)] * len(sizes)
-    return [num_tokens / (len(sizes) * size) for size in sizes]
+        sets = list(itertools.combinations(sorted(sizes), number))
+        return dict.fromkeys(sets, 1 / len(sets))
+    rest, certain = dict(sizes), []
+    while sure := [t for t, n in rest.items() if n * (number - len(certain)) >= sum(rest.values())]:
+        certain += sure
+        for step in sure:
+            del rest[step]
+    chances: dict[tuple[int, ...], Fraction] = Counter()
+    left = number - len(certain)
+    orders = list(itertools.permutations(rest)) if left > 1 else [tuple(rest)]  # a single draw knows no order
+    for order in orders:
+        ends = list(itertools.accumulate(Fraction(rest[t] * left, sum(rest.values())) for t in order))
+        starts = sorted({Fraction(0), Fraction(1), *(end % 1 for end in ends)})
+        for low, high in itertools.pairwise(starts):
+            marks = [(low + high) / 2 + j for j in range(left)]
+            drawn = [next(t for t, end in zip(order, ends, strict=True) if end > mark) for mark in marks]
+            assert len(set(drawn)) == left
+            chances[tuple(sorted(certain + drawn))] += (high - low) / len(orders)
+    assert sum(chances.values()) == 1
+    return {outcome: float(chance) for outcome, chance in chances.items()}
+
+
+def weights_of(outcomes: dict[tuple[int, ...], float]) -> dict[int, float]:
+    """The inverse of each step's probability of being drawn."""
+    steps = sorted({step for outcome in outcomes for step in outcome})
+    return {step: 1 / sum(chance for outcome, chance in outcomes.items() if step in outcome) for step in steps}
+
+
+def test_equal_steps_are_drawn_alike_and_enough_draws_are_exact():
+    for num_draws in (1, 2, 3):
+        token, uniform = (possible_sets({0: 2, 3: 2, 4: 2}, name, num_draws) for name in ("token", "uniform"))
+        assert token == pytest.approx(uniform)
+    assert weights_of(possible_sets({0: 5, 1: 1, 2: 2}, "token", 7)) == {0: 1.0, 1: 1.0, 2: 1.0}
+    assert weights_of(possible_sets({0: 5, 1: 1, 2: 2}, "token", 1)) == pytest.approx({0: 8 / 5, 1: 8, 2: 4})
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "token"])
@@ -194,24 +227,20 @@ def test_draws_follow_their_distribution_and_carry_its_weights(distribution, num
         rows = slice(row * repeats, (row + 1) * repeats)
         sizes = counts[row, block]
         support = (sizes > 0).nonzero().squeeze(1).tolist()
-        expected_draws = min(num_draws, len(support)) if distribution == "uniform" else num_draws
+        outcomes = possible_sets({t: sizes[t].item() for t in support}, distribution, num_draws)
         drawn = draw.steps[rows, block]
-        assert ((drawn >= 0).sum(1) == expected_draws).all()
-        frequencies = torch.stack([(drawn == t).sum() for t in range(len(sizes))]) / repeats
-        if distribution == "uniform":
-            expected = (sizes > 0) * expected_draws / len(support)
-        else:
-            expected = sizes / sizes.sum() * num_draws
-        assert (frequencies - expected).abs().max() < 4 * (0.5 * num_draws / repeats**0.5)
-        for step in support:
+        found = Counter(tuple(sorted(t for t in row_steps if t >= 0)) for row_steps in drawn.tolist())
+        assert set(found) == set(outcomes)
+        for outcome, chance in outcomes.items():
+            assert abs(found[outcome] / repeats - chance) <= 4 * (chance * (1 - chance) / repeats) ** 0.5
+        for step, weight in weights_of(outcomes).items():
             weights = draw.weights[rows, block][drawn == step]
-            size = sizes[step].item()
-            wanted = weights_of(distribution, len(support), sizes.sum().item(), [size] * expected_draws)[0]
-            assert torch.allclose(weights, torch.tensor(wanted, dtype=torch.float))
+            assert torch.allclose(weights, torch.tensor(weight, dtype=torch.float))
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "token"])
-@pytest.mark.parametrize("num_draws", [1, 2])
+# Two draws in proportion to tokens have too many orders to enumerate here; `test_o2_every_token_weighs_one_on_average`
+# draws them.
+@pytest.mark.parametrize(("distribution", "num_draws"), [("uniform", 1), ("uniform", 2), ("token", 1)])
 @torch.no_grad()
 def test_o2_estimate_equals_exact_log_ratio_in_expectation(policy, spec, distribution, num_draws):
     """Through the packed forward: the mean over all draws of sum(weight * log-ratio) is the exact log-ratio."""
@@ -234,19 +263,12 @@ def test_o2_estimate_equals_exact_log_ratio_in_expectation(policy, spec, distrib
         support = counts[row, block].nonzero().squeeze(1).tolist()
         if not support:
             continue
-        total = counts[row, block].sum().item()
-        if distribution == "uniform":
-            outcomes = list(itertools.combinations(support, min(num_draws, len(support))))
-            chances = [1 / len(outcomes)] * len(outcomes)
-        else:
-            outcomes = list(itertools.product(support, repeat=num_draws))
-            chances = [torch.tensor([counts[row, block, t] / total for t in o]).double().prod() for o in outcomes]
-        for outcome, chance in zip(outcomes, chances, strict=True):
-            sizes = [counts[row, block, t].item() for t in outcome]
-            weights = weights_of(distribution, len(support), total, sizes)
-            for step, weight in zip(outcome, weights, strict=True):
+        outcomes = possible_sets({t: counts[row, block, t].item() for t in support}, distribution, num_draws)
+        weights = weights_of(outcomes)
+        for outcome, chance in outcomes.items():
+            for step in outcome:
                 at_step = drawable[row] & (blocks[row] == block) & (states[row] == step)
-                expected[row] += chance * weight * ratios[row][at_step].double().sum()
+                expected[row] += chance * weights[step] * ratios[row][at_step].double().sum()
     torch.testing.assert_close(expected, exact.sum(1).double(), atol=1e-4, rtol=1e-5)
 
 
@@ -407,19 +429,3 @@ def test_a_visible_token_does_matter(name):
     changed = replace(batch, canvas_ids=torch.where(visible, (batch.canvas_ids + 7) % MASK, batch.canvas_ids))
     before, after = (score(policy, lay_out(b, spec, draw), spec)[0] for b in (batch, changed))
     assert (before[target] - after[target]).abs().min() > 1e-4
-
-
-@pytest.mark.parametrize("name", ["block-from-sequence", "full"])
-def test_a_state_drawn_twice_counts_twice_and_no_more(name):
-    """Drawing with replacement: the gradient belongs to the weights, not to the number of copies laid out."""
-    spec = SPECS[name]
-    policy = make_policy(spec)
-    batch = rollout(policy, DecodingConfig(8, tokens_per_step=8)).select(torch.tensor([1]))  # blocks of one step
-    gradients = []
-    for num_draws in (1, 4):
-        draw = draw_steps(token_states(spec, batch), seeds=[3], distribution="token", num_draws=num_draws)
-        layout = lay_out(batch, spec, draw)
-        policy.zero_grad()
-        (score(policy, layout, spec)[0] * layout.weights).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
-    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,7 @@ import trl
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
 from tests.conftest import make_policy
@@ -136,6 +137,23 @@ def test_old_logps_come_from_the_recording(make_trainer):
     )
     trainer.train()
     assert packed_widths == [True] * 3  # three updates, three forwards without a cache, each with a gradient
+
+
+def test_old_logps_can_be_scored_again(make_trainer):
+    """With a falsified recording, the ratio is 1 for a policy that does not move, on the first pass and on later ones."""
+    trainer = make_trainer(rescore_old_log_probs=True, num_iterations=2, learning_rate=0.0, max_steps=2)
+    decode = trainer._decode
+
+    def falsify(*args):
+        batch = decode(*args)
+        batch.logps = batch.logps - 0.5 * (batch.steps >= 0)
+        return batch
+
+    trainer._decode = falsify
+    trainer.train()
+    for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
+        assert entry["diffusion/log_ratio_std"] < 1e-5 and entry["diffusion/kl_to_old"] < 1e-5
+        assert entry["diffusion/recorded_gap/mean"] == pytest.approx(0.5, abs=1e-4)
 
 
 def per_row_inputs(trainer, row_count=8):
@@ -399,8 +417,6 @@ def test_evaluation_during_training(make_trainer):
 
 
 def test_conversational_prompts(make_trainer, tokenizer):
-    import copy
-
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": f"sudoku {i}"}]} for i in range(8)])
@@ -513,9 +529,44 @@ def test_streams_are_checked_as_they_come(make_trainer):
 
 def test_bad_input_leaves_nothing_behind(make_trainer, tmp_path):
     target = tmp_path / "never"
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="mask token"):
+        make_trainer(dataset=Dataset.from_list([{"prompt": "a <mask>"}]), output_dir=str(target / "run"))
+    assert not target.exists()
+    target.mkdir()
+    (target / "mine").write_text("kept")
+    with pytest.raises(ValueError, match="mask token"):
         make_trainer(dataset=Dataset.from_list([{"prompt": "a <mask>"}]), output_dir=str(target))
-    assert not target.exists() or not any(target.iterdir())
+    assert [path.name for path in target.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (7, "must be text or a list of messages, got 7"),
+        (["a", "b"], "must be text or a list of messages"),
+        ({"role": "user", "content": "a"}, "must be text or a list of messages"),
+        ([{"role": "user"}], "must have a `role` and a `content`"),
+        ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "take text only"),
+    ],
+)
+def test_prompts_that_are_not_text(make_trainer, prompt, message):
+    with pytest.raises(ValueError, match=f"train_dataset: row 0.*{message}"):
+        make_trainer(dataset=Dataset.from_list([{"prompt": prompt}]))
+
+
+def test_columns_that_reward_functions_would_not_see(make_trainer):
+    with pytest.raises(ValueError, match=r"has \['completions'\]"):
+        make_trainer(dataset=Dataset.from_list([{"prompt": "a", "completions": "b"}]))
+
+
+def test_tokenizers_that_cannot_be_used(make_trainer, tokenizer, tmp_path, char_spec):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = bare.eos_token = None
+    with pytest.raises(ValueError, match="neither a padding token nor an end-of-text token"):
+        make_trainer(kwargs={"processing_class": bare})
+    make_policy(char_spec, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match="every prompt into no tokens at all.*processing_class"):
+        make_trainer(str(tmp_path / "alone"), kwargs={"processing_class": None})
 
 
 @pytest.mark.parametrize(
@@ -536,12 +587,45 @@ def test_bad_input_leaves_nothing_behind(make_trainer, tmp_path):
         {"loss_type": "dr_grpo", "weighting": "none"},
         {"max_completion_length": None},
         {"loss_type": "vespo"},
+        {"loss_type": "dppo"},
         {"temperature": 0.0},
+        {"vllm_mode": "server"},
+        {"vllm_importance_sampling_correction": False},
+        {"max_tool_calling_iterations": 2},
+        {"model_init_kwargs": {"trust_remote_code": True}},
+        {"neftune_noise_alpha": 5.0},
+        {"max_completion_length": 0},
+        {"beta": -0.1},
+        {"scale_rewards": "rows"},
+        {"importance_sampling_level": "word"},
+        {"diffusion_spec": "{block_size"},
     ],
 )
 def test_options_without_meaning_are_refused(tmp_path, option):
     with pytest.raises(ValueError, match=next(iter(option))):
         DTRPOConfig(str(tmp_path), bf16=False, **option)
+
+
+# Every other option of GRPOConfig, and what the tests show of it or why it works as in TRL.
+MEANINGFUL = {
+    *("model_init_kwargs", "disable_dropout", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+    *("num_generations", "num_generations_eval", "generation_batch_size", "steps_per_generation", "num_iterations"),
+    *("max_completion_length", "temperature", "ds3_gather_for_generation", "shuffle_dataset", "pad_to_multiple_of"),
+    *("beta", "epsilon", "epsilon_high", "delta", "use_bias_correction_kl", "importance_sampling_level", "loss_type"),
+    *("sapo_temperature_neg", "sapo_temperature_pos", "mask_truncated_completions", "chat_template_kwargs"),
+    *("reward_weights", "multi_objective_aggregation", "scale_rewards"),
+    *("log_completions", "num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"),
+}
+
+
+def test_every_option_of_trl_is_refused_or_meaningful(tmp_path):
+    """An option that a new TRL brings must be decided about."""
+    own = set(GRPOConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__) - MEANINGFUL
+    for name in sorted(own):
+        config = DTRPOConfig(str(tmp_path), bf16=False)
+        assert not config.refused()
+        setattr(config, name, "another value")
+        assert name in config.refused(), f"GRPOConfig.{name}: refuse it, or say what it does for a diffusion policy."
 
 
 @pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
@@ -554,6 +638,7 @@ def test_arguments_without_meaning_are_refused(make_trainer, name):
     "option",
     [
         {"num_draws": 0},
+        {"num_draws": 1.5},
         {"rollout_batch_size": 0},
         {"step_distribution": "best"},
         {"weighting": "both"},
@@ -573,7 +658,7 @@ def test_bad_options_are_refused(tmp_path, option):
 
 def test_every_option_has_a_help_text_and_a_line_in_the_docstring():
     own = set(DTRPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
-    assert len(own) == 21
+    assert len(own) == 22
     for name in own:
         assert DTRPOConfig.__dataclass_fields__[name].metadata["help"]
         assert f"\n        {name} (" in DTRPOConfig.__doc__

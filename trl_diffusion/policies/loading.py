@@ -32,6 +32,11 @@ def load_config(path: str, **options) -> PretrainedConfig:
         model_type = values.get("model_type")
         if model_type in CONFIG_MAPPING:
             raise
+        if model_type is None:
+            raise ValueError(
+                f"There is no checkpoint at {path}: no `config.json` there that has a `model_type`. A LoRA adapter is "
+                "opened with `peft.AutoPeftModelForCausalLM` and passed as a model."
+            ) from error
         known = ", ".join(f"{name} (`{config.model_type}`)" for name, (config, *_) in FAMILIES.items())
         raise ValueError(
             f"{path} has the model type {model_type!r}, which neither trl_diffusion nor transformers "
@@ -62,6 +67,11 @@ def resolve_mask_token(config: PretrainedConfig, tokenizer: PreTrainedTokenizerB
     )
 
 
+def needs_tokenizer(config: PretrainedConfig, overrides: Mapping[str, Any] | None = None) -> bool:
+    """Whether this is a family's model of which only the tokenizer knows the mask token."""
+    return bool(family_fields(config)) and "mask_token_id" not in {**spec_fields(config), **(overrides or {})}
+
+
 def resolve_spec(
     config: PretrainedConfig,
     overrides: Mapping[str, Any] | None = None,
@@ -75,8 +85,8 @@ def resolve_spec(
         ValueError: if nothing says which token is the mask, or the spec names tokens that the model does not have.
     """
     overrides = dict(overrides or {})
-    if family_fields(config) and tokenizer is not None and "mask_token_id" not in {**spec_fields(config), **overrides}:
-        overrides["mask_token_id"] = resolve_mask_token(config, tokenizer)  # only the tokenizer knows
+    if tokenizer is not None and needs_tokenizer(config, overrides):
+        overrides["mask_token_id"] = resolve_mask_token(config, tokenizer)
     spec = get_spec(config, overrides)
     check_spec(spec, config)
     return spec

@@ -66,7 +66,10 @@ class DiffusionSpec:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
-        if not isinstance(self.block_size, int) or self.block_size < 1:
+        for name in ("token_shift", "predicts_mask_token"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
+        if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(f"`block_size` must be a positive number of tokens, got {self.block_size!r}.")
         if self.first_token == "autoregressive" and not self.token_shift:
             raise ValueError(

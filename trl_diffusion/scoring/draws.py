@@ -82,7 +82,10 @@ def draw_steps(
     `weighting="unbiased"`, the expectation of `sum_draws weight * d[step]` is `sum_t d[t]`:
 
     - `"uniform"`: `K = min(num_draws, T)` different steps, each with weight `T / K`;
-    - `"token"`: `K = num_draws` steps with replacement, step `t` with probability `n_t / n`, weight `n / (K * n_t)`.
+    - `"token"`: `K` different steps, step `t` with probability `p_t = K * n_t / n` and weight `1 / p_t`. Steps for which
+      that is 1 or more are always drawn, with weight 1, and the rest of the draws is shared among the others likewise.
+
+    If every step unmasked the same number of tokens the two are the same, and with `num_draws >= T` either is exact.
 
     With `num_blocks`, only `m = min(num_blocks, S)` of a response's `S` blocks are drawn from, without replacement, all
     equally likely, and weights grow by `S / m`.
@@ -122,27 +125,53 @@ def draw_steps(
     picks = torch.where(block_weights[..., None] > 0, picks, -1)
     valid = picks >= 0
 
-    at_step = counts.gather(2, picks.clamp(min=0))  # |U[s, t]|
-    drawn = valid.sum(-1, keepdim=True)  # K
     if weighting == "none":
-        weights, block_weights = 1.0 / drawn, (block_weights > 0).float()
+        weights, block_weights = 1.0 / valid.sum(-1, keepdim=True), (block_weights > 0).float()
     else:
-        number_of_steps = (counts > 0).sum(-1, keepdim=True)  # T_s
-        total = counts.sum(-1, keepdim=True)  # n_s
-        weights = number_of_steps / drawn if distribution == "uniform" else total / (drawn * at_step)
-        weights = weights * block_weights[..., None]
+        chances = inclusion(counts, distribution, num_draws).gather(2, picks.clamp(min=0))
+        weights = block_weights[..., None] / chances
     weights = torch.where(valid, weights.expand_as(picks).float(), 0.0)
     return StepDraw(picks.to(device), weights.to(device), block_weights.to(device))
 
 
+def inclusion(counts: Tensor, distribution: Literal["uniform", "token"], num_draws: int) -> Tensor:
+    """
+    Probability with which each step is among those drawn in its block.
+
+    Args:
+        counts (`Tensor` of shape `(R, S, T)`): drawable tokens that the step unmasked.
+        distribution (`str`): see [`draw_steps`].
+        num_draws (`int`): draws per block.
+
+    Returns:
+        float64 `Tensor` of shape `(R, S, T)`; its sum over the steps of a block is the number of different steps drawn.
+    """
+    support = counts > 0
+    number = support.sum(-1, keepdim=True).clamp(max=num_draws)  # K
+    if distribution == "uniform":
+        return support * number / support.sum(-1, keepdim=True).clamp(min=1).double()
+    certain = torch.zeros_like(support)
+    while True:
+        rest = counts.masked_fill(certain, 0)
+        share = rest * (number - certain.sum(-1, keepdim=True))  # p_t times what is left of n
+        total = rest.sum(-1, keepdim=True)
+        more = (rest > 0) & (share >= total)
+        if not more.any():
+            return torch.where(certain, 1.0, share / total.clamp(min=1).double())
+        certain |= more
+
+
 def expected_weights(
-    tokens: TokenStates, distribution: Literal["uniform", "token"] = "uniform", num_blocks: int | None = None
+    tokens: TokenStates,
+    distribution: Literal["uniform", "token"] = "uniform",
+    num_draws: int = 1,
+    num_blocks: int | None = None,
 ) -> Tensor:
     """What the token weights of each response sum to, on average over [`draw_steps`] with `weighting="none"`, `(R,)`."""
     in_block, counts = _count(tokens)
-    counts = counts.float()
-    chances = (counts > 0).float() if distribution == "uniform" else counts
+    chances = inclusion(counts, distribution, num_draws).float()
     chances = chances / chances.sum(-1, keepdim=True).clamp(min=1)
+    counts = counts.float()
     always = in_block - counts.sum(-1)  # in every pass over the block
     total = (chances * counts).sum((1, 2)) + always.sum(1)
     num = (in_block > 0).sum(1)
@@ -173,34 +202,38 @@ def _pick_blocks(support: Tensor, seeds: list[int], num_blocks: int | None) -> T
 
 def _pick(counts: Tensor, seeds: list[int], distribution: str, num_draws: int) -> Tensor:
     """Steps drawn in each block, shape `(R, S, K)`, -1 where there is nothing (more) to draw."""
+    if distribution not in ("uniform", "token"):
+        raise ValueError(f"`distribution` must be 'uniform' or 'token', got {distribution!r}.")
     support = counts > 0
-    rows, blocks, steps = counts.shape
-    if distribution == "uniform":
-        width = min(num_draws, steps)
-        keys = torch.full(counts.shape, torch.inf, dtype=torch.float64)
-        for row, uniforms in _row_uniforms(support, seeds, steps_of_row=True):
-            keys[row, : uniforms.shape[0], : uniforms.shape[1]] = uniforms
-        keys = keys.masked_fill(~support, torch.inf)
-        smallest = keys.topk(width, dim=-1, largest=False)
-        return torch.where(torch.isinf(smallest.values), -1, smallest.indices)
+    width = min(num_draws, counts.shape[-1])
+    keys, starts = _row_uniforms(support, seeds)
+    keys = keys.masked_fill(~support, torch.inf)
     if distribution == "token":
-        targets = torch.zeros(rows, blocks, num_draws, dtype=torch.float64)
-        for row, uniforms in _row_uniforms(support, seeds, width=num_draws):
-            targets[row, : uniforms.shape[0]] = uniforms
-        cumulative = counts.cumsum(-1)
-        thresholds = (targets * cumulative[..., -1:]).floor()  # a token index, uniform over the block's tokens
-        picks = torch.searchsorted(cumulative.double().contiguous(), thresholds, right=True)
-        return torch.where(support.any(-1, keepdim=True), picks.clamp(max=steps - 1), -1)
-    raise ValueError(f"`distribution` must be 'uniform' or 'token', got {distribution!r}.")
+        # The steps in a random order, each as long as it is probable, on a line whose whole numbers, shifted by a
+        # random start, are the draws: no step is longer than 1, so none is drawn twice.
+        order = keys.argsort(-1)
+        ends = inclusion(counts, distribution, num_draws).gather(-1, order).cumsum(-1)
+        marks = (ends - starts[..., None]).ceil().long().clamp(min=0)  # draws before each end
+        marked = marks.diff(dim=-1, prepend=torch.zeros_like(marks[..., :1])) > 0
+        drawn = torch.zeros_like(support).scatter(-1, order, marked)
+        keys = torch.where(drawn, keys, torch.inf)
+    smallest = keys.topk(width, dim=-1, largest=False)
+    return torch.where(torch.isinf(smallest.values), -1, smallest.indices)
 
 
-def _row_uniforms(support: Tensor, seeds: list[int], width: int = 0, steps_of_row: bool = False):
-    """Yields, row by row, uniforms whose number depends on that row alone, never on the widest row of the batch."""
+def _row_uniforms(support: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
+    """A uniform number for each step, `(R, S, T)`, and for each block, `(R, S)`. Those of a row depend on its own seed,
+    blocks and steps alone, never on the widest row of the batch."""
+    of_steps = torch.full(support.shape, torch.inf, dtype=torch.float64)
+    of_blocks = torch.zeros(support.shape[:2], dtype=torch.float64)
     for row, seed in enumerate(seeds):
         used = support[row].nonzero()
         if len(used) == 0:
             continue
         num_blocks, num_steps = (used.max(0).values + 1).tolist()
         generator = torch.Generator().manual_seed(seed)
-        columns = num_steps if steps_of_row else width
-        yield row, torch.rand(num_blocks, columns, generator=generator, dtype=torch.float64)
+        of_steps[row, :num_blocks, :num_steps] = torch.rand(
+            num_blocks, num_steps, generator=generator, dtype=torch.float64
+        )
+        of_blocks[row, :num_blocks] = torch.rand(num_blocks, generator=generator, dtype=torch.float64)
+    return of_steps, of_blocks

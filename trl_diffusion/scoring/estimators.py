@@ -57,10 +57,10 @@ class EstimatorConfig:
             if getattr(self, name) not in choices:
                 what = "estimator" if name == "name" else name
                 raise ValueError(f"`{what}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
-        if self.num_draws < 1:
-            raise ValueError(f"`num_draws` must be at least 1, got {self.num_draws}.")
-        if self.num_blocks is not None and self.num_blocks < 1:
-            raise ValueError(f"`num_blocks` must be at least 1, got {self.num_blocks}.")
+        for name in ("num_draws", "num_blocks"):
+            value = getattr(self, name)
+            if not (name == "num_blocks" and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be a whole number, at least 1, got {value!r}.")
         if not 0 <= self.prompt_mask_probability < 1:
             raise ValueError(
                 f"`prompt_mask_probability` must be at least 0 and below 1, got {self.prompt_mask_probability}."

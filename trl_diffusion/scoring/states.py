@@ -74,10 +74,8 @@ def drawn_states(batch: TrajectoryBatch, spec: DiffusionSpec, draw: StepDraw, co
     drawn, weights = of_token(draw.steps), of_token(draw.weights)  # (R, C, K)
     hit = (drawn == steps[..., None]) & (drawn >= 0) & drawable[..., None]
     hit &= (groups < num_groups)[..., None]
-    # A state that is drawn twice is scored once, with both weights.
-    repeated = of_token((draw.steps[..., :, None] == draw.steps[..., None, :]).tril(-1).any(-1))
     always = (counted & ~drawable).float()  # made autoregressively: their state is in every pass
-    coefficients = (hit & ~repeated).float()
+    coefficients = hit.float()
     coefficients[..., 0] += always * (of_token(draw.block_weights) > 0)
     return States(
         hidden=((steps[..., None] == NEVER) | (steps[..., None] >= drawn)).transpose(1, 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,52 @@ from ..decoding.config import SCHEDULES, STOP_RULES, DecodingConfig
 from ..decoding.strategies import STRATEGIES
 from ..offline.orders import ORDERS
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
+
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "dpo")
+
+_NO_ENGINE = "it generates from left to right; a diffusion policy is denoised by this library's own decoder"
+_NO_TRANSFORM = "the distribution that is sampled from would not be the one that is scored"
+_NO_ENTROPY = "entropies are a metric of the scored tokens here, without a gradient"
+_NO_REMOTE_CODE = "the families load without their hub code, which hides its attention masks from this library"
+_NO_VESPO = "it belongs to `loss_type='vespo'`, which needs the ratio of whole sequences"
+# Options of GRPOConfig that mean nothing for a diffusion policy, and why; so do all that begin with `vllm_`.
+_REFUSED = {
+    "use_vllm": _NO_ENGINE,
+    "use_transformers_continuous_batching": _NO_ENGINE,
+    "transformers_continuous_batching_config": _NO_ENGINE,
+    "use_transformers_paged": _NO_ENGINE,
+    "generation_kwargs": _NO_ENGINE,
+    "cache_implementation": "finished blocks are kept in a cache of this library's own",
+    "top_p": _NO_TRANSFORM,
+    "top_k": _NO_TRANSFORM,
+    "min_p": _NO_TRANSFORM,
+    "repetition_penalty": _NO_TRANSFORM,
+    "max_tool_calling_iterations": "responses are denoised in one turn, without tools",
+    "log_multimodal": "diffusion policies here take text only",
+    "trust_remote_code": _NO_REMOTE_CODE,
+    "cast_lm_head_to_fp32": "log-probabilities are computed in float32 already",
+    "use_liger_kernel": "its fused loss is causal",
+    "router_aux_loss_coef": "a packed layout would count its copies in the load balance of the experts",
+    "neftune_noise_alpha": "the policy that is scored would not be the one that was sampled from",
+    "top_entropy_quantile": _NO_ENTROPY,
+    "entropy_coef": _NO_ENTROPY,
+    "use_adaptive_entropy": _NO_ENTROPY,
+    "entropy_coef_min": _NO_ENTROPY,
+    "entropy_coef_max": _NO_ENTROPY,
+    "entropy_coef_delta": _NO_ENTROPY,
+    "entropy_target": _NO_ENTROPY,
+    "vespo_k_pos": _NO_VESPO,
+    "vespo_k_neg": _NO_VESPO,
+    "vespo_lambda_pos": _NO_VESPO,
+    "vespo_lambda_neg": _NO_VESPO,
+    "off_policy_mask_threshold": "it averages over all tokens, of which only the scored ones are known",
+}
+_CHOICES = {
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+}
 
 
 @dataclass
@@ -70,6 +117,10 @@ class DTRPOConfig(GRPOConfig):
             Blocks of a response that `"dtrpo"` scores, drawn at random and weighted. All if `None`.
         prompt_mask_probability (`float`, *optional*, defaults to `0.15`):
             Probability with which `"mean_field"` masks a prompt token.
+        rescore_old_log_probs (`bool`, *optional*, defaults to `False`):
+            Whether the policy scores its fresh responses itself for the old log-probabilities, as the update does,
+            instead of taking those recorded while decoding. Costs a forward pass where an update is not the first one
+            since the rollout, and none where it is. For rollouts whose `diffusion/recorded_gap/...` is too large.
         share_prompts (`bool`, *optional*, defaults to `True`):
             Whether responses to the same prompt share its part of the pass. Numbers are the same. Takes effect with
             block attention, `attn_implementation="sdpa"`, and `per_device_train_batch_size` a multiple of
@@ -203,6 +254,13 @@ class DTRPOConfig(GRPOConfig):
     prompt_mask_probability: float = field(
         default=0.15, metadata={"help": "Probability with which 'mean_field' masks a prompt token."}
     )
+    rescore_old_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the policy scores its fresh responses itself for the old log-probabilities, instead of taking "
+            "those recorded while decoding."
+        },
+    )
     share_prompts: bool = field(
         default=True,
         metadata={
@@ -249,6 +307,13 @@ class DTRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        if isinstance(self.diffusion_spec, str):
+            try:
+                self.diffusion_spec = json.loads(self.diffusion_spec)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"`diffusion_spec` must be a mapping or a JSON object, got {self.diffusion_spec!r} ({error})."
+                ) from error
         super().__post_init__()
         refused = self.refused()
         if refused:
@@ -256,6 +321,14 @@ class DTRPOConfig(GRPOConfig):
             raise ValueError(f"These options of GRPOConfig cannot be used with a diffusion policy:\n{reasons}")
         if self.max_completion_length is None:
             raise ValueError("`max_completion_length` is needed: it is the length of the canvas.")
+        if self.max_completion_length < 1:
+            raise ValueError(f"`max_completion_length` must be at least 1, got {self.max_completion_length}.")
+        if not self.beta >= 0.0:
+            raise ValueError(f"`beta` must not be negative, got {self.beta}.")
+        # TRL finds these only when the first rollout is over.
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
         if not isinstance(self.diffusion_spec, dict | None):
             raise ValueError(f"`diffusion_spec` must be a mapping or a JSON object, got {self.diffusion_spec!r}.")
         if self.weighting == "none" and self.loss_type in ("dr_grpo", "luspo"):
@@ -325,35 +398,21 @@ class DTRPOConfig(GRPOConfig):
 
     def refused(self) -> dict[str, str]:
         """Options that are set although they mean nothing for a diffusion policy, each with the reason."""
-        no_engine = "it generates from left to right; a diffusion policy is denoised by this library's own decoder"
-        no_transform = "the distribution that is sampled from would not be the one that is scored"
-        no_entropy = "entropies are a metric of the scored tokens here, without a gradient"
-        reasons = {
-            "use_vllm": (False, no_engine),
-            "use_transformers_continuous_batching": (False, no_engine),
-            "use_transformers_paged": (False, no_engine),
-            "cache_implementation": (None, "finished blocks are kept in a cache of this library's own"),
-            "generation_kwargs": (None, no_engine),
-            "top_p": (1.0, no_transform),
-            "top_k": (0, no_transform),
-            "min_p": (None, no_transform),
-            "repetition_penalty": (1.0, no_transform),
-            "cast_lm_head_to_fp32": (False, "log-probabilities are computed in float32 already"),
-            "use_liger_kernel": (False, "its fused loss is causal"),
-            "top_entropy_quantile": (1.0, no_entropy),
-            "entropy_coef": (0.0, no_entropy),
-            "use_adaptive_entropy": (False, no_entropy),
-            "off_policy_mask_threshold": (
-                None,
-                "it averages over all tokens, of which only the scored ones are known",
-            ),
-        }
+        fields = type(self).__dataclass_fields__
+        reasons = {**_REFUSED, **{name: _NO_ENGINE for name in fields if name.startswith("vllm_")}}
         found = {}
-        for name, (neutral, why) in reasons.items():
-            if name in type(self).__dataclass_fields__ and getattr(self, name) not in (neutral, None):
+        for name, why in reasons.items():
+            if name not in fields:
+                continue
+            neutral = fields[name].default
+            if getattr(self, name) not in (neutral, None):
                 found[name] = f"{why} (got {getattr(self, name)!r}, leave it at {neutral!r})"
+        if (self.model_init_kwargs or {}).get("trust_remote_code"):
+            found["model_init_kwargs"] = f"`trust_remote_code`: {_NO_REMOTE_CODE}"
         if self.temperature <= 0:
             found["temperature"] = f"rollouts are sampled, so it must be positive (got {self.temperature!r})"
-        if self.loss_type == "vespo":
-            found["loss_type"] = "'vespo' needs the ratio of whole sequences, of which one step per block is scored"
+        if self.loss_type not in LOSS_TYPES:
+            why = "needs the ratio of whole sequences, of which one step per block is scored"
+            why = why if self.loss_type == "vespo" else "is not known"
+            found["loss_type"] = f"{self.loss_type!r} {why}; there are {list(LOSS_TYPES)}"
         return found

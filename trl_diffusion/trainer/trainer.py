@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from ..objectives.pairwise import make_pairs, pairwise_loss
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
 from ..policies.forward import check_attention, unwrap
-from ..policies.loading import load_config, resolve_spec
+from ..policies.loading import load_config, needs_tokenizer, resolve_spec
 from ..policies.lora import check_targets, empty_model
 from ..policies.spec import set_spec
 from ..scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
@@ -44,6 +46,27 @@ from .data import OfflineData
 logger = get_logger(__name__)
 
 _TRAIN, _EVAL, _DRAWS, _CHECKS, _STORED, _CHOICE = range(6)  # random streams
+
+
+def _missing_directories(path: str | Path) -> list[Path]:
+    """The directories that have to be made for this one to exist, innermost first."""
+    return [directory for directory in (Path(path), *Path(path).parents) if not directory.exists()]
+
+
+def _leave_no_empty_directory(init):
+    """A trainer that cannot be built takes back the output directory that transformers has made for it."""
+
+    @wraps(init)
+    def wrapped(self, *args, **kwargs):
+        try:
+            init(self, *args, **kwargs)
+        except BaseException:
+            for directory in getattr(self, "_new_directories", ()):
+                with suppress(OSError):  # not empty, or gone
+                    directory.rmdir()
+            raise
+
+    return wrapped
 
 
 class DTRPOTrainer(GRPOTrainer):
@@ -102,6 +125,7 @@ class DTRPOTrainer(GRPOTrainer):
     _tag_names = ["trl", "trl-diffusion", "dtrpo"]
     _name = "dTRPO"
 
+    @_leave_no_empty_directory
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -131,12 +155,18 @@ class DTRPOTrainer(GRPOTrainer):
             _check_columns(name, dataset)
         # All that can be known before the weights are loaded.
         config = _load_config(model, args)
+        if processing_class is None and needs_tokenizer(config, args.diffusion_spec):
+            processing_class = _load_tokenizer(model)
         spec = resolve_spec(config, args.diffusion_spec, processing_class)
         if kwargs.get("peft_config") is not None:
             check_targets(empty_model(config) if isinstance(model, str) else model, kwargs["peft_config"])
 
         store = None
         if offline:
+            if args.rescore_old_log_probs:
+                raise ValueError(
+                    "`rescore_old_log_probs=True` is for fresh responses: another policy may have made stored ones."
+                )
             processing_class = processing_class or _load_tokenizer(model)
             changed = kwargs.get("quantization_config") is not None
             store = OfflineData(model, config, args, spec, processing_class, reward_funcs, changed)
@@ -162,9 +192,11 @@ class DTRPOTrainer(GRPOTrainer):
                 )
 
         self.estimator = ESTIMATORS[args.estimator]
+        self._old_is_recorded = self.estimator.recorded and not args.rescore_old_log_probs
         self.scoring_config = args.scoring()
         self._layout: PackedLayout | None = None
         self._old: Tensor | None = None
+        self._recorded: Tensor | None = None
         self._stored: list[tuple[dict[str, Any], int, int]] | None = None  # rows of this rollout, responses, epoch
         self._rollouts: TrajectoryBatch | None = None
         self.last_rollouts: TrajectoryBatch | None = None
@@ -172,6 +204,7 @@ class DTRPOTrainer(GRPOTrainer):
         beta = args.beta
         if self._reference_is_recorded:
             args.beta = 0.0  # so that no reference is loaded
+        self._new_directories = _missing_directories(args.output_dir)
         try:
             super().__init__(
                 model=model,
@@ -186,6 +219,11 @@ class DTRPOTrainer(GRPOTrainer):
             args.beta = beta
         self.beta = beta
         check_attention(self.model)
+        if self._tokenizer.pad_token_id is None:
+            raise ValueError(
+                "The tokenizer has neither a padding token nor an end-of-text token. Set `tokenizer.pad_token`; which "
+                "one does not matter, padding is never looked at."
+            )
         if self.is_fsdp_enabled or (is_deepspeed_zero3_enabled() and not args.ds3_gather_for_generation):
             raise ValueError(
                 "Rollouts over sharded parameters are not supported yet, since processes would have to run the same "
@@ -313,7 +351,7 @@ class DTRPOTrainer(GRPOTrainer):
         )
         if self.args.weighting == "none":
             output["expected_weight"] = self._expected_weight(output)
-        if "old_per_token_logps" in output and not self.estimator.recorded:
+        if "old_per_token_logps" in output and not self._old_is_recorded:
             output["old_estimates"] = self._old_estimates(output)
         if stored is not None and self._ref_estimates:
             rows = [self._ref_estimates[epoch, row["row"]][index] for row, index, epoch in stored]
@@ -432,7 +470,7 @@ class DTRPOTrainer(GRPOTrainer):
     def _old_estimates(self, output: dict[str, Any]) -> Tensor:
         """
         What the policy of this rollout estimates for the states that each pass over it will draw, `(R, iterations, C)`;
-        for estimators whose states are not those of the recording.
+        where the recording does not say.
         """
         size = self.args.per_device_train_batch_size
         rows = len(output["prompt_ids"])
@@ -495,14 +533,15 @@ class DTRPOTrainer(GRPOTrainer):
         seeds = [derive_seed(seed, iteration) for seed in inputs["draw_seeds"].tolist()]
         states = self.estimator.states(batch, self.spec, seeds, self.scoring_config)
         self._layout = pack(batch, self.spec, states, self.estimator.one_row, self._share_prompts)
-        if self.estimator.recorded:
-            self._old = torch.where(states.weights > 0, batch.logps, 0.0)  # what is not scored has ratio 1
+        self._recorded = torch.where(states.weights > 0, batch.logps, 0.0)  # what is not scored has ratio 1
+        if self._old_is_recorded:
+            self._old = self._recorded
         else:
             self._old = inputs["old_estimates"][:, iteration] if "old_estimates" in inputs else None
         try:
             yield self._layout
         finally:
-            self._layout = self._old = None
+            self._layout = self._old = self._recorded = None
 
     def _pairwise_loss(self, model, inputs: dict[str, Any], layout: PackedLayout, reference: Tensor) -> Tensor:
         """`-log sigmoid` of the difference of log-ratios to the reference, better against worse response of a group."""
@@ -547,7 +586,7 @@ class DTRPOTrainer(GRPOTrainer):
     def _expected_weight(self, output: dict[str, Any]) -> Tensor:
         """What the weights of a draw sum to on average, over the rollouts of all processes."""
         tokens = token_states(self.spec, _trajectories(output))
-        total = expected_weights(tokens, self.args.step_distribution, self.args.num_scored_blocks)
+        total = expected_weights(tokens, self.args.step_distribution, self.args.num_draws, self.args.num_scored_blocks)
         return self.accelerator.reduce(total.sum(), reduction="sum")
 
     # -------------------------------------------------------------------------------------------------- metrics
@@ -572,7 +611,7 @@ class DTRPOTrainer(GRPOTrainer):
         sums = self.accelerator.reduce(ratio_statistics(logps - old, weights), reduction="sum")
         for name, value in summarise_ratios(sums).items():
             self._record(f"diffusion/{name}", value)
-        gap = torch.where(scored, (logps - old).abs(), 0.0)
+        gap = torch.where(scored, (logps - self._recorded).abs(), 0.0)
         totals = torch.stack([gap.sum(), scored.sum().float(), torch.tensor(len(gap), device=gap.device).float()])
         total, tokens, responses = self.accelerator.reduce(totals, reduction="sum").tolist()
         self._record("diffusion/scored_tokens", tokens / responses)
@@ -616,14 +655,35 @@ class DTRPOTrainer(GRPOTrainer):
             return
         for begin in range(0, len(dataset), 1000):
             prompts = dataset[begin : begin + 1000]["prompt"]
-            missing = [begin + index for index, prompt in enumerate(prompts) if not prompt]
-            if missing:
-                raise ValueError(f"{name}: row {missing[0]} has no prompt (it is {prompts[missing[0] - begin]!r}).")
+            for row, prompt in enumerate(prompts, start=begin):
+                _check_form(f"{name}: row {row}", prompt)
             prompt_ids = self._tokenize_prompts(prompts)[0]
+            if prompts and not any(prompt_ids):
+                raise ValueError(
+                    f"{name}: the tokenizer turns every prompt into no tokens at all. If there is none beside the "
+                    "model, transformers makes an empty one: pass the right one as `processing_class`."
+                )
             try:
                 check_prompts(prompt_ids, self.spec, self.model.config, self.max_completion_length)
             except ValueError as error:
                 raise ValueError(f"{name}, rows {begin} to {begin + len(prompts) - 1}: {error}") from error
+
+
+def _check_form(where: str, prompt: Any) -> None:
+    """Raises a `ValueError` if a prompt is neither text nor a list of messages with text."""
+    if not prompt and not isinstance(prompt, int | float):
+        raise ValueError(f"{where} has no prompt (it is {prompt!r}).")
+    if isinstance(prompt, str):
+        return
+    messages = prompt if isinstance(prompt, list) else [prompt]
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(prompt, list):
+            raise ValueError(f"{where}: a prompt must be text or a list of messages, got {prompt!r}.")
+        content = message.get("content")
+        if message.get("role") is None or not isinstance(content, str | list):
+            raise ValueError(f"{where}: a message must have a `role` and a `content`, got {message!r}.")
+        if isinstance(content, list) and any(part.get("type") != "text" for part in content):
+            raise ValueError(f"{where}: diffusion policies here take text only, got {message!r}.")
 
 
 def _fit(values: Tensor, width: int) -> Tensor:
@@ -675,6 +735,11 @@ def _check_columns(name: str, dataset: Any) -> None:
     images = sorted({"image", "images"} & set(columns))
     if images:
         raise ValueError(f"`{name}` has {images}: diffusion policies here take text only. Remove these columns.")
+    taken = sorted({"prompts", "completions", "trainer_state", "log_extra", "log_metric"} & set(columns))
+    if taken:
+        raise ValueError(
+            f"`{name}` has {taken}: reward functions get something else under these names. Rename the columns."
+        )
 
 
 def _load_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
@@ -61,10 +63,19 @@ class FamilyConfig:
         values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
         if "dtype" in values:
             values["torch_dtype"] = values.pop("dtype")
+        if values.get("auto_map") and _is_hub_id(self._name_or_path):  # where the family's code is, for its own tools
+            values["auto_map"] = {
+                name: code if "--" in code else f"{self._name_or_path}--{code}"
+                for name, code in values["auto_map"].items()
+            }
         unset = [name for name in ("auto_map", "mask_token_id") if not values.get(name) and values.get(name) != 0]
         for name in (*self.backbone_only, *unset):
             values.pop(name, None)
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 class LLaDAConfig(FamilyConfig, LlamaConfig):

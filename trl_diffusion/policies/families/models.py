@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +77,15 @@ class OwnAttention:
     def __init__(self, config):
         super().__init__(config)
         self.base_model.register_forward_pre_hook(own_attention, with_kwargs=True)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the code that lies beside a checkpoint goes along, for the family's own tools."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        origin, target = self.config._name_or_path, Path(save_directory)
+        if kwargs.get("is_main_process", True) and getattr(self.config, "auto_map", None) and origin:
+            for path in Path(origin).glob("*.py"):
+                if not (target / path.name).exists():
+                    shutil.copy(path, target)
 
 
 class LLaDAModelLM(OwnAttention, LlamaForCausalLM):

@@ -1,0 +1,299 @@
+"""
+Checkpoints that the tests write themselves, in the families' published names, against a transformer written out here: what
+loading, computing and saving does must not come from the code that is tested.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import trl_diffusion  # noqa: F401  (registers the families)
+from trl_diffusion import DTRPOConfig, DTRPOTrainer, tiny_policy_path
+
+
+VOCABULARY, MASK = 112, 1  # the embedded policy's tokenizer has about 100 tokens, and 1 is its mask token
+
+LLADA_NAMES = {
+    "embed": "model.transformer.wte", "norm": "model.transformer.ln_f", "head": "model.transformer.ff_out",
+    "layer": "model.transformer.blocks.", "norm_1": "attn_norm", "norm_2": "ff_norm", "q": "q_proj", "k": "k_proj",
+    "v": "v_proj", "o": "attn_out", "gate": "ff_proj", "up": "up_proj", "down": "ff_out",
+}  # fmt: skip
+QWEN_NAMES = {
+    "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "layer": "model.layers.",
+    "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+
+
+@dataclass
+class Family:
+    """A checkpoint to be written."""
+
+    model_type: str
+    classes: dict[str, str]
+    names: dict[str, str]
+    layers: int
+    heads: int
+    key_heads: int
+    head_size: int
+    tied: bool
+    theta: float
+    eps: float
+    block: int | None = None  # `None`: full attention
+    bias: bool = False
+    head_norm: bool = False
+    own: dict = field(default_factory=dict)
+    hidden: int = 48
+    inner: int = 40
+
+    def config(self) -> dict:
+        module = "modeling_of_the_hub"
+        common = {
+            "model_type": self.model_type,
+            "architectures": [self.classes.get("AutoModelForCausalLM", self.classes["AutoModel"])],
+            "auto_map": {name: f"{module}.{value}" for name, value in self.classes.items()},
+            "rms_norm_eps": self.eps, "rope_theta": self.theta, "eos_token_id": 2, "pad_token_id": 0,
+        }  # fmt: skip
+        if self.model_type == "llada":
+            return common | {
+                "d_model": self.hidden, "mlp_hidden_size": self.inner, "n_layers": self.layers, "n_heads": self.heads,
+                "n_kv_heads": self.key_heads, "weight_tying": self.tied, "embedding_size": VOCABULARY,
+                "max_sequence_length": 96, "activation_type": "silu", "mask_token_id": MASK, "block_type": "llama",
+                **self.own,
+            }  # fmt: skip
+        return common | {
+            "hidden_size": self.hidden, "intermediate_size": self.inner, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.key_heads, "hidden_act": "silu",
+            "tie_word_embeddings": self.tied, "vocab_size": VOCABULARY, "max_position_embeddings": 96,
+            "use_sliding_window": False, "sliding_window": None, **self.own,
+        }  # fmt: skip
+
+    def weights(self) -> dict[str, Tensor]:
+        """Random weights under the family's names."""
+        generator = torch.Generator().manual_seed(self.layers)
+        query, key = self.heads * self.head_size, self.key_heads * self.head_size
+        shapes = {
+            "q": (query, self.hidden), "k": (key, self.hidden), "v": (key, self.hidden), "o": (self.hidden, query),
+            "gate": (self.inner, self.hidden), "up": (self.inner, self.hidden), "down": (self.hidden, self.inner),
+            "norm_1": (self.hidden,), "norm_2": (self.hidden,),
+        }  # fmt: skip
+        if self.head_norm:
+            shapes |= {"q_norm": (self.head_size,), "k_norm": (self.head_size,)}
+        whole = {"embed": (VOCABULARY, self.hidden), "norm": (self.hidden,)}
+        if not self.tied:
+            whole["head"] = (VOCABULARY, self.hidden)
+        found = {f"{self.names[part]}.weight": shape for part, shape in whole.items()}
+        for layer in range(self.layers):
+            prefix = f"{self.names['layer']}{layer}."
+            found |= {f"{prefix}{self.names[part]}.weight": shape for part, shape in shapes.items()}
+            if self.bias:
+                found |= {f"{prefix}{self.names[part]}.bias": shapes[part][:1] for part in "qkv"}
+        random = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in found.items()}
+        return {
+            name: 1 + value if value.dim() == 1 and "bias" not in name else value for name, value in random.items()
+        }
+
+
+FAMILIES = {
+    "llada": Family(
+        "llada", {"AutoModelForCausalLM": "LLaDAModelLM", "AutoModel": "LLaDAModelLM"}, LLADA_NAMES,
+        layers=2, heads=4, key_heads=4, head_size=12, tied=False, theta=500000.0, eps=1e-5,
+        own={"vocab_size": 109},  # fewer tokens than the embedding has rows
+    ),
+    "llada-tied-grouped": Family(
+        "llada", {"AutoModelForCausalLM": "LLaDAModelLM", "AutoModel": "LLaDAModelLM"}, LLADA_NAMES,
+        layers=5, heads=6, key_heads=2, head_size=8, tied=True, theta=10000.0, eps=1e-6,
+        own={"vocab_size": VOCABULARY, "include_bias": False, "layer_norm_type": "rms"},
+    ),
+    "dream": Family(
+        "Dream", {"AutoModel": "DreamModel"}, QWEN_NAMES, layers=4, heads=6, key_heads=3, head_size=8, tied=False,
+        theta=1e6, eps=1e-6, bias=True, own={"mask_token_id": MASK},
+    ),
+    "dream-tied": Family(
+        "Dream", {"AutoModel": "DreamModel"}, QWEN_NAMES, layers=1, heads=4, key_heads=1, head_size=12, tied=True,
+        theta=1e4, eps=1e-5, bias=True, own={"mask_token_id": MASK},
+    ),
+    "fast": Family(
+        "Fast_dLLM_Qwen",
+        {"AutoModelForCausalLM": "Fast_dLLM_QwenForCausalLM", "AutoModel": "Fast_dLLM_QwenModel"}, QWEN_NAMES,
+        layers=3, heads=4, key_heads=1, head_size=12, tied=True, theta=1e6, eps=1e-6, block=16, bias=True,
+        own={"bd_size": 16},
+    ),
+    "sdar": Family(
+        "sdar", {"AutoModelForCausalLM": "SDARForCausalLM", "AutoModel": "SDARModel"}, QWEN_NAMES, layers=4, heads=6,
+        key_heads=3, head_size=10, tied=False, theta=1e6, eps=1e-6, block=8, head_norm=True,
+        own={"block_size": 8, "mask_token_id": MASK, "head_dim": 10, "attention_bias": False},
+    ),
+    "sdar-tied": Family(
+        "sdar", {"AutoModelForCausalLM": "SDARForCausalLM", "AutoModel": "SDARModel"}, QWEN_NAMES, layers=1, heads=4,
+        key_heads=4, head_size=12, tied=True, theta=1e4, eps=1e-6, block=1, head_norm=True,
+        own={"block_size": 1, "mask_token_id": MASK, "head_dim": 12, "attention_bias": False},
+    ),
+}  # fmt: skip
+
+
+def written_out(family: Family, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """Logits of one row of ids (N,), shape (N, V)."""
+
+    def weight(part: str, layer: int | None = None, kind: str = "weight") -> Tensor:
+        prefix = "" if layer is None else f"{family.names['layer']}{layer}."
+        return weights[f"{prefix}{family.names[part]}.{kind}"]
+
+    def norm(x: Tensor, scale: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + family.eps).sqrt() * scale
+
+    def rotate(x: Tensor) -> Tensor:  # (H, N, D)
+        half = family.head_size // 2
+        angles = torch.arange(len(ids))[:, None] * family.theta ** (-torch.arange(half) / half)
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+    blocks = torch.arange(len(ids)) // (family.block or len(ids))
+    allowed = blocks[None, :] <= blocks[:, None]
+    x = weight("embed")[ids]
+    for layer in range(family.layers):
+        y = norm(x, weight("norm_1", layer))
+        q, k, v = (y @ weight(part, layer).T + (weight(part, layer, "bias") if family.bias else 0) for part in "qkv")
+        q, k, v = (value.view(len(ids), -1, family.head_size).transpose(0, 1) for value in (q, k, v))
+        if family.head_norm:
+            q, k = norm(q, weight("q_norm", layer)), norm(k, weight("k_norm", layer))
+        k, v = (value.repeat_interleave(family.heads // family.key_heads, 0) for value in (rotate(k), v))
+        scores = (rotate(q) @ k.transpose(1, 2) / family.head_size**0.5).masked_fill(~allowed, -torch.inf)
+        x = x + (scores.softmax(-1) @ v).transpose(0, 1).flatten(1) @ weight("o", layer).T
+        y = norm(x, weight("norm_2", layer))
+        gate = y @ weight("gate", layer).T
+        x = x + (gate * gate.sigmoid() * (y @ weight("up", layer).T)) @ weight("down", layer).T
+    return norm(x, weight("norm")) @ weight("embed" if family.tied else "head").T
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def checkpoint(family, tmp_path, monkeypatch) -> Path:
+    """The checkpoint with a tokenizer and with remote code that must not be run, and nobody there to be asked."""
+
+    def ask(*args):
+        raise AssertionError("transformers asked whether to trust remote code")
+
+    monkeypatch.setattr("builtins.input", ask)
+    return write(family, tmp_path / "published")
+
+
+def write(family: Family, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    directory.mkdir()
+    config = family.config() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(
+        {name: value.to(dtype) for name, value in family.weights().items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (directory / "modeling_of_the_hub.py").write_text("raise RuntimeError('remote code was run')\n")
+    AutoTokenizer.from_pretrained(tiny_policy_path()).save_pretrained(directory)
+    return directory
+
+
+def stored(directory: Path) -> dict[str, Tensor]:
+    return {name: value for path in directory.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def some_ids(length: int = 37) -> Tensor:
+    return torch.randint(3, 100, (length,), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}, {"attn_implementation": "eager"}])
+def test_logits_are_those_written_out(family, checkpoint, options):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, **options).eval()
+    ids = some_ids()
+    expected = written_out(family, family.weights(), ids)
+    tolerance = 1e-5 * expected.abs().max().item()
+    assert (model(ids[None]).logits[0] - expected).abs().max() < tolerance
+    left = torch.tensor([[0] * 6 + [1] * len(ids)])
+    padded = model(torch.cat([torch.zeros(1, 6, dtype=torch.long), ids[None]], 1), attention_mask=left).logits[0, 6:]
+    assert (padded - expected).abs().max() < tolerance
+
+
+@torch.no_grad()
+def test_auto_model_gives_what_the_family_gives(family, checkpoint):
+    model = AutoModel.from_pretrained(checkpoint).eval()
+    assert type(model).__name__ == family.classes["AutoModel"]
+    expected = written_out(family, family.weights(), some_ids())
+    output = model(some_ids()[None])
+    logits = output.logits[0] if "logits" in output else output[0][0] @ head_of(family).T
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def head_of(family: Family) -> Tensor:
+    return family.weights()[f"{family.names['embed' if family.tied else 'head']}.weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shard_size", ["5GB", "30KB"])
+def test_what_was_written_is_written_again(family, tmp_path, dtype, shard_size):
+    published = write(family, tmp_path / "published", dtype)
+    model = AutoModelForCausalLM.from_pretrained(published, dtype="auto")
+    assert model.dtype == dtype
+    model.save_pretrained(tmp_path / "saved", max_shard_size=shard_size)
+    assert (len(list((tmp_path / "saved").glob("*.safetensors"))) > 1) == (shard_size == "30KB")
+    before, after = stored(published), stored(tmp_path / "saved")
+    assert before.keys() == after.keys()
+    assert all(after[name].dtype == dtype and torch.equal(after[name], before[name]) for name in before)
+    old, new = (json.loads((path / "config.json").read_text()) for path in (published, tmp_path / "saved"))
+    assert {name: new.get(name, "missing") for name in old} == old
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_path_is_all_that_the_trainer_needs(family, checkpoint, tmp_path, beta):
+    """The policy, its reference, its tokenizer and its spec, from a directory as the hub has it."""
+    trainer = DTRPOTrainer(
+        model=str(checkpoint),
+        reward_funcs=lambda completions, **kwargs: [float(len(set(text))) for text in completions],
+        args=DTRPOConfig(
+            str(tmp_path / "run"), per_device_train_batch_size=4, num_generations=4, max_completion_length=9, max_steps=1,
+            learning_rate=1e-2, beta=beta, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+            logging_steps=1,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "sudoku 12"}, {"prompt": "countdown 3,4"}]),
+    )  # fmt: skip
+    assert trainer.model.config.model_type == family.model_type
+    assert trainer.spec.mask_token_id == MASK
+    assert trainer.spec.attention == ("full" if family.block is None else "block")
+    assert family.block in (None, trainer.spec.block_size)
+    assert (type(trainer.ref_model) is type(trainer.model)) == (beta > 0)
+    trainer.train()
+    assert trainer.state.log_history[0]["diffusion/recorded_gap/max"] < 1e-4
+    trainer.save_model(tmp_path / "trained")
+    before, after = stored(checkpoint), stored(tmp_path / "trained")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_familys_own_code_is_found_beside_what_is_saved(family, checkpoint, tmp_path):
+    """It is never run here, and is what the family's own tools run."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "local")
+    name = "modeling_of_the_hub.py"
+    assert (tmp_path / "local" / name).read_text() == (checkpoint / name).read_text()
+    model.config._name_or_path = "their-name/their-model"  # as when it was loaded from the hub
+    model.save_pretrained(tmp_path / "hub")
+    saved = json.loads((tmp_path / "hub" / "config.json").read_text())["auto_map"]
+    assert saved == {key: f"their-name/their-model--{code}" for key, code in family.config()["auto_map"].items()}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", trust_remote_code=False)
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == saved
