@@ -36,9 +36,10 @@ from ..scoring.score import score
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows, is_trajectory_dataset
 from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
 from ._trl import disable_dropout_in_model, unwrap_model_for_generation, use_adapter
-from .callbacks import CheckpointMarkCallback, StepCounterCallback, last_complete_checkpoint
+from .callbacks import CheckpointMarkCallback, ResumeCallback, last_complete_checkpoint
 from .config import DTRPOConfig
 from .data import OfflineData
+from .resume import Progress
 
 
 logger = get_logger(__name__)
@@ -168,6 +169,7 @@ class DTRPOTrainer(GRPOTrainer):
         self._stored: list[tuple[dict[str, Any], int, int]] | None = None  # rows of this rollout, responses, epoch
         self._rollouts: TrajectoryBatch | None = None
         self.last_rollouts: TrajectoryBatch | None = None
+        self.train_sampler = None
         self._rollout_clock = {}  # for training and evaluation: optimizer step, and rollouts so far in it
         beta = args.beta
         if self._reference_is_recorded:
@@ -192,7 +194,7 @@ class DTRPOTrainer(GRPOTrainer):
                 "number of denoising steps. Use DDP, ZeRO-2, or ZeRO-3 with `ds3_gather_for_generation=True`."
             )
 
-        self.add_callback(StepCounterCallback(self))
+        self.add_callback(ResumeCallback(self))
         self.add_callback(CheckpointMarkCallback())
         self.spec = spec
         self._share_prompts = args.share_prompts and spec.attention == "block"
@@ -386,6 +388,29 @@ class DTRPOTrainer(GRPOTrainer):
         if self.args.precompute_ref_log_probs and not self._reference_is_recorded and self.beta != 0.0:
             self._precompute_reference()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _get_train_sampler(self, *args, **kwargs):
+        self.train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self.train_sampler
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With the random state, a checkpoint gets the rollout that is still being trained on."""
+        super()._save_rng_state(output_dir)
+        done = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        progress = Progress(self._step, self.accelerator.num_processes, None if done else self._buffered_inputs)
+        progress.save(output_dir, self.accelerator.process_index)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random state of a checkpoint, and its rollout."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        progress = Progress.load(checkpoint, self.accelerator.process_index, self.accelerator.device)
+        if progress is not None and progress.num_processes == self.accelerator.num_processes:
+            self._step, self._buffered_inputs = progress.batches, progress.rollout
+        else:
+            found = "holds no rollout" if progress is None else f"was written by {progress.num_processes} processes"
+            logger.warning(f"{checkpoint} {found}: what follows is not exactly the uninterrupted run.")
 
     @torch.no_grad()
     def _precompute_reference(self) -> None:
