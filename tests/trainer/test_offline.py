@@ -173,21 +173,6 @@ def test_a_larger_group_gives_others_in_every_epoch(offline):
     assert all(len({seen[row, epoch] for epoch in range(4)}) > 1 for row in range(10))
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "dpo"])
-def test_resume_repeats_the_uninterrupted_run(offline, tmp_path, loss_type):
-    options = dict(
-        loss_type=loss_type, beta=0.1, save_strategy="steps", save_steps=7, max_steps=14, output_dir=str(tmp_path / "run"),
-        num_iterations=2, tokens_per_step=1,
-    )  # fmt: skip
-    whole = offline(**options)
-    whole.train()
-    part = offline(**options)
-    part.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
-    losses = [[entry["loss"] for entry in logs_of(trainer)] for trainer in (whole, part)]
-    assert losses[0] == losses[1] and len(losses[0]) == 14
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), part.model.parameters(), strict=True))
-
-
 def test_groups_without_a_pair_are_dropped_and_counted(offline, trajectories, caplog):
     rows = trajectories.to_list()
     for row in rows[:3]:

@@ -138,6 +138,13 @@ class CheckpointMarkCallback(TrainerCallback):
 
     MARK = "checkpoint_complete"
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A run that goes back, or starts anew, writes later checkpoints again: they do not count until it has."""
+        if state.is_world_process_zero:
+            for mark in Path(args.output_dir).glob(f"checkpoint-[0-9]*/{self.MARK}"):
+                if int(mark.parent.name.split("-")[1]) > state.global_step:
+                    mark.unlink()
+
     def on_save(self, args, state, control, **kwargs):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
