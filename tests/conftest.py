@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from trl_diffusion.policies.spec import DiffusionSpec, set_spec  # noqa: E402
 
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 MASK, STOP = 39, 5
 SHARED = Path(__file__).resolve().parents[2] / "shared"

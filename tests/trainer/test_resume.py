@@ -79,7 +79,13 @@ def test_resume_repeats_the_uninterrupted_run(make_trainer, start, collection, t
 
 def test_a_checkpoint_without_a_rollout(make_trainer, start, tmp_path, caplog):  # noqa: F811
     """One of another program, or of another number of processes, still serves; a damaged file is named."""
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3, "num_iterations": 2, "output_dir": str(tmp_path)}
+    options = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "num_iterations": 2,
+        "output_dir": str(tmp_path),
+    }
     make_trainer(str(start), **options).train()
     checkpoint = tmp_path / "checkpoint-3"
     progress = Progress.load(checkpoint, 0, torch.device("cpu"))

@@ -148,6 +148,7 @@ class DTRPOTrainer(GRPOTrainer):
                 "`precompute_ref_log_probs=True` is for stored responses; these are generated as it goes."
             )
         self._reference_is_recorded = store is not None and store.reference_is_recorded
+        self._is_recorded = store is None or store.recorded
         self._ref_estimates: dict[tuple[int, int], Tensor] = {}
 
         if (
@@ -601,14 +602,15 @@ class DTRPOTrainer(GRPOTrainer):
         that score what was recorded (METHOD.md, section 4)."""
         weights = self._layout.weights
         scored, old = weights > 0, logps if self._old is None else self._old
-        sums = self.accelerator.reduce(ratio_statistics(logps - old, weights), reduction="sum")
-        for name, value in summarise_ratios(sums).items():
-            self._record(f"diffusion/{name}", value)
+        if self._is_recorded:
+            sums = self.accelerator.reduce(ratio_statistics(logps - old, weights), reduction="sum")
+            for name, value in summarise_ratios(sums).items():
+                self._record(f"diffusion/{name}", value)
         gap = torch.where(scored, (logps - old).abs(), 0.0)
         totals = torch.stack([gap.sum(), scored.sum().float(), torch.tensor(len(gap), device=gap.device).float()])
         total, tokens, responses = self.accelerator.reduce(totals, reduction="sum").tolist()
         self._record("diffusion/scored_tokens", tokens / responses)
-        if self.estimator.recorded:
+        if self.estimator.recorded and self._is_recorded:
             self._record("diffusion/recorded_gap/mean", total / max(tokens, 1))
             self._record("diffusion/recorded_gap/max", self.accelerator.gather(gap.max()).max().item())
 
