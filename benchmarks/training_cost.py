@@ -220,8 +220,9 @@ def measure_memory(kinds: list[str], args) -> dict[str, float]:
     return peaks
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The configuration that benchmarks of costs share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (
         ("vocab_size", 32_000), ("hidden_size", 512), ("intermediate_size", 1536), ("num_layers", 12), ("num_heads", 8),
         ("num_key_value_heads", 8), ("head_dim", 64), ("batch_size", 4), ("prompt_length", 128), ("response_length", 256),
@@ -229,11 +230,16 @@ def main() -> None:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--json", action="store_true", help="print the ratios as one JSON object on the last line")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
     args = parser.parse_args()
 
     peaks = {} if args.no_memory else measure_memory(args.kinds, args)

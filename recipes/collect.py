@@ -33,7 +33,7 @@ class CollectArguments:
     task: str = field(default="sudoku", metadata={"help": "What to answer.", "choices": sorted(TASKS)})
     train_file: str | None = field(default=None, metadata={"help": "Rows to answer, as for recipes/train.py."})
     eval_file: str | None = field(default=None, metadata={"help": "Rows to leave out."})
-    train_size: int = field(default=2000, metadata={"help": "Most rows to answer."})
+    train_size: int = field(default=320, metadata={"help": "Most rows to answer."})
     num_responses: int = field(default=16, metadata={"help": "Responses to each prompt."})
     batch_size: int = field(default=512, metadata={"help": "Responses that a process decodes at once."})
     rows_per_shard: int = field(default=64, metadata={"help": "Prompts in a shard."})

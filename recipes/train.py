@@ -5,6 +5,8 @@ Trains a diffusion language model with dTRPO and shows what it gained.
     accelerate launch recipes/train.py --eval_file puzzles.csv                            # measured on your puzzles
     accelerate launch recipes/train.py --config recipes/tiny_countdown.yaml
     accelerate launch recipes/train.py --config recipes/tiny_offline.yaml --trajectories outputs/trajectories
+    accelerate launch recipes/train.py --config recipes/gsm8k_preferences.yaml --train_file pairs.jsonl \
+        --tokenizer_name_or_path DIR
     accelerate launch recipes/train.py --config recipes/tiny_sudoku.yaml --use_peft --learning_rate 3e-3
 
 Options are those of `DTRPOConfig`, `trl.ModelConfig` and the ones below; a YAML file given by `--config` sets them too,
@@ -12,7 +14,8 @@ and the command line wins. Without a model and without a config, `recipes/tiny_s
 
 The policy is measured before and after training, greedily, on rows that training never sees. In the output directory
 it leaves the trained model, `reward_curve.png`, `denoising.png` (one answer, positions against steps), `results.json`,
-and every metric of the run in `trainer_state.json`.
+and every metric of the run in `trainer_state.json`. With preference pairs (`task: preferences`) nothing is generated; the
+policy is measured on pairs that training never sees.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -34,13 +38,22 @@ from trl_diffusion.trainer.callbacks import RewardProgressCallback
 from trl_diffusion.utils import use_all_cores
 
 
+PREFERENCES = "preferences"  # as a task: pairs of a better and a worse response instead of prompts and rewards
+
+
 @dataclass
 class ScriptArguments:
     """What to train on."""
 
-    task: str = field(default="sudoku", metadata={"help": "What to train on.", "choices": sorted(TASKS)})
+    task: str = field(
+        default="sudoku", metadata={"help": "What to train on.", "choices": [*sorted(TASKS), PREFERENCES]}
+    )
     train_file: str | None = field(
-        default=None, metadata={"help": "Rows to train on (.csv, .jsonl or .json). Puzzles are generated without it."}
+        default=None,
+        metadata={
+            "help": "Rows to train on (.csv, .jsonl or .json). Puzzles are generated without it. For `preferences`: rows "
+            "with `chosen` and `rejected`, and perhaps `prompt`."
+        },
     )
     eval_file: str | None = field(
         default=None, metadata={"help": "Rows to measure on, before and after. Training rows among them are dropped."}
@@ -48,10 +61,6 @@ class ScriptArguments:
     trajectories: str | None = field(
         default=None,
         metadata={"help": "Directory that recipes/collect.py has written, to train on instead of fresh responses."},
-    )
-    preferences: str | None = field(
-        default=None,
-        metadata={"help": "Pairs to train on with loss_type=dpo (.jsonl or .json): `prompt`, `chosen`, `rejected`."},
     )
     train_size: int = field(default=10_000, metadata={"help": "Most rows to train on."})
     eval_size: int = field(default=500, metadata={"help": "Most rows to measure on."})
@@ -61,17 +70,17 @@ class ScriptArguments:
     random_policy: str | None = field(
         default=None,
         metadata={
-            "help": "Instead of a model: fields of a Qwen3 config, as JSON, for a randomly initialised policy with the "
-            "vocabulary of `tokenizer_name_or_path`. For trying a pipeline, not for results."
+            "help": "Instead of a model: fields of a config, as JSON, for a randomly initialised policy (a Qwen3 if they "
+            "name no `model_type`) with the vocabulary of `tokenizer_name_or_path`. For trying a pipeline, not for results."
         },
     )
 
 
 def random_policy(fields: str, tokenizer, directory: Path) -> str:
     """Makes a small randomly initialised policy for a tokenizer, and saves it: a reference is loaded from there."""
-    options = json.loads(fields) if isinstance(fields, str) else fields
+    options = json.loads(fields) if isinstance(fields, str) else dict(fields)
     config = AutoConfig.for_model(
-        "qwen3",
+        options.pop("model_type", "qwen3"),
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -106,8 +115,84 @@ def load_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_
     return path, tokenizer
 
 
+def load_preferences(script_args: ScriptArguments) -> tuple[Dataset, Dataset]:
+    """Pairs to train on and pairs to measure on: those of `eval_file`, or else the last ones of `train_file`."""
+    if not script_args.train_file:
+        raise ValueError("`task: preferences` needs `--train_file`, rows with `chosen` and `rejected`.")
+    rows = read_rows(script_args.train_file)
+    if script_args.eval_file:
+        held_out = read_rows(script_args.eval_file)[: script_args.eval_size]
+    else:
+        size = min(script_args.eval_size, len(rows) // 2)
+        rows, held_out = rows[: len(rows) - size], rows[len(rows) - size :]
+    if not held_out:
+        raise ValueError(f"{script_args.train_file} has a single pair: nothing is left to measure on.")
+    return Dataset.from_list(rows[: script_args.train_size]), Dataset.from_list(held_out)
+
+
+def make_trainer(
+    script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig, **data: Any
+) -> DTRPOTrainer:
+    """The trainer of the policy that the arguments name."""
+    model, tokenizer = load_policy(script_args, training_args, model_args)
+    trainer = DTRPOTrainer(
+        model=model,
+        args=training_args,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        **data,
+    )
+    if not training_args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(RewardProgressCallback)
+    trainer.accelerator.print(f"Policy: {trainer.spec}")
+    return trainer
+
+
+def train(trainer: DTRPOTrainer) -> None:
+    """Trains and saves."""
+    resume = trainer.args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model(trainer.args.output_dir)
+    trainer.save_state()
+
+
 def main(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
     use_all_cores()
+    if script_args.task == PREFERENCES:
+        train_on_preferences(script_args, training_args, model_args)
+    else:
+        train_on_task(script_args, training_args, model_args)
+
+
+def train_on_preferences(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
+    pairs, held_out = load_preferences(script_args)
+    trainer = make_trainer(script_args, training_args, model_args, train_dataset=pairs, eval_dataset=held_out)
+    say = trainer.accelerator.print
+    say(f"Measuring the policy on {len(held_out)} pairs that training never sees ...")
+    before = trainer.evaluate()["eval_loss"]
+    train(trainer)
+    after = trainer.evaluate()
+    results = {
+        "task": PREFERENCES,
+        "rows": len(held_out),
+        "seed": training_args.seed,
+        "loss_before": before,
+        "loss_after": after["eval_loss"],
+        "accuracy_after": after["eval_rewards/accuracies"],
+        "steps": trainer.state.global_step,
+    }
+    if trainer.is_world_process_zero():
+        path = Path(training_args.output_dir) / "results.json"
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    say(
+        f"loss {before:.4f} -> {after['eval_loss']:.4f}, {after['eval_rewards/accuracies']:.1%} in the order of the data "
+        f"({len(held_out)} pairs, seed {training_args.seed})"
+    )
+
+
+def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
     task = load_task(
         script_args.task,
         script_args.train_file,
@@ -116,39 +201,23 @@ def main(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: M
         script_args.eval_size,
         training_args.seed,
     )
-    model, tokenizer = load_policy(script_args, training_args, model_args)
     train_dataset, reward_funcs = task.train, task.reward_funcs
     if script_args.trajectories:
         train_dataset, reward_funcs = load_trajectories(script_args.trajectories), None  # its stored rewards
-    elif script_args.preferences:
-        train_dataset, reward_funcs = Dataset.from_list(read_rows(script_args.preferences)), None
-    trainer = DTRPOTrainer(
-        model=model,
-        reward_funcs=reward_funcs,
-        args=training_args,
-        train_dataset=train_dataset,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+    trainer = make_trainer(
+        script_args, training_args, model_args, reward_funcs=reward_funcs, train_dataset=train_dataset
     )
-    if not training_args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(RewardProgressCallback)
     say = trainer.accelerator.print
-    say(f"Policy: {trainer.spec}")
 
     say(f"Measuring the policy on {len(task.evaluation)} {task.unit} that training never sees ...")
     before, _ = trainer.answer(task.evaluation["prompt"])
     rate_before = task.solve_rate(before)
     say(f"solve rate before training: {rate_before:.1%}")
 
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    train(trainer)
 
     after, trajectories = trainer.answer(task.evaluation["prompt"])
     rate_after = task.solve_rate(after)
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()
     if trainer.is_world_process_zero():
         report(trainer, trajectories, Path(training_args.output_dir), task, rate_before, rate_after)
     say(

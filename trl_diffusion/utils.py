@@ -1,8 +1,9 @@
-"""Small things that recipes share."""
+"""Small things that several parts share."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -12,3 +13,15 @@ def use_all_cores() -> None:
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Puts a finished file in its place, on the disk and not only in its cache: it is there whole or not at all."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

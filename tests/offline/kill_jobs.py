@@ -1,13 +1,18 @@
-"""What the kill tests run in processes of their own."""
+"""
+What the kill tests run in processes of their own. A fork server imports this module once; what a job would import later is
+imported here, so that a job starts, and can be killed, within a moment.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
+import warnings
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -15,6 +20,9 @@ from transformers.utils import logging as transformers_logging
 from tests.offline.conftest import prompt_dataset
 from tests.trainer.conftest import codes
 from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, collect, load_trajectories
+
+
+extract_model_from_parallel(torch.nn.Linear(1, 1))  # imports DeepSpeed where it is installed
 
 
 def slow_codes(completions, **kwargs) -> list[float]:
@@ -31,6 +39,12 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # metrics
+
+
+def nothing() -> None:
+    """Starts the server."""
 
 
 def collect_job(start: str, output_dir: str) -> None:
@@ -50,14 +64,14 @@ def collect_job(start: str, output_dir: str) -> None:
     os._exit(0)
 
 
-def train_job(start: str, trajectories: str, output_dir: str, tmp: str) -> None:
+def train_job(start: str, trajectories: str, output_dir: str) -> None:
     quiet()
     # A plain table in memory: what is killed here is training, not the cache of another library.
     dataset = Dataset.from_list(load_trajectories(trajectories).to_list())
     trainer = DTRPOTrainer(
         model=start,
         args=DTRPOConfig(
-            output_dir=output_dir, max_steps=30, save_steps=2, save_total_limit=2, learning_rate=1e-3, beta=0.1,
+            output_dir=output_dir, max_steps=20, save_steps=3, save_total_limit=2, learning_rate=1e-3, beta=0.1,
             per_device_train_batch_size=4, num_generations=4, num_iterations=2, max_completion_length=14,
             tokens_per_step=2, logging_steps=1, bf16=False, gradient_checkpointing=False, report_to="none",
             disable_tqdm=True, log_level="error",

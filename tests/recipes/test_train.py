@@ -79,6 +79,31 @@ def test_gsm8k_with_the_real_tokenizer(tmp_path):
         assert entry["diffusion/recorded_gap/max"] < 1e-3 or entry["step"] > 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [[], ["--plain", "--implicit_prompt"]], ids=["messages", "text"])
+def test_gsm8k_preferences_with_the_real_tokenizer(tmp_path, form):
+    """A file of pairs, the real tokenizer, a random policy built like Fast-dLLM v2, the pairwise loss."""
+    source, environment = str(shared("data", "gsm8k", "train.jsonl")), {**os.environ, "PYTHONPATH": str(ROOT)}
+    pairs = [sys.executable, str(ROOT / "recipes" / "gsm8k_preferences.py"), source, "pairs.jsonl", "--size", "30"]
+    subprocess.run([*pairs, *form], cwd=tmp_path, env=environment, check=True, timeout=200)
+    result = train(
+        "--config", str(ROOT / "recipes" / "gsm8k_preferences.yaml"),
+        "--train_file", "pairs.jsonl",
+        "--tokenizer_name_or_path", str(shared("fixtures", "fast_dllm_v2", "tokenizer")),
+        "--max_steps", "2", "--eval_size", "4", "--per_device_train_batch_size", "4",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    out = tmp_path / "outputs" / "gsm8k_preferences"
+    results = json.loads((out / "results.json").read_text())
+    assert result.stdout.strip().splitlines()[-1].startswith(f"loss {results['loss_before']:.4f} -> ")
+    assert results["rows"] == 4 and results["loss_before"] == pytest.approx(0.6931, abs=1e-3)
+    assert json.loads((out / "config.json").read_text())["model_type"] == "Fast_dLLM_Qwen"
+    state = json.loads((out / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert len(losses) == 2 and losses[0] == pytest.approx(0.6931, abs=1e-3) and abs(losses[1]) < 100
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -174,18 +174,36 @@ def test_a_larger_group_gives_others_in_every_epoch(offline):
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dpo"])
-def test_resume_repeats_the_uninterrupted_run(offline, tmp_path, loss_type):
-    options = dict(
-        loss_type=loss_type, beta=0.1, save_strategy="steps", save_steps=7, max_steps=14, output_dir=str(tmp_path / "run"),
-        num_iterations=2, tokens_per_step=1,
+def test_groups_stay_together(offline, loss_type):
+    """Through shuffling and splitting, a batch holds whole groups, each of one prompt, with its own rewards."""
+    trainer = offline(
+        loss_type=loss_type, beta=0.1, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_iterations=2,
+        max_steps=4,
     )  # fmt: skip
-    whole = offline(**options)
-    whole.train()
-    part = offline(**options)
-    part.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
-    losses = [[entry["loss"] for entry in logs_of(trainer)] for trainer in (whole, part)]
-    assert losses[0] == losses[1] and len(losses[0]) == 14
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), part.model.parameters(), strict=True))
+    rollouts, batches = [], []
+    take, scoring = trainer._take, trainer._scoring
+
+    def spy_on_rollout(prompt_ids):
+        rollouts.append([row["row"] for row, _, _ in trainer._stored])
+        return take(prompt_ids)
+
+    def spy_on_batch(inputs, iteration):
+        batches.append((inputs["prompt_ids"].clone(), inputs["advantages"].clone()))
+        return scoring(inputs, iteration)
+
+    trainer._take, trainer._scoring = spy_on_rollout, spy_on_batch
+    trainer.train()
+    assert len(batches) == 8 and all(len(set(rows)) == 4 for rows in rollouts)
+    for prompts, advantages in batches:
+        for begin in (0, 4):
+            group = slice(begin, begin + 4)
+            assert (prompts[group] == prompts[begin]).all()
+            assert advantages[group].sum().abs() < 1e-4 < advantages[group].abs().max()
+        assert not torch.equal(prompts[0], prompts[4])
+    seen = [{tuple(row.tolist()) for row in prompts} for prompts, _ in batches]
+    assert seen[0] | seen[1] == seen[2] | seen[3] and seen[0].isdisjoint(
+        seen[1]
+    )  # each pass is over the whole rollout
 
 
 def test_groups_without_a_pair_are_dropped_and_counted(offline, trajectories, caplog):
@@ -224,7 +242,14 @@ BAD = [
     ("spec", lambda row: row.update(spec=row["spec"].replace('"block_size": 8', '"block_size": 16')), "block_size"),
     ("unreadable spec", lambda row: row.update(spec="{"), "Row 2, column `spec`"),
     ("prompt", lambda row: row.update(prompt_ids=[]), "Row 2, column `prompt_ids`"),
+    ("one response", lambda row: keep_first(row), "Row 2, column `canvas_lengths`: 1 responses, but `num_generations` is 4"),
 ]  # fmt: skip
+
+
+def keep_first(row):
+    for name, value in row.items():
+        if isinstance(value, list) and name not in ("prompt", "prompt_ids"):
+            row[name] = value[:1]
 
 
 def drop_event(row, response, event):

@@ -22,12 +22,18 @@ OVERRIDDEN = {
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
     "_compute_loss": ["self", "model", "inputs"],
 }
+# What makes a resumed run exact: the order of the epochs, and the rollout beside the random state.
+RESUMING = {
+    "_get_train_sampler": ["self"],
+    "_save_rng_state": ["self", "output_dir"],
+    "_load_rng_state": ["self", "checkpoint"],
+}
 
 
-@pytest.mark.parametrize("method", OVERRIDDEN)
+@pytest.mark.parametrize("method", [*OVERRIDDEN, *RESUMING])
 def test_signatures_of_overridden_methods(method):
     parameters = list(inspect.signature(getattr(GRPOTrainer, method)).parameters)
-    expected = OVERRIDDEN[method]
+    expected = {**OVERRIDDEN, **RESUMING}[method]
     assert parameters[: len(expected)] == expected or parameters[:1] + ["*"] == ["self", "*"], (
         f"GRPOTrainer.{method} now takes {parameters}; DTRPOTrainer overrides it expecting {expected} first."
     )
@@ -60,9 +66,15 @@ def test_number_of_values_returned(method, callee, arity):
     assert set(found) == {arity}, f"GRPOTrainer.{method} unpacks self.{callee} into {found} values, not {arity}."
 
 
-def test_only_the_four_methods_and_train_are_overridden():
+def test_where_a_run_is_inside_a_rollout():
+    source = inspect.getsource(GRPOTrainer._prepare_inputs)
+    for name in ("self._step", "self._buffered_inputs"):
+        assert name in source, f"GRPOTrainer._prepare_inputs no longer goes by `{name}`, which checkpoints keep."
+
+
+def test_only_these_methods_and_train_are_overridden():
     shared = {name for name in vars(DTRPOTrainer) if not name.startswith("__")} & set(dir(GRPOTrainer))
-    assert shared - {"_tag_names", "_name", "_abc_impl"} == {*OVERRIDDEN, "train"}, (
+    assert shared - {"_tag_names", "_name", "_abc_impl"} == {*OVERRIDDEN, *RESUMING, "train"}, (
         f"DTRPOTrainer hides {sorted(shared)} of GRPOTrainer: a name of ours collides with one of TRL's."
     )
 

@@ -30,6 +30,7 @@ from ..scoring.draws import derive_seed
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
+from ..utils import move_into_place
 from .prompts import tokenize_prompts
 
 
@@ -280,25 +281,13 @@ def _write(path: Path, table: list[dict[str, Any]], names: list[str]) -> None:
     schema = pa.schema([pa.field(field.name, types.get(field.name, field.type)) for field in arrow.schema])
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     parquet.write_table(arrow.cast(schema), temporary)
-    _move(temporary, path)
+    move_into_place(temporary, path)
 
 
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     temporary.write_text(text, encoding="utf-8")
-    _move(temporary, path)
-
-
-def _move(temporary: Path, path: Path) -> None:
-    """Puts a finished file in its place, on the disk and not only in its cache."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    move_into_place(temporary, path)
 
 
 def _card(output_dir: Path, plan: dict[str, Any]) -> str:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import xxhash
+from datasets import Dataset, is_caching_enabled
+from datasets import config as datasets_config
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +21,8 @@ from ..policies.spec import DiffusionSpec
 from ..scoring.draws import derive_seed
 from ..trajectories.dataset import Provenance, to_rows
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
+from ..trajectories.trajectory import TrajectoryBatch
+from ..utils import move_into_place
 from .orders import ORDERS, DecodingOrder, finished_batch, given_order, replay_confidence
 from .prompts import tokenize_preference
 
@@ -53,7 +63,8 @@ def from_preferences(
         temperature (`float`, *optional*, defaults to `1.0`):
             What `"confidence"` divides logits by.
         model (`nn.Module`, *optional*):
-            The policy that `"confidence"` asks.
+            The policy that `"confidence"` asks. What it says is kept in the cache of `datasets` and read from there
+            when the same policy is asked about the same responses with the same settings again.
         max_completion_length (`int`, *optional*):
             Longest response in tokens. Longer ones are refused.
         batch_size (`int`, *optional*, defaults to `16`):
@@ -100,16 +111,15 @@ def from_preferences(
         },
     )
     size = max(batch_size // 2, 1) * 2
-    rows: list[dict[str, Any]] = []
     starts = range(0, len(ids), size)
-    for begin in tqdm(starts, desc="replaying", unit="batch", disable=not recorded):
-        batch = finished_batch(ids[begin : begin + size], responses[begin : begin + size], spec)
-        if recorded:
-            batch = replay_confidence(model, batch, spec, tokens_per_step, temperature)
-        else:
-            seeds = [derive_seed(seed, begin + row) for row in range(len(batch))]
-            batch = given_order(batch, spec, decoding_order, tokens_per_step, seeds)
-        rows += to_rows(batch, spec, 2, provenance, recorded)
+    batches = [finished_batch(ids[start : start + size], responses[start : start + size], spec) for start in starts]
+    if recorded:
+        batches = _replay(model, batches, spec, provenance)
+    else:
+        for place, start in enumerate(starts):
+            seeds = [derive_seed(seed, start + row) for row in range(len(batches[place]))]
+            batches[place] = given_order(batches[place], spec, decoding_order, tokens_per_step, seeds)
+    rows = [row for batch in batches for row in to_rows(batch, spec, 2, provenance, recorded)]
     kept = {name: dataset[name] for name in dataset.column_names if name not in ("prompt", "chosen", "rejected")}
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return Dataset.from_dict(
@@ -121,3 +131,43 @@ def from_preferences(
             "reward_preference": [[1.0, 0.0]] * len(rows),
         }
     )
+
+
+def _replay(
+    model: nn.Module, batches: list[TrajectoryBatch], spec: DiffusionSpec, provenance: Provenance
+) -> list[TrajectoryBatch]:
+    """[`replay_confidence`] of every batch, or what the cache has of it."""
+    path = _cache_file(batches, provenance)
+    if path is not None and path.exists():
+        try:
+            found = load_file(path)
+            return [
+                replace(batch, steps=found[f"steps_{number}"], logps=found[f"logps_{number}"])
+                for number, batch in enumerate(batches)
+            ]
+        except (OSError, KeyError, SafetensorError):
+            pass  # damaged: made anew
+    tokens_per_step, temperature = provenance.decoding["tokens_per_step"], provenance.decoding["temperature"]
+    replayed = [
+        replay_confidence(model, batch, spec, tokens_per_step, temperature).to("cpu")
+        for batch in tqdm(batches, desc="replaying", unit="batch")
+    ]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{os.getpid()}-{path.name}")
+        tensors = {f"steps_{number}": batch.steps for number, batch in enumerate(replayed)}
+        save_file({**tensors, **{f"logps_{number}": batch.logps for number, batch in enumerate(replayed)}}, temporary)
+        move_into_place(temporary, path)
+    return replayed
+
+
+def _cache_file(batches: list[TrajectoryBatch], provenance: Provenance) -> Path | None:
+    """Where a replay is kept: a name made of everything that it depends on. `None` if `datasets` is not to cache."""
+    if not is_caching_enabled():
+        return None
+    digest = xxhash.xxh3_128(json.dumps(provenance.columns(), sort_keys=True).encode())
+    for batch in batches:
+        for values in (batch.prompt_ids, batch.prompt_mask, batch.canvas_ids, batch.completion_lengths):
+            digest.update(str(tuple(values.shape)).encode())
+            digest.update(values.contiguous().numpy())
+    return Path(datasets_config.HF_DATASETS_CACHE) / "trl_diffusion" / f"replay-{digest.hexdigest()}.safetensors"

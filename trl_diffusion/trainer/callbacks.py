@@ -116,23 +116,34 @@ class TrajectoryCallback(TrainerCallback):
                     writer.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
 
 
-class StepCounterCallback(TrainerCallback):
+class ResumeCallback(TrainerCallback):
     """
-    Lets a resumed run count batches from where the checkpoint was made, so that it knows which pass over a rollout comes
-    next; TRL's trainer counts from 0 again.
+    Lets a resumed run know where it is. TRL's trainer counts batches from 0 again, so that it would not know which pass
+    over a rollout comes next, and its sampler would repeat the order of the first epoch.
     """
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._step = state.global_step * args.gradient_accumulation_steps
+        self.trainer._step = state.global_step * args.gradient_accumulation_steps  # until the checkpoint says better
+        self.trainer._buffered_inputs = None
+        if self.trainer.train_sampler is not None:
+            for _ in range(int(state.epoch or 0)):
+                next(iter(self.trainer.train_sampler), None)  # draws the order of an epoch
 
 
 class CheckpointMarkCallback(TrainerCallback):
     """Marks checkpoints that are complete, so that one a killed run left half-written is not taken for the last one."""
 
     MARK = "checkpoint_complete"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A run that goes back, or starts anew, writes later checkpoints again: they do not count until it has."""
+        if state.is_world_process_zero:
+            for mark in Path(args.output_dir).glob(f"checkpoint-[0-9]*/{self.MARK}"):
+                if int(mark.parent.name.split("-")[1]) > state.global_step:
+                    mark.unlink()
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"

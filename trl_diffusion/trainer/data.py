@@ -63,6 +63,7 @@ class OfflineData:
         self.rescored, self.changed = bool(reward_funcs), changed
         self.reward_funcs: list[StoredReward] = []
         self.reference_is_recorded = False
+        self.recorded = True  # whether somebody recorded how likely the tokens were
         self._tied = self._rows = 0
         self._makers: set[str | None] = set()
         self._fingerprint: str | None = None
@@ -119,18 +120,19 @@ class OfflineData:
                 model = AutoModelForCausalLM.from_pretrained(model, **_loading(self.args)).to(PartialState().device)
             model = model.eval()
         try:
-            return from_preferences(
-                dataset,
-                self.tokenizer,
-                self.spec,
-                self.args.decoding_order,
-                self.args.tokens_per_step,
-                self.args.temperature,
-                model,
-                self.args.max_completion_length,
-                self.args.per_device_train_batch_size,
-                self.args.seed,
-            )
+            with PartialState().main_process_first():  # the others find its replay in the cache
+                return from_preferences(
+                    dataset,
+                    self.tokenizer,
+                    self.spec,
+                    self.args.decoding_order,
+                    self.args.tokens_per_step,
+                    self.args.temperature,
+                    model,
+                    self.args.max_completion_length,
+                    self.args.per_device_train_batch_size,
+                    self.args.seed,
+                )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -157,6 +159,7 @@ class OfflineData:
                         f"importance ratio for `loss_type={self.args.loss_type!r}`. Use `loss_type='dpo'`, or "
                         "`decoding_order='confidence'`."
                     )
+                self.recorded = False
                 continue
             decoding = json.loads(row["decoding"])
             # The distribution that greedy decoding looks at is the untempered one.

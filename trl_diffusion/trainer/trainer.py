@@ -38,9 +38,10 @@ from ..scoring.score import score
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows, is_trajectory_dataset
 from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
 from ._trl import disable_dropout_in_model, unwrap_model_for_generation, use_adapter
-from .callbacks import CheckpointMarkCallback, StepCounterCallback, last_complete_checkpoint
+from .callbacks import CheckpointMarkCallback, ResumeCallback, last_complete_checkpoint
 from .config import DTRPOConfig
 from .data import OfflineData
+from .resume import Progress
 
 
 logger = get_logger(__name__)
@@ -177,6 +178,7 @@ class DTRPOTrainer(GRPOTrainer):
                 "`precompute_ref_log_probs=True` is for stored responses; these are generated as it goes."
             )
         self._reference_is_recorded = store is not None and store.reference_is_recorded
+        self._is_recorded = store is None or store.recorded
         self._ref_estimates: dict[tuple[int, int], Tensor] = {}
 
         if (
@@ -200,6 +202,7 @@ class DTRPOTrainer(GRPOTrainer):
         self._stored: list[tuple[dict[str, Any], int, int]] | None = None  # rows of this rollout, responses, epoch
         self._rollouts: TrajectoryBatch | None = None
         self.last_rollouts: TrajectoryBatch | None = None
+        self.train_sampler = None
         self._rollout_clock = {}  # for training and evaluation: optimizer step, and rollouts so far in it
         beta = args.beta
         if self._reference_is_recorded:
@@ -230,7 +233,7 @@ class DTRPOTrainer(GRPOTrainer):
                 "number of denoising steps. Use DDP, ZeRO-2, or ZeRO-3 with `ds3_gather_for_generation=True`."
             )
 
-        self.add_callback(StepCounterCallback(self))
+        self.add_callback(ResumeCallback(self))
         self.add_callback(CheckpointMarkCallback())
         self.spec = spec
         self._share_prompts = args.share_prompts and spec.attention == "block"
@@ -417,6 +420,29 @@ class DTRPOTrainer(GRPOTrainer):
         if self.args.precompute_ref_log_probs and not self._reference_is_recorded and self.beta != 0.0:
             self._precompute_reference()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _get_train_sampler(self, *args, **kwargs):
+        self.train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self.train_sampler
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With the random state, a checkpoint gets the rollout that is still being trained on."""
+        super()._save_rng_state(output_dir)
+        done = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        progress = Progress(self._step, self.accelerator.num_processes, None if done else self._buffered_inputs)
+        progress.save(output_dir, self.accelerator.process_index)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random state of a checkpoint, and its rollout."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        progress = Progress.load(checkpoint, self.accelerator.process_index, self.accelerator.device)
+        if progress is not None and progress.num_processes == self.accelerator.num_processes:
+            self._step, self._buffered_inputs = progress.batches, progress.rollout
+        else:
+            found = "holds no rollout" if progress is None else f"was written by {progress.num_processes} processes"
+            logger.warning(f"{checkpoint} {found}: what follows is not exactly the uninterrupted run.")
 
     @torch.no_grad()
     def _precompute_reference(self) -> None:
@@ -608,14 +634,15 @@ class DTRPOTrainer(GRPOTrainer):
         that score what was recorded (METHOD.md, section 4)."""
         weights = self._layout.weights
         scored, old = weights > 0, logps if self._old is None else self._old
-        sums = self.accelerator.reduce(ratio_statistics(logps - old, weights), reduction="sum")
-        for name, value in summarise_ratios(sums).items():
-            self._record(f"diffusion/{name}", value)
+        if self._is_recorded:
+            sums = self.accelerator.reduce(ratio_statistics(logps - old, weights), reduction="sum")
+            for name, value in summarise_ratios(sums).items():
+                self._record(f"diffusion/{name}", value)
         gap = torch.where(scored, (logps - self._recorded).abs(), 0.0)
         totals = torch.stack([gap.sum(), scored.sum().float(), torch.tensor(len(gap), device=gap.device).float()])
         total, tokens, responses = self.accelerator.reduce(totals, reduction="sum").tolist()
         self._record("diffusion/scored_tokens", tokens / responses)
-        if self.estimator.recorded:
+        if self.estimator.recorded and self._is_recorded:
             self._record("diffusion/recorded_gap/mean", total / max(tokens, 1))
             self._record("diffusion/recorded_gap/max", self.accelerator.gather(gap.max()).max().item())
 

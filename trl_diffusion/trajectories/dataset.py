@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as parquet
 import torch
 from datasets import Dataset, IterableDataset
 
@@ -260,9 +261,30 @@ def load_trajectories(path: str | Path, allow_partial: bool = False) -> Dataset:
         FileNotFoundError: if there is no such directory, or no shard in it.
         ValueError: if a shard cannot be read (it is named), or the collection was interrupted.
     """
-    import pyarrow.parquet as parquet
+    return Dataset.from_parquet([str(file) for file in _shards(Path(path), allow_partial)])
 
-    path = Path(path)
+
+def load_row(path: str | Path, index: int) -> tuple[dict[str, Any] | None, int]:
+    """
+    One row of what [`collect`] wrote, be it complete or not; only its shard is read.
+
+    Returns:
+        The row, `None` if there is no such row, and the number of rows that there are.
+
+    Raises:
+        FileNotFoundError, ValueError: as [`load_trajectories`].
+    """
+    found, before = None, 0
+    for file in _shards(Path(path), allow_partial=True):
+        count = parquet.read_metadata(file).num_rows
+        if before <= index < before + count:
+            found = parquet.read_table(file).slice(index - before, 1).to_pylist()[0]
+        before += count
+    return found, before
+
+
+def _shards(path: Path, allow_partial: bool) -> list[Path]:
+    """The files of a collection, if they can be read."""
     files = sorted((path / "data").glob("shard-*.parquet"))
     if not files:
         raise FileNotFoundError(f"There are no trajectories in {path} (no {path / 'data'}/*.parquet).")
@@ -281,4 +303,4 @@ def load_trajectories(path: str | Path, allow_partial: bool = False) -> Dataset:
                 f"{path} holds {len(files)} of {expected} shards: its collection was interrupted. Run it again to finish "
                 "it, or pass `allow_partial=True`."
             )
-    return Dataset.from_parquet([str(file) for file in files])
+    return files

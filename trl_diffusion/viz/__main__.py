@@ -20,22 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from datasets import Dataset
-from datasets.exceptions import DatasetsError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..policies.spec import DiffusionSpec
-from ..trajectories.dataset import (
-    FORMAT_VERSION,
-    OWN_COLUMNS,
-    REWARD_PREFIX,
-    from_rows,
-    load_trajectories,
-    reward_columns,
-)
+from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, from_rows, load_row
 from ..trajectories.fingerprint import fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch, global_steps, response_blocks
 from .html import trajectory_html
@@ -59,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         print(_show(options))
-    except (OSError, ValueError, ImportError, DatasetsError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -96,9 +86,7 @@ def _show(options: argparse.Namespace) -> str:
         raise ValueError(f"--output must end in {' or '.join(SUFFIXES)}, got {output}.")
     if not options.dataset.is_dir():
         raise FileNotFoundError(f"There is no directory {options.dataset}.")
-    datasets.disable_progress_bars()
-    dataset = load_trajectories(options.dataset, allow_partial=True)
-    row = _row(dataset, index, options.dataset)
+    row = _row(options.dataset, index)
     if not 0 <= response < len(row["canvas_lengths"]):
         raise ValueError(
             f"There is no response {response} in row {index}: it has {_count(len(row['canvas_lengths']))}."
@@ -118,7 +106,7 @@ def _show(options: argparse.Namespace) -> str:
     recorded = row["event_logps"] is not None
     _draw(batch, spec, tokenizer, output, f"row {index}, response {response}", recorded)
 
-    rewards = {name: row[REWARD_PREFIX + name] for name in reward_columns(dataset)}
+    rewards = {name.removeprefix(REWARD_PREFIX): row[name] for name in row if name.startswith(REWARD_PREFIX)}
     return "\n".join(
         [
             str(output),
@@ -129,13 +117,13 @@ def _show(options: argparse.Namespace) -> str:
     )
 
 
-def _row(dataset: Dataset, index: int, directory: Path) -> dict[str, Any]:
-    missing = sorted(set(OWN_COLUMNS) - {"row"} - set(dataset.column_names))
+def _row(directory: Path, index: int) -> dict[str, Any]:
+    row, count = load_row(directory, index)
+    if row is None:
+        raise ValueError(f"There is no row {index} in {directory}: it has {_count(count)}.")
+    missing = sorted(set(OWN_COLUMNS) - {"row"} - set(row))
     if missing:
         raise ValueError(f"{directory} does not hold trajectories: it lacks the columns {missing}.")
-    if not 0 <= index < len(dataset):
-        raise ValueError(f"There is no row {index} in {directory}: it has {_count(len(dataset))}.")
-    row = dataset[index]
     if row["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"Row {index} of {directory} has format version {row['format_version']}; this version of trl_diffusion "
