@@ -191,7 +191,8 @@ def test_an_error_leaves_the_policy_as_it_was():
 
     with pytest.raises(KeyError, match="mine"):
         decode(policy, make_prompts(), DecodingConfig(16, strategy=fail), spec)
-    assert policy.config._attn_implementation == before and not head._forward_pre_hooks
+    assert policy.config._attn_implementation == before
+    assert not head._forward_pre_hooks and "forward" not in vars(head)
 
 
 def test_suppressed_tokens_and_nucleus():

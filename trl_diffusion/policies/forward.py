@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -99,10 +100,25 @@ def logits_at(model: nn.Module, rows: Tensor, columns: Tensor):
     """
     head = unwrap(model).get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, columns][None], *args[1:]))
+    by_hand = type(head) is nn.Linear and head.weight.device.type == "cpu" and not torch.is_grad_enabled()
+    by_hand = by_hand and "forward" not in vars(head)  # somebody else's, such as a dispatch over devices
+    if by_hand:
+        head.forward = partial(_few_rows, head)
     try:
         yield
     finally:
         handle.remove()
+        if by_hand:
+            vars(head).pop("forward", None)
+
+
+def _few_rows(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """
+    What `head` computes, for a row of few positions and a large vocabulary: on a CPU the product is up to three times as
+    fast with the large matrix on the left. `(1, M, D)` to `(1, M, V)`.
+    """
+    logits = (head.weight @ hidden[0].T).T.contiguous()
+    return (logits if head.bias is None else logits + head.bias)[None]
 
 
 def log_distribution(logits: Tensor, spec: DiffusionSpec, temperature: float = 1.0) -> Tensor:
