@@ -46,7 +46,7 @@ def make_model(family: str, args) -> torch.nn.Module:
         num_attention_heads=args.hidden_size // 64,
         num_key_value_heads=args.hidden_size // 64 if family == "llada" else max(1, args.hidden_size // 256),
         max_position_embeddings=4096,
-        initializer_range=0.05,
+        initializer_range=0.1,
         mask_token_id=MASK,
     )
     torch.manual_seed(0)

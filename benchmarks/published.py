@@ -113,7 +113,8 @@ def fast_dllm_v2(
     Fast-dLLM v2: `(1, P)` to `(1, P + N)`, up to and including the stop token (-1: none).
 
     The published loop fills its cache only if the prompt is *longer* than a block, so it forgets a prompt of exactly one
-    block. Here it does not.
+    block. Here it does not. It also makes `max_new_tokens // block_size` blocks, of which the first may be partly prompt;
+    here there are enough blocks for `max_new_tokens`.
     """
     begin, x, cache = prompt.shape[1], prompt, DynamicCache(config=model.config)
 
@@ -132,7 +133,7 @@ def fast_dllm_v2(
         token = commit(begin // block_size * block_size)
         if begin % block_size == 0:
             x = torch.cat([x, token], 1)
-    for _ in range(max_new_tokens // block_size):
+    for _ in range(-(-(begin % block_size + max_new_tokens) // block_size)):
         x = torch.cat([x, x.new_full((1, -x.shape[1] % block_size), mask)], 1)
         start = x.shape[1] - block_size
         for part in range(start, start + block_size, small_block_size):

@@ -99,7 +99,7 @@ def test_fast_dllm_v2(threshold, seed):
         )
 
         def loop(x, stop=stop):
-            return published.fast_dllm_v2(model, x, 96, MASK, stop, threshold)
+            return published.fast_dllm_v2(model, x, 64, MASK, stop, threshold)
 
         spec = get_spec(model.config)
         ours = decode(model, prompts, config, spec, batch_size=2).completions()
