@@ -18,12 +18,9 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
 from torch import Tensor
@@ -33,6 +30,7 @@ from ..scoring.draws import derive_seed
 from .generate import Usage, cut, generate
 from .likelihood import chain_likelihoods, elbo_likelihoods, is_autoregressive
 from .policy import Policy, load_policy
+from .settings import DECODING_SETTINGS, check_settings, read_mapping
 
 
 try:
@@ -48,52 +46,8 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 LIKELIHOODS = ("elbo", "left_to_right")
-_SETTINGS = tuple(field.name for field in fields(DecodingConfig))
 # Options of sampling that leave the distribution as it is.
 _NEUTRAL = {"top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0), "top_k": (None, 0, -1), "num_beams": (None, 1)}
-
-
-def read_mapping(value: str | Mapping[str, Any] | None, name: str) -> dict[str, Any]:
-    """
-    A mapping that was given on the command line: as `name:value+name:value`, as JSON, or as the path of a `.json` or
-    `.yaml` file.
-
-    Raises:
-        ValueError: if it is none of these.
-    """
-    if value is None or isinstance(value, Mapping):
-        return dict(value or {})
-    text = str(value).strip()
-    if text.endswith((".json", ".yaml", ".yml")):
-        if not Path(text).is_file():
-            raise ValueError(f"`{name}`: there is no file {text}.")
-        text = Path(text).read_text(encoding="utf-8")
-    elif not text.startswith("{"):
-        text = "\n".join(part.replace(":", ": ", 1) for part in text.split("+"))
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"`{name}` must be like strategy:threshold+threshold:0.9, a JSON object, or the path of a JSON or YAML file; "
-            f"got {value!r}."
-        )
-    return found
-
-
-def check_settings(decoding: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Settings of [`DecodingConfig`], checked.
-
-    Raises:
-        ValueError: if there is no such setting, or it is out of range.
-    """
-    unknown = sorted(set(decoding) - set(_SETTINGS))
-    if unknown:
-        raise ValueError(f"Unknown decoding settings {unknown}; there are {sorted(_SETTINGS)}.")
-    DecodingConfig(**decoding)
-    return dict(decoding)
 
 
 @register_model("trl_diffusion")
@@ -235,26 +189,6 @@ class DiffusionLM(TemplateLM):
         """Name of the tokenizer, for the harness's cache of requests."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def _fit(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        """Cuts the beginning of prompts that leave no room for `new_tokens` more, in whole blocks."""
-        spec = self.policy.spec
-        if spec.block_origin == "sequence":
-            room = self.max_length // spec.block_size * spec.block_size - new_tokens
-        else:
-            room = self.max_length - -(-new_tokens // spec.block_size) * spec.block_size
-        if room < 1:
-            raise ValueError(
-                f"{new_tokens} new tokens leave no room for a prompt in a context of {self.max_length}. Lower "
-                "`max_gen_toks`, or `max_new_tokens` in `decoding`."
-            )
-        long = sum(len(prompt) > room for prompt in prompts)
-        if long:
-            logger.warning(
-                f"{long} of {len(prompts)} prompts are longer than {room} tokens, which is what {new_tokens} new tokens "
-                f"leave of a context of {self.max_length}. They lose their beginning."
-            )
-        return [prompt[-room:] for prompt in prompts]
-
     # ------------------------------------------------------------------------------------------------ answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -268,7 +202,8 @@ class DiffusionLM(TemplateLM):
         for rows in groups.values():
             option = options[rows[0]]
             settings = self._settings(option)
-            prompts = self._fit([self.tok_encode(requests[row].args[0]) for row in rows], settings.max_new_tokens)
+            prompts = [self.tok_encode(requests[row].args[0]) for row in rows]
+            prompts = self.policy.fit(prompts, settings.max_new_tokens, self.max_length)
             completions, usage = generate(
                 self.policy,
                 prompts,
@@ -294,10 +229,10 @@ class DiffusionLM(TemplateLM):
         for name, value in option.items():
             if value in _NEUTRAL.get(name, ()) or (name in _NEUTRAL and not sampled):
                 continue
-            if name not in _SETTINGS:
+            if name not in DECODING_SETTINGS:
                 raise ValueError(
                     f"The task asks for `{name}={value!r}`, which the decoder does not have; its settings are "
-                    f"{sorted(_SETTINGS)}. Override it with --gen_kwargs."
+                    f"{sorted(DECODING_SETTINGS)}. Override it with --gen_kwargs."
                 )
             settings[name] = value
         return DecodingConfig(**{**settings, **self.decoding})
@@ -322,7 +257,7 @@ class DiffusionLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         prompts = []
         for _, context, continuation in requests:
-            prompts += self._fit([context], max(len(continuation), 1))
+            prompts += self.policy.fit([context], max(len(continuation), 1), self.max_length)
         continuations = [continuation for _, _, continuation in requests]
         if self.likelihood == "left_to_right":
             found = chain_likelihoods(self.policy, prompts, continuations, self.batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from ..policies.forward import check_attention, unwrap
 from ..policies.loading import load_config, resolve_spec
 from ..policies.lora import check_targets
 from ..policies.spec import DiffusionSpec
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,6 +56,40 @@ class Policy:
         return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
             "input_ids"
         ]
+
+    def fit(self, prompts: list[list[int]], new_tokens: int, context: int | None = None) -> list[list[int]]:
+        """
+        Cuts the beginning of prompts that leave no room for `new_tokens` more, in whole blocks, as is usual in
+        evaluation, and says how many there were.
+
+        Args:
+            prompts (`list[list[int]]`): token ids.
+            new_tokens (`int`): most tokens of an answer.
+            context (`int`, *optional*): most positions of prompt and answer together. Defaults to the model's.
+
+        Raises:
+            ValueError: if there is no room for any prompt.
+        """
+        context = context or self.context
+        if context is None:
+            return prompts
+        block = self.spec.block_size
+        if self.spec.block_origin == "sequence":
+            room = context // block * block - new_tokens
+        else:
+            room = context - -(-new_tokens // block) * block
+        if room < 1:
+            raise ValueError(
+                f"{new_tokens} new tokens leave no room for a prompt in a context of {context}. Lower the number of new "
+                "tokens, for example with max_new_tokens in the decoding settings."
+            )
+        long = sum(len(prompt) > room for prompt in prompts)
+        if long:
+            logger.warning(
+                f"{long} of {len(prompts)} prompts are longer than {room} tokens, which is what {new_tokens} new tokens "
+                f"leave of a context of {context}. They lose their beginning."
+            )
+        return [prompt[-room:] for prompt in prompts]
 
     def decode(self, completions: list[list[int]]) -> list[str]:
         """The text of completions."""
