@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import decode
-from ..policies.forward import unwrap
+from ..decoding.loop import DenoisingLoop
 from .policy import Policy
+
+
+_CHUNK = 16  # how many times the answers that are decoded at once are handed over at once
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Usage:
     Attributes:
         answers (`int`): answers given.
         tokens (`int`): their tokens, up to and including the stop token.
-        forwards (`int`): forward passes, each counted once for every row that was in it.
+        forwards (`int`): forward passes, each counted once for every answer that was in it.
         seconds (`float`): time spent on decoding.
     """
 
@@ -50,22 +50,6 @@ class Usage:
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
-@contextmanager
-def count_forwards(model: nn.Module) -> Iterator[Usage]:
-    """Inside this context, the rows of the model's forward passes are counted in the `forwards` of what is yielded."""
-    usage = Usage()
-
-    def count(module, args, kwargs, output):
-        usage.forwards += (args[0] if args else kwargs["input"]).shape[0]
-
-    embeddings = unwrap(model).get_input_embeddings()  # every pass goes through them once, adapter or not
-    handle = embeddings.register_forward_hook(count, with_kwargs=True)
-    try:
-        yield usage
-    finally:
-        handle.remove()
-
-
 def generate(
     policy: Policy,
     prompts: list[list[int]],
@@ -75,13 +59,13 @@ def generate(
     progress: str | None = None,
 ) -> tuple[list[list[int]], Usage]:
     """
-    Answers prompts, in batches of similar length. An answer depends on its own prompt and seed alone.
+    Answers prompts, the longest first. An answer depends on its own prompt and seed alone.
 
     Args:
         policy ([`Policy`]): who answers.
         prompts (`list[list[int]]`): token ids, unpadded.
         decoding ([`DecodingConfig`]): settings of the decoder.
-        seeds (`list[int]`, *optional*): one for each prompt; needed with a temperature.
+        seeds (`list[int]`, *optional*): one for each prompt; needed where answers are random.
         batch_size (`int`, *optional*, defaults to `32`): answers at a time.
         progress (`str`, *optional*): label of a progress bar.
 
@@ -96,29 +80,33 @@ def generate(
     # The longest first: what does not fit into memory shows at once.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     completions: list[list[int]] = [[] for _ in prompts]
-    total = Usage()
+    usage = Usage()
+
+    def count(loop: DenoisingLoop) -> None:
+        usage.forwards += sum(lane is not None for lane in loop.lanes)
+
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="answer") as bar:
-        for begin in range(0, len(order), batch_size):
-            rows = order[begin : begin + batch_size]
-            with count_forwards(policy.model) as usage:
-                _synchronize()
-                start = time.perf_counter()
-                batch = decode(
-                    policy.model,
-                    [prompts[row] for row in rows],
-                    decoding,
-                    policy.spec,
-                    None if seeds is None else [seeds[row] for row in rows],
-                )
-                _synchronize()
-                usage.seconds = time.perf_counter() - start
+        for begin in range(0, len(order), _CHUNK * batch_size):
+            rows = order[begin : begin + _CHUNK * batch_size]
+            _synchronize()
+            start = time.perf_counter()
+            batch = decode(
+                policy.model,
+                [prompts[row] for row in rows],
+                decoding,
+                policy.spec,
+                None if seeds is None else [seeds[row] for row in rows],
+                batch_size=batch_size,
+                on_step=count,
+            )
+            _synchronize()
+            usage.seconds += time.perf_counter() - start
             for row, completion in zip(rows, batch.completions(), strict=True):
                 completions[row] = completion
                 usage.answers += 1
                 usage.tokens += len(completion)
-            total.add(usage)
             bar.update(len(rows))
-    return completions, total
+    return completions, usage
 
 
 def cut(text: str, stops: list[str] | tuple[str, ...]) -> str:

@@ -161,11 +161,12 @@ def measure_with_harness(
 
     chat = policy.tokenizer.chat_template is not None
     name = task.chat_task if chat else task.task
+    shipped = (Path(tasks_path()) / f"{name}.yaml").is_file()
     lm = DiffusionLM(policy=policy, decoding=decoding, seed=seed, batch_size=batch_size)
     results = simple_evaluate(
         model=lm,
         tasks=[name],
-        task_manager=TaskManager(include_path=tasks_path()),
+        task_manager=TaskManager(include_path=tasks_path(), include_defaults=not shipped),  # the others are many
         limit=limit,
         apply_chat_template=chat,
         log_samples=True,
@@ -249,7 +250,7 @@ class Evaluation:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {self.limit}.")
         self.output_dir = Path(self.output_dir)
-        if not self.decoding.get("temperature") and len(self.seeds) > 1:
+        if not DecodingConfig(**self.decoding).is_random and len(self.seeds) > 1:
             logger.warning("Without a temperature all seeds give the same answers: only the first is measured.")
             self.seeds = self.seeds[:1]
 
@@ -271,13 +272,12 @@ class Evaluation:
         tasks = list(dict.fromkeys(tasks))
         fingerprint = fingerprint_policy(self.policy.model)
         settings = {task: self._settings(task, fingerprint) for task in tasks}
-        pending = [job for job in ((task, seed) for task in tasks for seed in self.seeds) if not self._is_done(*job)]
-        for task, seed in pending:
+        jobs = [(task, seed) for task in tasks for seed in self.seeds]
+        for task, seed in jobs:
             self._check_known(task, seed, settings[task])
-        for task in tasks:
-            for seed in self.seeds:
-                self._check_known(task, seed, settings[task])
-        (pending,) = broadcast_object_list([pending])  # the main process decides
+        (pending,) = broadcast_object_list(
+            [[job for job in jobs if not self._is_done(*job)]]
+        )  # as the main process sees it
         for task, seed in pending:
             measured = self._measure(task, seed)
             if PartialState().is_main_process:
