@@ -6,16 +6,12 @@ import json
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 
-
-pytest.importorskip("lm_eval")
-
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.api.registry import get_model  # noqa: E402
-
-from trl_diffusion import DecodingConfig, decode, tiny_policy_path  # noqa: E402
-from trl_diffusion.evaluation.harness import DiffusionLM  # noqa: E402
-from trl_diffusion.evaluation.likelihood import chain_likelihoods, elbo_likelihoods  # noqa: E402
+from trl_diffusion import DecodingConfig, decode, tiny_policy_path
+from trl_diffusion.evaluation.harness import DiffusionLM
+from trl_diffusion.evaluation.likelihood import chain_likelihoods, elbo_likelihoods
 
 
 CONTEXTS = ["sudoku 3102200002100320", "countdown 30,100,93=23", "sudoku 0140432014020000"]
