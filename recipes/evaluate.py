@@ -20,14 +20,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from accelerate import PartialState
 from trl import TrlParser
 
 from trl_diffusion import tiny_policy_path
 from trl_diffusion.evaluation.policy import load_policy
 from trl_diffusion.evaluation.run import Evaluation, check_tasks, markdown
 from trl_diffusion.evaluation.settings import check_settings, read_mapping
-from trl_diffusion.utils import use_all_cores
+from trl_diffusion.utils import processes, use_all_cores
 
 
 @dataclass
@@ -72,7 +71,7 @@ class EvaluateArguments:
 
 def main(args: EvaluateArguments) -> None:
     use_all_cores()
-    state = PartialState()
+    state = processes()
     check_tasks(args.tasks, args.data_dir, args.allow_code_execution)  # before the weights are loaded
     decoding = check_settings(read_mapping(args.decoding, "decoding"))
     path = args.model_name_or_path or (None if args.adapter_name_or_path else tiny_policy_path())

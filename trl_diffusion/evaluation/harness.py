@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..decoding.config import DecodingConfig
 from ..scoring.draws import derive_seed
+from ..utils import processes
 from .generate import Usage, cut, generate
 from .likelihood import chain_likelihoods, elbo_likelihoods, is_autoregressive
 from .policy import Policy, load_policy
@@ -114,7 +115,7 @@ class DiffusionLM(TemplateLM):
             raise ValueError(f"`num_draws` must be at least 1, got {num_draws}.")
         self.decoding = check_settings(read_mapping(decoding, "decoding"))
         self.batch_size = self._batch_size(batch_size, max_batch_size)
-        state = PartialState()
+        state = processes()
         self._rank, self._world_size = state.process_index, state.num_processes
         if policy is None:
             policy = load_policy(
@@ -313,7 +314,7 @@ class DiffusionLM(TemplateLM):
 
     def barrier(self) -> None:
         """Waits for all processes."""
-        PartialState().wait_for_everyone()
+        processes().wait_for_everyone()
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside the results."""

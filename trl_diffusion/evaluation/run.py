@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..decoding.config import DecodingConfig
 from ..scoring.draws import derive_seed
 from ..trajectories.fingerprint import fingerprint_policy
+from ..utils import move_into_place, processes
 from . import tasks_path
 from .benchmarks import BENCHMARKS, Benchmark
 from .generate import Usage, cut, generate
@@ -105,7 +104,7 @@ def measure_local(
         checker (`Callable`, *optional*): the benchmark's checker, if there is one already.
         progress (`bool`, *optional*, defaults to `False`): whether the main process shows a progress bar.
     """
-    state = PartialState()
+    state = processes()
     chat = benchmark.conversational and policy.tokenizer.chat_template is not None
     config = DecodingConfig(**{"max_new_tokens": benchmark.max_new_tokens, **(decoding or {})})
     own = list(range(state.process_index, len(rows), state.num_processes))
@@ -197,7 +196,7 @@ def measure_with_harness(
 def _shared(usage: Usage) -> Usage:
     """What all processes did together."""
     total = Usage()
-    parts = gather_object([usage]) if PartialState().num_processes > 1 else [usage]
+    parts = gather_object([usage]) if processes().num_processes > 1 else [usage]
     for part in parts:
         total.add(part)
     total.seconds = max(part.seconds for part in parts)
@@ -280,11 +279,11 @@ class Evaluation:
         )  # as the main process sees it
         for task, seed in pending:
             measured = self._measure(task, seed)
-            if PartialState().is_main_process:
+            if processes().is_main_process:
                 self._write(task, seed, settings[task], measured)
-        PartialState().wait_for_everyone()
+        processes().wait_for_everyone()
         results = self._results(tasks)
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             write_whole(self.output_dir / "results.json", json.dumps(results, indent=2) + "\n")
             write_whole(self.output_dir / "results.md", markdown(results))
         return results
@@ -365,7 +364,7 @@ class Evaluation:
         return {
             "policy": self.about,
             "decoding": self.decoding,
-            "processes": PartialState().num_processes,
+            "processes": processes().num_processes,
             "device": str(self.policy.device),
             "batch_size": self.batch_size,
             "tasks": rows,
@@ -482,10 +481,7 @@ def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".unfinished-{path.name}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.write_text(text, encoding="utf-8")
+        move_into_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
