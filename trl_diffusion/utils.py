@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 
 def use_all_cores() -> None:
@@ -25,3 +26,8 @@ def move_into_place(temporary: Path, path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def processes() -> PartialState:
+    """The processes that share the work; on machines without an accelerator, too, where accelerate has to be told."""
+    return PartialState(cpu=not torch.accelerator.is_available())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .families import FAMILIES
 from .spec import DiffusionSpec, check_spec, family_fields, get_spec, spec_fields
@@ -45,6 +47,28 @@ def load_config(path: str, **options) -> PretrainedConfig:
             "`model_type` and say how it is denoised with DTRPOConfig(diffusion_spec={'mask_token_id': ..., "
             "'block_size': ..., ...})."
         ) from error
+
+
+def load_renamed_weights(model: PreTrainedModel, directory: str | Path) -> bool:
+    """
+    Loads the weights of a checkpoint whose names are not the model's own but its family's, as LLaDA's are.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the model, bare.
+        directory (`str` or `Path`): the checkpoint, in safetensors format.
+
+    Returns:
+        `bool`: whether there was such a checkpoint; nothing is done otherwise.
+    """
+    saved: set[str] = set()
+    for path in Path(directory).glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            saved.update(file.keys())
+    if not saved or saved <= set(model.state_dict()):
+        return False
+    stored = type(model).from_pretrained(directory, config=model.config, dtype=model.dtype)
+    model.load_state_dict(stored.state_dict())
+    return True
 
 
 def resolve_mask_token(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

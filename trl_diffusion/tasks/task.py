@@ -77,52 +77,71 @@ def _column(row: dict[str, Any], names: tuple[str, ...], path: str, number: int)
     raise ValueError(f"{path}, row {number}: none of the columns {list(names)} is there; it has {sorted(row)}.")
 
 
+def sudoku_rows(path: str) -> list[dict[str, Any]]:
+    """The puzzles of a file, each with its `prompt`."""
+    rows = []
+    for number, row in enumerate(read_rows(path)):
+        puzzle = str(_column(row, ("puzzle", "Puzzle"), path, number)).zfill(16)
+        try:
+            sudoku.check_puzzle(puzzle)
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from error
+        rows.append({"puzzle": puzzle, "prompt": sudoku.prompt(puzzle)})
+    return rows
+
+
+def countdown_rows(path: str) -> list[dict[str, Any]]:
+    """The games of a file, each with its `prompt`."""
+    rows = []
+    for number, row in enumerate(read_rows(path)):
+        numbers = _column(row, ("numbers", "nums", "input"), path, number)
+        numbers = numbers.split(",") if isinstance(numbers, str) else numbers
+        numbers, target = [int(value) for value in numbers], int(_column(row, ("target", "output"), path, number))
+        rows.append({"numbers": numbers, "target": target, "prompt": countdown.prompt(numbers, target)})
+    return rows
+
+
+def gsm8k_rows(path: str) -> list[dict[str, Any]]:
+    """The questions of a file, with their `answer`; the `prompt` is the text of the user's message."""
+    names = ("question", "answer")
+    rows = enumerate(read_rows(path))
+    return [gsm8k_row({name: _column(row, (name,), path, number) for name in names}) for number, row in rows]
+
+
+def gsm8k_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A question of GSM8K with its `prompt`."""
+    prompt = f"{row['question']}\nThink step by step and end with '#### ' and the answer."
+    return {"prompt": prompt, "answer": row["answer"]}
+
+
 def _sudoku(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
-    def read(path: str) -> list[dict[str, str]]:
-        rows = []
-        for number, row in enumerate(read_rows(path)):
-            puzzle = str(_column(row, ("puzzle", "Puzzle"), path, number)).zfill(16)
-            try:
-                sudoku.check_puzzle(puzzle)
-            except ValueError as error:
-                raise ValueError(f"{path}, row {number}: {error}") from error
-            rows.append({"puzzle": puzzle})
-        return rows
+    def ask(puzzle: str) -> dict[str, str]:
+        return {"puzzle": puzzle, "prompt": sudoku.prompt(puzzle)}
 
     kept = list(sudoku.evaluation_puzzles())
-    evaluation = read(eval_file) if eval_file else [{"puzzle": puzzle} for puzzle in kept]
+    evaluation = sudoku_rows(eval_file) if eval_file else [ask(puzzle) for puzzle in kept]
     excluded = {*kept, *(row["puzzle"] for row in evaluation)}
     if train_file:
-        train = [row for row in read(train_file) if row["puzzle"] not in excluded][:train_size]
+        train = [row for row in sudoku_rows(train_file) if row["puzzle"] not in excluded][:train_size]
     else:
-        train = [{"puzzle": row["puzzle"]} for row in sudoku.generate(train_size, seed, exclude=excluded)]
-    for row in (*train, *evaluation):
-        row["prompt"] = sudoku.prompt(row["puzzle"])
+        train = [ask(row["puzzle"]) for row in sudoku.generate(train_size, seed, exclude=excluded)]
     rewards = [sudoku.sudoku_solved, sudoku.sudoku_units]
     return _task("sudoku", "puzzles", train, evaluation[:eval_size], rewards, sudoku.sudoku_solved)
 
 
 def _countdown(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
-    def read(path: str) -> list[dict[str, Any]]:
-        rows = []
-        for number, row in enumerate(read_rows(path)):
-            numbers = _column(row, ("numbers", "nums", "input"), path, number)
-            numbers = numbers.split(",") if isinstance(numbers, str) else numbers
-            target = _column(row, ("target", "output"), path, number)
-            rows.append({"numbers": [int(value) for value in numbers], "target": int(target)})
-        return rows
+    def ask(game: dict[str, Any]) -> dict[str, Any]:
+        numbers, target = game["numbers"], game["target"]
+        return {"numbers": numbers, "target": target, "prompt": countdown.prompt(numbers, target)}
 
-    kept = [{"numbers": game["numbers"], "target": game["target"]} for game in countdown.evaluation_games()]
-    evaluation = read(eval_file) if eval_file else [dict(game) for game in kept]
+    kept = [ask(game) for game in countdown.evaluation_games()]
+    evaluation = countdown_rows(eval_file) if eval_file else list(kept)
     excluded = {countdown.key_of(row["numbers"], row["target"]) for row in (*kept, *evaluation)}
     if train_file:
-        train = [row for row in read(train_file) if countdown.key_of(row["numbers"], row["target"]) not in excluded]
-        train = train[:train_size]
+        train = countdown_rows(train_file)
+        train = [row for row in train if countdown.key_of(row["numbers"], row["target"]) not in excluded][:train_size]
     else:
-        games = countdown.generate(train_size, seed, exclude=excluded)
-        train = [{"numbers": game["numbers"], "target": game["target"]} for game in games]
-    for row in (*train, *evaluation):
-        row["prompt"] = countdown.prompt(row["numbers"], row["target"])
+        train = [ask(game) for game in countdown.generate(train_size, seed, exclude=excluded)]
     rewards = [countdown.countdown_solved, countdown.countdown_numbers]
     return _task("countdown", "games", train, evaluation[:eval_size], rewards, countdown.countdown_solved)
 
@@ -132,13 +151,7 @@ def _gsm8k(train_file: str | None, eval_file: str | None, train_size: int, eval_
         raise ValueError("The task `gsm8k` needs `--train_file`, a JSON Lines file with `question` and `answer`.")
 
     def read(path: str) -> list[dict[str, Any]]:
-        rows = []
-        for number, row in enumerate(read_rows(path)):
-            question = _column(row, ("question",), path, number)
-            content = f"{question}\nThink step by step and end with '#### ' and the answer."
-            prompt = [{"role": "user", "content": content}]
-            rows.append({"prompt": prompt, "answer": _column(row, ("answer",), path, number)})
-        return rows
+        return [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in gsm8k_rows(path)]
 
     # Without a file of its own, evaluation takes rows that training does not see.
     train = read(train_file)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from accelerate.utils import broadcast_object_list
+from evaluate import EvaluationModule
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..decoding.config import DecodingConfig
 from ..viz.plots import plot_trajectory
 
 
@@ -114,6 +119,80 @@ class TrajectoryCallback(TrainerCallback):
                 for row, path in enumerate(paths):
                     name = f"trajectory/{row}" if row else "trajectory"
                     writer.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
+
+
+class MetricCallback(TrainerCallback):
+    """
+    Computes an `evaluate` metric at every evaluation: the policy, as it is then, answers prompts, and the metric sees all
+    answers. Results are logged and added to those of the evaluation as `eval_NAME_KEY`, so that `metric_for_best_model`
+    can name one. Processes share the prompts, and the metric is computed once, on the main process.
+
+    Example:
+
+    ```python
+    from trl_diffusion.metrics import SudokuSolved
+
+    args = DTRPOConfig(..., eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True,
+                       metric_for_best_model="eval_sudoku_solved", greater_is_better=True)
+    trainer = DTRPOTrainer(..., args=args, eval_dataset=puzzles)
+    trainer.add_callback(MetricCallback(trainer, SudokuSolved(), "sudoku", puzzles["prompt"], puzzles["puzzle"]))
+    ```
+
+    Args:
+        trainer ([`DTRPOTrainer`]):
+            The trainer that this callback is added to (before an `EarlyStoppingCallback` that looks at the metric).
+        metric (`evaluate.EvaluationModule`):
+            The metric, for one process; see `trl_diffusion.metrics`.
+        name (`str`):
+            What the results are logged under.
+        prompts (`list`):
+            Standard or conversational prompts, the same on every process.
+        references (`list`, *optional*):
+            What the metric compares with, one for each prompt.
+        decoding ([`DecodingConfig`], *optional*):
+            How to answer. Defaults to the rollouts' settings with temperature 0.
+        prepare (`Callable[[list[str]], list]`, *optional*):
+            Makes the metric's predictions of the answers, such as rewards for [`~metrics.PassAtK`].
+        options (`dict`, *optional*):
+            Further arguments of the metric's `compute`.
+
+    Raises:
+        ValueError: if there is no prompt, or not one reference for each.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        metric: EvaluationModule,
+        name: str,
+        prompts: list,
+        references: list | None = None,
+        decoding: DecodingConfig | None = None,
+        prepare: Callable[[list[str]], list] | None = None,
+        options: dict[str, Any] | None = None,
+    ):
+        self.trainer, self.metric, self.name = trainer, metric, name
+        self.prompts, self.references = list(prompts), None if references is None else list(references)
+        self.decoding, self.prepare, self.options = decoding, prepare, options or {}
+        if not self.prompts:
+            raise ValueError("There is no prompt to answer.")
+        if self.references is not None and len(self.references) != len(self.prompts):
+            raise ValueError(f"There are {len(self.prompts)} prompts but {len(self.references)} references.")
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        answers, _ = self.trainer.answer(self.prompts, self.decoding)
+        results = [None]
+        if state.is_world_process_zero:
+            inputs = {"predictions": answers if self.prepare is None else self.prepare(answers), **self.options}
+            if self.references is not None:
+                inputs["references"] = self.references
+            results = [self.metric.compute(**inputs)]
+        broadcast_object_list(results)
+        found = {f"eval_{self.name}_{key}": value for key, value in results[0].items()}
+        if metrics is not None:
+            metrics.update(found)
+        # Not `trainer.log`: TRL's also shows the completions again.
+        Trainer.log(self.trainer, dict(found))
 
 
 class ResumeCallback(TrainerCallback):

@@ -27,7 +27,7 @@ from ..objectives.pairwise import make_pairs, pairwise_loss
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
 from ..policies.forward import check_attention, unwrap
-from ..policies.loading import load_config, needs_tokenizer, resolve_spec
+from ..policies.loading import load_config, load_renamed_weights, needs_tokenizer, resolve_spec
 from ..policies.lora import check_targets, empty_model
 from ..policies.spec import set_spec
 from ..scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
@@ -443,6 +443,21 @@ class DTRPOTrainer(GRPOTrainer):
         else:
             found = "holds no rollout" if progress is None else f"was written by {progress.num_processes} processes"
             logger.warning(f"{checkpoint} {found}: what follows is not exactly the uninterrupted run.")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self._load_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._load_renamed(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_renamed(self, checkpoint: str) -> bool:
+        """Loads a checkpoint under a family's own names, which transformers' trainer would pass over with a warning."""
+        model = unwrap(self.model)
+        if isinstance(model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return False  # these checkpoints have the model's names
+        return load_renamed_weights(model, checkpoint)
 
     @torch.no_grad()
     def _precompute_reference(self) -> None:

@@ -1,0 +1,106 @@
+"""
+Measures a policy on benchmarks.
+
+    python recipes/evaluate.py --tasks sudoku countdown --data_dir DATA                        # the embedded policy
+    python recipes/evaluate.py --model_name_or_path MODEL --tasks gsm8k math500 gpqa ifeval
+    python recipes/evaluate.py --adapter_name_or_path outputs/llada --tasks gsm8k --data_dir DATA
+    python recipes/evaluate.py --model_name_or_path MODEL --tasks humaneval_plus mbpp_plus --allow_code_execution
+    python recipes/evaluate.py --tasks sudoku --data_dir DATA --decoding temperature:0.5 --seeds 0 1 2
+
+Tasks: gsm8k, math (all of MATH), math500, gpqa (diamond), humaneval, humaneval_plus, mbpp_plus, ifeval, countdown, sudoku.
+With `--data_dir`, a directory with gsm8k/test.jsonl, humaneval/HumanEval.jsonl, countdown/cd3_test.jsonl or
+sudoku/4x4_test.csv, these are read from there; everything else comes from the hub through lm-evaluation-harness.
+
+In the output directory it leaves `results.md` and `results.json`, and for each task and seed the figures and all samples.
+Given again after an interruption, the same command adds what is missing. With `accelerate launch`, processes share the
+questions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import TrlParser
+
+from trl_diffusion import tiny_policy_path
+from trl_diffusion.evaluation.policy import load_policy
+from trl_diffusion.evaluation.run import Evaluation, check_tasks, markdown
+from trl_diffusion.evaluation.settings import check_settings, read_mapping
+from trl_diffusion.utils import processes, use_all_cores
+
+
+@dataclass
+class EvaluateArguments:
+    """What to measure."""
+
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Names of tasks."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The policy. The one that the adapter was made for, or the embedded one, by default."},
+    )
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "A LoRA adapter, which is used as it is, not merged."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the hub."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer, if it is not in the model's directory."}
+    )
+    diffusion_spec: str | None = field(
+        default=None,
+        metadata={"help": "Fields of DiffusionSpec that complete those of the model, written like `decoding`."},
+    )
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights, such as bfloat16."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "'sdpa' or 'eager'."})
+    data_dir: str | None = field(default=None, metadata={"help": "Directory of local data."})
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where the results go."})
+    decoding: str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of DecodingConfig, as strategy:threshold+threshold:0.9, as JSON, or a JSON or YAML file. "
+            "Greedy, and as many tokens as the task allows, by default."
+        },
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One measurement each."})
+    batch_size: int = field(default=32, metadata={"help": "Answers at a time, on each process."})
+    limit: int | None = field(default=None, metadata={"help": "Most questions of a task."})
+    allow_code_execution: bool = field(
+        default=False,
+        metadata={"help": "Allows to run programs that the policy wrote on this machine, in a sandbox."},
+    )
+
+
+def main(args: EvaluateArguments) -> None:
+    use_all_cores()
+    state = processes()
+    check_tasks(args.tasks, args.data_dir, args.allow_code_execution)  # before the weights are loaded
+    decoding = check_settings(read_mapping(args.decoding, "decoding"))
+    path = args.model_name_or_path or (None if args.adapter_name_or_path else tiny_policy_path())
+    policy = load_policy(
+        path,
+        args.adapter_name_or_path,
+        args.tokenizer_name_or_path,
+        args.model_revision,
+        args.dtype,
+        state.device,
+        args.attn_implementation,
+        read_mapping(args.diffusion_spec, "diffusion_spec"),
+    )
+    evaluation = Evaluation(
+        policy,
+        args.output_dir,
+        args.data_dir,
+        decoding,
+        args.seeds,
+        args.batch_size,
+        args.limit,
+        args.allow_code_execution,
+        about={"model": args.model_name_or_path, "adapter": args.adapter_name_or_path},
+    )
+    results = evaluation.run(args.tasks)
+    state.print(markdown(results))
+    state.print(f"Results and samples are in {args.output_dir}.")
+
+
+if __name__ == "__main__":
+    (arguments,) = TrlParser((EvaluateArguments,)).parse_args_and_config()
+    main(arguments)

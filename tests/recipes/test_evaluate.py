@@ -1,0 +1,308 @@
+"""
+The same policy on the same files scores the same through lm_eval, recipes/evaluate.py and evaluation in training. The
+questions are made so that each policy answers about half of them: right answers are what it says, as the decoder gives
+it, wrong ones are something else.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from tests.conftest import shared
+from tests.evaluation.conftest import adapter  # noqa: F401
+from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, tiny_policy_path
+from trl_diffusion.evaluation import tasks_path
+from trl_diffusion.evaluation.__main__ import main as start_harness
+from trl_diffusion.evaluation.benchmarks import BENCHMARKS
+from trl_diffusion.evaluation.generate import cut
+from trl_diffusion.evaluation.policy import Policy, load_policy
+from trl_diffusion.metrics import CountdownSolved, MathExactMatch, PassAtK, SudokuSolved
+from trl_diffusion.rewards import countdown, sudoku
+from trl_diffusion.rewards.code import code_reward
+from trl_diffusion.trainer.callbacks import MetricCallback
+
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = 12
+TASKS = ("gsm8k", "humaneval", "countdown", "sudoku")
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(*command: str, cwd: Path) -> str:
+    environment = {**os.environ, **ENVIRONMENT, "HF_HOME": str(cwd / "cache")}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def say(policy: Policy, prompt: str, stops: tuple[str, ...] = ()) -> str:
+    config = DecodingConfig(TOKENS, tokens_per_step=2)
+    ids = decode(policy.model, [policy.tokenizer(prompt)["input_ids"]], config, policy.spec).completions()[0]
+    return cut(policy.tokenizer.decode(ids, skip_special_tokens=True), stops)
+
+
+def make_data(policy: Policy, directory: Path) -> dict[str, float]:
+    """Files in the benchmarks' formats, and the share of each that the policy answers."""
+    for name in TASKS:
+        (directory / name).mkdir(parents=True)
+    expected = {}
+    rows, right = [], 0
+    for n in range(8):
+        answer = say(policy, f"{n}?\nThink step by step and end with '#### ' and the answer.")
+        number = re.fullmatch(r"\d{1,12}", answer) and n % 2 == 0  # then it is the answer, whatever looks for one
+        rows.append({"question": f"{n}?", "answer": f"#### {answer if number else 10**13 + n}"})
+        right += bool(number)
+    write_lines(directory / "gsm8k" / "test.jsonl", rows)
+    expected["gsm8k"] = right / 8
+
+    rows, right = [], 0
+    for n in range(8):
+        prompt = f"def f{n}():\n    return {n}  # "  # right, unless the policy leaves the comment
+        answer = say(policy, prompt, BENCHMARKS["humaneval"].stops)
+        is_right = n % 2 == 0 and returns(prompt + answer, n)
+        test = f"def check(candidate):\n    assert candidate() == {n if n % 2 == 0 else -1}\n"
+        rows.append({"prompt": prompt, "test": test, "entry_point": f"f{n}"})
+        right += is_right
+    write_lines(directory / "humaneval" / "HumanEval.jsonl", rows)
+    expected["humaneval"] = right / 8
+
+    games = countdown.generate(24, seed=3)
+    solved = [
+        countdown.is_solved(say(policy, countdown.prompt(g["numbers"], g["target"])), g["numbers"], g["target"])
+        for g in games
+    ]
+    write_lines(directory / "countdown" / "cd3_test.jsonl", games)
+    expected["countdown"] = sum(solved) / 24
+
+    puzzles = sudoku.generate(12, seed=3, blanks=6)
+    text = "Puzzle,Solution\n" + "".join(f"{row['puzzle']},{row['solution']}\n" for row in puzzles)
+    (directory / "sudoku" / "4x4_test.csv").write_text(text)
+    config = DecodingConfig(17, tokens_per_step=2)
+    answers = [
+        decode(policy.model, policy.encode([sudoku.prompt(row["puzzle"])]), config, policy.spec).completions()[0]
+        for row in puzzles
+    ]
+    solved = [sudoku.is_solved(row["puzzle"], text) for row, text in zip(puzzles, policy.decode(answers), strict=True)]
+    expected["sudoku"] = sum(solved) / 12
+    return expected
+
+
+def returns(program: str, value: int) -> bool:
+    """Whether a program is one function that returns a constant, and constants behind it."""
+    try:
+        function, *rest = ast.parse(program).body
+    except SyntaxError:
+        return False
+    constant = all(isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) for line in rest)
+    return constant and isinstance(function.body[0], ast.Return) and function.body[0].value.value == value
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+POLICIES = {"embedded": (True, False), "adapter": (True, True), "llada": (False, False)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
+def test_three_ways_agree(name, adapter, tmp_path, monkeypatch):  # noqa: F811
+    """With the adapter as `lm_eval` in a process of its own, otherwise as `python -m trl_diffusion.evaluation` in this."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which the harness sets
+    embedded, with_adapter = POLICIES[name]
+    path = tiny_policy_path() if embedded else str(shared("fixtures", "llada"))
+    peft = adapter if with_adapter else None
+    spec = {} if embedded else {"block_size": 8}
+    policy = load_policy(path, peft, tokenizer=tiny_policy_path(), diffusion_spec=spec)
+    expected = make_data(policy, tmp_path / "data")
+    assert any(0 < share < 1 for share in expected.values()), expected
+
+    def decoding(task: str) -> str:
+        return f"tokens_per_step:2+max_new_tokens:{17 if task == 'sudoku' else TOKENS}"
+
+    # 1. The harness, with its command line: all but the puzzles in one go.
+    harness = run_harness(path, peft, spec, decoding("gsm8k"), TASKS[:3], tmp_path, monkeypatch)
+    # 2. The recipe.
+    recipe = {}
+    for tasks in (TASKS[:3], TASKS[3:]):
+        recipe |= run_recipe(path, peft, spec, decoding(tasks[0]), tasks, tmp_path)
+    # 3. In training.
+    trainer = make_trainer(path, peft, spec, tmp_path)
+    training, answers = run_in_training(trainer, tmp_path / "data")
+
+    for task in TASKS:
+        samples = recipe[task]
+        assert sum(sample["score"] for sample in samples) / len(samples) == pytest.approx(expected[task])
+        assert training[task] == pytest.approx(expected[task])
+        assert [sample["answer"] for sample in samples] == answers[task]
+        if task in harness:
+            assert [sample["resps"][0][0] for sample in harness[task]] == answers[task]
+            assert [sample["solved"] for sample in harness[task]] == [sample["score"] for sample in samples]
+
+
+def run_harness(path, peft, spec, decoding, tasks, cwd: Path, monkeypatch) -> dict[str, list[dict]]:
+    arguments = {"pretrained": path, "tokenizer": tiny_policy_path(), "decoding": decoding}
+    arguments |= {"peft": peft} if peft else {}
+    arguments |= {"diffusion_spec": "+".join(f"{k}:{v}" for k, v in spec.items())} if spec else {}
+    files = [str(Path(tasks_path()) / f"{task}_local.yaml") for task in tasks]
+    command = [
+        *("--model", "trl_diffusion", "--tasks", ",".join(files), "--batch_size", "8"),
+        *("--model_args", ",".join(f"{k}={v}" for k, v in arguments.items())),
+        *("--metadata", f"data_dir={cwd / 'data'}", "--confirm_run_unsafe_code", "--log_samples"),
+        *("--output_path", str(cwd / "harness")),
+    ]
+    if peft:
+        out = run(str(Path(sys.executable).parent / "lm_eval"), *command, cwd=cwd)
+    else:
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *command])
+        with redirect_stdout(StringIO()) as stdout:
+            start_harness()
+        out = stdout.getvalue()
+    found = {}
+    for task in tasks:
+        (file,) = (cwd / "harness").rglob(f"samples_{task}_local_*.jsonl")
+        samples = sorted(map(json.loads, file.open()), key=lambda sample: sample["doc_id"])
+        shown = re.search(rf"{task}_local\s*\|.*\|solved\|.\s*\|\s*([\d.]+)", out)
+        assert float(shown[1]) == pytest.approx(sum(s["solved"] for s in samples) / len(samples), abs=1e-4)
+        found[task] = samples
+    return found
+
+
+def run_recipe(path, peft, spec, decoding, tasks, cwd: Path) -> dict[str, list[dict]]:
+    recipe = runpy.run_path(str(ROOT / "recipes" / "evaluate.py"))
+    arguments = recipe["EvaluateArguments"](
+        tasks=list(tasks),
+        model_name_or_path=path,
+        adapter_name_or_path=peft,
+        tokenizer_name_or_path=tiny_policy_path(),
+        diffusion_spec=json.dumps(spec),
+        data_dir="data",
+        output_dir="recipe",
+        decoding=decoding,
+        allow_code_execution=True,
+    )
+    recipe["main"](arguments)
+    return {task: list(map(json.loads, (cwd / "recipe" / f"{task}_seed0_samples.jsonl").open())) for task in tasks}
+
+
+def make_trainer(path, peft, spec, directory: Path) -> DTRPOTrainer:
+    policy = load_policy(path, peft, tokenizer=tiny_policy_path(), diffusion_spec=spec) if peft else None
+    return DTRPOTrainer(
+        model=policy.model if policy else path,
+        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+        args=DTRPOConfig(
+            str(directory / "run"),
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            num_generations=4,
+            max_completion_length=8,
+            beta=0.0,
+            diffusion_spec=spec or None,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "sudoku 1"}] * 4),
+        eval_dataset=Dataset.from_list([{"prompt": "sudoku 1"}] * 4),
+        processing_class=AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left"),
+    )
+
+
+def run_in_training(trainer: DTRPOTrainer, data: Path) -> tuple[dict[str, float], dict[str, list[str]]]:
+    """The scores of an evaluation of the trainer, by `evaluate` metrics, and the answers they are of."""
+    rows = {task: BENCHMARKS[task].read(data) for task in TASKS}
+    reward, answers = code_reward(allow_execution=True), {}
+
+    def column(task: str, name: str) -> list:
+        return [row[name] for row in rows[task]]
+
+    def keep(task: str, prepare=lambda texts: texts):
+        def kept(texts: list[str]) -> list:
+            answers[task] = [cut(text, BENCHMARKS[task].stops) for text in texts]
+            return prepare(answers[task])
+
+        return kept
+
+    def code_rewards(texts: list[str]) -> list[list[float]]:
+        columns = {name: column("humaneval", name) for name in ("test", "entry_point")}
+        return [[value] for value in reward(column("humaneval", "prompt"), texts, **columns)]
+
+    games = [{"numbers": row["numbers"], "target": row["target"]} for row in rows["countdown"]]
+    cache = {"cache_dir": str(data / "cache")}
+    for task, metric, references, prepare in (
+        ("gsm8k", MathExactMatch(**cache), column("gsm8k", "answer"), keep("gsm8k")),
+        ("humaneval", PassAtK(**cache), None, keep("humaneval", code_rewards)),
+        ("countdown", CountdownSolved(**cache), games, keep("countdown")),
+        ("sudoku", SudokuSolved(**cache), column("sudoku", "puzzle"), keep("sudoku")),
+    ):
+        decoding = DecodingConfig(17 if task == "sudoku" else TOKENS, tokens_per_step=2)
+        trainer.add_callback(
+            MetricCallback(trainer, metric, task, column(task, "prompt"), references, decoding, prepare)
+        )
+    metrics = trainer.evaluate()
+    keys = {"gsm8k": "exact_match", "humaneval": "pass@1", "countdown": "solved", "sudoku": "solved"}
+    return {task: metrics[f"eval_{task}_{key}"] for task, key in keys.items()}, answers
+
+
+@pytest.mark.slow
+def test_any_task_with_the_model_file(tmp_path):
+    """`model.yaml` among the tasks makes `lm_eval` know the model, whatever the other tasks are."""
+    (tmp_path / "puzzles.csv").write_text("Puzzle\n3102200002100320\n")
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: csv\ndataset_kwargs:\n  data_files:\n    test: puzzles.csv\n"
+        "output_type: generate_until\ntest_split: test\ndoc_to_text: 'sudoku {{Puzzle}}'\ndoc_to_target: '3'\n"
+        "generation_kwargs:\n  until: ['1']\n  max_gen_toks: 16\nmetric_list:\n  - metric: exact_match\n"
+    )
+    options = ["--model", "trl_diffusion", "--model_args", f"pretrained={tiny_policy_path()}"]
+    lm_eval = str(Path(sys.executable).parent / "lm_eval")
+    out = run(lm_eval, *options, "--tasks", f"{tasks_path()}/model.yaml,mine.yaml", cwd=tmp_path)
+    assert re.search(r"\|mine \|.*\|exact_match\|.\s*\|\s*1\|", out)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_give_the_results_of_one(tmp_path):
+    """Questions are shared: of the recipe (5 puzzles) and of the harness (sampled answers)."""
+    (tmp_path / "sudoku").mkdir()
+    puzzles = sudoku.generate(5, seed=3, blanks=6)
+    (tmp_path / "sudoku" / "4x4_test.csv").write_text("Puzzle\n" + "".join(f"{row['puzzle']}\n" for row in puzzles))
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, runpy, sys\n"
+        "from lm_eval import simple_evaluate\n"
+        "from lm_eval.tasks import TaskManager\n"
+        "from trl_diffusion import tiny_policy_path\n"
+        "from trl_diffusion.evaluation import tasks_path\n"
+        "from trl_diffusion.evaluation.harness import DiffusionLM\n"
+        f"recipe = runpy.run_path({str(ROOT / 'recipes' / 'evaluate.py')!r})\n"
+        "recipe['main'](recipe['EvaluateArguments'](\n"
+        "    tasks=['sudoku'], data_dir='.', output_dir=sys.argv[1], decoding='temperature:1.0', seeds=[0, 1]))\n"
+        "lm = DiffusionLM(tiny_policy_path(), decoding='temperature:1.0', batch_size=4)\n"
+        "manager = TaskManager(include_path=tasks_path(), include_defaults=False, metadata={'data_dir': '.'})\n"
+        "found = simple_evaluate(lm, tasks=['sudoku_local'], task_manager=manager, bootstrap_iters=0)\n"
+        "assert (found is None) == (lm.rank > 0)\n"
+        "if found:\n"
+        "    samples = sorted(found['samples']['sudoku_local'], key=lambda sample: sample['doc_id'])\n"
+        "    json.dump([sample['resps'][0][0] for sample in samples], open(sys.argv[1] + '/harness.json', 'w'))\n"
+    )
+    run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "program.py", "two", cwd=tmp_path)
+    run(sys.executable, "program.py", "one", cwd=tmp_path)
+    for name in ("sudoku_seed0_samples.jsonl", "sudoku_seed1_samples.jsonl", "harness.json"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    one, two = (json.loads((tmp_path / name / "sudoku_seed0.json").read_text()) for name in ("one", "two"))
+    assert two["tokens"] == one["tokens"] and two["forwards"] == one["forwards"]
