@@ -1,0 +1,104 @@
+"""
+What the processes of a distributed test run: a trainer for each cell, one after another, with what it did left on disk.
+
+A cell is a mapping: `name`; `rows`, responses in the global batch, whatever the number of processes; `options` of
+`DTRPOConfig`; and optionally `lora`, `trajectories`, `model`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+from trl_diffusion import DTRPOConfig, DTRPOTrainer, load_trajectories, tiny_policy_path
+from trl_diffusion.rewards import sudoku
+
+
+class Recorder:
+    """A reward that differs between most answers (share of cells that hold a digit of a random key), and remembers the
+    tokens it was shown."""
+
+    __name__ = "share"
+
+    def __init__(self):
+        self.seen: list[list[list[int]]] = []
+
+    def __call__(self, completions, completion_ids, solution, **kwargs) -> list[float]:
+        self.seen.append([list(ids) for ids in completion_ids])
+        return [sum(map(str.__eq__, text, right)) / 16 for text, right in zip(completions, solution, strict=True)]
+
+
+def prompts(size: int = 16) -> Dataset:
+    rows = sudoku.generate(size, seed=3)
+    return Dataset.from_list([{"prompt": sudoku.prompt(row["puzzle"]), **row} for row in rows])
+
+
+def make_trainer(cell: dict[str, Any], directory: Path, reward=None, **changes) -> DTRPOTrainer:
+    """The trainer of a cell, on as many processes as there are."""
+    AcceleratorState._reset_state()  # the process group stays
+    GradientState._reset_state()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # finds the CPU by itself
+    processes = PartialState(**{} if deepspeed else {"cpu": True}).num_processes
+    rows, rest = divmod(cell["rows"], processes)
+    assert not rest, f"{cell['rows']} rows do not divide among {processes} processes"
+    offline = cell.get("trajectories")
+    model = cell.get("model") or tiny_policy_path()
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian") if cell.get("lora") else None
+    torch.manual_seed(0)  # what an adapter starts from
+    options = {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": rows,
+        "num_generations": 4,
+        "max_completion_length": 17,
+        "tokens_per_step": 2,
+        "learning_rate": 1e-3,
+        "adam_epsilon": 1e-5,  # with a smaller one, rounding errors of a gradient that is 0 take whole steps
+        "max_steps": 2,
+        "use_cpu": not deepspeed,
+        "logging_steps": 1,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+        **cell.get("options", {}),
+        **changes,
+    }
+    return DTRPOTrainer(
+        model=model,
+        reward_funcs=None if offline else reward or Recorder(),
+        args=DTRPOConfig(**options),
+        train_dataset=load_trajectories(offline) if offline else prompts(),
+        processing_class=AutoTokenizer.from_pretrained(cell.get("tokenizer") or model, padding_side="left"),
+        peft_config=lora,
+    )
+
+
+def run(cell: dict[str, Any], directory: Path) -> None:
+    """Trains one cell and leaves `model/`, `logs.json` and, for each process, `rollouts_RANK.json` in `directory`."""
+    torch.set_num_threads(1)
+    directory.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder()
+    trainer = make_trainer(cell, directory, recorder)
+    trainer.train()
+    trainer.save_model(str(directory / "model"))
+    rank = trainer.accelerator.process_index
+    (directory / f"rollouts_{rank}.json").write_text(json.dumps(recorder.seen))
+    if rank == 0:
+        (directory / "logs.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    for one in json.loads(Path(sys.argv[1]).read_text()):
+        run(one, Path(sys.argv[2]) / one["name"])
