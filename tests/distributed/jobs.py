@@ -2,7 +2,7 @@
 What the processes of a distributed test run: a trainer for each cell, one after another, with what it did left on disk.
 
 A cell is a mapping: `name`; `rows`, responses in the global batch, whatever the number of processes; `options` of
-`DTRPOConfig`; and optionally `lora`, `trajectories`, `model`.
+`DTRPOConfig`; and optionally `lora`, `trajectories`, `model`, `tokenizer`, `resume`, a checkpoint.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def make_trainer(cell: dict[str, Any], directory: Path, reward=None, **changes) 
     """The trainer of a cell, on as many processes as there are."""
     AcceleratorState._reset_state()  # the process group stays
     GradientState._reset_state()
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # finds the CPU by itself
-    processes = PartialState(**{} if deepspeed else {"cpu": True}).num_processes
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # is told by DS_ACCELERATOR to use the CPU
+    backend = "gloo" if "LOCAL_RANK" in os.environ else None
+    processes = PartialState(cpu=not deepspeed, backend=backend).num_processes
     rows, rest = divmod(cell["rows"], processes)
     assert not rest, f"{cell['rows']} rows do not divide among {processes} processes"
     offline = cell.get("trajectories")
@@ -64,6 +65,7 @@ def make_trainer(cell: dict[str, Any], directory: Path, reward=None, **changes) 
         "adam_epsilon": 1e-5,  # with a smaller one, rounding errors of a gradient that is 0 take whole steps
         "max_steps": 2,
         "use_cpu": not deepspeed,
+        "ddp_backend": backend,
         "logging_steps": 1,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -84,16 +86,33 @@ def make_trainer(cell: dict[str, Any], directory: Path, reward=None, **changes) 
     )
 
 
+def shares(trainer: DTRPOTrainer) -> dict[str, tuple[int, int, int]]:
+    """Under ZeRO-3, for policy and reference: number of weights, how many of them this process holds, and how many it
+    has gathered at the moment."""
+    found = {}
+    for name, model in (("policy", trainer.model), ("reference", trainer.ref_model)):
+        parameters = [] if model is None else [p for p in model.parameters() if hasattr(p, "ds_tensor")]
+        if parameters:
+            found[name] = tuple(
+                sum(count(p) for p in parameters)
+                for count in (lambda p: p.ds_numel, lambda p: p.ds_tensor.numel(), lambda p: p.numel())
+            )
+    return found
+
+
 def run(cell: dict[str, Any], directory: Path) -> None:
-    """Trains one cell and leaves `model/`, `logs.json` and, for each process, `rollouts_RANK.json` in `directory`."""
+    """Trains one cell and leaves `model/`, `logs.json` and, for each process, `rollouts_RANK.json` and `shares_RANK.json`
+    in `directory`."""
     torch.set_num_threads(1)
     directory.mkdir(parents=True, exist_ok=True)
     recorder = Recorder()
     trainer = make_trainer(cell, directory, recorder)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=cell.get("resume"))
+    before_saving = shares(trainer)
     trainer.save_model(str(directory / "model"))
     rank = trainer.accelerator.process_index
     (directory / f"rollouts_{rank}.json").write_text(json.dumps(recorder.seen))
+    (directory / f"shares_{rank}.json").write_text(json.dumps(before_saving))
     if rank == 0:
         (directory / "logs.json").write_text(json.dumps(trainer.state.log_history))
     trainer.accelerator.wait_for_everyone()

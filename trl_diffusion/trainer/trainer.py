@@ -212,7 +212,7 @@ class DTRPOTrainer(GRPOTrainer):
         self.aux_loss_enabled = False  # the load balance of a packed layout would count its copies
         set_spec(self.model.config, spec)
         if self.ref_model is not None:
-            set_spec(self.ref_model.config, spec)
+            set_spec(unwrap(self.ref_model).config, spec)  # an engine of DeepSpeed has a config of its own
         logger.info(f"Diffusion policy: {spec}")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             self._check_prompts(name, dataset)
