@@ -2,7 +2,8 @@
 What the processes of a distributed test run: a trainer for each cell, one after another, with what it did left on disk.
 
 A cell is a mapping: `name`; `rows`, responses in the global batch, whatever the number of processes; `options` of
-`DTRPOConfig`; and optionally `lora`, `trajectories`, `model`, `tokenizer`, `resume`, a checkpoint.
+`DTRPOConfig`; and optionally `lora`, `trajectories`, `model`, `tokenizer`, `resume`, a
+checkpoint, and `disturb`, whether a decoding fails after the first step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from trl_diffusion import DTRPOConfig, DTRPOTrainer, load_trajectories, tiny_policy_path
 from trl_diffusion.rewards import sudoku
@@ -100,6 +101,26 @@ def shares(trainer: DTRPOTrainer) -> dict[str, tuple[int, int, int]]:
     return found
 
 
+class DisturbingCallback(TrainerCallback):
+    """Lets the policy fail in the middle of an answer, on every process, after the first step."""
+
+    def __init__(self, trainer: DTRPOTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        def fail(*_):
+            raise MemoryError("in the middle of an answer")
+
+        if state.global_step == 1:
+            handle = self.trainer.model.get_output_embeddings().register_forward_hook(fail)
+            try:
+                self.trainer.answer(self.trainer.train_dataset["prompt"][:4])
+            except MemoryError:
+                handle.remove()
+            else:
+                raise AssertionError("nothing failed")
+
+
 def run(cell: dict[str, Any], directory: Path) -> None:
     """Trains one cell and leaves `model/`, `logs.json` and, for each process, `rollouts_RANK.json` and `shares_RANK.json`
     in `directory`."""
@@ -107,6 +128,8 @@ def run(cell: dict[str, Any], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     recorder = Recorder()
     trainer = make_trainer(cell, directory, recorder)
+    if cell.get("disturb"):
+        trainer.add_callback(DisturbingCallback(trainer))
     trainer.train(resume_from_checkpoint=cell.get("resume"))
     before_saving = shares(trainer)
     trainer.save_model(str(directory / "model"))

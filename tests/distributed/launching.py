@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -58,7 +58,7 @@ def cpu_config(engine: str, directory: Path, partition_all: bool = False) -> Pat
 
 
 def launch(
-    engine: str, directory: Path, script: Path, *arguments: str, timeout: float = 300, partition_all: bool = False
+    engine: str, directory: Path, script: Path, *arguments: str, timeout: float = 240, partition_all: bool = False
 ) -> tuple[int, str]:
     """
     Runs a script on two processes.
@@ -83,20 +83,20 @@ def launch(
                "--main_process_port", "0", str(script), *arguments]  # fmt: skip
     log = directory / f"{engine}.log"
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"Not done after {timeout} seconds:\n{log.read_text()[-3000:]}") from None
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                family = psutil.Process(process.pid)
+                for member in [*family.children(recursive=True), family]:  # the workers are in sessions of their own
+                    member.kill()
     return code, log.read_text()
 
 
-def run_cells(engine: str, cells: list[dict], directory: Path, timeout: float = 300) -> dict[str, Path]:
+def run_cells(engine: str, cells: list[dict], directory: Path, timeout: float = 240) -> dict[str, Path]:
     """Runs the cells of [`jobs`] one after another in one launch. Returns the directory of each."""
     (directory / "cells.json").write_text(json.dumps(cells))
     code, output = launch(

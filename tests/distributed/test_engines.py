@@ -101,6 +101,8 @@ def engine_runs(tmp_path_factory, matrix, request):
             cell = request.getfixturevalue("llada")
             resumed = {**cell, "name": "llada-resumed", "resume": str(directory / "llada" / "checkpoint-2")}
             cells += [cell, resumed]
+        if engine == "zero3":
+            cells += [{**matrix["full-free-online"], "name": "disturbed", "disturb": True}]
         directories = run_cells(engine, cells, directory)
         failed[engine] = False
         return directories
@@ -198,3 +200,9 @@ def test_zero3_resumes(engine_runs, llada):
     assert [step for step, _ in again] == [1, 2, 3]
     assert [loss for _, loss in again] == pytest.approx([loss for _, loss in losses], abs=1e-6)
     torch.testing.assert_close(weights_of(resumed), weights_of(whole), atol=1e-6, rtol=1e-5)
+
+
+@needs_deepspeed
+def test_zero3_survives_an_error_in_a_rollout(engine_runs, one_process, start):
+    """An error while weights are gathered leaves the engine as it was: training goes on as if nothing had been."""
+    check_same(one_process("full-free-online"), engine_runs("zero3")["disturbed"], start, online=True)
