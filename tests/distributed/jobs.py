@@ -121,6 +121,27 @@ class DisturbingCallback(TrainerCallback):
                 raise AssertionError("nothing failed")
 
 
+def watch_passes(trainer: DTRPOTrainer) -> dict[str, int]:
+    """Counts passes of the policy in rollouts, those with more than the one token of a pass for the sake of others, and
+    the most weights that were gathered in the middle of one."""
+    found = {"passes": 0, "needed": 0, "gathered": 0}
+
+    def before(module, args, kwargs):
+        if not torch.is_grad_enabled():
+            found["passes"] += 1
+            found["needed"] += kwargs["input_ids"].numel() > 1
+
+    def inside(*_):
+        if not torch.is_grad_enabled():
+            found["gathered"] = max(found["gathered"], sum(p.numel() for p in trainer.model.parameters()))
+
+    trainer.model.register_forward_pre_hook(before, with_kwargs=True)
+    for layer in trainer.model.base_model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(inside)
+    return found
+
+
 def run(cell: dict[str, Any], directory: Path) -> None:
     """Trains one cell and leaves `model/`, `logs.json` and, for each process, `rollouts_RANK.json` and `shares_RANK.json`
     in `directory`."""
@@ -130,12 +151,14 @@ def run(cell: dict[str, Any], directory: Path) -> None:
     trainer = make_trainer(cell, directory, recorder)
     if cell.get("disturb"):
         trainer.add_callback(DisturbingCallback(trainer))
+    passes = watch_passes(trainer)
     trainer.train(resume_from_checkpoint=cell.get("resume"))
     before_saving = shares(trainer)
     trainer.save_model(str(directory / "model"))
     rank = trainer.accelerator.process_index
     (directory / f"rollouts_{rank}.json").write_text(json.dumps(recorder.seen))
     (directory / f"shares_{rank}.json").write_text(json.dumps(before_saving))
+    (directory / f"passes_{rank}.json").write_text(json.dumps(passes))
     if rank == 0:
         (directory / "logs.json").write_text(json.dumps(trainer.state.log_history))
     trainer.accelerator.wait_for_everyone()

@@ -103,6 +103,9 @@ def engine_runs(tmp_path_factory, matrix, request):
             cells += [cell, resumed]
         if engine == "zero3":
             cells += [{**matrix["full-free-online"], "name": "disturbed", "disturb": True}]
+            for name in ("full-beta-online", "lora-free-online"):  # rollouts on sharded weights
+                options = {**matrix[name]["options"], "ds3_gather_for_generation": False}
+                cells += [{**matrix[name], "name": f"{name}-sharded", "options": options}]
         directories = run_cells(engine, cells, directory)
         failed[engine] = False
         return directories
@@ -206,3 +209,16 @@ def test_zero3_resumes(engine_runs, llada):
 def test_zero3_survives_an_error_in_a_rollout(engine_runs, one_process, start):
     """An error while weights are gathered leaves the engine as it was: training goes on as if nothing had been."""
     check_same(one_process("full-free-online"), engine_runs("zero3")["disturbed"], start, online=True)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["full-beta-online", "lora-free-online"])
+def test_zero3_rollouts_on_sharded_weights(engine_runs, one_process, start, name):
+    """Nothing is gathered for a rollout, processes need different numbers of passes, and the numbers are the same."""
+    directory = engine_runs("zero3")[f"{name}-sharded"]
+    check_same(one_process(name), directory, start, online=True)
+    watched = [json.loads((directory / f"passes_{rank}.json").read_text()) for rank in (0, 1)]
+    assert watched[0]["passes"] == watched[1]["passes"] > 2  # the same number of passes,
+    assert watched[0]["needed"] != watched[1]["needed"]  # though not the same need
+    held = json.loads((directory / "shares_0.json").read_text())["policy"]
+    assert max(watched[0]["gathered"], watched[1]["gathered"]) < held[0]  # never all of the policy at once
