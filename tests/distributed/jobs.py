@@ -39,8 +39,9 @@ class Recorder:
 
 
 def prompts(size: int = 16) -> Dataset:
+    """Prompts of unequal lengths, so that responses take unequal numbers of blocks."""
     rows = sudoku.generate(size, seed=3)
-    return Dataset.from_list([{"prompt": sudoku.prompt(row["puzzle"]), **row} for row in rows])
+    return Dataset.from_list([{"prompt": sudoku.prompt(r["puzzle"])[: 10 + i % 7], **r} for i, r in enumerate(rows)])
 
 
 def make_trainer(cell: dict[str, Any], directory: Path, reward=None, **changes) -> DTRPOTrainer:
@@ -60,7 +61,7 @@ def make_trainer(cell: dict[str, Any], directory: Path, reward=None, **changes) 
         "output_dir": str(directory),
         "per_device_train_batch_size": rows,
         "num_generations": 4,
-        "max_completion_length": 17,
+        "max_completion_length": 20,
         "tokens_per_step": 2,
         "learning_rate": 1e-3,
         "adam_epsilon": 1e-5,  # with a smaller one, rounding errors of a gradient that is 0 take whole steps

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 ENGINES = ["ddp", *(pytest.param(engine, marks=needs_deepspeed) for engine in ("zero2", "zero3"))]
 
 # Responses of unequal weight, so that the loss is not 0 on policy.
-UNEVEN = {"temperature": 2.0, "decoding_strategy": "threshold", "confidence_threshold": 0.7}
+UNEVEN = {"tokens_per_step": 1, "temperature": 2.0, "decoding_strategy": "threshold", "confidence_threshold": 0.7}
 EMBEDDED = [
     {"name": "groups_whole", "rows": 8, "options": UNEVEN},
     {
@@ -61,12 +61,12 @@ def trajectories(tmp_path_factory, start, tokenizer) -> Path:
     torch.set_num_threads(1)
     return collect(
         AutoModelForCausalLM.from_pretrained(start).eval(), tokenizer, jobs.prompts(6), jobs.Recorder(), tmp_path_factory.mktemp("stored") / "run",
-        DecodingConfig(17, 2.0, strategy="threshold", threshold=0.1), num_responses=4, disable_tqdm=True,
+        DecodingConfig(20, 1.0, strategy="threshold", threshold=0.15), num_responses=4, disable_tqdm=True,
     )  # fmt: skip
 
 
 def matrix_cell(name: str, lora: bool, beta: float, offline: bool, start: Path, trajectories: Path) -> dict:
-    options = {**UNEVEN, "confidence_threshold": 0.05, "beta": beta, "learning_rate": 1e-2}
+    options = {**UNEVEN, "temperature": 1.0, "confidence_threshold": 0.15, "beta": beta, "learning_rate": 1e-2}
     if offline and beta:
         options["loss_type"] = "dpo"
     cell = {"name": name, "rows": 8, "options": options, "lora": lora, "model": str(start)}
