@@ -351,6 +351,48 @@ def test_evaluation_does_not_move_the_random_streams(make_trainer):
     assert torch.equal(first["canvas_ids"], second["canvas_ids"])
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_rollouts_leave_gradient_checkpointing_as_it_was(make_trainer, monkeypatch, use_reentrant, fails):
+    """Off while decoding; afterwards on again, and of the same kind, whether decoding went well or not."""
+    options = {"use_reentrant": use_reentrant}
+    trainer = make_trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs=options, max_steps=1)
+    trainer.train()
+    layer = trainer.model.model.layers[0]
+    seen = []
+
+    def watch(*args):
+        seen.append(layer.gradient_checkpointing)
+        if fails:
+            raise MemoryError("while decoding")
+
+    handle = trainer.model.get_output_embeddings().register_forward_hook(watch)
+    if fails:
+        with pytest.raises(MemoryError, match="while decoding"):
+            trainer.answer(trainer.train_dataset["prompt"][:1])
+    else:
+        trainer.answer(trainer.train_dataset["prompt"][:1])
+    handle.remove()
+    assert seen and not any(seen)
+    assert layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords == options
+    assert trainer.model.training
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, value):
+    trainer = make_trainer(max_steps=3)
+
+    def poison(module, args, output):
+        if torch.is_grad_enabled() and trainer.state.global_step == 1:
+            return output * value
+        return output
+
+    trainer.model.get_output_embeddings().register_forward_hook(poison)
+    with pytest.raises(FloatingPointError, match="The loss is nan after 1 optimizer steps"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
 @pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="TRL knew the tokenizer's end token only")
 def test_truncated_responses_are_masked(make_trainer, tokenizer):
     """Responses without a stop token carry no weight, and those with one do, whichever token it is."""

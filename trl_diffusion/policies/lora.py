@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from peft import PeftConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -14,9 +14,9 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def empty_model(config: PretrainedConfig) -> nn.Module:
-    """A model of this config without memory for its weights."""
+    """A model of this config without memory for its weights. Under ZeRO-3, too, which `from_config` would shard it for."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
 def check_targets(model: nn.Module, peft_config: PeftConfig) -> None:

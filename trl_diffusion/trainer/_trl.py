@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 
-__all__ = ["disable_dropout_in_model", "unwrap_model_for_generation", "use_adapter"]
+__all__ = ["disable_dropout_in_model", "unwrapped_policy", "use_adapter"]
+
+
+@contextmanager
+def unwrapped_policy(model, accelerator, gather_deepspeed3_params: bool = True, **options):
+    """
+    `unwrap_model_for_generation`, with two differences. It undoes what it did (to hooks of ZeRO-3, to gradient
+    checkpointing) when something is raised inside, too. And with gathered parameters, processes may run different numbers
+    of forward passes: DeepSpeed would compare notes at the first ones.
+    """
+    failure = None
+    with unwrap_model_for_generation(
+        model, accelerator, gather_deepspeed3_params=gather_deepspeed3_params, **options
+    ) as policy:
+        coordinator = _coordinator(model) if gather_deepspeed3_params else None
+        if coordinator is not None:
+            coordinator.reset_step = lambda: None  # hides the method; all other hooks are removed
+        try:
+            yield policy
+        except BaseException as error:
+            failure = error
+        finally:
+            if coordinator is not None:
+                del coordinator.reset_step
+    if failure is not None:
+        raise failure
+
+
+def _coordinator(model):
+    """What fetches the parameters of a ZeRO-3 engine, `None` for anything else."""
+    optimizer = getattr(model, "optimizer", None)
+    return getattr(getattr(optimizer, "parameter_offload", optimizer), "param_coordinator", None)

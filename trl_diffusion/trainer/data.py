@@ -11,6 +11,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..offline.preferences import from_preferences, is_preference_dataset
 from ..policies.spec import DiffusionSpec
@@ -115,6 +116,11 @@ class OfflineData:
             raise ValueError(f"{name} holds pairs, so `num_generations` must be 2, got {self.args.num_generations}.")
         model = None
         if self.args.decoding_order == "confidence":
+            if is_deepspeed_zero3_enabled():
+                raise ValueError(
+                    f"{name}: `decoding_order='confidence'` asks the whole reference, which ZeRO-3 shares among processes. "
+                    "Make the trajectories before, with `from_preferences`, and train on them."
+                )
             model = self.model
             if isinstance(model, str):
                 model = AutoModelForCausalLM.from_pretrained(model, **_loading(self.args)).to(PartialState().device)

@@ -14,7 +14,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from trl import GRPOTrainer
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
+from ..decoding.pace import PeerFailed
 from ..objectives.pairwise import make_pairs, pairwise_loss
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
@@ -37,11 +39,13 @@ from ..scoring.layout import PackedLayout, pack
 from ..scoring.score import score
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows, is_trajectory_dataset
 from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
-from ._trl import disable_dropout_in_model, unwrap_model_for_generation, use_adapter
+from ._trl import disable_dropout_in_model, unwrapped_policy, use_adapter
+from .agreement import fail_together, failing_together
 from .callbacks import CheckpointMarkCallback, ResumeCallback, last_complete_checkpoint
 from .config import DTRPOConfig
 from .data import OfflineData
 from .resume import Progress
+from .throughput import ThroughputCallback
 
 
 logger = get_logger(__name__)
@@ -227,14 +231,21 @@ class DTRPOTrainer(GRPOTrainer):
                 "The tokenizer has neither a padding token nor an end-of-text token. Set `tokenizer.pad_token`; which "
                 "one does not matter, padding is never looked at."
             )
-        if self.is_fsdp_enabled or (is_deepspeed_zero3_enabled() and not args.ds3_gather_for_generation):
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError(
-                "Rollouts over sharded parameters are not supported yet, since processes would have to run the same "
-                "number of denoising steps. Use DDP, ZeRO-2, or ZeRO-3 with `ds3_gather_for_generation=True`."
+                "FSDP version 1 cannot decode on sharded parameters. Set `fsdp_version: 2` in the config of accelerate "
+                "(recipes/accelerate/fsdp2.yaml), or use DDP or DeepSpeed."
             )
 
         self.add_callback(ResumeCallback(self))
         self.add_callback(CheckpointMarkCallback())
+        self._throughput = ThroughputCallback(self)
+        self.add_callback(self._throughput)
+        if self.accelerator.num_processes > 1:
+            self.reward_funcs = [
+                func if isinstance(func, nn.Module) else failing_together(func, name, self.accelerator)
+                for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+            ]
         self.spec = spec
         self._share_prompts = args.share_prompts and spec.attention == "block"
         for policy in (self.model, self.ref_model):
@@ -253,7 +264,7 @@ class DTRPOTrainer(GRPOTrainer):
         self.aux_loss_enabled = False  # the load balance of a packed layout would count its copies
         set_spec(self.model.config, spec)
         if self.ref_model is not None:
-            set_spec(self.ref_model.config, spec)
+            set_spec(unwrap(self.ref_model).config, spec)  # an engine of DeepSpeed has a config of its own
         logger.info(f"Diffusion policy: {spec}")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             self._check_prompts(name, dataset)
@@ -269,20 +280,45 @@ class DTRPOTrainer(GRPOTrainer):
             self._rollouts = self._take(prompt_ids)
             return self._rollouts.completions(), self._rollouts.completion_logps()
         self._seeds = self._row_seeds(len(prompt_ids))
-        self._rollouts = self._decode(prompt_ids, self.args.decoding(), self._seeds)
+        with self._throughput.timed("rollout"):
+            self._rollouts = self._decode(prompt_ids, self.args.decoding(), self._seeds)
         return self._rollouts.completions(), self._rollouts.completion_logps()
+
+    def _calculate_rewards(self, *args, **kwargs):
+        """TRL's rewards, with a clock."""
+        with self._throughput.timed("reward"):
+            return super()._calculate_rewards(*args, **kwargs)
 
     def _decode(self, prompt_ids: list[list[int]], decoding: DecodingConfig, seeds: list[int]) -> TrajectoryBatch:
         """Decodes on this process, `rollout_batch_size` at once, with the policy out of its wrappers."""
-        with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+        sharded, failure, batch = self._decodes_sharded(), None, None
+        with unwrapped_policy(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=not sharded,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as policy:
             was_training = policy.training
             policy.eval()
             try:
-                return decode(policy, prompt_ids, decoding, self.spec, seeds, self.args.rollout_batch_size)
+                batch = decode(
+                    policy, prompt_ids, decoding, self.spec, seeds, self.args.rollout_batch_size, keep_pace=sharded
+                )
+            except PeerFailed:
+                pass  # the other process says what it was
+            except Exception as error:
+                failure = error
             finally:
                 policy.train(was_training)
+        fail_together(self.accelerator, failure, "Decoding")
+        return batch
+
+    def _decodes_sharded(self) -> bool:
+        """Whether rollouts run on sharded parameters, so that processes have to run the same number of passes."""
+        if isinstance(self.model_wrapped, FSDPModule):
+            return True
+        is_engine = self.model_wrapped is not self.model  # before training there is none yet
+        return is_deepspeed_zero3_enabled() and is_engine and not self.args.ds3_gather_for_generation
 
     def answer(
         self, prompts: list, decoding: DecodingConfig | None = None, seed: int = 0
@@ -336,7 +372,8 @@ class DTRPOTrainer(GRPOTrainer):
         try:
             if "event_steps" in inputs[0]:
                 inputs = self._choose(inputs)
-            output = super()._generate_and_score_completions(inputs)
+            with self._throughput.timed("sampling"):
+                output = super()._generate_and_score_completions(inputs)
             rollouts = self._rollouts
             if self.model.training:
                 self.last_rollouts = rollouts
@@ -468,7 +505,12 @@ class DTRPOTrainer(GRPOTrainer):
             per_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
             per_step = per_step * self.args.gradient_accumulation_steps / self.num_iterations / self.num_generations
             epochs = math.ceil(self.args.max_steps * per_step / len(rows)) + 1
-        own = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        # As many for every process, whatever they share; the last ones wrap around.
+        own = [
+            (self.accelerator.process_index + turn * processes) % len(rows)
+            for turn in range(-(-len(rows) // processes))
+        ]
         bar = tqdm(own, desc="reference", unit="prompt", disable=not self.accelerator.is_main_process)
         found = []
         for row in (rows[number] for number in bar):
@@ -546,6 +588,7 @@ class DTRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         """TRL's loss with the weights of the scored tokens as its mask (METHOD.md, sections 2 and 5)."""
         inputs = self._ungroup(inputs)
+        self._throughput.count(inputs["completion_mask"])
         width = inputs["completion_ids"].shape[1]
         iteration = self._step // self.args.steps_per_generation % self.num_iterations if self.model.training else 0
         if self._check_is_due():
@@ -555,14 +598,26 @@ class DTRPOTrainer(GRPOTrainer):
                 reference = self._reference_estimates(inputs, layout, iteration)
                 inputs["ref_per_token_logps"] = _fit(reference, width)
             if self.loss_type == "dpo":
-                return self._pairwise_loss(model, inputs, layout, reference)
+                return self._finite(self._pairwise_loss(model, inputs, layout, reference))
             if self.args.weighting == "none":
                 inputs["num_items_in_batch"] = inputs["expected_weight"]
             inputs["completion_mask"] = _fit(layout.weights, width)
             inputs.pop("old_per_token_logps", None)
             if self._old is not None:
                 inputs["old_per_token_logps"] = _fit(self._old, width)
-            return super()._compute_loss(model, inputs)
+            return self._finite(super()._compute_loss(model, inputs))
+
+    def _finite(self, loss: Tensor) -> Tensor:
+        """The loss, if it is finite on every process."""
+        failure = None
+        if not torch.isfinite(loss):
+            failure = FloatingPointError(
+                f"The loss is {loss.item()} after {self.state.global_step} optimizer steps, so nothing more can be learnt. "
+                "Look at the last logged `grad_norm`, `kl` and rewards; a lower `learning_rate` or `max_grad_norm`, or "
+                "bf16 instead of fp16, may help."
+            )
+        fail_together(self.accelerator, failure, "The loss")
+        return loss
 
     @contextmanager
     def _scoring(self, inputs: dict[str, Any], iteration: int = 0):

@@ -1,0 +1,159 @@
+"""
+What `python -m trl_diffusion.plan` says beside the peak memory of real training steps, each in a fresh process.
+
+    python benchmarks/plan_memory.py --json
+
+Measured on a CPU in float32: the growth of the resident memory (Linux counts its peak) from before the model is there to
+the highest point of the second and third optimizer step of a `DTRPOTrainer`, rollouts included. The first step is left out: it
+makes the optimizer's state, and libraries keep buffers of their own from then on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from trl_diffusion import DiffusionSpec, DTRPOConfig, DTRPOTrainer, set_spec, tiny_policy_path
+from trl_diffusion.plan.simulate import Footprint, Workload, simulate
+
+
+SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6,
+         "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": True}  # fmt: skip
+WIDE = {**SMALL, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12,
+        "vocab_size": 32768, "tie_word_embeddings": False}  # fmt: skip
+CASES = {
+    "small, full": {"model": SMALL},
+    "small, full, checkpointing": {"model": SMALL, "checkpointing": True},
+    "small, LoRA": {"model": SMALL, "lora": True},
+    "small, LoRA, checkpointing": {"model": SMALL, "lora": True, "checkpointing": True},
+    "small, full attention": {"model": SMALL, "attention": "full"},
+    "small, 4 draws": {"model": SMALL, "draws": 4},
+    "wide, full": {"model": WIDE},
+    "wide, full, accumulation": {"model": WIDE, "accumulation": 2},
+    "wide, LoRA, checkpointing": {"model": WIDE, "lora": True, "checkpointing": True},
+}
+PROMPT, COMPLETION, ROWS, GENERATIONS, RANK, BLOCK = 64, 128, 16, 4, 8, 16
+
+
+def policy_config(case: dict):
+    spec = DiffusionSpec(
+        mask_token_id=5,
+        block_size=BLOCK,
+        attention=case.get("attention", "block"),
+        block_origin="response" if case.get("attention") == "full" else "sequence",
+    )
+    config = AutoConfig.for_model("qwen3", max_position_embeddings=512, **case["model"])
+    set_spec(config, spec)
+    return config, spec
+
+
+def planned(case: dict) -> tuple[float, Footprint]:
+    """Bytes that a step needs, by the plan."""
+    from trl_diffusion.scoring.estimators import EstimatorConfig
+
+    config, spec = policy_config(case)
+    work = Workload(
+        batch_size=ROWS, num_generations=GENERATIONS, prompt_length=PROMPT, completion_length=COMPLETION,
+        rollout_batch_size=ROWS, checkpointing=case.get("checkpointing", False), accumulation=case.get("accumulation", 1),
+        estimator=EstimatorConfig(num_draws=case.get("draws", 1)), tokens_per_step=4,
+    )  # fmt: skip
+    print_ = simulate(config, spec, work, torch.float32, lora_rank=RANK if case.get("lora") else None)
+    update = print_.weights + print_.gradients + print_.optimizer + print_.activations
+    rollout = print_.weights + print_.optimizer + print_.rollout + print_.cache
+    return max(update, rollout), print_
+
+
+def status(name: str) -> int:
+    """A line of this process's memory status, in bytes."""
+    return next(
+        int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if name in line
+    )
+
+
+class PeakCallback(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+
+
+def measure(case: dict) -> int:
+    """Bytes that real steps need. In a process of its own."""
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left")
+    config, spec = policy_config(case)
+    text = "".join(str(i % 4 + 1) for i in range(PROMPT))
+    assert len(tokenizer(text).input_ids) == PROMPT
+    dataset = Dataset.from_list([{"prompt": text[i % 4 :] + text[: i % 4]} for i in range(64)])
+    a = torch.ones(512, 512, requires_grad=True)
+    torch.nn.functional.silu(a @ a).sum().backward()  # libraries take what they take
+    del a
+    before = status("VmRSS")
+    torch.manual_seed(0)
+    directory = tempfile.mkdtemp()
+    trainer = DTRPOTrainer(
+        model=AutoModelForCausalLM.from_config(config),
+        reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
+        args=DTRPOConfig(
+            output_dir=directory, per_device_train_batch_size=ROWS, num_generations=GENERATIONS, max_completion_length=COMPLETION,
+            tokens_per_step=4, num_draws=case.get("draws", 1), max_steps=3, bf16=False, save_strategy="no", report_to="none",
+            gradient_checkpointing=case.get("checkpointing", False), disable_tqdm=True, log_level="error", use_cpu=True,
+            gradient_accumulation_steps=case.get("accumulation", 1), steps_per_generation=1 if case.get("accumulation") else None,
+            generation_batch_size=None,
+        ),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=RANK, target_modules="all-linear") if case.get("lora") else None,
+    )  # fmt: skip
+    trainer.add_callback(PeakCallback())
+    trainer.train()
+    return status("VmHWM") - before
+
+
+def run(name: str) -> dict:
+    """Plan and measurement of one case."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, __file__, "--case", name], env=environment, capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise RuntimeError(f"{name}: {result.stderr[-2000:]}")
+    measured = json.loads(result.stdout.strip().splitlines()[-1])["bytes"]
+    plan, footprint = planned(CASES[name])
+    return {
+        "case": name,
+        "millions": round(footprint.parameters / 1e6, 1),
+        "planned_mib": round(plan / 2**20),
+        "measured_mib": round(measured / 2**20),
+        "ratio": round(plan / measured, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=list(CASES))
+    parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.case:
+        torch.set_num_threads(1)
+        print(json.dumps({"bytes": measure(CASES[args.case])}))
+        return
+    rows = [run(name) for name in args.only]
+    for row in rows:
+        print(f"| {row['case']} | {row['millions']} | {row['planned_mib']} | {row['measured_mib']} | {row['ratio']} |")
+    if args.json:
+        print(json.dumps({"cases": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Every YAML file of recipes/ goes through the parser that it is written for, and says how it is used."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from trl_diffusion import DTRPOConfig
+
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+ENGINES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+
+
+def launch_lines(path: Path) -> list[list[str]]:
+    """The commands in a file's header, split into words."""
+    header = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    text = " ".join(header).replace("\\ ", "")
+    return [shlex.split(line) for line in re.findall(r"accelerate launch .*?(?= accelerate launch |[.:] |$)", text)]
+
+
+def parse(path: Path):
+    from train import ScriptArguments
+
+    arguments = ["--config", str(path), "--use_cpu", str(not torch.cuda.is_available())]
+    return TrlParser((ScriptArguments, DTRPOConfig, ModelConfig)).parse_args_and_config(arguments)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, args, model = parse(path)
+    assert args.output_dir == f"outputs/{path.stem}"
+    if not model.model_name_or_path:
+        return
+    # Adapters name their layers, since PEFT's own defaults do not know the families.
+    peft = get_peft_config(model)
+    assert (peft is None) == (not model.use_peft)
+    if peft is not None:
+        assert set(peft.target_modules) == {
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        }
+    assert model.load_in_4bit == path.stem.endswith("_24gb")
+    assert peft is not None or not path.stem.endswith("_24gb")
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *ENGINES], ids=lambda path: path.stem)
+def test_headers_say_how_to_launch(path):
+    lines = launch_lines(path)
+    assert lines
+    own = f"recipes/{path.stem}.yaml" if path in RECIPES else f"recipes/accelerate/{path.stem}.yaml"
+    for words in lines:
+        for word in words:
+            if word.endswith(".yaml") or word.startswith("recipes/"):
+                assert (ROOT / word).exists(), word
+    assert any(own in words for words in lines) or path.stem == "tiny_sudoku"
+
+
+@pytest.mark.parametrize("path", ENGINES, ids=lambda path: path.stem)
+def test_engines_load(path):
+    config = load_config_from_file(str(path))
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert config.distributed_type == kinds.get(path.stem, "DEEPSPEED")
+    assert config.num_processes == 8 and config.mixed_precision == "bf16"
+    stage = {"zero2": 2, "zero3": 3, "zero3_offload": 3}.get(path.stem)
+    assert config.deepspeed_config.get("zero_stage") == stage
+    offload = "cpu" if path.stem == "zero3_offload" else ("none" if stage else None)
+    assert config.deepspeed_config.get("offload_param_device") == offload
+    assert config.fsdp_config.get("fsdp_version") == (2 if path.stem == "fsdp2" else None)
+    args = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    args, *_ = _validate_launch_command(args)
+    assert args.num_processes == 8

@@ -1,0 +1,1 @@
+"""What a training run needs in memory, from the model's config alone."""

@@ -1,0 +1,186 @@
+"""
+What fits on which GPU, from a model's config alone: no weights, no GPU.
+
+    python -m trl_diffusion.plan GSAI-ML/LLaDA-8B-Instruct --gpus 8 --memory 80
+    python -m trl_diffusion.plan MODEL --gpus 1 --memory 24 --config recipes/llada_24gb.yaml
+    python -m trl_diffusion.plan MODEL --gpus 8 --memory 80 --completion_length 1024 --num_draws 8 --json
+
+MODEL is a directory or a hub id. Options that a recipe sets are taken from `--config`; the command line wins. Figures are
+those of the busiest GPU: an update (weights, gradients, optimizer state, reference, buffers, activations) or a rollout
+(weights, optimizer state, reference, cache and its largest pass), whichever needs more, plus 1 GiB for CUDA itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from dataclasses import asdict
+
+import torch
+import yaml
+
+from ..policies.loading import load_config
+from ..policies.spec import get_spec, spec_fields
+from ..scoring.estimators import ESTIMATORS, EstimatorConfig
+from .simulate import Footprint, Workload, simulate
+from .strategies import Plan, make_plans
+
+
+GIB = 2**30
+# Our options, and the names that recipes have for them.
+FROM_RECIPE = {
+    "batch_size": "per_device_train_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "num_generations": "num_generations",
+    "completion_length": "max_completion_length",
+    "tokens_per_step": "tokens_per_step",
+    "rollout_batch_size": "rollout_batch_size",
+    "num_draws": "num_draws",
+    "estimator": "estimator",
+    "beta": "beta",
+    "lora_rank": "lora_r",
+    "checkpointing": "gradient_checkpointing",
+    "diffusion_spec": "diffusion_spec",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    Runs the command.
+
+    Args:
+        arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
+
+    Returns:
+        `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            footprints, plans = _plan(_with_recipe(options))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    memory = options.memory * GIB
+    if options.json:
+        rows = [{**_row(plan), "fits": plan.fits(memory)} for plan in plans]
+        print(json.dumps({"footprints": {k: asdict(v) for k, v in footprints.items()}, "plans": rows}))
+    else:
+        _print(footprints["full"], plans, options)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan]]:
+    config = load_config(options.model)
+    fields = options.diffusion_spec or {}
+    fields = json.loads(fields) if isinstance(fields, str) else dict(fields)
+    if "mask_token_id" not in {**spec_fields(config), **fields}:
+        fields["mask_token_id"] = config.get_text_config().vocab_size - 1  # which one it is changes no size
+    spec = get_spec(config, fields)
+    work = Workload(
+        batch_size=options.batch_size,
+        num_generations=options.num_generations,
+        prompt_length=options.prompt_length,
+        completion_length=options.completion_length,
+        estimator=EstimatorConfig(name=options.estimator, num_draws=options.num_draws),
+        tokens_per_step=options.tokens_per_step,
+        rollout_batch_size=options.rollout_batch_size,
+        checkpointing=options.checkpointing,
+        accumulation=options.accumulation,
+    )
+    footprints = {
+        "mixed": simulate(config, spec, work, torch.float32, autocast=True),
+        "full": simulate(config, spec, work, torch.bfloat16),
+        "lora": simulate(config, spec, work, torch.bfloat16, lora_rank=options.lora_rank),
+    }
+    return footprints, make_plans(
+        footprints["mixed"], footprints["full"], footprints["lora"], options.gpus, options.beta, not options.no_gather
+    )
+
+
+def _with_recipe(options: argparse.Namespace) -> argparse.Namespace:
+    """Fills in what the command line leaves open: from the recipe, or else the default."""
+    recipe = {}
+    if options.config:
+        with open(options.config, encoding="utf-8") as file:
+            recipe = yaml.safe_load(file)
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{options.config} holds no options.")
+    for name, default in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, recipe.get(FROM_RECIPE.get(name), default))
+    for name in ("gpus", "batch_size", "accumulation", "prompt_length", "completion_length", "rollout_batch_size",
+                 "num_generations", "tokens_per_step", "lora_rank"):  # fmt: skip
+        if getattr(options, name) < 1:
+            raise ValueError(f"`--{name}` must be at least 1, got {getattr(options, name)}.")
+    return options
+
+
+DEFAULTS = {
+    "batch_size": 4,
+    "accumulation": 8,
+    "num_generations": 8,
+    "prompt_length": 256,
+    "completion_length": 256,
+    "tokens_per_step": 1,
+    "rollout_batch_size": 32,
+    "num_draws": 1,
+    "estimator": "dtrpo",
+    "beta": 0.0,
+    "lora_rank": 64,
+    "checkpointing": True,
+    "diffusion_spec": None,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trl_diffusion.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="directory or hub id; only its config is read")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--memory", type=float, default=80.0, help="GiB of a GPU")
+    parser.add_argument("--config", help="recipe to take options from")
+    parser.add_argument("--no_gather", action="store_true", help="rollouts under ZeRO-3 with shared weights")
+    parser.add_argument("--json", action="store_true", help="one JSON object, in bytes")
+    kinds = {"beta": float, "estimator": str, "diffusion_spec": str}
+    for name, default in DEFAULTS.items():
+        if name == "checkpointing":
+            parser.add_argument("--no_checkpointing", dest=name, action="store_false", default=None)
+        else:
+            choices = list(ESTIMATORS) if name == "estimator" else None
+            parser.add_argument(f"--{name}", type=kinds.get(name, int), choices=choices, help=f"default {default}")
+    return parser
+
+
+def _row(plan: Plan) -> dict:
+    values = {key: value for key, value in asdict(plan).items() if key != "parts"}
+    return {**values, "update_peak": plan.update_peak, "rollout_peak": plan.rollout_peak, "peak": plan.peak}
+
+
+def _print(full: Footprint, plans: list[Plan], options: argparse.Namespace) -> None:
+    print(
+        f"{options.model}: {full.parameters / 1e9:.2f} billion weights. An update packs {full.packed_tokens} tokens for "
+        f"{options.batch_size} responses and computes logits at {full.scored_tokens} ({full.logits / GIB:.2f} GiB)."
+    )
+    names = ("weights", "gradients", "optimizer", "reference", "buffers", "activations", "rollout", "peak")
+    print(f"GiB on each of {options.gpus} GPUs of {options.memory:g}:\n")
+    print(f"{'':22}" + "".join(f"{name:>12}" for name in names) + "   fits")
+    for plan in plans:
+        fits = "yes" if plan.fits(options.memory * GIB) else "no"
+        numbers = "".join(f"{getattr(plan, name) / GIB:12.1f}" for name in names)
+        host = f"   (main memory: {plan.host / GIB:.0f} GiB)" if plan.host else ""
+        print(f"{plan.name:22}{numbers}   {fits}{host}")
+    fitting = [plan for plan in plans if plan.fits(options.memory * GIB)]
+    if fitting:
+        first = fitting[0]
+        print(f"\nThe first that fits: {first.name}, with recipes/accelerate/{first.recipe}.yaml.")
+    else:
+        print("\nNothing fits. Lower --batch_size, --rollout_batch_size or --completion_length, or use more GPUs.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""How fast a run is, where its time goes, and how much memory it needs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory that this process has held so far, in bytes: of its GPU (allocated by torch), or else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class ThroughputCallback(TrainerCallback):
+    """
+    Adds to the metrics of every optimizer step:
+
+    - `time/rollout`, `time/reward` and `time/update`: seconds for decoding, for the reward functions, and for everything
+      from the rollout's end to the end of the optimizer step. Of the slowest process.
+    - `throughput/responses_per_second` and `throughput/tokens_per_second`: responses trained on, and their tokens, over the
+      seconds of the whole step. Of all processes together.
+    - `memory/peak_gib`: most memory of a process so far, in GiB (see [`peak_memory`]). Of the one with the most.
+
+    A step that trains on a rollout of an earlier one has 0 seconds of rollout and reward.
+
+    Args:
+        trainer ([`DTRPOTrainer`]): the trainer that this callback is added to.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self._reset()
+
+    def _reset(self) -> None:
+        self.seconds = {"rollout": 0.0, "reward": 0.0, "sampling": 0.0}
+        self.responses = self.tokens = 0
+        self.begin = time.perf_counter()
+
+    @contextmanager
+    def timed(self, name: str):
+        """Adds the time spent inside to `"rollout"`, `"reward"` or `"sampling"`, which is all that is not the update."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begin
+
+    def count(self, completion_mask: torch.Tensor) -> None:
+        """Counts a batch that is trained on, by its mask of shape `(R, T)`."""
+        self.responses += len(completion_mask)
+        self.tokens = self.tokens + completion_mask.sum()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._reset()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        whole, device = time.perf_counter() - self.begin, self.trainer.accelerator.device
+        update = whole - self.seconds["sampling"]
+        values = [float(self.responses), float(self.tokens), whole, self.seconds["rollout"], self.seconds["reward"],
+                  update, peak_memory(device) / 2**30]  # fmt: skip
+        gathered = self.trainer.accelerator.gather(torch.tensor([values], device=device))
+        responses, tokens = gathered[:, :2].sum(0).tolist()
+        whole, rollout, reward, update, memory = gathered[:, 2:].amax(0).tolist()
+        for name, value in (
+            ("time/rollout", rollout),
+            ("time/reward", reward),
+            ("time/update", update),
+            ("throughput/responses_per_second", responses / whole),
+            ("throughput/tokens_per_second", tokens / whole),
+            ("memory/peak_gib", memory),
+        ):
+            self.trainer._record(name, value)
