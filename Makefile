@@ -20,10 +20,10 @@ train: $(BIN)/.installed ## Trains the embedded policy on 4x4 sudoku and shows w
 		recipes/train.py $(ARGS)
 
 test: $(BIN)/.installed ## Runs the tests.
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-fast: $(BIN)/.installed ## Runs the tests that take no more than a few seconds each.
-	$(BIN)/python -m pytest -m "not slow and not distributed" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not distributed" $(ARGS)
 
 lint: $(BIN)/.installed ## Checks style.
 	$(BIN)/ruff check .
