@@ -688,7 +688,7 @@ def test_bad_options_are_refused(tmp_path, option):
 
 def test_every_option_has_a_help_text_and_a_line_in_the_docstring():
     own = set(DTRPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
-    assert len(own) == 24
+    assert len(own) == 25
     for name in own:
         assert DTRPOConfig.__dataclass_fields__[name].metadata["help"]
         assert f"\n        {name} (" in DTRPOConfig.__doc__
@@ -757,3 +757,26 @@ def test_tokenizer_of_another_model(make_trainer, char_spec):
 def test_reference_of_an_unsaved_model(make_trainer):
     with pytest.raises(ValueError, match="not loaded from anywhere. Save it and pass the path"):
         make_trainer(beta=0.1)
+
+
+@pytest.mark.parametrize("rescore", [False, True])
+def test_what_an_approximate_cache_costs_is_logged(make_trainer, char_spec, rescore):
+    """The gap between recorded and scored log-probabilities: nothing but rounding without one; and the old policy's
+    log-probabilities can be computed again."""
+    spec = char_spec.replace(attention="full", block_origin="response", block_size=4)
+    gaps, ratios = {}, {}
+    for cache in (None, "dual"):
+        trainer = make_trainer(
+            spec=spec,
+            diffusion_spec=spec.to_dict(),
+            approximate_cache=cache,
+            rescore_old_log_probs=rescore,
+            max_steps=1,
+            tokens_per_step=1,
+        )
+        trainer.train()
+        logs = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        gaps[cache], ratios[cache] = logs["diffusion/recorded_gap/max"], logs["diffusion/log_ratio_std"]
+        assert trainer.last_rollouts.cache == (cache or "exact")
+    assert gaps[None] < 1e-5 < 1e-2 < gaps["dual"]
+    assert ratios["dual"] < 1e-5 if rescore else ratios["dual"] > 1e-3

@@ -22,11 +22,14 @@ OVERRIDDEN = {
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
     "_compute_loss": ["self", "model", "inputs"],
 }
-# What makes a resumed run exact: the order of the epochs, and the rollout beside the random state.
+# What a resumed run needs: the order of the epochs, and the rollout beside the random state.
 RESUMING = {
     "_get_train_sampler": ["self"],
     "_save_rng_state": ["self", "output_dir"],
     "_load_rng_state": ["self", "checkpoint"],
+    # A family's own weight names.
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_best_model": ["self"],
 }
 
 

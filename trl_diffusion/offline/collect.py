@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def collect(
             raise ValueError(f"`{what}` must be at least 1, got {value}.")
     prompt_ids = _check_source(prompts, tokenizer, names, spec, model.config, decoding.max_new_tokens)
     provenance = Provenance(
-        fingerprint_policy(model), fingerprint_tokenizer(tokenizer), spec, {"decoder": "loop", **asdict(decoding)}
+        fingerprint_policy(model), fingerprint_tokenizer(tokenizer), spec, {"decoder": "loop", **decoding.to_dict()}
     )
     num_shards = -(-len(prompts) // rows_per_shard)
     plan = {

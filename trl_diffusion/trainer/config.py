@@ -8,7 +8,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ..decoding.config import SCHEDULES, STOP_RULES, DecodingConfig
+from ..decoding.config import APPROXIMATE_CACHES, SCHEDULES, STOP_RULES, DecodingConfig
 from ..decoding.strategies import STRATEGIES
 from ..offline.orders import ORDERS
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
@@ -97,6 +97,10 @@ class DTRPOConfig(GRPOConfig):
         stop_rule (`str`, *optional*, defaults to `"block"`):
             When a response with a stop token ends: with its block, or as soon as nothing before the stop token is masked
             (`"token"`). Responses and scores are the same; `"token"` saves steps.
+        approximate_cache (`str`, *optional*):
+            Reuse keys and values that are out of date in rollouts: `"prefix"`, `"dual"` or `"sub_block"`, see
+            [`DecodingConfig`]. Faster and not exact: `diffusion/recorded_gap` shows by how much the recorded
+            log-probabilities miss those of the policy; `rescore_old_log_probs=True` computes them again.
         rollout_batch_size (`int`, *optional*):
             Responses that a process decodes at once; the others wait until one has ended. All of them if `None`.
 
@@ -205,6 +209,15 @@ class DTRPOConfig(GRPOConfig):
             "help": "When a response with a stop token ends: with its 'block', or as soon as nothing before the stop "
             "'token' is masked. Responses and scores are the same; 'token' saves steps.",
             "choices": list(STOP_RULES),
+        },
+    )
+    approximate_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reuse keys and values that are out of date in rollouts: 'prefix', 'dual' or 'sub_block'. Faster and "
+            "not exact: `diffusion/recorded_gap` shows by how much the recorded log-probabilities miss those of the "
+            "policy; `rescore_old_log_probs=True` computes them again.",
+            "choices": list(APPROXIMATE_CACHES),
         },
     )
     rollout_batch_size: int | None = field(
@@ -383,6 +396,7 @@ class DTRPOConfig(GRPOConfig):
             sub_block_size=self.sub_block_size,
             entropy_bound=self.entropy_bound,
             stop_rule=self.stop_rule,
+            approximate_cache=self.approximate_cache,
         )
 
     def scoring(self) -> EstimatorConfig:

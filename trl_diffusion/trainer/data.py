@@ -175,11 +175,12 @@ class OfflineData:
                     f"Row {number}, column `decoding`: the log-probabilities were recorded at temperature {temperature}. "
                     f"Set `temperature={temperature}` (it is {self.args.temperature})."
                 )
-            if decoding.get("top_k") is not None:
-                raise ValueError(
-                    f"Row {number}, column `decoding`: it was decoded with `top_k={decoding['top_k']}`, so its "
-                    "log-probabilities are those of a distribution that is not scored. Collect without."
-                )
+            for name in ("top_k", "top_p", "suppress_tokens", "approximate_cache"):
+                if decoding.get(name):
+                    raise ValueError(
+                        f"Row {number}, column `decoding`: it was decoded with `{name}={decoding[name]}`, so its "
+                        "log-probabilities are those of a distribution that is not scored. Collect without."
+                    )
 
     def _without_ties(self, name: str, dataset: Dataset) -> Dataset:
         names = [REWARD_PREFIX + reward for reward in reward_columns(dataset)]
