@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import Any
 
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
@@ -12,16 +13,21 @@ __all__ = ["disable_dropout_in_model", "unwrapped_policy", "use_adapter"]
 
 
 @contextmanager
-def unwrapped_policy(model, accelerator, gather_deepspeed3_params: bool = True, **options):
+def unwrapped_policy(
+    model,
+    accelerator,
+    gather_deepspeed3_params: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+):
     """
-    `unwrap_model_for_generation`, with two differences. It undoes what it did (to hooks of ZeRO-3, to gradient
-    checkpointing) when something is raised inside, too. And with gathered parameters, processes may run different numbers
-    of forward passes: DeepSpeed would compare notes at the first ones.
+    `unwrap_model_for_generation`, with three differences. It undoes what it did (to hooks of ZeRO-3, to gradient
+    checkpointing) when something is raised inside, too. Gradient checkpointing is of the same kind afterwards, in every
+    version of TRL. And with gathered parameters, processes may run different numbers of forward passes: DeepSpeed would
+    compare notes at the first ones.
     """
-    failure = None
-    with unwrap_model_for_generation(
-        model, accelerator, gather_deepspeed3_params=gather_deepspeed3_params, **options
-    ) as policy:
+    failure, base = None, accelerator.unwrap_model(model)
+    checkpointing = base.is_gradient_checkpointing
+    with unwrap_model_for_generation(model, accelerator, gather_deepspeed3_params=gather_deepspeed3_params) as policy:
         coordinator = _coordinator(model) if gather_deepspeed3_params else None
         if coordinator is not None:
             coordinator.reset_step = lambda: None  # hides the method; all other hooks are removed
@@ -32,6 +38,8 @@ def unwrapped_policy(model, accelerator, gather_deepspeed3_params: bool = True, 
         finally:
             if coordinator is not None:
                 del coordinator.reset_step
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
     if failure is not None:
         raise failure
 

@@ -1,0 +1,112 @@
+"""The plan against what can be counted by hand, and against tensors that really are there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import make_policy
+from trl_diffusion import DiffusionSpec, tiny_policy_path
+from trl_diffusion.plan.__main__ import main
+from trl_diffusion.plan.simulate import LiveBytes, Workload, _batch, simulate
+from trl_diffusion.plan.strategies import make_plans
+from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
+from trl_diffusion.scoring.layout import pack
+from trl_diffusion.scoring.score import score
+
+
+SPEC = DiffusionSpec(mask_token_id=39, block_size=8)
+WORK = Workload(
+    batch_size=8, num_generations=4, prompt_length=24, completion_length=32, rollout_batch_size=8, checkpointing=False
+)
+
+
+def test_live_bytes_follow_tensors():
+    with LiveBytes() as live:
+        first = torch.zeros(1000)
+        view = first[:10]
+        second = first + 1
+        assert live.now == 8000
+        del first, second
+        assert live.now == 4000 and live.peak == 8000  # a view keeps all of its storage
+        del view
+        assert live.now == 0
+
+
+@pytest.mark.parametrize("attention", ["block", "full"])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_simulated_update_is_the_real_one(attention, draws):
+    """The same pass with real tensors, counted the same way: nothing is lost because tensors had no content."""
+    spec = SPEC.replace(attention=attention, block_origin="response" if attention == "full" else "sequence")
+    work = Workload(**{**vars(WORK), "estimator": EstimatorConfig(num_draws=draws), "share_prompts": False})
+    model = make_policy(spec).train()
+    found = simulate(model.config, spec, work)
+    batch = _batch(spec, work)
+    with LiveBytes() as live:
+        states = ESTIMATORS["dtrpo"].states(batch, spec, list(range(8)), work.estimator)
+        layout = pack(batch, spec, states)
+        live.peak = start = live.now
+        logps, _ = score(model, layout, spec, compute_entropy=True)
+        (logps * layout.weights).sum().backward()
+    total = found.gradients + found.activations
+    assert total == pytest.approx(live.peak - start, rel=0.1)
+    assert found.packed_tokens == layout.input_ids.numel() and found.scored_tokens == len(layout.targets)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.weights == 4 * found.parameters == found.gradients and found.optimizer == 2 * found.weights
+
+
+def test_what_grows_with_what():
+    """Memory grows with scored tokens, not with vocabulary times length; checkpointing and LoRA save what they should."""
+    config = make_policy(SPEC, vocab_size=4000).config
+    short = simulate(config, SPEC, WORK)
+    long = simulate(config, SPEC, Workload(**{**vars(WORK), "prompt_length": 96}))
+    assert long.logits == short.logits == short.scored_tokens * 4000 * 4
+    assert long.packed_tokens == short.packed_tokens + 2 * 72  # two groups, and each prompt is there once
+    draws = simulate(config, SPEC, Workload(**{**vars(WORK), "estimator": EstimatorConfig(num_draws=4)}))
+    assert draws.scored_tokens == 4 * short.scored_tokens and draws.activations > short.activations + short.logits
+    saving = simulate(config, SPEC, Workload(**{**vars(WORK), "checkpointing": True}))
+    assert saving.activations < 0.8 * short.activations
+    adapter = simulate(config, SPEC, WORK, lora_rank=4)
+    assert adapter.trainable < 0.2 * adapter.parameters and adapter.gradients == 4 * adapter.trainable
+    half = simulate(config, SPEC, WORK, torch.bfloat16)
+    assert half.weights * 2 == short.weights
+
+
+def test_strategies_share_what_they_say():
+    """Eight GPUs, 1,000 million weights, figures of the engines' documentation."""
+    config = make_policy(SPEC).config
+    mixed, half = simulate(config, SPEC, WORK, autocast=True), simulate(config, SPEC, WORK, torch.bfloat16)
+    adapter = simulate(config, SPEC, WORK, torch.bfloat16, lora_rank=4)
+    plans = {plan.name: plan for plan in make_plans(mixed, half, adapter, 8, beta=0.1)}
+    n = mixed.parameters
+    ddp, zero2, zero3 = plans["DDP, full"], plans["ZeRO-2, full"], plans["ZeRO-3, full"]
+    assert ddp.weights + ddp.gradients + ddp.optimizer == 16 * n and ddp.reference == 4 * n
+    assert (zero2.weights, zero2.gradients, zero2.optimizer) == (2 * n, 2 * n / 8, 12 * n / 8)
+    assert zero3.weights + zero3.gradients + zero3.optimizer == 16 * n / 8 and zero3.reference == 2 * n / 8
+    assert plans["ZeRO-3 offload, full"].weights == 0 < plans["ZeRO-3 offload, full"].host
+    assert plans["DDP, LoRA"].reference == 0
+    assert plans["DDP, QLoRA"].weights < plans["DDP, LoRA"].weights
+    sharded = {plan.name: plan for plan in make_plans(mixed, half, adapter, 8, beta=0.1, gather=False)}
+    assert sharded["ZeRO-3, full"].rollout <= zero3.rollout
+    for plan in plans.values():
+        assert plan.peak >= plan.weights and plan.fits(2**40) and not plan.fits(2**30)
+
+
+def test_command(capsys, tmp_path):
+    small = ["--batch_size", "2", "--num_generations", "2", "--rollout_batch_size", "2", "--prompt_length", "16",
+             "--completion_length", "16", "--lora_rank", "4"]  # fmt: skip
+    assert main([tiny_policy_path(), "--gpus", "2", "--memory", "24", *small]) == 0
+    shown = capsys.readouterr().out
+    assert "ZeRO-3, full" in shown and "The first that fits: DDP, full" in shown
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("per_device_train_batch_size: 6\nbeta: 0.1\n")
+    arguments = [tiny_policy_path(), "--json", "--memory", "0.5", "--config", str(recipe), *small[2:]]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plans"][0]["reference"] > 0 and not any(plan["fits"] for plan in found["plans"])
+    assert main([str(tmp_path / "nothing"), *small]) == 2
+    assert "error:" in capsys.readouterr().err
+    assert main([tiny_policy_path(), "--gpus", "0"]) == 2
+    assert "`--gpus` must be at least 1, got 0" in capsys.readouterr().err
