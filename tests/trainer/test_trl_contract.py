@@ -27,6 +27,8 @@ RESUMING = {
     "_get_train_sampler": ["self"],
     "_save_rng_state": ["self", "output_dir"],
     "_load_rng_state": ["self", "checkpoint"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_best_model": ["self"],
 }
 
 
