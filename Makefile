@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast lint clean
+.PHONY: help train test test-fast test-lowest lint clean
 
 help: ## Shows this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -25,9 +25,18 @@ test: $(BIN)/.installed ## Runs the tests.
 test-fast: $(BIN)/.installed ## Runs the tests that take no more than a few seconds each.
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not distributed" $(ARGS)
 
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[test]"
+	touch $@
+
+test-lowest: .venv-lowest/.installed ## Runs the contract and trainer tests on the lowest TRL and transformers.
+	.venv-lowest/bin/python -m pytest tests/trainer $(ARGS)
+
 lint: $(BIN)/.installed ## Checks style.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean: ## Removes the virtual environment and what runs have written.
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) .venv-lowest outputs
