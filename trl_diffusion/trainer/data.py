@@ -22,6 +22,9 @@ from .config import DTRPOConfig
 
 logger = get_logger(__name__)
 
+# Settings of the decoder that make it sample from something else than the policy's own distribution.
+OTHER_DISTRIBUTION = ("top_k", "top_p", "suppress_tokens", "approximate_cache")
+
 
 class StoredReward:
     """A reward function that gives what a trajectory dataset holds."""
@@ -169,10 +172,11 @@ class OfflineData:
                     f"Row {number}, column `decoding`: the log-probabilities were recorded at temperature {temperature}. "
                     f"Set `temperature={temperature}` (it is {self.args.temperature})."
                 )
-            if decoding.get("top_k") is not None:
+            changed = {name: decoding.get(name) for name in OTHER_DISTRIBUTION if decoding.get(name)}
+            if changed:
                 raise ValueError(
-                    f"Row {number}, column `decoding`: it was decoded with `top_k={decoding['top_k']}`, so its "
-                    "log-probabilities are those of a distribution that is not scored. Collect without."
+                    f"Row {number}, column `decoding`: it was decoded with {changed}, so its log-probabilities are those of "
+                    "a distribution that is not scored. Collect without."
                 )
 
     def _without_ties(self, name: str, dataset: Dataset) -> Dataset:
