@@ -1,10 +1,11 @@
 """
-What the kill tests run in processes of their own. A fork server imports this module once; what a job would import later is
+What tests run in processes of their own, to be killed or in pairs. A fork server imports this module once; what a job would import later is
 imported here, so that a job starts, and can be killed, within a moment.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -12,13 +13,14 @@ import warnings
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tests.offline.conftest import prompt_dataset
-from tests.trainer.conftest import codes
+from tests.offline.conftest import length, prompt_dataset
+from tests.trainer.conftest import codes, make_dataset
 from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, collect, load_trajectories
 
 
@@ -83,4 +85,48 @@ def train_job(start: str, trajectories: str, output_dir: str) -> None:
     final = Path(output_dir) / "final"
     trainer.save_model(str(final))
     trainer.state.save_to_json(str(final / "state.json"))
+    os._exit(0)
+
+
+def pair_job(rank: str, port: str, start: str, directory: str) -> None:
+    """One of two processes that collect together, train together, and go on from a checkpoint together."""
+    quiet()
+    os.environ.update(
+        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+    )
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2
+    tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
+    run = Path(directory)
+    collect(
+        AutoModelForCausalLM.from_pretrained(start), tokenizer, prompt_dataset(), [codes, length], run / "collected",
+        DecodingConfig(14, 1.0, tokens_per_step=2), num_responses=4, rows_per_shard=3, batch_size=8, seed=5,
+        disable_tqdm=True,
+    )  # fmt: skip
+    results = {}
+    for source in ("online", "offline"):
+        online = source == "online"
+        trainers = []
+        for checkpoint in (None, run / source / "checkpoint-5"):
+            trainer = DTRPOTrainer(
+                start,
+                reward_funcs=codes if online else None,
+                args=DTRPOConfig(
+                    str(run / source), max_steps=7, save_steps=5, learning_rate=1e-2, beta=0.05, num_iterations=2,
+                    per_device_train_batch_size=4, num_generations=4, steps_per_generation=2, max_completion_length=14,
+                    gradient_accumulation_steps=1, tokens_per_step=2, logging_steps=1, bf16=False, use_cpu=True,
+                    gradient_checkpointing=False, report_to="none", disable_tqdm=True, log_level="error",
+                ),
+                train_dataset=make_dataset(8) if online else load_trajectories(run / "collected"),
+                processing_class=tokenizer,
+            )  # fmt: skip
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            trainers.append(trainer)
+        losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in trainers]
+        weights = [list(t.model.parameters()) for t in trainers]
+        results[source] = {
+            "losses": losses,
+            "same_weights": all(torch.equal(a, b) for a, b in zip(*weights, strict=True)),
+        }
+    (run / f"results_{rank}.json").write_text(json.dumps(results))
     os._exit(0)

@@ -1,5 +1,6 @@
 """
-Collecting and training killed (SIGKILL) at random moments: nothing lost, nothing doubled, no unreadable file.
+Collecting and training killed (SIGKILL) at random moments: nothing lost, nothing doubled, no unreadable file. And both in
+two processes.
 
 A few kills of each by default; TRL_DIFFUSION_KILLS=20 pytest tests/offline/test_kills.py makes it 20.
 """
@@ -11,6 +12,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -122,6 +124,34 @@ def test_killed_trainings(jobs, start, collection, tmp_path):
         assert losses_of(target) == losses
         final = load_file(target / "final" / "model.safetensors")
         assert final.keys() == weights.keys() and all(torch.equal(weights[name], final[name]) for name in weights)
+
+
+@pytest.mark.distributed
+def test_two_processes(jobs, start, collection, tmp_path):
+    """They collect what one collects, and a run that they resume inside a rollout is the uninterrupted one."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    pair = [
+        jobs.context.Process(target=kill_jobs.pair_job, args=(str(rank), str(port), str(start), str(tmp_path)))
+        for rank in range(2)
+    ]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(600)
+    assert [process.exitcode for process in pair] == [0, 0]
+    expected, found = (load_trajectories(path).to_list() for path in (collection, tmp_path / "collected"))
+    for a, b in zip(expected, found, strict=True):
+        assert {**a, "event_logps": None} == {**b, "event_logps": None}
+        for one, other in zip(a["event_logps"], b["event_logps"], strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+    for rank in range(2):
+        assert (tmp_path / "online" / "checkpoint-5" / f"rollout_{rank}.pt").exists()
+        for source, result in json.loads((tmp_path / f"results_{rank}.json").read_text()).items():
+            whole, resumed = result["losses"]
+            assert whole == resumed and (len(whole) == 7 or rank), source
+            assert result["same_weights"], source
 
 
 def losses_of(target: Path) -> dict[int, float]:

@@ -238,7 +238,10 @@ BAD = [
     ("group", lambda row: row["completion_lengths"].pop(), "Row 2, column `completion_lengths`: holds 3 for 4"),
     ("reward", lambda row: row["reward_codes"].pop(), "Row 2, column `reward_codes`: holds 3 for 4"),
     ("temperature", lambda row: row.update(decoding=json.dumps({"temperature": 0.3})), "temperature=0.3"),
-    ("top k", lambda row: row.update(decoding=json.dumps({"temperature": 1.0, "top_k": 5})), "top_k"),
+    *[
+        (name, lambda row, name=name, value=value: row.update(decoding=json.dumps({"temperature": 1.0, name: value})), name)
+        for name, value in (("top_k", 5), ("top_p", 0.9), ("suppress_tokens", [3]), ("approximate_cache", "dual"))
+    ],
     ("spec", lambda row: row.update(spec=row["spec"].replace('"block_size": 8', '"block_size": 16')), "block_size"),
     ("unreadable spec", lambda row: row.update(spec="{"), "Row 2, column `spec`"),
     ("prompt", lambda row: row.update(prompt_ids=[]), "Row 2, column `prompt_ids`"),

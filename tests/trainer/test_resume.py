@@ -88,7 +88,7 @@ def test_a_checkpoint_without_a_rollout(make_trainer, start, tmp_path, caplog): 
     }
     make_trainer(str(start), **options).train()
     checkpoint = tmp_path / "checkpoint-3"
-    progress = Progress.load(checkpoint, 0, torch.device("cpu"))
+    progress = Progress.load(checkpoint, 0, torch.device("cpu", 0))
     assert progress.batches == 3 and len(progress.rollout) == 1
     for change in (
         lambda: replace(progress, num_processes=2).save(checkpoint, 0),

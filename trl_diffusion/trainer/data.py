@@ -23,6 +23,9 @@ from .config import DTRPOConfig
 
 logger = get_logger(__name__)
 
+# Settings of the decoder that make it sample from something else than the policy's own distribution.
+OTHER_DISTRIBUTION = ("top_k", "top_p", "suppress_tokens", "approximate_cache")
+
 
 class StoredReward:
     """A reward function that gives what a trajectory dataset holds."""
@@ -175,12 +178,12 @@ class OfflineData:
                     f"Row {number}, column `decoding`: the log-probabilities were recorded at temperature {temperature}. "
                     f"Set `temperature={temperature}` (it is {self.args.temperature})."
                 )
-            for name in ("top_k", "top_p", "suppress_tokens", "approximate_cache"):
-                if decoding.get(name):
-                    raise ValueError(
-                        f"Row {number}, column `decoding`: it was decoded with `{name}={decoding[name]}`, so its "
-                        "log-probabilities are those of a distribution that is not scored. Collect without."
-                    )
+            changed = {name: decoding.get(name) for name in OTHER_DISTRIBUTION if decoding.get(name)}
+            if changed:
+                raise ValueError(
+                    f"Row {number}, column `decoding`: it was decoded with {changed}, so its log-probabilities are those of "
+                    "a distribution that is not scored. Collect without."
+                )
 
     def _without_ties(self, name: str, dataset: Dataset) -> Dataset:
         names = [REWARD_PREFIX + reward for reward in reward_columns(dataset)]

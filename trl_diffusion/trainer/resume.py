@@ -44,9 +44,15 @@ class Progress:
         if not path.is_file():
             return None
         try:
-            return cls(**torch.load(path, map_location=device, weights_only=True))
+            progress = cls(**torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:
             raise ValueError(
                 f"{path} cannot be read ({error}). Go on from another checkpoint, or delete this file: a rollout that was "
                 "still being trained on is then made anew."
             ) from error
+        if progress.rollout is not None:
+            progress.rollout = [
+                {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+                for batch in progress.rollout
+            ]
+        return progress
