@@ -6,15 +6,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
-from evaluate import EvaluationModule
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..decoding.config import DecodingConfig
 from ..viz.plots import plot_trajectory
+
+
+if TYPE_CHECKING:  # not at run time: a recipe of this name lies beside those that are run
+    from evaluate import EvaluationModule
 
 
 class RewardProgressCallback(ProgressCallback):
