@@ -39,6 +39,10 @@ MATRIX = [
 ]  # fmt: skip
 
 
+# With an adapter, TRL insists on re-entrant checkpointing.
+CHECKPOINTED = [("full-free-online", True), ("full-free-online", False), ("lora-beta-online", True)]
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left")
@@ -103,6 +107,10 @@ def engine_runs(tmp_path_factory, matrix, request):
             cells += [cell, resumed]
         if engine == "zero3":
             cells += [{**matrix["full-free-online"], "name": "disturbed", "disturb": True}]
+            for name, reentrant in CHECKPOINTED:
+                options = {**matrix[name]["options"], "gradient_checkpointing": True}
+                options["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+                cells += [{**matrix[name], "name": f"{name}-{reentrant}", "options": options}]
             for name in ("full-beta-online", "lora-free-online"):  # rollouts on sharded weights
                 options = {**matrix[name]["options"], "ds3_gather_for_generation": False}
                 cells += [{**matrix[name], "name": f"{name}-sharded", "options": options}]
@@ -222,3 +230,9 @@ def test_zero3_rollouts_on_sharded_weights(engine_runs, one_process, start, name
     assert watched[0]["needed"] != watched[1]["needed"]  # though not the same need
     held = json.loads((directory / "shares_0.json").read_text())["policy"]
     assert max(watched[0]["gathered"], watched[1]["gathered"]) < held[0]  # never all of the policy at once
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("name", "reentrant"), CHECKPOINTED)
+def test_zero3_with_gradient_checkpointing(engine_runs, one_process, start, name, reentrant):
+    check_same(one_process(name), engine_runs("zero3")[f"{name}-{reentrant}"], start, online=True)

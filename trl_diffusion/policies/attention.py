@@ -133,7 +133,7 @@ class RaggedMask:
         return mask[None, None]
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs) -> Tensor:
-        out = query.new_empty(self.num_queries, query.shape[1], value.shape[-1])
+        out = None  # in the type that attention gives, which under autocast is not that of the query
         for group in self.groups:
             part, _ = sdpa_attention_forward(
                 module,
@@ -143,6 +143,8 @@ class RaggedMask:
                 group.allowed,
                 **{**kwargs, "is_causal": False},
             )  # (G, n, H, D)
+            if out is None:
+                out = part.new_empty(self.num_queries, query.shape[1], value.shape[-1])
             out[group.queries] = part
         return out[None]
 
