@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,6 @@ from trl_diffusion import DTRPOConfig
 
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 ENGINES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
@@ -29,9 +30,19 @@ def launch_lines(path: Path) -> list[list[str]]:
     return [shlex.split(line) for line in re.findall(r"accelerate launch .*?(?= accelerate launch |[.:] |$)", text)]
 
 
-def parse(path: Path):
-    from train import ScriptArguments
+@cache
+def train_recipe():
+    """`recipes/train.py` as a module. Its folder must not come on the path: there is a recipe named as the package
+    `evaluate`."""
+    spec = spec_from_file_location("train_recipe", ROOT / "recipes" / "train.py")
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look up their annotations there
+    spec.loader.exec_module(module)
+    return module
 
+
+def parse(path: Path):
+    ScriptArguments = train_recipe().ScriptArguments
     arguments = ["--config", str(path), "--use_cpu", str(not torch.cuda.is_available())]
     return TrlParser((ScriptArguments, DTRPOConfig, ModelConfig)).parse_args_and_config(arguments)
 
