@@ -32,6 +32,7 @@ SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, 
 WIDE = {**SMALL, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12,
         "vocab_size": 32768, "tie_word_embeddings": False}  # fmt: skip
 CASES = {
+    "three layers, full": {"model": {**SMALL, "num_hidden_layers": 3}},
     "small, full": {"model": SMALL},
     "small, full, checkpointing": {"model": SMALL, "checkpointing": True},
     "small, LoRA": {"model": SMALL, "lora": True},

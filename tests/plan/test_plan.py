@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import make_policy
-from trl_diffusion import DiffusionSpec, tiny_policy_path
+from trl_diffusion import DiffusionSpec
 from trl_diffusion.plan.__main__ import main
 from trl_diffusion.plan.simulate import LiveBytes, Workload, _batch, simulate
 from trl_diffusion.plan.strategies import make_plans
@@ -59,7 +59,7 @@ def test_simulated_update_is_the_real_one(attention, draws):
 
 def test_what_grows_with_what():
     """Memory grows with scored tokens, not with vocabulary times length; checkpointing and LoRA save what they should."""
-    config = make_policy(SPEC, vocab_size=4000).config
+    config = make_policy(SPEC, vocab_size=4000, num_hidden_layers=1).config
     short = simulate(config, SPEC, WORK)
     long = simulate(config, SPEC, Workload(**{**vars(WORK), "prompt_length": 96}))
     assert long.logits == short.logits == short.scored_tokens * 4000 * 4
@@ -76,7 +76,7 @@ def test_what_grows_with_what():
 
 def test_strategies_share_what_they_say():
     """Eight GPUs, 1,000 million weights, figures of the engines' documentation."""
-    config = make_policy(SPEC).config
+    config = make_policy(SPEC, num_hidden_layers=1).config
     mixed, half = simulate(config, SPEC, WORK, autocast=True), simulate(config, SPEC, WORK, torch.bfloat16)
     adapter = simulate(config, SPEC, WORK, torch.bfloat16, lora_rank=4)
     plans = {plan.name: plan for plan in make_plans(mixed, half, adapter, 8, beta=0.1)}
@@ -97,16 +97,18 @@ def test_strategies_share_what_they_say():
 def test_command(capsys, tmp_path):
     small = ["--batch_size", "2", "--num_generations", "2", "--rollout_batch_size", "2", "--prompt_length", "16",
              "--completion_length", "16", "--lora_rank", "4"]  # fmt: skip
-    assert main([tiny_policy_path(), "--gpus", "2", "--memory", "24", *small]) == 0
+    model = str(tmp_path / "model")
+    make_policy(SPEC, num_hidden_layers=1).config.save_pretrained(model)
+    assert main([model, "--gpus", "2", "--memory", "24", *small]) == 0
     shown = capsys.readouterr().out
     assert "ZeRO-3, full" in shown and "The first that fits: DDP, full" in shown
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("per_device_train_batch_size: 6\nbeta: 0.1\n")
-    arguments = [tiny_policy_path(), "--json", "--memory", "0.5", "--config", str(recipe), *small[2:]]
+    arguments = [model, "--json", "--memory", "0.5", "--config", str(recipe), *small[2:]]
     assert main(arguments) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["plans"][0]["reference"] > 0 and not any(plan["fits"] for plan in found["plans"])
     assert main([str(tmp_path / "nothing"), *small]) == 2
     assert "error:" in capsys.readouterr().err
-    assert main([tiny_policy_path(), "--gpus", "0"]) == 2
+    assert main([model, "--gpus", "0"]) == 2
     assert "`--gpus` must be at least 1, got 0" in capsys.readouterr().err
