@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from fcntl import LOCK_EX, flock
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -93,30 +95,42 @@ def llada() -> dict:
 
 @pytest.fixture(scope="module")
 def engine_runs(tmp_path_factory, matrix, request):
-    """What two processes did: one launch for each engine, when it is first asked for."""
-    failed = {}
+    """What two processes did: one launch for each engine, when it is first asked for, by whichever worker of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    @cache
-    def of(engine: str) -> dict[str, Path]:
-        assert not failed.setdefault(engine, False), f"the launch with {engine} has failed"
-        failed[engine] = True
-        cells, directory = list(matrix.values()) + EMBEDDED * (engine == "ddp"), tmp_path_factory.mktemp(engine)
-        if engine == "zero3" and (SHARED / "fixtures").exists():
+    def cells_of(engine: str, directory: Path) -> list[dict]:
+        cells = list(matrix.values()) + EMBEDDED * (engine == "ddp")
+        if engine != "zero3":
+            return cells
+        cells += [{**matrix["full-free-online"], "name": "disturbed", "disturb": True}]
+        for name, reentrant in CHECKPOINTED:
+            options = {**matrix[name]["options"], "gradient_checkpointing": True}
+            options["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+            cells += [{**matrix[name], "name": f"{name}-{reentrant}", "options": options}]
+        for name in ("full-beta-online", "lora-free-online"):  # rollouts on sharded weights
+            options = {**matrix[name]["options"], "ds3_gather_for_generation": False}
+            cells += [{**matrix[name], "name": f"{name}-sharded", "options": options}]
+        if (SHARED / "fixtures").exists():
             cell = request.getfixturevalue("llada")
             resumed = {**cell, "name": "llada-resumed", "resume": str(directory / "llada" / "checkpoint-2")}
             cells += [cell, resumed]
-        if engine == "zero3":
-            cells += [{**matrix["full-free-online"], "name": "disturbed", "disturb": True}]
-            for name, reentrant in CHECKPOINTED:
-                options = {**matrix[name]["options"], "gradient_checkpointing": True}
-                options["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
-                cells += [{**matrix[name], "name": f"{name}-{reentrant}", "options": options}]
-            for name in ("full-beta-online", "lora-free-online"):  # rollouts on sharded weights
-                options = {**matrix[name]["options"], "ds3_gather_for_generation": False}
-                cells += [{**matrix[name], "name": f"{name}-sharded", "options": options}]
-        directories = run_cells(engine, cells, directory)
-        failed[engine] = False
-        return directories
+        return cells
+
+    @cache
+    def of(engine: str) -> dict[str, Path]:
+        directory = base / f"launch_{engine}"
+        directory.mkdir(exist_ok=True)
+        done = directory / "done"
+        with (directory / "lock").open("w") as lock:
+            flock(lock, LOCK_EX)
+            cells = cells_of(engine, directory)
+            if not done.exists():
+                done.write_text("failed")  # until it has not
+                run_cells(engine, cells, directory, timeout=420)
+                done.write_text("well")
+        assert done.read_text() == "well", f"the launch with {engine} has failed"
+        return {cell["name"]: directory / cell["name"] for cell in cells}
 
     return of
 
