@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.conftest import make_policy
-from trl_diffusion import DiffusionSpec
+from trl_diffusion import DecodingConfig, DiffusionSpec, decode
 from trl_diffusion.plan.__main__ import main
-from trl_diffusion.plan.simulate import LiveBytes, Workload, _batch, simulate
+from trl_diffusion.plan.cost import Machine, RolloutCost, rollout_cost
+from trl_diffusion.plan.simulate import LiveBytes, Workload, _batch, count_flops, simulate
 from trl_diffusion.plan.strategies import make_plans
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
@@ -55,6 +56,35 @@ def test_simulated_update_is_the_real_one(attention, draws):
     assert found.packed_tokens == layout.input_ids.numel() and found.scored_tokens == len(layout.targets)
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.weights == 4 * found.parameters == found.gradients and found.optimizer == 2 * found.weights
+
+
+@pytest.mark.parametrize("attention", ["block", "full"])
+@pytest.mark.parametrize("prompt_length", [24, 27])
+def test_operations_are_those_of_the_real_passes(attention, prompt_length):
+    """PyTorch counts the operations of a real rollout and of a real update; the plan has neither."""
+    spec = SPEC.replace(attention=attention, block_origin="response" if attention == "full" else "sequence")
+    work = Workload(**{**vars(WORK), "prompt_length": prompt_length, "tokens_per_step": 3})
+    model = make_policy(spec).train()
+    found = simulate(model.config, spec, work)
+    rollout = rollout_cost(model.config, spec, work, found)
+    with count_flops() as counter:
+        decode(model, [[1] * prompt_length] * 8, DecodingConfig(max_new_tokens=32, tokens_per_step=3), spec)
+    assert rollout.flops == counter.get_total_flops()
+    batch = _batch(spec, work)
+    states = ESTIMATORS["dtrpo"].states(batch, spec, list(range(8)), work.estimator)
+    with count_flops() as counter:
+        logps, _ = score(
+            model, pack(batch, spec, states, share_prompts=attention == "block"), spec, compute_entropy=True
+        )
+        assert found.score_flops == counter.get_total_flops()
+        logps.sum().backward()
+    assert found.update_flops == counter.get_total_flops() > 3 * found.score_flops
+
+
+def test_time_is_that_of_the_slower_of_computing_and_reading():
+    cost = RolloutCost(passes=10, flops=4000, weights=30)
+    assert cost.seconds(Machine(flops=100, bandwidth=1e9)) == 40
+    assert cost.seconds(Machine(flops=1e9, bandwidth=100)) == 3
 
 
 def test_what_grows_with_what():
@@ -108,6 +138,17 @@ def test_command(capsys, tmp_path):
     assert main(arguments) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["plans"][0]["reference"] > 0 and not any(plan["fits"] for plan in found["plans"])
+    assert "rollout_hours" not in found["time"]
+    arguments = [model, "--json", "--gpus", "2", "--prompts", "100", "--epochs", "3", "--tflops", "0.5", *small]
+    assert main(arguments) == 0
+    time = json.loads(capsys.readouterr().out)["time"]
+    # 300 prompts with 2 responses each, 2 at once on each of 2 GPUs
+    assert time["rollout_hours"] == pytest.approx(150 * time["rollout_seconds"] / 3600)
+    assert time["update_hours_lora"] == pytest.approx(150 * time["update_seconds_lora"] / 3600)
+    assert main([model, "--answer_length", "17", *small]) == 2
+    assert "`--answer_length` is 17, but responses have 16" in capsys.readouterr().err
+    assert main([model, "--tflops", "0", *small]) == 2
+    assert "`--tflops` must be above 0" in capsys.readouterr().err
     assert main([str(tmp_path / "nothing"), *small]) == 2
     assert "error:" in capsys.readouterr().err
     assert main([model, "--gpus", "0"]) == 2

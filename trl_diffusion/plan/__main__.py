@@ -4,10 +4,14 @@ What fits on which GPU, from a model's config alone: no weights, no GPU.
     python -m trl_diffusion.plan GSAI-ML/LLaDA-8B-Instruct --gpus 8 --memory 80
     python -m trl_diffusion.plan MODEL --gpus 1 --memory 24 --config recipes/llada_24gb.yaml
     python -m trl_diffusion.plan MODEL --gpus 8 --memory 80 --completion_length 1024 --num_draws 8 --json
+    python -m trl_diffusion.plan MODEL --gpus 8 --prompts 7473 --epochs 2                  # hours, too
 
 MODEL is a directory or a hub id. Options that a recipe sets are taken from `--config`; the command line wins. Figures are
 those of the busiest GPU: an update (weights, gradients, optimizer state, reference, buffers, activations) or a rollout
 (weights, optimizer state, reference, cache and its largest pass), whichever needs more, plus 1 GiB for CUDA itself.
+
+Times are arithmetic: floating-point operations, which are counted, divided by `--tflops`, or weights read by `--bandwidth`,
+whichever is slower. Rewards, communication, data and small batches that do not reach such rates come on top.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import yaml
 from ..policies.loading import load_config
 from ..policies.spec import get_spec, spec_fields
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
+from .cost import Machine, RolloutCost, rollout_cost
 from .simulate import Footprint, Workload, simulate
 from .strategies import Plan, make_plans
 
@@ -60,20 +65,22 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            footprints, plans = _plan(_with_recipe(options))
+            footprints, plans, rollout = _plan(_with_recipe(options))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     memory = options.memory * GIB
     if options.json:
         rows = [{**_row(plan), "fits": plan.fits(memory)} for plan in plans]
-        print(json.dumps({"footprints": {k: asdict(v) for k, v in footprints.items()}, "plans": rows}))
+        footprint = {k: asdict(v) for k, v in footprints.items()}
+        print(json.dumps({"footprints": footprint, "plans": rows, "time": _times(footprints, rollout, options)}))
     else:
         _print(footprints["full"], plans, options)
+        _print_times(_times(footprints, rollout, options), options)
     return 0
 
 
-def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan]]:
+def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan], RolloutCost]:
     config = load_config(options.model)
     fields = options.diffusion_spec or {}
     fields = json.loads(fields) if isinstance(fields, str) else dict(fields)
@@ -96,9 +103,40 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan]
         "full": simulate(config, spec, work, torch.bfloat16),
         "lora": simulate(config, spec, work, torch.bfloat16, lora_rank=options.lora_rank),
     }
-    return footprints, make_plans(
+    plans = make_plans(
         footprints["mixed"], footprints["full"], footprints["lora"], options.gpus, options.beta, not options.no_gather
     )
+    return footprints, plans, rollout_cost(config, spec, work, footprints["full"], options.answer_length)
+
+
+def _times(footprints: dict[str, Footprint], rollout: RolloutCost, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a rollout and of a batch of an update on one GPU, and hours of a run on all of them."""
+    machine = Machine(options.tflops * 1e12, options.bandwidth * 1e12)
+    times = {"rollout_seconds": rollout.seconds(machine)}
+    for name in ("full", "lora"):
+        footprint = footprints[name]
+        flops = footprint.update_flops + (footprint.score_flops if options.beta else 0)  # the reference scores, too
+        times[f"update_seconds_{name}"] = flops / machine.flops
+    if options.prompts is not None:
+        responses = options.prompts * options.num_generations * options.epochs / options.gpus / 3600
+        times["rollout_hours"] = times["rollout_seconds"] * responses / options.rollout_batch_size
+        for name in ("full", "lora"):
+            times[f"update_hours_{name}"] = times[f"update_seconds_{name}"] * responses / options.batch_size
+    return times
+
+
+def _print_times(times: dict[str, float], options: argparse.Namespace) -> None:
+    print(
+        f"\nBy arithmetic, at {options.tflops:g} TFLOP/s and {options.bandwidth:g} TB/s: a rollout of "
+        f"{options.rollout_batch_size} responses takes {times['rollout_seconds']:.1f} s, a batch of {options.batch_size} in an "
+        f"update {times['update_seconds_full']:.2f} s (all weights) or {times['update_seconds_lora']:.2f} s (LoRA)."
+    )
+    if options.prompts is not None:
+        print(
+            f"{options.prompts} prompts with {options.num_generations} responses each, {options.epochs:g} epochs, on "
+            f"{options.gpus} GPUs: rollouts {times['rollout_hours']:.1f} h, updates {times['update_hours_full']:.1f} h (all "
+            f"weights) or {times['update_hours_lora']:.1f} h (LoRA)."
+        )
 
 
 def _with_recipe(options: argparse.Namespace) -> argparse.Namespace:
@@ -116,6 +154,14 @@ def _with_recipe(options: argparse.Namespace) -> argparse.Namespace:
                  "num_generations", "tokens_per_step", "lora_rank"):  # fmt: skip
         if getattr(options, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(options, name)}.")
+    for name in ("tflops", "bandwidth", "epochs", "prompts", "answer_length"):
+        if getattr(options, name) is not None and not getattr(options, name) > 0:
+            raise ValueError(f"`--{name}` must be above 0, got {getattr(options, name)}.")
+    if (options.answer_length or 0) > options.completion_length:
+        raise ValueError(
+            f"`--answer_length` is {options.answer_length}, but responses have {options.completion_length} tokens at most "
+            "(`--completion_length`)."
+        )
     return options
 
 
@@ -145,6 +191,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of a GPU")
     parser.add_argument("--config", help="recipe to take options from")
     parser.add_argument("--no_gather", action="store_true", help="rollouts under ZeRO-3 with shared weights")
+    parser.add_argument("--prompts", type=int, help="rows to train on, for the hours of a run")
+    parser.add_argument("--epochs", type=float, default=1.0, help="times that each row is answered and trained on")
+    parser.add_argument(
+        "--answer_length", type=int, help="tokens after which responses stop, for the time; default all"
+    )
+    parser.add_argument(
+        "--tflops", type=float, default=400.0, help="TFLOP/s that a GPU keeps up; default 400 (an H100)"
+    )
+    parser.add_argument("--bandwidth", type=float, default=2.5, help="TB/s from its memory; default 2.5 (an H100)")
     parser.add_argument("--json", action="store_true", help="one JSON object, in bytes")
     kinds = {"beta": float, "estimator": str, "diffusion_spec": str}
     for name, default in DEFAULTS.items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PretrainedConfig
 
 from ..policies.attention import SegmentedMask, enable_plans
@@ -71,6 +72,8 @@ class Footprint:
         packed_tokens, scored_tokens (`int`): tokens in the packed pass, and logits computed there.
         logits (`int`): those logits, in float32.
         largest_layer (`int`): weights of the largest part that is gathered at once where they are shared.
+        score_flops, update_flops (`int`): floating-point operations of a packed forward pass, and of one with its
+            backward pass.
     """
 
     parameters: int
@@ -86,6 +89,8 @@ class Footprint:
     scored_tokens: int
     logits: int
     largest_layer: int
+    score_flops: int
+    update_flops: int
 
 
 class LiveBytes(TorchDispatchMode):
@@ -151,10 +156,12 @@ def simulate(
         model.train()
         for _ in range(2 if work.accumulation > 1 else 1):
             live.peak = live.now
-            with precision:
-                logps, _ = score(model, layout, spec, compute_entropy=True)
-                loss = (logps * layout.weights).sum()
-            loss.backward()
+            with count_flops() as flops:
+                with precision:
+                    logps, _ = score(model, layout, spec, compute_entropy=True)
+                    loss = (logps * layout.weights).sum()
+                score_flops = flops.get_total_flops()
+                loss.backward()
             del logps, loss
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = _bytes(trained)
@@ -174,7 +181,21 @@ def simulate(
             largest_layer=max(
                 _bytes(model.get_input_embeddings().parameters()), *(_bytes(layer.parameters()) for layer in _layers(model))
             ),
+            score_flops=score_flops,
+            update_flops=flops.get_total_flops(),
         )  # fmt: skip
+
+
+def count_flops() -> FlopCounterMode:
+    """PyTorch's counter of floating-point operations, which does not know the attention kernels of a CPU by itself."""
+    aten = torch.ops.aten
+    kernels = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)
 
 
 def _model(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None, checkpointing: bool) -> nn.Module:

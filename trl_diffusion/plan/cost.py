@@ -1,0 +1,87 @@
+"""How long rollouts and updates take by arithmetic: floating-point operations, and weights read from memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from ..policies.spec import DiffusionSpec
+from .simulate import Footprint, Workload
+
+
+@dataclass(frozen=True)
+class Machine:
+    """
+    What a GPU keeps up for long.
+
+    Attributes:
+        flops (`float`): floating-point operations per second.
+        bandwidth (`float`): bytes per second from its memory.
+    """
+
+    flops: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class RolloutCost:
+    """
+    Decoding `rollout_batch_size` responses at once.
+
+    Attributes:
+        passes (`int`): forward passes.
+        flops (`int`): floating-point operations of all of them.
+        weights (`int`): bytes of weights that each pass reads.
+    """
+
+    passes: int
+    flops: int
+    weights: int
+
+    def seconds(self, machine: Machine) -> float:
+        """Whichever is the slower of computing and reading."""
+        return max(self.flops / machine.flops, self.passes * self.weights / machine.bandwidth)
+
+
+def rollout_cost(
+    config: PretrainedConfig,
+    spec: DiffusionSpec,
+    work: Workload,
+    footprint: Footprint,
+    answer_length: int | None = None,
+) -> RolloutCost:
+    """
+    Counts what the decoding loop runs: with block attention the prompt once, every step the active block, and each
+    finished block once more, with the first step of the next; with full attention everything at every step.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]): config of the policy.
+        spec ([`DiffusionSpec`]): facts about the policy.
+        work ([`Workload`]): lengths, tokens per step and responses at once.
+        footprint ([`Footprint`]): of the same policy.
+        answer_length (`int`, *optional*): tokens after which responses stop. Defaults to all of `completion_length`.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    tail = int(spec.prompt_tail(work.prompt_length))
+    head = work.prompt_length - tail
+    size = spec.block_size
+    blocks = -(-(tail + (answer_length or work.completion_length)) // size)
+    canvas = -(-(tail + work.completion_length) // size) * size
+    passes = logits = tokens = pairs = 0
+    for block in range(blocks):
+        left = size - tail * (block == 0)
+        first = True
+        while left > 0:
+            if spec.attention == "full":
+                queries = keys = head + canvas
+            else:
+                queries = size + first * (size if block else head)
+                keys = head + (block + 1) * size
+            passes, logits, tokens, pairs = passes + 1, logits + left, tokens + queries, pairs + queries * keys
+            left, first = left - work.tokens_per_step, False
+    flops = 2 * footprint.linear * tokens + 2 * text.hidden_size * text.vocab_size * logits
+    flops += 4 * text.num_hidden_layers * heads * head_size * pairs
+    return RolloutCost(passes, work.rollout_batch_size * flops, footprint.weights)
