@@ -27,7 +27,7 @@ def commands(name: str) -> list[str]:
     """The commands that start a recipe, in the shell blocks of a document."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if "recipes/" in line]
+    return [line for line in lines if re.search(r"(^| )recipes/\w+\.py", line)]
 
 
 @pytest.mark.parametrize("command", [*commands("reproduce.md"), *commands("evaluation.md")])
