@@ -5,10 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .policies import families as _families  # noqa: F401  (registers the families with transformers' auto classes)
+from .policies.registration import register_families
 
 
 __version__ = "0.1.0.dev0"
+
+register_families()  # with transformers' auto classes
 
 if TYPE_CHECKING:
     from .decoding.config import DecodingConfig
