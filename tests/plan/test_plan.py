@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from tests.conftest import make_policy
 from trl_diffusion import DecodingConfig, DiffusionSpec, decode
 from trl_diffusion.plan.__main__ import main
 from trl_diffusion.plan.cost import Machine, RolloutCost, rollout_cost
-from trl_diffusion.plan.simulate import LiveBytes, Workload, _batch, count_flops, simulate
+from trl_diffusion.plan.simulate import LiveBytes, Workload, _batch, simulate
 from trl_diffusion.plan.strategies import make_plans
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
@@ -36,13 +37,36 @@ def test_live_bytes_follow_tensors():
         assert live.now == 0
 
 
-@pytest.mark.parametrize("attention", ["block", "full"])
-@pytest.mark.parametrize("draws", [1, 3])
-def test_simulated_update_is_the_real_one(attention, draws):
+def count_flops() -> FlopCounterMode:
+    """PyTorch's counter, with the attention kernels of a CPU, which it does not know."""
+    aten = torch.ops.aten
+    kernels = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)
+
+
+@pytest.mark.parametrize(
+    ("attention", "draws", "checkpointing"),
+    [("block", 1, False), ("block", 3, False), ("full", 1, False), ("full", 3, False), ("block", 1, True)],
+)
+def test_simulated_update_is_the_real_one(attention, draws, checkpointing):
     """The same pass with real tensors, counted the same way: nothing is lost because tensors had no content."""
     spec = SPEC.replace(attention=attention, block_origin="response" if attention == "full" else "sequence")
-    work = Workload(**{**vars(WORK), "estimator": EstimatorConfig(num_draws=draws), "share_prompts": False})
+    work = Workload(
+        **{
+            **vars(WORK),
+            "estimator": EstimatorConfig(num_draws=draws),
+            "share_prompts": False,
+            "checkpointing": checkpointing,
+        }
+    )
     model = make_policy(spec).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     found = simulate(model.config, spec, work)
     batch = _batch(spec, work)
     with LiveBytes() as live:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PretrainedConfig
 
 from ..policies.attention import SegmentedMask, enable_plans
@@ -118,6 +120,37 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+class Flops(TorchDispatchMode):
+    """
+    Counts floating-point operations, by PyTorch's formulas. Its own `FlopCounterMode` also follows the modules, and
+    thereby keeps alive what checkpointing computes again.
+    """
+
+    formulas: ClassVar[dict[Any, Callable[..., int]]] = {
+        **flop_registry,
+        # The attention kernels of a CPU, which PyTorch has no formula for.
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+            lambda q, k, v, *args, out_val=None, **kwargs: sdpa_flop_count(q.shape, k.shape, v.shape)
+        ),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *args, out_val=None, **kwargs: sdpa_backward_flop_count(
+                grad.shape, q.shape, k.shape, v.shape
+            )
+        ),
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func._overloadpacket in self.formulas:
+            self.total += self.formulas[func._overloadpacket](*args, **kwargs, out_val=result)
+        return result
+
+
 def simulate(
     config: PretrainedConfig,
     spec: DiffusionSpec,
@@ -156,11 +189,11 @@ def simulate(
         model.train()
         for _ in range(2 if work.accumulation > 1 else 1):
             live.peak = live.now
-            with count_flops() as flops:
+            with Flops() as flops:
                 with precision:
                     logps, _ = score(model, layout, spec, compute_entropy=True)
                     loss = (logps * layout.weights).sum()
-                score_flops = flops.get_total_flops()
+                score_flops = flops.total
                 loss.backward()
             del logps, loss
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -182,20 +215,8 @@ def simulate(
                 _bytes(model.get_input_embeddings().parameters()), *(_bytes(layer.parameters()) for layer in _layers(model))
             ),
             score_flops=score_flops,
-            update_flops=flops.get_total_flops(),
+            update_flops=flops.total,
         )  # fmt: skip
-
-
-def count_flops() -> FlopCounterMode:
-    """PyTorch's counter of floating-point operations, which does not know the attention kernels of a CPU by itself."""
-    aten = torch.ops.aten
-    kernels = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-        ),
-    }
-    return FlopCounterMode(display=False, custom_mapping=kernels)
 
 
 def _model(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None, checkpointing: bool) -> nn.Module:
