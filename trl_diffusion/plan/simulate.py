@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PretrainedConfig
 
-from ..policies.attention import SegmentedMask, enable_plans
+from ..policies.attention import PackedMask, enable_plans
 from ..policies.forward import log_distribution, policy_logits
 from ..policies.lora import empty_model
 from ..policies.spec import DiffusionSpec
@@ -279,8 +279,8 @@ def _without_content(layout: PackedLayout, fake: FakeTensorMode, live: LiveBytes
     def convert(value):
         if isinstance(value, Tensor):
             return live.see(fake.from_tensor(value))
-        if isinstance(value, SegmentedMask):
-            return SegmentedMask(convert(value.prefix), convert(value.segments), value.count)
+        if isinstance(value, PackedMask):
+            return replace(value, **{name: convert(getattr(value, name)) for name in ("blocks", "copies", "valid")})
         return value
 
     return PackedLayout(**{field.name: convert(getattr(layout, field.name)) for field in fields(layout)})

@@ -1,24 +1,30 @@
 """
 Attention of our own shapes, each described by a *plan* that a model of transformers carries to its layers:
 
-- in segments: parts of a row that share what comes before them and do not see each other;
+- packed: clean tokens and noisy copies in one row, and parts that share what comes before and do not see each other;
 - ragged: sequences of any lengths, one behind the other in a single row, without padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
 PLANNED = "trl_diffusion_planned"
+PLANNED_FLEX = "trl_diffusion_planned_flex"
+PLANNED_FOR = {"sdpa": PLANNED, "flex_attention": PLANNED_FLEX}
 
 
 class AttentionPlan(Protocol):
@@ -42,55 +48,182 @@ class AttentionPlan(Protocol):
 
 
 @dataclass
-class SegmentedMask:
+class PackedMask:
     """
-    Who may look at whom in rows `[ prefix of P tokens | G segments of W tokens each ]`. A segment sees the prefix and
-    itself, the prefix sees itself.
+    Who may look at whom in rows `[ prefix of P tokens | G parts of W tokens each ]`, in which a prompt or a response has
+    its clean tokens and noisy copies of some of its blocks (METHOD.md, section 2):
+
+        clean token    sees clean tokens of its own block and of the blocks before it
+        noisy token    sees clean tokens of the blocks before its own, and its own copy
+        part           sees the prefix and itself; the prefix sees itself
+
+    Nothing looks at padding. A token of padding looks at itself, so that no row of the softmax is empty.
 
     Attributes:
-        prefix (boolean `Tensor` of shape `(Q, 1, P, P)`): inside the prefix.
-        segments (boolean `Tensor` of shape `(Q * G, 1, W, P + W)`): from a segment to the prefix and to itself.
-        count (`int`): number of segments `G`.
+        blocks (`Tensor` of shape `(Q, N)`): attention block of each token; in the prefix below those of the parts.
+        copies (`Tensor` of shape `(N,)`): the noisy copy that a column belongs to, 0 for clean tokens.
+        valid (boolean `Tensor` of shape `(Q, N)`): False for padding.
+        prefix (`int`): length of the prefix `P`.
+        count (`int`): number of parts `G`.
     """
 
-    prefix: Tensor
-    segments: Tensor
-    count: int
+    blocks: Tensor
+    copies: Tensor
+    valid: Tensor
+    prefix: int = 0
+    count: int = 1
+
+    @cached_property
+    def parts(self) -> Tensor:
+        """The part of each column, `(N,)`: 0 for the prefix."""
+        size = self.blocks.shape[1]
+        columns = torch.arange(size, device=self.blocks.device) - self.prefix
+        return (columns.clamp(min=-1) // max((size - self.prefix) // self.count, 1) + 1).clamp(max=self.count)
+
+    def allowed(self, queries: slice, keys: slice) -> Tensor:
+        """Who may look at whom among some of the columns, boolean, `(Q, 1, queries, keys)`."""
+        columns = torch.arange(self.blocks.shape[1], device=self.blocks.device)
+
+        def pairs(values: Tensor) -> tuple[Tensor, Tensor]:
+            return values[..., queries, None], values[..., None, keys]
+
+        valid = self.valid[..., None, keys]
+        return _may_look(*map(pairs, (self.blocks, self.copies, self.parts, columns)), valid)[:, None]
 
     def dense(self) -> Tensor:
-        """The same as one boolean mask of shape `(Q, 1, N, N)`, `N = P + G * W`."""
-        rows, _, width, _ = self.segments.shape
-        rows, length = rows // self.count, self.prefix.shape[-1]
-        size = length + self.count * width
-        mask = torch.zeros(rows, 1, size, size, dtype=torch.bool, device=self.prefix.device)
-        mask[:, :, :length, :length] = self.prefix
-        segments = self.segments.unflatten(0, (rows, self.count))
-        for index in range(self.count):
-            here = slice(length + index * width, length + (index + 1) * width)
-            mask[:, :, here, :length] = segments[:, index, :, :, :length]
-            mask[:, :, here, here] = segments[:, index, :, :, length:]
-        return mask
+        """The same as one boolean mask of shape `(Q, 1, N, N)`."""
+        return self.allowed(slice(None), slice(None))
+
+    @cached_property
+    def _split(self) -> tuple[Tensor, Tensor]:
+        """Masks of the prefix `(Q, 1, P, P)` and of the parts over prefix and themselves `(Q * G, 1, W, P + W)`."""
+        size, length = self.blocks.shape[1], self.prefix
+        width = (size - length) // self.count
+        starts = range(length, length + self.count * width, width) if width else [length] * self.count
+        parts = [
+            torch.cat(
+                [self.allowed(slice(at, at + width), keys) for keys in (slice(length), slice(at, at + width))], -1
+            )
+            for at in starts
+        ]
+        return self.allowed(slice(length), slice(length)), torch.stack(parts, 1).flatten(0, 1)
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs) -> Tensor:
-        """The prefix, and each segment over the prefix and itself, instead of the whole row over itself."""
-        length, count = self.prefix.shape[-1], self.count
+        """The prefix, and each part over the prefix and itself, instead of the whole row over itself."""
+        (of_prefix, of_parts), length, count = self._split, self.prefix, self.count
+        if length == 0 and count == 1:
+            return sdpa_attention_forward(module, query, key, value, of_parts, **kwargs)[0]
 
         def split(values: Tensor) -> tuple[Tensor, Tensor]:  # (Q, H, N, D) -> (Q, H, P, D), (Q * G, H, W, D)
-            segments = values[:, :, length:].unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
-            return values[:, :, :length], segments
+            parts = values[:, :, length:].unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
+            return values[:, :, :length], parts
 
         def with_prefix(values: Tensor) -> Tensor:
-            prefix, segments = split(values)
-            return torch.cat([prefix.repeat_interleave(count, 0), segments], 2)
+            prefix, parts = split(values)
+            return torch.cat([prefix.repeat_interleave(count, 0), parts], 2)
 
-        (prefix_query, segment_query), (prefix_key, _), (prefix_value, _) = split(query), split(key), split(value)
+        (prefix_query, part_query), (prefix_key, _), (prefix_value, _) = split(query), split(key), split(value)
         before, _ = sdpa_attention_forward(
-            module, prefix_query, prefix_key, prefix_value, self.prefix, **kwargs
+            module, prefix_query, prefix_key, prefix_value, of_prefix, **kwargs
         )  # (Q, P, H, D)
         behind, _ = sdpa_attention_forward(
-            module, segment_query, with_prefix(key), with_prefix(value), self.segments, **kwargs
+            module, part_query, with_prefix(key), with_prefix(value), of_parts, **kwargs
         )  # (Q * G, W, H, D)
         return torch.cat([before, behind.unflatten(0, (-1, count)).flatten(1, 2)], 1)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """
+        The same for FlexAttention, on rows that are padded to the length of their bucket: no `(N, N)` mask is made, and
+        a kernel is compiled for a bucket, not for each length.
+        """
+        padding = bucket(self.blocks.shape[1]) - self.blocks.shape[1]
+        blocks, valid = functional.pad(self.blocks, (0, padding)), functional.pad(self.valid, (0, padding))
+        copies, parts = functional.pad(self.copies, (0, padding)), functional.pad(self.parts, (0, padding))
+        padded = PackedMask(blocks, copies, valid)
+        vars(padded)["parts"] = parts
+        tiles = []
+        for start in range(0, blocks.shape[1], TILE):
+            row = padded.allowed(slice(start, start + TILE), slice(None)).unflatten(-1, (-1, TILE))  # (Q, 1, T, K, T)
+            tiles.append(torch.stack([row.any(-1).any(-2), row.all(-1).all(-2)]))
+        some, whole = torch.stack(tiles, 3)  # (Q, 1, N / T, N / T)
+
+        def look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            def pair(values: Tensor) -> tuple[Tensor, Tensor]:
+                return values[query], values[key]
+
+            of_row = (blocks[row, query], blocks[row, key])
+            return _may_look(of_row, pair(copies), pair(parts), (query, key), valid[row, key])
+
+        return BlockMask.from_kv_blocks(*_numbered(some & ~whole), *_numbered(whole), BLOCK_SIZE=TILE, mask_mod=look)
+
+    def attend_flex(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        compiled: bool = True,
+        **kwargs,
+    ) -> Tensor:
+        """
+        As `attend`, by FlexAttention.
+
+        Raises:
+            ValueError: with dropout, which FlexAttention does not have.
+        """
+        if dropout:
+            raise ValueError(
+                f"FlexAttention has no dropout, the policy's config has attention_dropout={dropout}. Set it to 0, or load "
+                "the policy with attn_implementation='sdpa'."
+            )
+        if torch.is_autocast_enabled(query.device.type):
+            precision = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(precision), key.to(precision), value.to(precision)
+        length = query.shape[2]
+        padding = (0, 0, 0, bucket(length) - length)
+        query, key, value = (functional.pad(values, padding) for values in (query, key, value))
+        attention = _compiled_flex_attention() if compiled else flex_attention
+        with torch._dynamo.config.patch(recompile_limit=64):  # as many buckets may be seen
+            out = attention(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=True)
+        return out[:, :, :length].transpose(1, 2)
+
+
+TILE = 128  # side of the squares that FlexAttention computes or leaves out
+
+
+def bucket(length: int) -> int:
+    """The length that FlexAttention runs with: a multiple of `TILE`, at most a quarter longer, four to an octave."""
+    step = max(TILE, 1 << max((length - 1).bit_length() - 3, 0))
+    return -(-length // step) * step
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _numbered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tiles are set in each row: how many, and their numbers in front."""
+    numbers = (~tiles).long().sort(dim=-1, stable=True).indices
+    return tiles.sum(-1).int(), numbers.int()
+
+
+def _may_look(
+    blocks: tuple[Tensor, Tensor],
+    copies: tuple[Tensor, Tensor],
+    parts: tuple[Tensor, Tensor],
+    columns: tuple[Tensor, Tensor],
+    valid: Tensor,
+) -> Tensor:
+    """The rule of [`PackedMask`], for what is known of the token that looks and of the one that is looked at."""
+    clean = copies[1] == 0
+    same_copy = copies[0] == copies[1]
+    backwards = (blocks[1] < blocks[0]) | ((blocks[1] == blocks[0]) & same_copy)
+    reachable = (parts[1] == 0) | (parts[0] == parts[1])
+    return (torch.where(clean, backwards, same_copy) & reachable & valid) | (columns[0] == columns[1])
 
 
 @dataclass
@@ -151,16 +284,16 @@ class RaggedMask:
 
 def enable_plans(model: nn.Module) -> bool:
     """
-    Lets a model that runs on `sdpa` take an [`AttentionPlan`]; anything else it computes as before.
+    Lets a model that runs on `sdpa` or `flex_attention` take an [`AttentionPlan`]; anything else it computes with SDPA.
 
     Returns:
         `bool`: whether the model can.
     """
     implementation = model.config._attn_implementation
-    if implementation == "sdpa":
-        model.set_attn_implementation(PLANNED)
+    if implementation in PLANNED_FOR:
+        model.set_attn_implementation(PLANNED_FOR[implementation])
         implementation = model.config._attn_implementation
-    return implementation == PLANNED
+    return implementation in PLANNED_FOR.values()
 
 
 @contextmanager
@@ -190,5 +323,22 @@ def planned_attention(
     return attention_plan.attend(module, query, key, value, **kwargs), None
 
 
+def planned_flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    attention_plan: AttentionPlan | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """As [`planned_attention`], but a packed row on a GPU goes through FlexAttention."""
+    if query.is_cuda and isinstance(attention_plan, PackedMask):
+        return attention_plan.attend_flex(module, query, key, value, **kwargs), None
+    return planned_attention(module, query, key, value, attention_mask, attention_plan, **kwargs)
+
+
 AttentionInterface.register(PLANNED, planned_attention)
-AttentionMaskInterface.register(PLANNED, sdpa_mask)
+AttentionInterface.register(PLANNED_FLEX, planned_flex_attention)
+for _name in (PLANNED, PLANNED_FLEX):
+    AttentionMaskInterface.register(_name, sdpa_mask)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .attention import PLANNED, AttentionPlan
+from .attention import PLANNED_FOR, AttentionPlan
 from .spec import DiffusionSpec
 
 
@@ -57,10 +57,10 @@ def check_attention(model: nn.Module) -> str:
         ValueError: for one that cannot run an arbitrary mask, such as `flash_attention_2`.
     """
     implementation = unwrap(model).config._attn_implementation
-    if implementation not in ("sdpa", "eager", PLANNED):
+    if implementation not in ("sdpa", "eager", *PLANNED_FOR.values()):
         raise ValueError(
             f"attn_implementation={implementation!r} cannot run the attention mask of a diffusion policy. Load the "
-            "model with attn_implementation='sdpa' (or 'eager')."
+            "model with attn_implementation='sdpa' (or 'eager'; 'flex_attention' only after `enable_plans(model)`)."
         )
     return implementation
 
@@ -69,7 +69,7 @@ def attention_arguments(model: nn.Module, allowed: Tensor | AttentionPlan) -> di
     """`allowed` in the form that the model's attention implementation takes."""
     if isinstance(allowed, Tensor):
         return {"attention_mask": attention_mask(model, allowed)}
-    if check_attention(model) == PLANNED:
+    if check_attention(model) in PLANNED_FOR.values():
         # The plan decides. A 4-dimensional mask is what keeps the model from making a causal one.
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=unwrap(model).device)
         return {"attention_mask": nothing, "attention_plan": allowed}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..policies.attention import SegmentedMask
+from ..policies.attention import PackedMask
 from ..policies.spec import DiffusionSpec
 from ..trajectories.trajectory import (
     TrajectoryBatch,
@@ -27,7 +27,7 @@ class PackedLayout:
     Attributes:
         input_ids (`Tensor` of shape `(Q, N)`): token ids.
         position_ids (`Tensor` of shape `(Q, N)`): position of each token in its unpadded sequence.
-        allowed (boolean `Tensor` of shape `(Q, 1, N or 1, N)`, or [`SegmentedMask`]): True where the token of the row may
+        allowed (boolean `Tensor` of shape `(Q, 1, N or 1, N)`, or [`PackedMask`]): True where the token of the row may
             look at the column's.
         rows, columns (`Tensor` of shape `(M,)`): where the logits of a scored token are read.
         targets (`Tensor` of shape `(M,)`): the token whose log-probability is wanted there.
@@ -38,7 +38,7 @@ class PackedLayout:
 
     input_ids: Tensor
     position_ids: Tensor
-    allowed: Tensor | SegmentedMask
+    allowed: Tensor | PackedMask
     rows: Tensor
     columns: Tensor
     targets: Tensor
@@ -190,8 +190,8 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
     places = torch.where(from_clean, in_clean, in_copy)
     rows = responses
     if members is None:
-        input_ids, position_ids, allowed = part.ids, part.positions, part.attention(spec, starts)
-        valid = part.valid
+        input_ids, position_ids, valid = part.ids, part.positions, part.valid
+        allowed = PackedMask(part.blocks(spec, starts), part.copies, valid)
     else:
         prefix = _Part(*_shared_prefix(sequence, starts, members))
         input_ids, position_ids, valid, allowed = _join(prefix, part, spec, starts, members)
@@ -226,17 +226,6 @@ class _Part:
         """Attention block of each token: blocks of the response count from 0, those of the prompt are negative."""
         blocks = torch.div(self.positions - starts[:, None], spec.block_size, rounding_mode="floor")
         return blocks if spec.block_origin == "sequence" else blocks.clamp(min=-1)
-
-    def attention(self, spec: DiffusionSpec, starts: Tensor) -> Tensor:
-        """Who may look at whom, boolean, `(R, 1, W, W)`."""
-        blocks = self.blocks(spec, starts)
-        clean_key, same_copy = self.copies == 0, self.copies[:, None] == self.copies
-        looks_back = blocks[:, None, :] < blocks[:, :, None]
-        same_block = (blocks[:, None, :] == blocks[:, :, None]) & same_copy
-        allowed = torch.where(clean_key, looks_back | same_block, same_copy) & self.valid[:, None, :]
-        # A padding token looks at itself, so that no row of the softmax is empty; nothing looks at a padding token.
-        allowed |= torch.eye(len(self.copies), dtype=torch.bool, device=allowed.device)
-        return allowed[:, None]
 
 
 def shared_prompts(batch: TrajectoryBatch) -> Tensor | None:
@@ -279,7 +268,7 @@ def _shared_prefix(sequence: Tensor, starts: Tensor, members: Tensor) -> tuple[T
 
 def _join(
     prefix: _Part, part: _Part, spec: DiffusionSpec, starts: Tensor, members: Tensor
-) -> tuple[Tensor, Tensor, Tensor, SegmentedMask]:
+) -> tuple[Tensor, Tensor, Tensor, PackedMask]:
     """One row for each group: its prefix, and behind it the parts of its members side by side."""
     group_starts = starts[members[:, 0]]
     flat = members.clamp(min=0).flatten()
@@ -290,13 +279,13 @@ def _join(
             values = values & (members.flatten() >= 0)[:, None]
         return torch.cat([getattr(prefix, name), values.unflatten(0, members.shape).flatten(1)], 1)
 
-    # A token of a part sees all of the prefix if it is of a later block, and every token of a part is.
-    own = part.attention(spec, starts)[flat]
-    shared = prefix.valid[:, None, None].expand(-1, members.shape[1], own.shape[2], -1).flatten(0, 1)[:, None]
-    allowed = SegmentedMask(
-        prefix=prefix.attention(spec, group_starts), segments=torch.cat([shared, own], -1), count=members.shape[1]
+    valid = beside("valid")
+    blocks = torch.cat(
+        [prefix.blocks(spec, group_starts), part.blocks(spec, starts)[flat].unflatten(0, members.shape).flatten(1)], 1
     )
-    return beside("ids"), beside("positions"), beside("valid"), allowed
+    copies = torch.cat([prefix.copies, part.copies.repeat(members.shape[1])])
+    allowed = PackedMask(blocks, copies, valid, prefix.ids.shape[1], members.shape[1])
+    return beside("ids"), beside("positions"), valid, allowed
 
 
 def _unpad(batch: TrajectoryBatch, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,7 @@ class DTRPOConfig(GRPOConfig):
             since the rollout, and none where it is. For rollouts whose `diffusion/recorded_gap/...` is too large.
         share_prompts (`bool`, *optional*, defaults to `True`):
             Whether responses to the same prompt share its part of the pass. Numbers are the same. Takes effect with
-            block attention, `attn_implementation="sdpa"`, and `per_device_train_batch_size` a multiple of
+            block attention, `attn_implementation="sdpa"` or `"flex_attention"`, and `per_device_train_batch_size` a multiple of
             `num_generations` (groups then stay together when rollouts are shuffled).
         estimator_check_steps (`int`, *optional*):
             Every this many optimizer steps, compute the exact log-ratio of a few trajectories to the reference (to the

@@ -247,10 +247,8 @@ class DTRPOTrainer(GRPOTrainer):
                 for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
             ]
         self.spec = spec
-        self._share_prompts = args.share_prompts and spec.attention == "block"
-        for policy in (self.model, self.ref_model):
-            if policy is not None and self._share_prompts:
-                self._share_prompts = enable_plans(unwrap(policy))
+        planned = [enable_plans(unwrap(policy)) for policy in (self.model, self.ref_model) if policy is not None]
+        self._share_prompts = args.share_prompts and spec.attention == "block" and all(planned)
         # Recorded and re-scored log-probabilities are compared: no dropout between them.
         disable_dropout_in_model(self.model)
         # What ends a response here is what TRL calls terminated (before TRL 1.16 it knew the tokenizer's token only).
