@@ -15,14 +15,13 @@ import json
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from trl_diffusion import DecodingConfig, collect, tiny_policy_path
 from trl_diffusion.policies.loading import resolve_spec
 from trl_diffusion.tasks import TASKS, load_task
-from trl_diffusion.utils import use_all_cores
+from trl_diffusion.utils import processes, use_all_cores
 
 
 @dataclass
@@ -67,7 +66,7 @@ def main(args: CollectArguments, model_args: ModelConfig) -> None:
     spec = resolve_spec(model.config, json.loads(args.diffusion_spec or "{}"), tokenizer)
     task = load_task(args.task, args.train_file, args.eval_file, args.train_size, 1, args.seed)
     directory = collect(
-        model.to(PartialState().device),
+        model.to(processes().device),
         tokenizer,
         task.train,
         task.reward_funcs,
@@ -86,7 +85,7 @@ def main(args: CollectArguments, model_args: ModelConfig) -> None:
         rows_per_shard=args.rows_per_shard,
         seed=args.seed,
     )
-    PartialState().print(f"Trajectories and their card are in {directory}.")
+    processes().print(f"Trajectories and their card are in {directory}.")
 
 
 if __name__ == "__main__":
