@@ -15,6 +15,7 @@ from types import ModuleType
 
 
 AUTO_CLASSES = "transformers.models.auto.configuration_auto"
+PACKAGES = ("transformers", __name__.partition(".")[0])
 
 
 def register_families() -> None:
@@ -27,17 +28,18 @@ def register_families() -> None:
 
 class _Finder(MetaPathFinder):
     """
-    Finds the modules of transformers as Python does. When the outermost of their imports ends, and the auto classes are
-    among what it brought, the families are registered: before, modules that they need may be half imported.
+    Finds the modules of transformers, and of this package, as Python does. When the outermost of their imports ends, and
+    the auto classes are among what it brought, the families are registered: before, modules that they need may be half
+    imported.
     """
 
     def __init__(self) -> None:
-        self.imports = threading.local()  # `depth`: how many modules of transformers this thread is importing
+        self.imports = threading.local()  # `depth`: how many of these modules this thread is importing
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] != "transformers":
+        if fullname.partition(".")[0] not in PACKAGES:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and type(spec.loader) is SourceFileLoader:
