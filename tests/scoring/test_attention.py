@@ -1,4 +1,4 @@
-"""The packed layout's attention: token by token as METHOD.md says it, and the same by SDPA and by FlexAttention."""
+"""The packed layout's attention: token by token as docs/method.md says it, and the same by SDPA and by FlexAttention."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def hand_made() -> PackedMask:
 
 
 def may_look(row: int, query: int, key: int) -> bool:
-    """METHOD.md, section 2, for one pair of tokens."""
+    """docs/method.md, section 2, for one pair of tokens."""
     if query == key:
         return True
     if (row, key) in PADDING:

@@ -396,7 +396,7 @@ def test_o5_elbo_masks_follow_the_enumeration():
 
 @torch.no_grad()
 def test_o5_random_order_one_token_a_step_all_masked_scored_is_the_elbo(named_spec):
-    """METHOD.md, section 6: the estimator of a random order that scores every masked token with `n / m` has the mean of
+    """docs/method.md, section 6: the estimator of a random order that scores every masked token with `n / m` has the mean of
     the one that scores the next token of that order, which is dtrpo's on a random order."""
     policy, spec = named_spec
     batch = rollout(policy, DECODINGS["two-per-step"]).select(torch.tensor([0, 3]))

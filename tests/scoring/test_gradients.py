@@ -1,5 +1,5 @@
 """
-O6 of METHOD.md for every option: the gradient of an estimator, averaged over all that it can draw, is that of the exact
+O6 of docs/method.md for every option: the gradient of an estimator, averaged over all that it can draw, is that of the exact
 objective. What can be drawn, and how likely it is, is enumerated from section 2; states and weights are the estimator's.
 """
 

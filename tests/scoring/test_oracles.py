@@ -1,4 +1,4 @@
-"""Oracles O1, O2, O4, O6, O7 and O9 of METHOD.md, for block-attention and full-attention policies."""
+"""Oracles O1, O2, O4, O6, O7 and O9 of docs/method.md, for block-attention and full-attention policies."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_o2_enumerated_draws_are_unbiased(distribution, num_draws):
 
 def possible_sets(sizes: dict[int, int], distribution: str, num_draws: int) -> dict[tuple[int, ...], float]:
     """
-    Every set of steps that can be drawn in a block, and its probability (METHOD.md, section 2). Token-proportional: a
+    Every set of steps that can be drawn in a block, and its probability (docs/method.md, section 2). Token-proportional: a
     step gets `n_t / n` of the draws, one that would get a whole draw is certain, and the others, in a random order, are
     drawn where `u, u + 1, ...` fall on their probabilities laid end to end.
     """

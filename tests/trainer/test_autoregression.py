@@ -1,5 +1,5 @@
 """
-O8 of METHOD.md for every option: in blocks of one token, autoregression is what remains, whatever the estimator and its
+O8 of docs/method.md for every option: in blocks of one token, autoregression is what remains, whatever the estimator and its
 draws, and the loss is that of TRL's own `GRPOTrainer` on the same causal model and batch.
 """
 

@@ -1,4 +1,4 @@
-"""The pairwise objective (METHOD.md, section 5): DPO on trajectory log-ratios."""
+"""The pairwise objective (docs/method.md, section 5): DPO on trajectory log-ratios."""
 
 from __future__ import annotations
 

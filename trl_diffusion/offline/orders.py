@@ -1,4 +1,4 @@
-"""Decoding orders for responses that nobody watched being denoised (METHOD.md, section 6)."""
+"""Decoding orders for responses that nobody watched being denoised (docs/method.md, section 6)."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class AttentionPlan(Protocol):
 class PackedMask:
     """
     Who may look at whom in rows `[ prefix of P tokens | G parts of W tokens each ]`, in which a prompt or a response has
-    its clean tokens and noisy copies of some of its blocks (METHOD.md, section 2):
+    its clean tokens and noisy copies of some of its blocks (docs/method.md, section 2):
 
         clean token    sees clean tokens of its own block and of the blocks before it
         noisy token    sees clean tokens of the blocks before its own, and its own copy

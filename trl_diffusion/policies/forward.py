@@ -123,7 +123,7 @@ def _few_rows(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 def log_distribution(logits: Tensor, spec: DiffusionSpec, temperature: float = 1.0) -> Tensor:
     """
-    The policy's log-distribution over tokens, in float32 (METHOD.md, section 3.6). Decoding and scoring both use it.
+    The policy's log-distribution over tokens, in float32 (docs/method.md, section 3.6). Decoding and scoring both use it.
 
     Args:
         logits (`Tensor` of shape `(..., V)`): logits of the model.

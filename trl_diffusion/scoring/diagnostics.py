@@ -21,7 +21,7 @@ class EstimateQuality:
     Estimates of log-ratios between two policies beside their exact values, for `R` trajectories.
 
     Attributes:
-        exact (`Tensor` of shape `(R,)`): `D`, the log-ratio of the whole trajectory in nats (METHOD.md, section 2).
+        exact (`Tensor` of shape `(R,)`): `D`, the log-ratio of the whole trajectory in nats (docs/method.md, section 2).
         estimates (`Tensor` of shape `(N, R)`): `N` independent estimates of it.
     """
 

@@ -75,7 +75,7 @@ def draw_steps(
     num_blocks: int | None = None,
 ) -> StepDraw:
     r"""
-    Draws `num_draws` decoding steps per block, independently for each block (METHOD.md, section 2).
+    Draws `num_draws` decoding steps per block, independently for each block (docs/method.md, section 2).
 
     A step takes part if it unmasked at least one drawable token; the others contribute nothing to the log-ratio. With
     `d[t]` the log-ratio of the tokens unmasked at step `t` of a block with `T` such steps and `n` drawable tokens, and

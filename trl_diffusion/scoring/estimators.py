@@ -101,7 +101,7 @@ class Estimator:
 
 def dtrpo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
     """
-    State reduction of dTRPO (https://huggingface.co/papers/2603.18806; METHOD.md, section 2): `num_draws` random
+    State reduction of dTRPO (https://huggingface.co/papers/2603.18806; docs/method.md, section 2): `num_draws` random
     decoding steps of each block (full attention: of the response), of which the newly unmasked tokens are scored.
 
     Forward passes per response: 1 with block attention, `num_draws` with full attention.
@@ -123,7 +123,7 @@ def dtrpo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config:
 
 def exact(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
     """
-    The whole trajectory: every token in the state in which it was unmasked (METHOD.md, section 1). Nothing is random.
+    The whole trajectory: every token in the state in which it was unmasked (docs/method.md, section 1). Nothing is random.
 
     Forward passes per response: as many as the block with the most steps has (block attention); as many as there are
     steps (full attention).

@@ -56,7 +56,7 @@ def pack(
     share_prompts: bool = False,
 ) -> PackedLayout:
     """
-    Lays out every state of every response for one forward pass (METHOD.md, section 2).
+    Lays out every state of every response for one forward pass (docs/method.md, section 2).
 
     Block attention: one row for each response (or for each of its views).
 

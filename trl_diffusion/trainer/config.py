@@ -150,7 +150,7 @@ class DTRPOConfig(GRPOConfig):
             Whether the reference scores all stored responses before training, in exactly the states that training will
             draw, instead of at every step. It then leaves memory, unless there is an evaluation dataset.
 
-    `loss_type="dpo"` is the pairwise loss of dTRPO (METHOD.md, section 5); it needs `beta > 0`.
+    `loss_type="dpo"` is the pairwise loss of dTRPO (docs/method.md, section 5); it needs `beta > 0`.
 
     > [!NOTE]
     > All other defaults are those of the installed [`~trl.GRPOConfig`].

@@ -584,7 +584,7 @@ class DTRPOTrainer(GRPOTrainer):
         return _fit(logps, logits_to_keep), entropies, None
 
     def _compute_loss(self, model, inputs):
-        """TRL's loss with the weights of the scored tokens as its mask (METHOD.md, sections 2 and 5)."""
+        """TRL's loss with the weights of the scored tokens as its mask (docs/method.md, sections 2 and 5)."""
         inputs = self._ungroup(inputs)
         self._throughput.count(inputs["completion_mask"])
         width = inputs["completion_ids"].shape[1]
@@ -699,7 +699,7 @@ class DTRPOTrainer(GRPOTrainer):
 
     def _log_scores(self, logps: Tensor) -> None:
         """How the scored log-probabilities compare with the old policy's: those recorded while decoding, for estimators
-        that score what was recorded (METHOD.md, section 4)."""
+        that score what was recorded (docs/method.md, section 4)."""
         weights = self._layout.weights
         scored, old = weights > 0, logps if self._old is None else self._old
         if self._is_recorded:

@@ -22,7 +22,7 @@ class TrajectoryBatch:
     `R` responses together with the order in which their tokens were unmasked.
 
     The *canvas* is everything the decoder had in front of it, in whole blocks; the *completion* is the part of it that
-    counts: the tokens up to and including the first stop token (METHOD.md, section 3.1).
+    counts: the tokens up to and including the first stop token (docs/method.md, section 3.1).
 
     Attributes:
         prompt_ids (`Tensor` of shape `(R, P)`):
@@ -135,7 +135,7 @@ def response_blocks(spec: DiffusionSpec, prompt_lengths: Tensor, width: int) -> 
 
 def autoregressive_positions(spec: DiffusionSpec, prompt_lengths: Tensor, width: int) -> Tensor:
     """
-    Canvas positions whose token is made autoregressively, as the first of its block (METHOD.md, section 3.4).
+    Canvas positions whose token is made autoregressively, as the first of its block (docs/method.md, section 3.4).
 
     Returns:
         Boolean `Tensor` of shape `(R, C)`.
@@ -169,7 +169,7 @@ def token_states(spec: DiffusionSpec, batch: TrajectoryBatch, counted: Tensor | 
 
     With block attention a group is a block and its states are the block's decoding steps: the states of all blocks fit
     into one pass. Tokens made autoregressively are in every pass. With full attention a pass holds one state, so the
-    whole response is one group, and its states are the steps of all blocks, counted through (METHOD.md, section 2).
+    whole response is one group, and its states are the steps of all blocks, counted through (docs/method.md, section 2).
 
     Args:
         spec ([`DiffusionSpec`]): facts about the policy.
