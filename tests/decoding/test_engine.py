@@ -291,11 +291,10 @@ def test_recorded_logps_are_those_of_plain_passes():
             torch.testing.assert_close(batch.logps[row, column], expected, atol=1e-5, rtol=0)
 
 
-def _rank(rank: int, port: int, failing: bool, results) -> None:
-    """One of two processes, of which the first has much more to do."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    policy = make_policy(SPECS["block-from-sequence"].replace(stop_token_ids=()))
+def _decode_beside_another(rank: int, failing: bool) -> tuple[int, list[int] | str]:
+    """Passes and response lengths (or the error) of one of two processes, of which the first has much more to do."""
+    spec = SPECS["block-from-sequence"].replace(stop_token_ids=())
+    policy = make_policy(spec)
 
     def strategy(view):
         if failing and rank == 1 and len(counter.tokens) > 2:
@@ -303,27 +302,25 @@ def _rank(rank: int, port: int, failing: bool, results) -> None:
         return view.candidates if rank else view.top(view.confidences)
 
     prompts = make_prompts((3, 8) if rank else (3, 8, 13, 21, 24))
-    config = DecodingConfig(24, strategy=strategy)
-    passes = 0
     with Passes(policy) as counter:
         try:
-            batch = decode(policy, prompts, config, policy_spec(policy), batch_size=2, keep_pace=True)
+            batch = decode(policy, prompts, DecodingConfig(24, strategy=strategy), spec, batch_size=2, keep_pace=True)
             outcome = batch.completion_lengths.tolist()
         except (PeerFailed, KeyError) as error:
             outcome = type(error).__name__
-        passes = len(counter.tokens)
-    results.put((rank, passes, outcome))
+    return len(counter.tokens), outcome
+
+
+def _rank(rank: int, port: int, results) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    results.put((rank, *(_decode_beside_another(rank, failing) for failing in (True, False))))
     distributed.destroy_process_group()
 
 
-def policy_spec(policy) -> DiffusionSpec:
-    return SPECS["block-from-sequence"].replace(stop_token_ids=())
-
-
 @pytest.mark.distributed
-@pytest.mark.parametrize("failing", [False, True])
-def test_processes_keep_pace(failing, tmp_path):
-    """Both run the same number of forward passes; when one fails, the other does not wait for it."""
+def test_processes_keep_pace():
+    """When one fails, the other does not wait for it; else both run the same number of forward passes."""
     import socket
 
     with socket.socket() as probe:
@@ -331,15 +328,13 @@ def test_processes_keep_pace(failing, tmp_path):
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, port, failing, results)) for rank in range(2)]
+    processes = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
     for process in processes:
         process.start()
     outcomes = sorted(results.get(timeout=240) for _ in processes)
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    (_, first, one), (_, second, other) = outcomes
-    if failing:
-        assert (one, other) == ("PeerFailed", "KeyError")
-    else:
-        assert first == second > 20 and one == [24] * 5 and other == [24] * 2
+    (_, (_, peer_failed), (passes, lengths)), (_, (_, failed), (other_passes, other_lengths)) = outcomes
+    assert (peer_failed, failed) == ("PeerFailed", "KeyError")
+    assert passes == other_passes > 20 and lengths == [24] * 5 and other_lengths == [24] * 2
