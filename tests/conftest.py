@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +20,18 @@ from trl_diffusion.policies.spec import DiffusionSpec, set_spec  # noqa: E402
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test with many cases, the first and the last are fast; those between are slow, as they add up."""
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    for group in cases.values():
+        for item in group[1:-1]:
+            item.add_marker(pytest.mark.slow)
+
 
 MASK, STOP = 39, 5
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -26,14 +26,14 @@ assert not any("trl_diffusion" in type(finder).__module__ for finder in sys.meta
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [
-        "",
         # While this is imported, the auto classes are there before the backbones that the families are built on.
-        pytest.param("from transformers import Qwen3ForCausalLM", marks=pytest.mark.slow),
+        "from transformers import Qwen3ForCausalLM",
         # And this is in the middle of its own import, when the auto classes are there.
-        pytest.param("from trl_diffusion.policies import forward", marks=pytest.mark.slow),
+        "from trl_diffusion.policies import forward",
     ],
 )
 def test_families_are_registered_whatever_is_imported_first(first):
