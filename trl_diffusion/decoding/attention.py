@@ -70,8 +70,10 @@ def ragged_mask(spans: Spans, spec: DiffusionSpec, capacity: int | None, num_key
         keys = queries if capacity is None else spans.lanes[members][:, None] * capacity + np.arange(width)
         allowed = None
         if not _sees_everything(spans, members, spec, width):
-            allowed = _allowed(*(_tensor(values[members], device) for values in (spans.heads, spans.begins, spans.key_ends)),
-                               int(length), width, spec)  # fmt: skip
+            heads, begins, ends = (
+                _tensor(values[members], device) for values in (spans.heads, spans.begins, spans.key_ends)
+            )
+            allowed = _allowed(heads, begins, ends, int(length), width, spec)
         groups.append(RaggedGroup(_tensor(queries, device), _tensor(keys, device), allowed))
     return RaggedMask(groups, int(spans.lengths.sum()), num_keys)
 

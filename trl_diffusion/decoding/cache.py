@@ -10,6 +10,9 @@ from transformers.cache_utils import CacheLayerMixin
 class _LaneLayer(CacheLayerMixin):
     """Keys and values of one layer: a buffer of fixed size, written where the cache says."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, owner: LaneCache):
         super().__init__()
         self.owner = owner
@@ -24,6 +27,7 @@ class _LaneLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.owner.write_slots is not None
         self.keys.index_copy_(2, self.owner.write_slots, key_states)
         self.values.index_copy_(2, self.owner.write_slots, value_states)
         return self.keys, self.values

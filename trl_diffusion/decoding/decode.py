@@ -86,7 +86,8 @@ def _check_settings(config: DecodingConfig, spec: DiffusionSpec, vocab_size: int
     """Raises a `ValueError` for a setting that means nothing for this policy."""
     if config.allow_mask_token and spec.attention != "full":
         raise ValueError("`allow_mask_token=True` is for full-attention policies only.")
-    needed = {"prefix": "full", "dual": "full", "sub_block": "block"}.get(config.approximate_cache, spec.attention)
+    attention: dict[str | None, str] = {"prefix": "full", "dual": "full", "sub_block": "block"}
+    needed = attention.get(config.approximate_cache, spec.attention)
     if spec.attention != needed:
         raise ValueError(
             f"`approximate_cache={config.approximate_cache!r}` is for {needed}-attention policies, and this one has "

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from shutil import get_terminal_size
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -132,12 +132,15 @@ class TerminalStreamer:
 
     def _text(self, loop: DenoisingLoop, row: int) -> str:
         """The canvas of a response, up to the end of its active block."""
-        parts, run = [], []
+        parts: list[str] = []
+        run: list[int] = []
         for token, masked in loop.canvas(row):
             if masked:
-                parts.append(self.tokenizer.decode(run) if run else "")
-                parts.append("░")
+                parts += [self._spell(run), "░"]
                 run = []
             else:
                 run.append(token)
-        return "".join([*parts, self.tokenizer.decode(run) if run else ""])
+        return "".join([*parts, self._spell(run)])
+
+    def _spell(self, run: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(run)) if run else ""

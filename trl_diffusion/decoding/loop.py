@@ -173,6 +173,7 @@ class DenoisingLoop:
         """Whether nothing more happens in the active block, of which `left` positions are masked."""
         if self.config.allow_mask_token:  # the schedule ends, whatever is left
             steps = self.config.steps_per_block
+            assert steps is not None  # see DecodingConfig
             while lane.step < steps and not step_quota(lane.step, lane.total, left, self.config):
                 lane.step += 1
             return left == 0 or lane.step >= steps
@@ -197,7 +198,7 @@ class DenoisingLoop:
     def _step(self) -> None:
         """One decoding step of every lane."""
         places = [place for place, lane in enumerate(self.lanes) if lane is not None]
-        lanes = [self.lanes[place] for place in places]
+        lanes = self.active_lanes()
         rows = np.array([lane.row for lane in lanes])
         window = self._window(lanes, rows)
         spans = self._spans(np.array(places), lanes, rows, window)
@@ -304,8 +305,8 @@ class DenoisingLoop:
         mask, `(M,)` each."""
         places = (self._to_device(row_of), self._to_device(column_of))
         uniforms = self._uniforms(lanes, window)
-        sampling = uniforms is not None and self.config.temperature > 0
-        tokens, logps, log_probs = propose(logits, self.spec, self.config, uniforms[0][places] if sampling else None)
+        noise = uniforms[0][places] if uniforms is not None and self.config.temperature > 0 else None
+        tokens, logps, log_probs = propose(logits, self.spec, self.config, noise)
         candidates = torch.from_numpy(window.candidates).to(self.device)
         view = StepView(
             candidates=candidates,
@@ -336,10 +337,11 @@ class DenoisingLoop:
         """Random numbers of this step, `(D, L, B)`."""
         if self.generators is None:
             return None
-        uniforms = torch.zeros(lanes[0].uniforms.shape[0], *window.masked.shape)
-        for index, lane in enumerate(lanes):
+        drawn = [lane.uniforms for lane in lanes if lane.uniforms is not None]  # every lane has them
+        uniforms = torch.zeros(drawn[0].shape[0], *window.masked.shape)
+        for index, (lane, own) in enumerate(zip(lanes, drawn, strict=True)):
             step = 0 if window.autoregressive[index] else lane.step + 1
-            uniforms[:, index, : lane.uniforms.shape[2]] = lane.uniforms[:, step]
+            uniforms[:, index, : own.shape[2]] = own[:, step]
         return uniforms.to(self.device, non_blocking=True)
 
     def _remember(self, lanes, rows, window: Window, row_of, column_of, stops) -> None:

@@ -123,6 +123,7 @@ def margin(view: StepView) -> Tensor:
 
 def random(view: StepView) -> Tensor:
     """Any, all equally likely (`random` of LLaDA, `origin` of Dream with a fixed number a step)."""
+    assert view.uniforms is not None  # `decode` asks for seeds
     return view.top(view.uniforms)
 
 

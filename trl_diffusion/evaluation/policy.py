@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -16,6 +16,10 @@ from ..policies.forward import check_attention, unwrap
 from ..policies.loading import load_config, resolve_spec
 from ..policies.lora import check_targets
 from ..policies.spec import DiffusionSpec
+
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
 
 
 logger = logging.getLogger(__name__)
@@ -53,9 +57,10 @@ class Policy:
     def _encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer(text=prompt)["input_ids"]
-        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
+        encoding = self.tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return cast("BatchEncoding", encoding)["input_ids"]
 
     def fit(self, prompts: list[list[int]], new_tokens: int, context: int | None = None) -> list[list[int]]:
         """
@@ -138,8 +143,8 @@ def load_policy(
     spec = resolve_spec(config, diffusion_spec, found)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    model = AutoModelForCausalLM.from_pretrained(pretrained, config=config, dtype=dtype, **options)
-    if adapter is not None:
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(pretrained, config=config, dtype=dtype, **options)
+    if peft is not None and adapter is not None:
         check_targets(model, adapter)
         model = PeftModel.from_pretrained(model, peft, config=adapter)
     check_attention(model)

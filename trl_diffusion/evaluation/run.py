@@ -121,7 +121,7 @@ def measure_local(
     if not chat:
         answers = [cut(answer, benchmark.stops) for answer in answers]
     scores = benchmark.score([rows[number] for number in own], answers, checker or benchmark.check()) if own else []
-    samples = [
+    samples: list[dict[str, Any]] = [
         {"question": number, "prompt": question, "answer": answer, "tokens": len(completion), "score": score}
         for number, question, answer, completion, score in zip(
             own, questions, answers, completions, scores, strict=True
@@ -280,17 +280,22 @@ class Evaluation:
         for task, seed in pending:
             measured = self._measure(task, seed)
             if processes().is_main_process:
+                assert measured is not None  # there
                 self._write(task, seed, settings[task], measured)
         processes().wait_for_everyone()
         results = self._results(tasks)
         if processes().is_main_process:
-            write_whole(self.output_dir / "results.json", json.dumps(results, indent=2) + "\n")
-            write_whole(self.output_dir / "results.md", markdown(results))
+            write_whole(self._directory / "results.json", json.dumps(results, indent=2) + "\n")
+            write_whole(self._directory / "results.md", markdown(results))
         return results
+
+    @property
+    def _directory(self) -> Path:
+        return Path(self.output_dir)
 
     def _measure(self, task: str, seed: int) -> Measured | None:
         benchmark = BENCHMARKS.get(task)
-        if benchmark is not None and benchmark.is_in(self.data_dir):
+        if benchmark is not None and self.data_dir is not None and benchmark.is_in(self.data_dir):
             rows = benchmark.read(self.data_dir)[: self.limit]
             return measure_local(
                 self.policy, benchmark, rows, self.decoding, seed, self.batch_size, progress=self.progress
@@ -308,8 +313,9 @@ class Evaluation:
     def _settings(self, task: str, fingerprint: str | None) -> dict[str, Any]:
         """What a measurement depends on."""
         benchmark = BENCHMARKS.get(task)
-        local = benchmark is not None and benchmark.is_in(self.data_dir)
-        data = xxhash.xxh3_128_hexdigest((Path(self.data_dir) / benchmark.file).read_bytes()) if local else "hub"
+        data = "hub"
+        if benchmark is not None and self.data_dir is not None and benchmark.is_in(self.data_dir):
+            data = xxhash.xxh3_128_hexdigest((Path(self.data_dir) / benchmark.file).read_bytes())
         return {
             "policy": fingerprint,
             "diffusion_spec": self.policy.spec.to_dict(),
@@ -319,7 +325,8 @@ class Evaluation:
         }
 
     def _paths(self, task: str, seed: int) -> tuple[Path, Path]:
-        return tuple(self.output_dir / f"{task}_seed{seed}{end}" for end in (".json", "_samples.jsonl"))
+        name = f"{task}_seed{seed}"
+        return self._directory / f"{name}.json", self._directory / f"{name}_samples.jsonl"
 
     def _is_done(self, task: str, seed: int) -> bool:
         return self._paths(task, seed)[0].exists()
@@ -340,7 +347,7 @@ class Evaluation:
     def _write(self, task: str, seed: int, settings: dict[str, Any], measured: Measured) -> None:
         """The samples first: a measurement counts as made once its other file is there."""
         path, samples_path = self._paths(task, seed)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in measured.samples)
         write_whole(samples_path, "".join(lines))
         scores = [sample["score"] for sample in measured.samples if sample["score"] is not None]
@@ -383,14 +390,15 @@ def check_tasks(tasks: list[str], data_dir: str | Path | None = None, allow_code
             raise ValueError(f"Unknown task {task!r}; there are {list(TASK_NAMES)}.")
         benchmark, harness = BENCHMARKS.get(task), HARNESS_TASKS.get(task)
         local = benchmark is not None and benchmark.is_in(data_dir)
-        if (benchmark if local else harness or benchmark).runs_code and not allow_code_execution:
+        chosen = benchmark if local else harness or benchmark
+        if chosen is not None and chosen.runs_code and not allow_code_execution:
             raise ValueError(
                 f"{task} runs programs that a model wrote on this machine, in a sandbox. If that is what you want, pass "
                 "--allow_code_execution (read trl_diffusion.rewards.sandbox on what it leaves open)."
             )
         if local:
             continue
-        if harness is None:
+        if harness is None and benchmark is not None:
             raise ValueError(
                 f"{task} is not on the hub: pass --data_dir, a directory that has {benchmark.file}"
                 + (f"; {data_dir} does not." if data_dir else ".")

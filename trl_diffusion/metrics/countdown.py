@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import fmean
+from typing import cast
 
 import evaluate
 from datasets import Features, List, Value
@@ -33,6 +34,6 @@ class CountdownSolved(evaluate.Metric):
     def _compute(self, predictions: list[str], references: list[dict]) -> dict[str, float]:
         numbers, targets = [game["numbers"] for game in references], [game["target"] for game in references]
         return {
-            "solved": fmean(countdown_solved(predictions, numbers=numbers, target=targets)),
-            "numbers": fmean(countdown_numbers(predictions, numbers=numbers)),
+            "solved": fmean(cast("list[float]", countdown_solved(predictions, numbers=numbers, target=targets))),
+            "numbers": fmean(cast("list[float]", countdown_numbers(predictions, numbers=numbers))),
         }

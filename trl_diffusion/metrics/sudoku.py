@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import fmean
+from typing import cast
 
 import evaluate
 from datasets import Features, Value
@@ -31,6 +32,6 @@ class SudokuSolved(evaluate.Metric):
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
         return {
-            "solved": fmean(sudoku_solved(predictions, puzzle=references)),
-            "units": fmean(sudoku_units(predictions, puzzle=references)),
+            "solved": fmean(cast("list[float]", sudoku_solved(predictions, puzzle=references))),
+            "units": fmean(cast("list[float]", sudoku_units(predictions, puzzle=references))),
         }

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -17,7 +17,6 @@ import trl
 import xxhash
 from accelerate import PartialState
 from datasets import Dataset
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
@@ -33,12 +32,16 @@ from ..utils import move_into_place
 from .prompts import tokenize_prompts
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
 PLAN = "collection.json"
 TEMPORARY = ".unfinished-"
 
 
 def collect(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
     reward_funcs: Callable | list[Callable],
@@ -59,7 +62,7 @@ def collect(
     the shards that are missing; every response depends on `seed` and its own row alone, so the result is the same.
 
     Args:
-        model (`nn.Module`):
+        model ([`~transformers.PreTrainedModel`]):
             The policy.
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer.
@@ -251,6 +254,7 @@ def _score(
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     source = prompts.select([row for row in rows for _ in range(num_responses)])
     columns = {name: list(source[name]) for name in source.column_names}
+    completions: list[str] | list[list[dict[str, str]]]
     if is_conversational({"prompt": columns["prompt"][0]}):
         completions = [[{"role": "assistant", "content": text}] for text in texts]
     else:

@@ -101,7 +101,7 @@ def from_preferences(
 
     recorded = decoding_order == "confidence"
     provenance = Provenance(
-        fingerprint_policy(model) if recorded else None,
+        fingerprint_policy(model) if recorded and model is not None else None,
         fingerprint_tokenizer(tokenizer),
         spec,
         {
@@ -113,7 +113,8 @@ def from_preferences(
     size = max(batch_size // 2, 1) * 2
     starts = range(0, len(ids), size)
     batches = [finished_batch(ids[start : start + size], responses[start : start + size], spec) for start in starts]
-    if recorded:
+    if decoding_order == "confidence":
+        assert model is not None  # as checked above
         batches = _replay(model, batches, spec, provenance)
     else:
         for place, start in enumerate(starts):
@@ -169,5 +170,5 @@ def _cache_file(batches: list[TrajectoryBatch], provenance: Provenance) -> Path 
     for batch in batches:
         for values in (batch.prompt_ids, batch.prompt_mask, batch.canvas_ids, batch.completion_lengths):
             digest.update(str(tuple(values.shape)).encode())
-            digest.update(values.contiguous().numpy())
+            digest.update(values.contiguous().numpy().data)
     return Path(datasets_config.HF_DATASETS_CACHE) / "trl_diffusion" / f"replay-{digest.hexdigest()}.safetensors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational, maybe_extract_prompt
@@ -10,12 +10,17 @@ from trl import apply_chat_template, is_conversational, maybe_extract_prompt
 from ..policies.spec import DiffusionSpec
 
 
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
+
+
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list) -> list[list[int]]:
     """Token ids of standard or conversational prompts, as [`DTRPOTrainer`] makes them."""
     if is_conversational({"prompt": prompts[0]}):
-        return tokenizer.apply_chat_template(
+        encoding = tokenizer.apply_chat_template(
             conversation=prompts, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
+        )
+        return cast("BatchEncoding", encoding)["input_ids"]
     return tokenizer(text=prompts)["input_ids"]
 
 
@@ -36,7 +41,7 @@ def tokenize_preference(
     example = maybe_extract_prompt({key: example[key] for key in ("prompt", "chosen", "rejected") if key in example})
     prompt = example["prompt"]
     prompt_ids = tokenize_prompts(tokenizer, [prompt])[0]
-    texts = apply_chat_template(dict(example), tokenizer) if is_conversational(example) else example
+    texts: dict[str, Any] = apply_chat_template(dict(example), tokenizer) if is_conversational(example) else example
     responses = []
     for name in ("chosen", "rejected"):
         whole = tokenizer(text=texts["prompt"] + texts[name], add_special_tokens=not is_conversational(example))[

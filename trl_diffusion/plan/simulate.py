@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,6 +25,10 @@ from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from ..scoring.layout import PackedLayout, pack
 from ..scoring.score import score
 from ..trajectories.trajectory import TrajectoryBatch
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -219,11 +223,14 @@ def simulate(
         )  # fmt: skip
 
 
-def _model(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None, checkpointing: bool) -> nn.Module:
-    model = empty_model(config).to(dtype)
+def _model(
+    config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None, checkpointing: bool
+) -> PreTrainedModel:
+    model = empty_model(config).to(dtype)  # type: ignore[arg-type]  # transformers' `to` loses its `self`
     enable_plans(model)
     if lora_rank is not None:
-        model = get_peft_model(model, LoraConfig(r=lora_rank, target_modules=list(LAYERS)))
+        adapted = get_peft_model(model, LoraConfig(r=lora_rank, target_modules=list(LAYERS)))
+        model = cast("PreTrainedModel", adapted)  # it passes everything on
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora_rank is not None:
@@ -231,11 +238,11 @@ def _model(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None, 
     return model
 
 
-def _with_shapes(model: nn.Module) -> nn.Module:
+def _with_shapes(model: PreTrainedModel) -> PreTrainedModel:
     """Tensors without content, but with a device, in place of those of the meta device; shared ones stay shared."""
-    made = {}
+    made: dict[int, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in cast(tuple[dict[str, Tensor | None], ...], (module._parameters, module._buffers)):
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 PLANNED = "trl_diffusion_planned"
@@ -266,7 +270,7 @@ class RaggedMask:
         return mask[None, None]
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs) -> Tensor:
-        out = None  # in the type that attention gives, which under autocast is not that of the query
+        out: Tensor | None = None  # in the type that attention gives, which under autocast is not that of the query
         for group in self.groups:
             part, _ = sdpa_attention_forward(
                 module,
@@ -279,10 +283,11 @@ class RaggedMask:
             if out is None:
                 out = part.new_empty(self.num_queries, query.shape[1], value.shape[-1])
             out[group.queries] = part
+        assert out is not None  # there is at least one group
         return out[None]
 
 
-def enable_plans(model: nn.Module) -> bool:
+def enable_plans(model: PreTrainedModel) -> bool:
     """
     Lets a model that runs on `sdpa` or `flex_attention` take an [`AttentionPlan`]; anything else it computes with SDPA.
 
@@ -297,7 +302,7 @@ def enable_plans(model: nn.Module) -> bool:
 
 
 @contextmanager
-def plans_enabled(model: nn.Module):
+def plans_enabled(model: PreTrainedModel):
     """As [`enable_plans`], inside this context only."""
     before = model.config._attn_implementation
     enable_plans(model)

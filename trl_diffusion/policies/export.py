@@ -28,11 +28,16 @@ def save_backbone(model: PreTrainedModel, directory: str | Path) -> Path:
     """
     if not any(isinstance(model.config, config) for config, *_ in FAMILIES.values()):
         raise ValueError(f"{type(model).__name__} is not of a diffusion family: save it with `save_pretrained`.")
-    stock = next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
+    stock = next(
+        base
+        for base in type(model).__mro__
+        if issubclass(base, PreTrainedModel) and base.__module__.startswith("transformers.models.")
+    )
+    assert stock.config_class is not None
     own = set(stock.config_class().to_dict()) - {"architectures", "model_type", "transformers_version"}
     config = stock.config_class(**{name: value for name, value in vars(model.config).items() if name in own})
     set_spec(config, get_spec(model.config))
-    backbone = stock(config).to(model.dtype)
+    backbone = stock(config).to(model.dtype)  # type: ignore[arg-type]  # transformers' `to` loses its `self`
     backbone.load_state_dict(model.state_dict())
     backbone.save_pretrained(directory)
     return Path(directory)

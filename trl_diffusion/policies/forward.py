@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,10 @@ from transformers import Cache
 
 from .attention import PLANNED_FOR, AttentionPlan
 from .spec import DiffusionSpec
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def policy_logits(
@@ -80,15 +85,15 @@ def attention_mask(model: nn.Module, allowed: Tensor) -> Tensor:
     """A boolean mask in the form that the model's attention implementation takes."""
     if check_attention(model) != "eager":
         return allowed
-    dtype = unwrap(model).get_input_embeddings().weight.dtype
+    dtype = cast(Tensor, unwrap(model).get_input_embeddings().weight).dtype
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers that DDP and DeepSpeed put around it."""
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The model inside the wrappers that DDP and DeepSpeed put around it; PEFT's passes for the one that it holds."""
     while hasattr(model, "module"):
-        model = model.module
-    return model
+        model = cast(nn.Module, model.module)
+    return cast("PreTrainedModel", model)
 
 
 @contextmanager

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from peft import PeftConfig
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -13,10 +19,10 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
 
 
-def empty_model(config: PretrainedConfig) -> nn.Module:
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """A model of this config without memory for its weights. Under ZeRO-3, too, which `from_config` would shard it for."""
     with torch.device("meta"):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        return cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
 
 
 def check_targets(model: nn.Module, peft_config: PeftConfig) -> None:

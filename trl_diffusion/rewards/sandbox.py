@@ -166,13 +166,17 @@ class _Pipe:
     def __init__(self, stack: ExitStack):
         self.read, self.write = os.pipe()
         self._open = {self.read, self.write}
-        stack.callback(lambda: [os.close(fd) for fd in self._open])
+        stack.callback(self._close_all)
 
     def close_read(self) -> None:
         self._close(self.read)
 
     def close_write(self) -> None:
         self._close(self.write)
+
+    def _close_all(self) -> None:
+        for fd in self._open:
+            os.close(fd)
 
     def _close(self, fd: int) -> None:
         if fd in self._open:
@@ -216,12 +220,14 @@ class _Confined:
         except OSError as error:
             raise SandboxError(f"The sandbox needs to start {sys.executable!r}: {error}") from error
         stack.callback(self._end)
+        assert self._process.stdin is not None  # it is a pipe
+        self._stdin = self._process.stdin
         self._ready.close_write()
 
     def send_job(self) -> None:
         with suppress(BrokenPipeError):  # then it will not be ready either
-            self._process.stdin.write(json.dumps(self._job).encode())
-            self._process.stdin.close()
+            self._stdin.write(json.dumps(self._job).encode())
+            self._stdin.close()
 
     def wait_until_confined(self) -> None:
         """Raises a `SandboxError` unless the process reports that it has confined itself."""
@@ -238,7 +244,7 @@ class _Confined:
     def _end(self) -> None:
         self._process.kill()
         with suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._stdin.close()
         self._process.wait()
 
 

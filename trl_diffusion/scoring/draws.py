@@ -200,7 +200,7 @@ def _pick_blocks(support: Tensor, seeds: list[int], num_blocks: int | None) -> T
     return weights
 
 
-def _pick(counts: Tensor, seeds: list[int], distribution: str, num_draws: int) -> Tensor:
+def _pick(counts: Tensor, seeds: list[int], distribution: Literal["uniform", "token"], num_draws: int) -> Tensor:
     """Steps drawn in each block, shape `(R, S, K)`, -1 where there is nothing (more) to draw."""
     if distribution not in ("uniform", "token"):
         raise ValueError(f"`distribution` must be 'uniform' or 'token', got {distribution!r}.")

@@ -19,6 +19,8 @@ from ..viz.plots import plot_trajectory
 if TYPE_CHECKING:  # not at run time: a recipe of this name lies beside those that are run
     from evaluate import EvaluationModule
 
+    from .trainer import DTRPOTrainer
+
 
 class RewardProgressCallback(ProgressCallback):
     """
@@ -71,7 +73,7 @@ class TrajectoryCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: DTRPOTrainer,
         every: int,
         directory: str | Path | None = None,
         rows: int = 1,
@@ -165,7 +167,7 @@ class MetricCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: DTRPOTrainer,
         metric: EvaluationModule,
         name: str,
         prompts: list,
@@ -184,7 +186,7 @@ class MetricCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         answers, _ = self.trainer.answer(self.prompts, self.decoding)
-        results = [None]
+        results: list[dict[str, Any]] = [{}]
         if state.is_world_process_zero:
             inputs = {"predictions": answers if self.prepare is None else self.prepare(answers), **self.options}
             if self.references is not None:

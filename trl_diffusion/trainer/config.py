@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast
 
 from trl import GRPOConfig
 
@@ -385,6 +385,7 @@ class DTRPOConfig(GRPOConfig):
 
     def decoding(self, temperature: float | None = None) -> DecodingConfig:
         """Settings of the denoising loop; `temperature` replaces the one that rollouts are sampled with."""
+        assert self.max_completion_length is not None  # as checked above
         return DecodingConfig(
             max_new_tokens=self.max_completion_length,
             temperature=self.temperature if temperature is None else temperature,
@@ -404,11 +405,19 @@ class DTRPOConfig(GRPOConfig):
         return EstimatorConfig(
             name=self.estimator,
             num_draws=self.num_draws,
-            step_distribution=self.step_distribution,
-            weighting=self.weighting,
+            step_distribution=cast(Literal["uniform", "token"], self.step_distribution),
+            weighting=cast(Literal["unbiased", "none"], self.weighting),
             num_blocks=self.num_scored_blocks,
             prompt_mask_probability=self.prompt_mask_probability,
         )
+
+    def spec_overrides(self) -> dict[str, Any] | None:
+        """`diffusion_spec`, which is no text any more."""
+        return self.diffusion_spec if isinstance(self.diffusion_spec, dict) else None
+
+    def model_options(self) -> dict[str, Any]:
+        """What the model is loaded with: `model_init_kwargs`, which transformers makes a mapping of."""
+        return cast(dict[str, Any], self.model_init_kwargs or {})
 
     def refused(self) -> dict[str, str]:
         """Options that are set although they mean nothing for a diffusion policy, each with the reason."""
@@ -421,7 +430,7 @@ class DTRPOConfig(GRPOConfig):
             neutral = fields[name].default
             if getattr(self, name) not in (neutral, None):
                 found[name] = f"{why} (got {getattr(self, name)!r}, leave it at {neutral!r})"
-        if (self.model_init_kwargs or {}).get("trust_remote_code"):
+        if self.model_options().get("trust_remote_code"):
             found["model_init_kwargs"] = f"`trust_remote_code`: {_NO_REMOTE_CODE}"
         if self.temperature <= 0:
             found["temperature"] = f"rollouts are sampled, so it must be positive (got {self.temperature!r})"

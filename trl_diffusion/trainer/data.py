@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from accelerate import PartialState
@@ -19,6 +19,10 @@ from ..scoring.estimators import ESTIMATORS
 from ..trajectories.dataset import REWARD_PREFIX, check_trajectories, is_trajectory_dataset, reward_columns
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
 from .config import DTRPOConfig
+
+
+if TYPE_CHECKING:
+    from ..offline.orders import DecodingOrder
 
 
 logger = get_logger(__name__)
@@ -54,7 +58,7 @@ class OfflineData:
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PreTrainedModel | PeftModel,
         config: PretrainedConfig,
         args: DTRPOConfig,
         spec: DiffusionSpec,
@@ -76,8 +80,9 @@ class OfflineData:
         """The datasets, checked and as trajectories. Raises a `ValueError` that names the dataset, row and column."""
         several = isinstance(eval_dataset, dict)
         evaluations = eval_dataset if several else {"eval_dataset": eval_dataset}
-        train = self._prepare_one("train_dataset", train_dataset, self.args.num_generations, drop_ties=True)
-        size = self.args.num_generations_eval or self.args.num_generations
+        group_size = cast(int, self.args.num_generations)
+        train = self._prepare_one("train_dataset", train_dataset, group_size, drop_ties=True)
+        size = self.args.num_generations_eval or group_size
         prepared = {
             name: self._prepare_one(name, dataset, size) if _is_stored(dataset) else dataset
             for name, dataset in evaluations.items()
@@ -117,24 +122,26 @@ class OfflineData:
     def _from_preferences(self, name: str, dataset: Dataset) -> Dataset:
         if self.args.num_generations != 2:
             raise ValueError(f"{name} holds pairs, so `num_generations` must be 2, got {self.args.num_generations}.")
-        model = None
+        model: PreTrainedModel | PeftModel | None = None
         if self.args.decoding_order == "confidence":
             if is_deepspeed_zero3_enabled():
                 raise ValueError(
                     f"{name}: `decoding_order='confidence'` asks the whole reference, which ZeRO-3 shares among processes. "
                     "Make the trajectories before, with `from_preferences`, and train on them."
                 )
-            model = self.model
-            if isinstance(model, str):
-                model = AutoModelForCausalLM.from_pretrained(model, **_loading(self.args)).to(PartialState().device)
-            model = model.eval()
+            if isinstance(self.model, str):
+                loaded = AutoModelForCausalLM.from_pretrained(self.model, **_loading(self.args))
+                model = loaded.to(PartialState().device)
+            else:
+                model = self.model
+            model.eval()
         try:
             with PartialState().main_process_first():  # the others find its replay in the cache
                 return from_preferences(
                     dataset,
                     self.tokenizer,
                     self.spec,
-                    self.args.decoding_order,
+                    cast("DecodingOrder", self.args.decoding_order),
                     self.args.tokens_per_step,
                     self.args.temperature,
                     model,
@@ -248,4 +255,4 @@ def _is_stored(dataset: Any) -> bool:
 
 def _loading(args: DTRPOConfig) -> dict[str, Any]:
     known = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "dtype", "attn_implementation")
-    return {key: value for key, value in (args.model_init_kwargs or {}).items() if key in known}
+    return {key: value for key, value in args.model_options().items() if key in known}

@@ -45,7 +45,8 @@ class ThroughputCallback(TrainerCallback):
 
     def _reset(self) -> None:
         self.seconds = {"rollout": 0.0, "reward": 0.0, "sampling": 0.0}
-        self.responses = self.tokens = 0
+        self.responses = 0
+        self.tokens: int | torch.Tensor = 0
         self.begin = time.perf_counter()
 
     @contextmanager

@@ -6,7 +6,7 @@ import math
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,14 @@ from .config import DTRPOConfig
 from .data import OfflineData
 from .resume import Progress
 from .throughput import ThroughputCallback
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.utils.data import Sampler
+    from transformers import ProcessorMixin
+    from transformers.trainer_utils import TrainOutput
 
 
 logger = get_logger(__name__)
@@ -130,10 +138,20 @@ class DTRPOTrainer(GRPOTrainer):
     _tag_names = ["trl", "trl-diffusion", "dtrpo"]
     _name = "dTRPO"
 
+    # What the trainers below may lack, or hold in a wider type, is there.
+    args: DTRPOConfig
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    num_generations: int
+    num_generations_eval: int
+    max_completion_length: int
+    current_gradient_accumulation_steps: int
+    _buffered_inputs: list[dict[str, Any]] | None  # type: ignore[assignment]
+
     @_leave_no_empty_directory
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PreTrainedModel | PeftModel,
         reward_funcs=None,
         args: DTRPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -160,9 +178,9 @@ class DTRPOTrainer(GRPOTrainer):
             _check_columns(name, dataset)
         # All that can be known before the weights are loaded.
         config = _load_config(model, args)
-        if processing_class is None and needs_tokenizer(config, args.diffusion_spec):
+        if processing_class is None and needs_tokenizer(config, args.spec_overrides()):
             processing_class = _load_tokenizer(model)
-        spec = resolve_spec(config, args.diffusion_spec, processing_class)
+        spec = resolve_spec(config, args.spec_overrides(), processing_class)
         if kwargs.get("peft_config") is not None:
             check_targets(empty_model(config) if isinstance(model, str) else model, kwargs["peft_config"])
 
@@ -206,12 +224,13 @@ class DTRPOTrainer(GRPOTrainer):
         self._stored: list[tuple[dict[str, Any], int, int]] | None = None  # rows of this rollout, responses, epoch
         self._rollouts: TrajectoryBatch | None = None
         self.last_rollouts: TrajectoryBatch | None = None
-        self.train_sampler = None
-        self._rollout_clock = {}  # for training and evaluation: optimizer step, and rollouts so far in it
+        self.train_sampler: Sampler | None = None
+        # For training and evaluation: optimizer step, and rollouts so far in it.
+        self._rollout_clock: dict[int, tuple[int, int]] = {}
         beta = args.beta
         if self._reference_is_recorded:
             args.beta = 0.0  # so that no reference is loaded
-        self._new_directories = _missing_directories(args.output_dir)
+        self._new_directories = _missing_directories(cast(str, args.output_dir))
         try:
             super().__init__(
                 model=model,
@@ -243,7 +262,9 @@ class DTRPOTrainer(GRPOTrainer):
         self.add_callback(self._throughput)
         if self.accelerator.num_processes > 1:
             self.reward_funcs = [
-                func if isinstance(func, nn.Module) else failing_together(func, name, self.accelerator)
+                func
+                if isinstance(func, nn.Module)
+                else failing_together(cast("Callable", func), name, self.accelerator)
                 for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
             ]
         self.spec = spec
@@ -275,7 +296,7 @@ class DTRPOTrainer(GRPOTrainer):
         """Denoises a response for each prompt, or takes the stored one; what happened is kept for the rest of this
         rollout."""
         if self._stored is not None:
-            self._rollouts = self._take(prompt_ids)
+            self._rollouts = self._take(prompt_ids, self._stored)
             return self._rollouts.completions(), self._rollouts.completion_logps()
         self._seeds = self._row_seeds(len(prompt_ids))
         with self._throughput.timed("rollout"):
@@ -289,12 +310,14 @@ class DTRPOTrainer(GRPOTrainer):
 
     def _decode(self, prompt_ids: list[list[int]], decoding: DecodingConfig, seeds: list[int]) -> TrajectoryBatch:
         """Decodes on this process, `rollout_batch_size` at once, with the policy out of its wrappers."""
-        sharded, failure, batch = self._decodes_sharded(), None, None
+        sharded = self._decodes_sharded()
+        failure: Exception | None = None
+        batch: TrajectoryBatch | None = None
         with unwrapped_policy(
             self.model_wrapped,
             self.accelerator,
             gather_deepspeed3_params=not sharded,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            gradient_checkpointing_kwargs=cast("dict[str, Any] | None", self.args.gradient_checkpointing_kwargs),
         ) as policy:
             was_training = policy.training
             policy.eval()
@@ -309,6 +332,7 @@ class DTRPOTrainer(GRPOTrainer):
             finally:
                 policy.train(was_training)
         fail_together(self.accelerator, failure, "Decoding")
+        assert batch is not None  # or a process would have failed
         return batch
 
     def _decodes_sharded(self) -> bool:
@@ -373,6 +397,7 @@ class DTRPOTrainer(GRPOTrainer):
             with self._throughput.timed("sampling"):
                 output = super()._generate_and_score_completions(inputs)
             rollouts = self._rollouts
+            assert rollouts is not None  # TRL has called `_generate_single_turn`
             if self.model.training:
                 self.last_rollouts = rollouts
             stored = self._stored
@@ -431,30 +456,30 @@ class DTRPOTrainer(GRPOTrainer):
         """Source of the draws of a stored response: another one in every epoch, the same in a resumed run."""
         return derive_seed(self.args.seed, _STORED, epoch, row, index)
 
-    def _take(self, prompt_ids: list[list[int]]) -> TrajectoryBatch:
+    def _take(self, prompt_ids: list[list[int]], stored: list[tuple[dict[str, Any], int, int]]) -> TrajectoryBatch:
         """The stored responses as the rollout."""
-        for ids, (row, _, _) in zip(prompt_ids, self._stored, strict=True):
+        for ids, (row, _, _) in zip(prompt_ids, stored, strict=True):
             if list(ids) != list(row["prompt_ids"]):
                 raise ValueError(
                     f"Row {row['row']}: the tokenizer turns the prompt into other tokens than those it was answered with. "
                     "Use the tokenizer, chat template and `chat_template_kwargs` that the data was made with."
                 )
-        batch = from_rows([(row, index) for row, index, _ in self._stored], self.spec)
+        batch = from_rows([(row, index) for row, index, _ in stored], self.spec)
         return batch.to(self.accelerator.device)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         Trains the policy. With `resume_from_checkpoint=True` it goes on from the newest complete checkpoint in
         `output_dir`, and starts anew if there is none yet, so that a command that may be killed can just be given again.
         The other arguments are those of [`~transformers.Trainer.train`].
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
             if resume_from_checkpoint is None:
                 logger.warning(f"There is no complete checkpoint in {self.args.output_dir}: training starts anew.")
         if self.args.precompute_ref_log_probs and not self._reference_is_recorded and self.beta != 0.0:
             self._precompute_reference()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, *args, **kwargs):
         self.train_sampler = super()._get_train_sampler(*args, **kwargs)
@@ -463,7 +488,7 @@ class DTRPOTrainer(GRPOTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """With the random state, a checkpoint gets the rollout that is still being trained on."""
         super()._save_rng_state(output_dir)
-        done = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        done = self._step % (cast(int, self.args.steps_per_generation) * self.num_iterations) == 0
         progress = Progress(self._step, self.accelerator.num_processes, None if done else self._buffered_inputs)
         progress.save(output_dir, self.accelerator.process_index)
 
@@ -487,17 +512,17 @@ class DTRPOTrainer(GRPOTrainer):
         if not self._load_renamed(self.state.best_model_checkpoint):
             super()._load_best_model()
 
-    def _load_renamed(self, checkpoint: str) -> bool:
+    def _load_renamed(self, checkpoint: str | None) -> bool:
         """Loads a checkpoint under a family's own names, which transformers' trainer would pass over with a warning."""
         model = unwrap(self.model)
-        if isinstance(model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if checkpoint is None or isinstance(model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return False  # these checkpoints have the model's names
         return load_renamed_weights(model, checkpoint)
 
     @torch.no_grad()
     def _precompute_reference(self) -> None:
         """The reference's estimates for every stored response and every draw that training will make of it."""
-        rows = self.train_dataset
+        rows = cast(Dataset, self.train_dataset)
         epochs = math.ceil(self.args.num_train_epochs)
         if self.args.max_steps > 0:
             per_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
@@ -576,11 +601,12 @@ class DTRPOTrainer(GRPOTrainer):
         TRL calls this during a rollout for the old policy, whose log-probabilities are the recorded ones.
         """
         if self._layout is None:
+            assert self._rollouts is not None  # it is what is being scored
             return _fit(self._rollouts.logps, logits_to_keep), None, None
         logps, entropies = score(model, self._layout, self.spec, self.temperature, compute_entropy)
         if compute_entropy:  # the policy's own pass, not the reference's
             self._log_scores(logps.detach())
-        entropies = _fit(entropies, logits_to_keep) if compute_entropy else None
+        entropies = None if entropies is None else _fit(entropies, logits_to_keep)
         return _fit(logps, logits_to_keep), entropies, None
 
     def _compute_loss(self, model, inputs):
@@ -588,7 +614,8 @@ class DTRPOTrainer(GRPOTrainer):
         inputs = self._ungroup(inputs)
         self._throughput.count(inputs["completion_mask"])
         width = inputs["completion_ids"].shape[1]
-        iteration = self._step // self.args.steps_per_generation % self.num_iterations if self.model.training else 0
+        per_rollout = cast(int, self.args.steps_per_generation)
+        iteration = self._step // per_rollout % self.num_iterations if self.model.training else 0
         if self._check_is_due():
             self._check_estimator(inputs)
         with self._scoring(inputs, iteration) as layout:
@@ -642,7 +669,8 @@ class DTRPOTrainer(GRPOTrainer):
         logps, _ = score(model, layout, self.spec, self.temperature)
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
-        pairs = make_pairs(inputs["advantages"].view(-1, size), self.args.pair_selection)
+        which = cast(Literal["best_worst", "all"], self.args.pair_selection)
+        pairs = make_pairs(inputs["advantages"].view(-1, size), which)
         lengths = _trajectories(inputs).completion_lengths if self.args.dpo_length_normalization else None
         log_ratios = ((logps - reference) * layout.weights).sum(1)
         loss, sums = pairwise_loss(log_ratios, pairs, self.beta, lengths)
@@ -680,7 +708,9 @@ class DTRPOTrainer(GRPOTrainer):
     def _expected_weight(self, output: dict[str, Any]) -> Tensor:
         """What the weights of a draw sum to on average, over the rollouts of all processes."""
         tokens = token_states(self.spec, _trajectories(output))
-        total = expected_weights(tokens, self.args.step_distribution, self.args.num_draws, self.args.num_scored_blocks)
+        total = expected_weights(
+            tokens, self.scoring_config.step_distribution, self.args.num_draws, self.args.num_scored_blocks
+        )
         return self.accelerator.reduce(total.sum(), reduction="sum")
 
     # -------------------------------------------------------------------------------------------------- metrics
@@ -700,6 +730,7 @@ class DTRPOTrainer(GRPOTrainer):
     def _log_scores(self, logps: Tensor) -> None:
         """How the scored log-probabilities compare with the old policy's: those recorded while decoding, for estimators
         that score what was recorded (docs/method.md, section 4)."""
+        assert self._layout is not None and self._recorded is not None  # inside `_scoring`
         weights = self._layout.weights
         scored, old = weights > 0, logps if self._old is None else self._old
         if self._is_recorded:
@@ -837,13 +868,13 @@ def _check_columns(name: str, dataset: Any) -> None:
         )
 
 
-def _load_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
+def _load_tokenizer(model: str | PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
     path = model if isinstance(model, str) else model.config._name_or_path
     return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
 
 
-def _load_config(model: str | PreTrainedModel, args: DTRPOConfig) -> PretrainedConfig:
+def _load_config(model: str | PreTrainedModel | PeftModel, args: DTRPOConfig) -> PretrainedConfig:
     if not isinstance(model, str):
         return model.config
     known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-    return load_config(model, **{key: value for key, value in (args.model_init_kwargs or {}).items() if key in known})
+    return load_config(model, **{key: value for key, value in args.model_options().items() if key in known})

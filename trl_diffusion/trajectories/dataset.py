@@ -93,14 +93,16 @@ def to_rows(
         events: dict[str, list] = {name: [] for name in EVENTS}
         for member in members:
             positions = (batch.steps[member] != NEVER).nonzero().squeeze(1).tolist()
-            positions.sort(key=lambda p, m=member: (int(blocks[m, p]), int(batch.steps[m, p]), p))
+            order = sorted((int(blocks[member, p]), int(batch.steps[member, p]), p) for p in positions)
+            positions = [position for _, _, position in order]
             events["event_positions"].append(positions)
             events["event_steps"].append(batch.steps[member, positions].tolist())
             events["event_tokens"].append(batch.canvas_ids[member, positions].tolist())
             events["event_logps"].append(batch.logps[member, positions].tolist())
+        row.update(events)
         if not recorded:
-            events["event_logps"] = None
-        rows.append({**row, **events})
+            row["event_logps"] = None
+        rows.append(row)
     return rows
 
 

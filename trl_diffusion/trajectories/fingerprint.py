@@ -45,7 +45,7 @@ def _digest(tensor: Tensor) -> str:
     if tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.float()  # exact
     tensor = tensor.contiguous().cpu()
-    content = xxhash.xxh3_128_hexdigest(tensor.reshape(-1).view(torch.uint8).numpy())
+    content = xxhash.xxh3_128_hexdigest(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return f"{tuple(tensor.shape)}{content}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -77,8 +77,8 @@ class TrajectoryBatch:
         lengths = self.completion_lengths.tolist()
         return [logps[:n] for logps, n in zip(self.logps.tolist(), lengths, strict=True)]
 
-    def select(self, rows: Tensor) -> TrajectoryBatch:
-        """The responses at `rows` (indices or a boolean mask of shape `(R,)`)."""
+    def select(self, rows: Tensor | slice) -> TrajectoryBatch:
+        """The responses at `rows` (indices, a boolean mask of shape `(R,)`, or a slice)."""
         return self._map(lambda values: values[rows])
 
     @classmethod
@@ -108,7 +108,7 @@ class TrajectoryBatch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TrajectoryBatch:
         """A copy with every tensor replaced."""
-        return replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
+        return TrajectoryBatch(**{name: function(getattr(self, name)) for name in _TENSORS}, cache=self.cache)
 
 
 _TENSORS = [field.name for field in fields(TrajectoryBatch) if field.name != "cache"]

@@ -103,7 +103,7 @@ def trajectory_html(
     length, counted = int(one.canvas_lengths[0]), int(one.completion_lengths[0])
     blocks = response_blocks(spec, one.prompt_lengths, length)
     firsts = global_steps(blocks, one.steps[:, :length])[0].tolist()
-    blocks = blocks[0].tolist()
+    block_of = blocks[0].tolist()
     ids = one.canvas_ids[0, :length].tolist()
     tokens = [tokenizer.decode([token]) for token in ids]
     probabilities = one.logps[0, :length].exp().tolist()
@@ -119,9 +119,9 @@ def trajectory_html(
         for column, probability in enumerate(probabilities)
     ]
     titles = [
-        _escape(f"position {column}, block {blocks[column]}, {_event(first, probability)}: {token!r}")
+        _escape(f"position {column}, block {block_of[column]}, {_event(first, probability)}: {token!r}")
         if first != NEVER
-        else f"position {column}, block {blocks[column]}, never unmasked"
+        else f"position {column}, block {block_of[column]}, never unmasked"
         for column, (first, probability, token) in enumerate(zip(firsts, probabilities, tokens, strict=True))
     ]
     cells = [_escape(token.replace("\n", "↵").replace("\t", "⇥")) for token in tokens]
@@ -138,13 +138,15 @@ def trajectory_html(
         kinds = groupby(
             range(length), lambda column: (firsts[column] != NEVER and firsts[column] <= step, column < counted)
         )
-        for (shown, counts), columns in kinds:
-            columns = list(columns)
+        for (shown, counts), group in kinds:
+            columns = list(group)
             part = _escape(tokenizer.decode([ids[c] for c in columns])) if shown else MASK * len(columns)
             parts.append(part if counts else f'<span class="g">{part}</span>')
         return "".join(parts)
 
-    groups = "".join(f'<colgroup class="block" span="{len(list(group))}"></colgroup>' for _, group in groupby(blocks))
+    groups = "".join(
+        f'<colgroup class="block" span="{len(list(group))}"></colgroup>' for _, group in groupby(block_of)
+    )
     head = "".join(f'<th title="{titles[column]}">{column}</th>' for column in range(length))
     body = "\n".join(
         f"<tr><th>{step}</th>{''.join(cell(column, step) for column in range(length))}</tr>"

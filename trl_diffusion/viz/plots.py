@@ -41,7 +41,7 @@ def plot_trajectory(
     length = int(one.canvas_lengths[0])
     blocks = response_blocks(spec, one.prompt_lengths, length)
     steps = global_steps(blocks, one.steps[:, :length])[0].tolist()
-    blocks = blocks[0].tolist()
+    block_of = blocks[0].tolist()
     tokens = [tokenizer.decode([token]) for token in batch.canvas_ids[row, : len(steps)].tolist()]
     confidence = batch.logps[row, : len(steps)].exp().tolist()
     counted = int(batch.completion_lengths[row])
@@ -68,7 +68,7 @@ def plot_trajectory(
                     weight=weight, color="black" if column < counted else "gray",
                 )  # fmt: skip
     for column in range(1, len(steps)):
-        if blocks[column] != blocks[column - 1]:
+        if block_of[column] != block_of[column - 1]:
             axes.axvline(column, color="black", linewidth=1.2)
     axes.set(xlim=(0, len(steps)), ylim=(num_steps, 0), xlabel="position in the response", ylabel="denoising step")
     axes.set_xticks([c + 0.5 for c in range(0, len(steps), 4)], [str(c) for c in range(0, len(steps), 4)])

@@ -7,6 +7,8 @@ parallelism are those of transformers. `import trl_diffusion` registers them wit
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -24,8 +26,15 @@ from .models import (
 )
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
+
+    from .configs import FamilyConfig
+
+
 # Config, and what `AutoModel` and `AutoModelForCausalLM` give for it (as in the families' own `auto_map`).
-FAMILIES = {
+FAMILIES: dict[str, tuple[type[FamilyConfig], type[PreTrainedModel], type[PreTrainedModel]]] = {
     "LLaDA": (LLaDAConfig, LLaDAModelLM, LLaDAModelLM),
     "Dream": (DreamConfig, DreamModel, DreamModel),
     "Fast-dLLM v2": (Fast_dLLM_QwenConfig, Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM),
@@ -40,7 +49,9 @@ def register() -> None:
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)
-    names = [WeightRenaming(rf"^model\.transformer\.{theirs}", ours) for theirs, ours in LLADA_NAMES.items()]
+    names: list[WeightConverter | WeightRenaming] = [
+        WeightRenaming(rf"^model\.transformer\.{theirs}", ours) for theirs, ours in LLADA_NAMES.items()
+    ]
     register_checkpoint_conversion_mapping(LLaDAConfig.model_type, names, overwrite=True)
 
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 
-class FamilyConfig:
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    _Backbone = PretrainedConfig
+else:
+    _Backbone = object  # the config that a family's is mixed with
+
+
+class FamilyConfig(_Backbone):
     """
     What the configs of the families share. In memory such a config has the names of its backbone (`hidden_size`,
     `rope_parameters`, ...), and the family's names are other spellings of them; on disk it has the family's names.
@@ -34,6 +42,10 @@ class FamilyConfig:
     denoising: ClassVar[dict[str, Any]]
     backbone_only: ClassVar[tuple[str, ...]] = ()
 
+    if TYPE_CHECKING:  # the backbone's
+        eos_token_id: int | list[int] | None
+        mask_token_id: int | None
+
     def __post_init__(self, **kwargs):
         # The backbone derives some values from others (`head_dim`), so the family's names are read before it does.
         for name in sorted(kwargs.keys() & self.attribute_map.keys()):
@@ -43,12 +55,11 @@ class FamilyConfig:
 
     def spec_fields(self) -> dict[str, Any]:
         """What this config says about the fields of [`DiffusionSpec`]; without `mask_token_id` if it does not."""
-        mask, stops = self._mask_token_id(), self.eos_token_id
-        if mask == self.published_mask_id:
-            stops = self.published_stop_ids
-        stops = () if stops is None else (stops,) if isinstance(stops, int) else tuple(stops)
+        mask = self._mask_token_id()
+        stops = self.published_stop_ids if mask == self.published_mask_id else self.eos_token_id
+        stop_ids = () if stops is None else (stops,) if isinstance(stops, int) else tuple(stops)
         found = {} if mask is None else {"mask_token_id": mask}
-        return {**self.denoising, "stop_token_ids": stops, "predicts_mask_token": True, **found}
+        return {**self.denoising, "stop_token_ids": stop_ids, "predicts_mask_token": True, **found}
 
     def _mask_token_id(self) -> int | None:
         return self.mask_token_id

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     LlamaForCausalLM,
     Qwen2ForCausalLM,
@@ -20,6 +20,14 @@ from transformers import (
 from ..forward import attention_mask
 from ..spec import spec_fields
 from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    _Backbone = PreTrainedModel
+else:
+    _Backbone = object  # the model that a family's is mixed with
 
 
 def allowed_attention(fields: dict[str, Any], valid: Tensor, queries: int) -> Tensor:
@@ -46,7 +54,7 @@ def token_positions(valid: Tensor) -> Tensor:
     return ((valid.long().cumsum(1) - 1) * valid).clamp(min=0)
 
 
-def own_attention(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def own_attention(backbone: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """
     Forward pre-hook: where the caller gives no mask or a padding mask, gives the family's own attention to the
     backbone, which would be causal, and positions that padding does not move. A 4-D mask is left as it is.
@@ -71,7 +79,7 @@ def own_attention(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     return (), kwargs
 
 
-class OwnAttention:
+class OwnAttention(_Backbone):
     """Mixin for a model of a family: see [`own_attention`]."""
 
     def __init__(self, config):

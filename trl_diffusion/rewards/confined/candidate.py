@@ -46,7 +46,8 @@ class Candidate:
             case "get":
                 return {"value": self.encode(getattr(of, *arguments))}
             case "set":
-                return {"value": setattr(of, *arguments)}
+                setattr(of, *arguments)
+                return {"value": None}
             case "item":
                 return {"value": self.encode(of[arguments[0]])}
             case "list":
