@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast test-lowest lint clean
+.PHONY: help train test test-fast test-lowest check lint types clean
 
 help: ## Shows this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -40,6 +40,11 @@ test-lowest: .venv-lowest/.installed ## Runs the contract and trainer tests on t
 lint: $(BIN)/.installed ## Checks style.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(BIN)/.installed ## Checks types.
+	$(BIN)/mypy
+
+check: lint types ## Checks all that needs no run.
 
 clean: ## Removes the virtual environment and what runs have written.
 	rm -rf $(VENV) .venv-lowest outputs

@@ -89,4 +89,5 @@ def main(args: CollectArguments, model_args: ModelConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((CollectArguments, ModelConfig)).parse_args_and_config())
+    parser = TrlParser((CollectArguments, ModelConfig))  # type: ignore[arg-type]  # takes classes
+    main(*parser.parse_args_and_config())

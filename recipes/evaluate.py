@@ -102,5 +102,6 @@ def main(args: EvaluateArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((EvaluateArguments,)).parse_args_and_config()
+    parser = TrlParser((EvaluateArguments,))  # type: ignore[arg-type]  # takes classes
+    (arguments,) = parser.parse_args_and_config()
     main(arguments)

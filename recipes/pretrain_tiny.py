@@ -101,10 +101,10 @@ def make_corpus(size: int, carelessness: float, seed: int) -> list[tuple[str, st
         careless = rng.random() < carelessness
         answer = careless_sudoku(row["puzzle"]) if careless else row["solution"]
         corpus.append((sudoku.prompt(row["puzzle"]), answer))
-    for row in countdown.generate(size - size // 2, seed, exclude=countdown.evaluation_keys()):
+    for game in countdown.generate(size - size // 2, seed, exclude=countdown.evaluation_keys()):
         careless = rng.random() < carelessness
-        answer = careless_countdown(row["numbers"], rng) if careless else row["solution"]
-        corpus.append((countdown.prompt(row["numbers"], row["target"]), answer))
+        answer = careless_countdown(game["numbers"], rng) if careless else game["solution"]
+        corpus.append((countdown.prompt(game["numbers"], game["target"]), answer))
     rng.shuffle(corpus)
     return corpus
 

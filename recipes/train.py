@@ -24,7 +24,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
@@ -36,6 +36,10 @@ from trl_diffusion import DTRPOConfig, DTRPOTrainer, load_trajectories, tiny_pol
 from trl_diffusion.tasks import TASKS, load_task, read_rows
 from trl_diffusion.trainer.callbacks import RewardProgressCallback
 from trl_diffusion.utils import use_all_cores
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 PREFERENCES = "preferences"  # as a task: pairs of a better and a worse response instead of prompts and rewards
@@ -110,7 +114,7 @@ def load_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **training_args.model_options(),
     }
     return path, tokenizer
 
@@ -201,7 +205,8 @@ def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, mode
         script_args.eval_size,
         training_args.seed,
     )
-    train_dataset, reward_funcs = task.train, task.reward_funcs
+    train_dataset = task.train
+    reward_funcs: list[Callable] | None = task.reward_funcs
     if script_args.trajectories:
         train_dataset, reward_funcs = load_trajectories(script_args.trajectories), None  # its stored rewards
     trainer = make_trainer(
@@ -258,7 +263,8 @@ def parse() -> tuple[ScriptArguments, DTRPOConfig, ModelConfig]:
     arguments = sys.argv[1:]
     if not given & {"--config", "--model_name_or_path", "--random_policy"}:
         arguments = ["--config", str(Path(__file__).parent / "tiny_sudoku.yaml"), *arguments]
-    return TrlParser((ScriptArguments, DTRPOConfig, ModelConfig)).parse_args_and_config(args=arguments)
+    parser = TrlParser((ScriptArguments, DTRPOConfig, ModelConfig))  # type: ignore[arg-type]  # takes classes
+    return cast("tuple[ScriptArguments, DTRPOConfig, ModelConfig]", parser.parse_args_and_config(args=arguments))
 
 
 if __name__ == "__main__":

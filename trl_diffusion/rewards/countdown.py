@@ -9,6 +9,7 @@ from collections.abc import Collection
 from fractions import Fraction
 from functools import cache
 from itertools import permutations
+from typing import Any
 
 from .completions import texts
 
@@ -87,9 +88,7 @@ def solve(numbers: list[int], target: int) -> str | None:
     return found[1:-1] if found is not None and found.startswith("(") else found
 
 
-def generate(
-    num_puzzles: int, seed: int, limit: int = 99, exclude: Collection[tuple] = ()
-) -> list[dict[str, list[int] | int | str]]:
+def generate(num_puzzles: int, seed: int, limit: int = 99, exclude: Collection[tuple] = ()) -> list[dict[str, Any]]:
     """
     Makes different puzzles of three numbers joined by `+` and `-`.
 

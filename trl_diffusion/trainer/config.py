@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from trl import GRPOConfig
 
@@ -318,6 +318,9 @@ class DTRPOConfig(GRPOConfig):
             "training will draw, instead of at every step."
         },
     )
+
+    if TYPE_CHECKING:
+        output_dir: str = "trainer_output"  # transformers has a directory for `None`
 
     def __post_init__(self):
         if isinstance(self.diffusion_spec, str):

@@ -230,7 +230,7 @@ class DTRPOTrainer(GRPOTrainer):
         beta = args.beta
         if self._reference_is_recorded:
             args.beta = 0.0  # so that no reference is loaded
-        self._new_directories = _missing_directories(cast(str, args.output_dir))
+        self._new_directories = _missing_directories(args.output_dir)
         try:
             super().__init__(
                 model=model,
@@ -474,7 +474,7 @@ class DTRPOTrainer(GRPOTrainer):
         The other arguments are those of [`~transformers.Trainer.train`].
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 logger.warning(f"There is no complete checkpoint in {self.args.output_dir}: training starts anew.")
         if self.args.precompute_ref_log_probs and not self._reference_is_recorded and self.beta != 0.0:
