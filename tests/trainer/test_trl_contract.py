@@ -42,6 +42,12 @@ def test_signatures_of_overridden_methods(method):
     )
 
 
+def test_train_takes_what_transformers_takes():
+    for name in ("trial", "ignore_keys_for_eval"):
+        assert name in inspect.signature(GRPOTrainer.train).parameters
+    inspect.signature(DTRPOTrainer.train).bind("self", None, None, None)  # by position, too
+
+
 def calls_unpacked_as(method: str, callee: str) -> list[int]:
     """Number of names that each call of `self.<callee>` inside a method of GRPOTrainer is unpacked into."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(GRPOTrainer, method))))

@@ -92,7 +92,7 @@ class PackedMask:
             return values[..., queries, None], values[..., None, keys]
 
         valid = self.valid[..., None, keys]
-        return _may_look(*map(pairs, (self.blocks, self.copies, self.parts, columns)), valid)[:, None]
+        return _may_look(pairs(self.blocks), pairs(self.copies), pairs(self.parts), pairs(columns), valid)[:, None]
 
     def dense(self) -> Tensor:
         """The same as one boolean mask of shape `(Q, 1, N, N)`."""
@@ -189,7 +189,9 @@ class PackedMask:
         length = query.shape[2]
         padding = (0, 0, 0, bucket(length) - length)
         query, key, value = (functional.pad(values, padding) for values in (query, key, value))
-        attention = _compiled_flex_attention() if compiled else flex_attention
+        attention: Callable = flex_attention
+        if compiled:
+            attention = _compiled_flex_attention()
         with torch._dynamo.config.patch(recompile_limit=64):  # as many buckets may be seen
             out = attention(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=True)
         return out[:, :, :length].transpose(1, 2)

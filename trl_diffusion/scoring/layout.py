@@ -189,7 +189,6 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
     in_clean = before - first[responses]
     places = torch.where(from_clean, in_clean, in_copy)
     rows = responses
-    allowed: Tensor | SegmentedMask
     if members is None:
         input_ids, position_ids, valid = part.ids, part.positions, part.valid
         allowed = PackedMask(part.blocks(spec, starts), part.copies, valid)
