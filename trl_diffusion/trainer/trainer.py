@@ -146,7 +146,7 @@ class DTRPOTrainer(GRPOTrainer):
     num_generations_eval: int
     max_completion_length: int
     current_gradient_accumulation_steps: int
-    _buffered_inputs: list[dict[str, Any]] | None  # type: ignore[assignment]
+    _buffered_inputs: list[dict[str, Any]] | None  # type: ignore[assignment]  # TRL infers `None`
 
     @_leave_no_empty_directory
     def __init__(
