@@ -296,7 +296,7 @@ class DTRPOTrainer(GRPOTrainer):
         """Denoises a response for each prompt, or takes the stored one; what happened is kept for the rest of this
         rollout."""
         if self._stored is not None:
-            self._rollouts = self._take(prompt_ids, self._stored)
+            self._rollouts = self._take(prompt_ids)
             return self._rollouts.completions(), self._rollouts.completion_logps()
         self._seeds = self._row_seeds(len(prompt_ids))
         with self._throughput.timed("rollout"):
@@ -456,15 +456,16 @@ class DTRPOTrainer(GRPOTrainer):
         """Source of the draws of a stored response: another one in every epoch, the same in a resumed run."""
         return derive_seed(self.args.seed, _STORED, epoch, row, index)
 
-    def _take(self, prompt_ids: list[list[int]], stored: list[tuple[dict[str, Any], int, int]]) -> TrajectoryBatch:
+    def _take(self, prompt_ids: list[list[int]]) -> TrajectoryBatch:
         """The stored responses as the rollout."""
-        for ids, (row, _, _) in zip(prompt_ids, stored, strict=True):
+        assert self._stored is not None  # `_choose` has left them
+        for ids, (row, _, _) in zip(prompt_ids, self._stored, strict=True):
             if list(ids) != list(row["prompt_ids"]):
                 raise ValueError(
                     f"Row {row['row']}: the tokenizer turns the prompt into other tokens than those it was answered with. "
                     "Use the tokenizer, chat template and `chat_template_kwargs` that the data was made with."
                 )
-        batch = from_rows([(row, index) for row, index, _ in stored], self.spec)
+        batch = from_rows([(row, index) for row, index, _ in self._stored], self.spec)
         return batch.to(self.accelerator.device)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
