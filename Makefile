@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast test-lowest check lint types clean
+.PHONY: help train test test-fast test-lowest check lint types docs clean
 
 help: ## Shows this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -12,7 +12,7 @@ help: ## Shows this list.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[deepspeed,eval,quantization,test,viz]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[deepspeed,docs,eval,quantization,test,viz]"
 	touch $@
 
 train: $(BIN)/.installed ## Trains the embedded policy on 4x4 sudoku and shows what it gained. ARGS="..." for options.
@@ -44,7 +44,10 @@ lint: $(BIN)/.installed ## Checks style.
 types: $(BIN)/.installed ## Checks types.
 	$(BIN)/mypy
 
-check: lint types ## Checks all that needs no run.
+docs: $(BIN)/.installed ## Builds the documentation into site/. Links that lead nowhere are errors.
+	$(BIN)/mkdocs build --strict --quiet
+
+check: lint types docs ## Checks all that needs no run: style, types, documentation.
 
 clean: ## Removes the virtual environment and what runs have written.
-	rm -rf $(VENV) .venv-lowest outputs
+	rm -rf $(VENV) .venv-lowest outputs site

@@ -1,0 +1,30 @@
+"""The Hugging Face style of this package's docstrings, in the words that mkdocstrings reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import griffe
+
+
+API = Path(__file__).parent / "api.md"
+DOCUMENTED = {name.rsplit(".", 1)[-1]: name for name in re.findall(r"^::: ([\w.]+)$", API.read_text(), re.MULTILINE)}
+
+
+def link(match: re.Match) -> str:
+    """[`Name`] as a link if the API page has it, and as code otherwise."""
+    name = match.group(1).removeprefix("~")
+    target = DOCUMENTED.get(name.rsplit(".", 1)[-1])
+    return f"[`{name}`][{target}]" if target else f"`{name}`"
+
+
+class HuggingFaceStyle(griffe.Extension):
+    def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
+        if obj.docstring is None:
+            return
+        text = re.sub(r"\[`([~\w.]+)`\]", link, obj.docstring.value)
+        text = re.sub(r"^( *)> \[!NOTE\]\n( *> )", r"\1\2", text, flags=re.MULTILINE)
+        text = re.sub(r"^Parameters:$", "Args:", text, flags=re.MULTILINE)
+        text = re.sub(r"^ +> Parameters that .*\n+", "", text, flags=re.MULTILINE)
+        obj.docstring.value = text
