@@ -19,11 +19,25 @@ def link(match: re.Match) -> str:
     return f"[`{name}`][{target}]" if target else f"`{name}`"
 
 
+def item(match: re.Match) -> str:
+    """The type of an argument without its markup, and without what the signature says already."""
+    start, kind, rest = match.groups()
+    kind = re.sub(r", \*optional\*.*$", "", kind)
+    kind = re.sub(r"\[?`~?([^`]*)`\]?", r"\1", kind)
+    kind = re.sub(
+        r"of shape \((.*?)\)", r"of shape [\1]", kind
+    )  # the reader of docstrings drops a closing parenthesis
+    return f"{start}({kind}){rest}"
+
+
 class HuggingFaceStyle(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is None:
             return
-        text = re.sub(r"\[`([~\w.]+)`\]", link, obj.docstring.value)
+        text = re.sub(
+            r"^( +[\w*, ]+ )\((.*(?:`|\*optional\*).*)\)(:.*)$", item, obj.docstring.value, flags=re.MULTILINE
+        )
+        text = re.sub(r"\[`([~\w.]+)`\]", link, text)
         text = re.sub(r"^( *)> \[!NOTE\]\n( *> )", r"\1\2", text, flags=re.MULTILINE)
         text = re.sub(r"^Parameters:$", "Args:", text, flags=re.MULTILINE)
         text = re.sub(r"^ +> Parameters that .*\n+", "", text, flags=re.MULTILINE)
