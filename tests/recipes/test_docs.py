@@ -1,79 +1,343 @@
-"""What the documentation on evaluation says can be typed in."""
+"""What the README and the documentation say can be typed in, runs, and leads somewhere."""
 
 from __future__ import annotations
 
+import argparse
+import ast
+import importlib
 import re
 import runpy
 import shlex
+import sys
+import tomllib
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from trl import ModelConfig, TrlParser
 
+import trl_diffusion
 from trl_diffusion import DTRPOConfig, DTRPOTrainer
+from trl_diffusion.decoding.strategies import STRATEGIES
 from trl_diffusion.evaluation.run import TASK_NAMES, check_tasks
 from trl_diffusion.evaluation.settings import check_settings, read_mapping
+from trl_diffusion.plan import __main__ as plan
+from trl_diffusion.viz import __main__ as viz
 
 
 ROOT = Path(__file__).resolve().parents[2]
-PARSED = {
-    "evaluate.py": lambda recipe: (recipe["EvaluateArguments"],),
-    "collect.py": lambda recipe: (recipe["CollectArguments"], ModelConfig),
-    "train.py": lambda recipe: (recipe["ScriptArguments"], DTRPOConfig, ModelConfig),
-}
+PAGES = [
+    "README.md",
+    "benchmarks/RESULTS.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+]
+UNRUNNABLE = "<!-- needs a 7B model -->\n"  # before a Python block that is compiled only
+# Commands of others, which are not parsed.
+FOREIGN = {"curl", "done", "for", "hf", "mkdir", "source"}
 
 
-def commands(name: str) -> list[str]:
-    """The commands that start a recipe, in the shell blocks of a document."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if re.search(r"(^| )recipes/\w+\.py", line)]
+@cache
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", [*commands("reproduce.md"), *commands("evaluation.md")])
-def test_commands_are_understood(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    words = shlex.split(command, comments=True)
-    place = next(index for index, word in enumerate(words) if word.startswith("recipes/"))
-    script, options = words[place], words[place + 1 :]
-    name = script.split("/")[-1]
-    if name == "train.py":
-        options += ["--bf16", "false"]  # as the machine may have no GPU
-    recipe = runpy.run_path(str(ROOT / script))
-    args, *others = TrlParser(PARSED[name](recipe)).parse_args_and_config(args=options)
-    if name == "evaluate.py":
+def blocks(page: str, language: str) -> list[tuple[str, bool]]:
+    """The code blocks of a page, and whether each can be run here."""
+    found = re.findall(
+        rf"({re.escape(UNRUNNABLE)})?^```{language}\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE
+    )
+    return [(code, not mark) for mark, code in found]
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands in the shell blocks of a page, split into words."""
+    lines = "\n".join(code for code, _ in blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+# ------------------------------------------------------------------------------------------------------- shell commands
+
+
+@cache
+def recipe(script: str) -> dict:
+    return runpy.run_path(str(ROOT / script))
+
+
+class Parsed(Exception):
+    """A script has read its command line: nothing more is wanted of it."""
+
+
+def parse_script(script: str, options: list[str], monkeypatch) -> tuple:
+    """What a recipe makes of its command line."""
+    scope = recipe(script)
+    if script == "recipes/train.py":
+        monkeypatch.setattr(sys, "argv", [script, *options, "--bf16", "false"])  # the machine may have no GPU
+        return scope["parse"]()
+    if script == "recipes/collect.py":
+        return TrlParser((scope["CollectArguments"], ModelConfig)).parse_args_and_config(args=options)
+    if script == "recipes/evaluate.py":
+        (args,) = TrlParser((scope["EvaluateArguments"],)).parse_args_and_config(args=options)
         local = {"sudoku", "countdown"} & set(args.tasks)
         check_tasks([task for task in args.tasks if task not in local] or ["gsm8k"], None, args.allow_code_execution)
         check_settings(read_mapping(args.decoding, "decoding"))
-    if name == "train.py":
-        assert args.trajectories and others[0].loss_type == "dpo"
+        return (args,)
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, *args, **kwargs):
+        parse(self, *args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Parsed):
+        scope["main"]()
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    return ()
 
 
-def test_reproduction_is_complete():
-    """Each of the three models is measured before and after, on all that the paper's table has."""
-    found = [line for line in commands("reproduce.md") if "evaluate.py" in line]
+def check_install(words: list[str]) -> None:
+    """`pip` is not run, but what it is asked for is there."""
+    extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+    for index, word in enumerate(words):
+        if word == "-c":
+            assert (ROOT / words[index + 1]).is_file(), words
+        if word.startswith(".["):
+            assert set(word[2:-1].split(",")) <= set(extras), words
+
+
+def check_module(module: str, options: list[str]) -> None:
+    if module == "venv":
+        return
+    if module == "trl_diffusion.evaluation":
+        return check_harness(options)
+    parser = {"trl_diffusion.plan": plan._parser, "trl_diffusion.viz": viz._parser}[module]()
+    config = getattr(parser.parse_args(options), "config", None)
+    assert config is None or (ROOT / config).is_file(), config
+
+
+def check_harness(options: list[str]) -> None:
+    harness = pytest.importorskip("lm_eval._cli", reason="needs the extra `eval`")
+    arguments = harness.HarnessCLI()._parser.parse_args(["run", *options])
+    assert arguments.model == "trl_diffusion"
+
+
+def check(words: list[str], monkeypatch) -> None:
+    """Has a command parsed by what it starts."""
+    first, rest = words[0], words[1:]
+    if first in FOREIGN or re.match(r"\w+=", first):
+        return
+    if first == "pip":
+        check_install(rest)
+    elif first == "make":
+        targets = re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE)
+        assert rest and all(word in targets or word.startswith("ARGS=") for word in rest), words
+    elif first == "lm_eval":
+        check_harness(rest)
+    elif words[:2] == ["python", "-m"]:
+        check_module(words[2], words[3:])
+    elif first == "python":
+        parse_script(rest[0], rest[1:], monkeypatch)
+    elif words[:2] == ["accelerate", "launch"]:
+        launch = launch_command_parser().parse_args(words[2:])
+        assert launch.config_file is None or (ROOT / launch.config_file).is_file(), words
+        parse_script(launch.training_script, launch.training_script_args, monkeypatch)
+    else:
+        raise AssertionError(f"nobody knows what this starts: {' '.join(words)}")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_are_understood(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for words in commands(page):
+        check(words, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make nothing",
+        "pip install .[nothing]",
+        "python -m trl_diffusion.plan MODEL --no_such_option 1",
+        "accelerate launch --config_file recipes/accelerate/zero9.yaml recipes/train.py",
+        "accelerate launch recipes/train.py --no_such_option 1",
+        "python recipes/gsm8k_preferences.py",
+        "lm_eval --model hf --tasks gsm8k",
+        "trl-diffuse train",
+    ],
+)
+def test_mistakes_would_be_found(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((AssertionError, ValueError, SystemExit)):
+        check(shlex.split(line), monkeypatch)
+
+
+def test_reproduction_is_complete(monkeypatch):
+    """Each of the three models is measured before and after, on all that the paper's table has, and trained on pairs."""
+    monkeypatch.chdir(ROOT)
+    found = [words for words in commands("docs/reproduce.md") if "recipes/evaluate.py" in words]
     for model in (
         "Efficient-Large-Model/Fast_dLLM_v2_7B",
         "GSAI-ML/LLaDA-8B-Instruct",
         "Dream-org/Dream-v0-Instruct-7B",
     ):
-        before, after = (shlex.split(line) for line in found if model in line)
+        before, after = (words for words in found if model in words)
         for words in (before, after):
             assert {"gpqa", "gsm8k", "math", "humaneval_plus", "ifeval"} <= set(words)
             assert words[words.index("--decoding") + 1] == before[before.index("--decoding") + 1]
         assert "--adapter_name_or_path" in after and "--adapter_name_or_path" not in before
+    trained = [words for words in commands("docs/reproduce.md") if "recipes/train.py" in words]
+    assert len(trained) == 3
+    for words in trained:
+        script, args, _ = parse_script("recipes/train.py", words[words.index("recipes/train.py") + 1 :], monkeypatch)
+        assert script.trajectories and args.loss_type == "dpo"
+
+
+# --------------------------------------------------------------------------------------------------------- Python blocks
+
+
+def check_decoding(names: dict) -> None:
+    assert len(names["answers"].texts) == 1
+    assert names["batch"].steps[0, :6].tolist() == sorted(names["batch"].steps[0, :6].tolist(), reverse=True)
+
+
+def check_best_checkpoint(names: dict) -> None:
+    assert names["trainer"].state.best_model_checkpoint is not None
+
+
+def check_strategy(names: dict) -> None:
+    """More than one position goes at some step, and what goes first was the surest."""
+    batch = names["batch"]
+    assert 0 < int(batch.steps.max()) < 7 and names["args"].decoding_strategy == "nearly_as_sure"
+
+
+AFTERWARDS: dict[str, Callable[[dict], None]] = {
+    "docs/decoding.md": check_decoding,
+    "docs/evaluation.md": check_best_checkpoint,
+    "docs/howto/strategy.md": check_strategy,
+}
+# The README trains on what the how-to collects.
+TOGETHER = {"README.md": ["docs/howto/offline.md", "README.md"]}
+RUN = [page for page in PAGES if blocks(page, "python") and page != "docs/howto/offline.md"]
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_python_runs_as_printed(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = dict(STRATEGIES)
+    try:
+        for name in TOGETHER.get(page, [page]):
+            run_blocks(name)
+    finally:  # a page adds one of its own
+        STRATEGIES.clear()
+        STRATEGIES.update(known)
+
+
+def run_blocks(page: str) -> None:
+    names: dict = {}
+    for code, runs in blocks(page, "python"):
+        if runs:
+            exec(compile(code, page, "exec"), names)
+    if isinstance(trainer := names.get("trainer"), DTRPOTrainer):
+        assert trainer.state.global_step > 0
+    if page in AFTERWARDS:
+        AFTERWARDS[page](names)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(not runs for _, runs in blocks(page, "python"))])
+def test_python_that_needs_a_large_model_is_right_as_far_as_can_be_seen(page):
+    """It compiles, its imports resolve, and the options it names exist."""
+    for code, runs in blocks(page, "python"):
+        if runs:
+            continue
+        tree = ast.parse(code)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    importlib.import_module(alias.name)
+            elif isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), node.module
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "DTRPOConfig":
+                names = {keyword.arg for keyword in node.keywords}
+                assert names <= set(DTRPOConfig.__dataclass_fields__), names
+
+
+# ------------------------------------------------------------------------------------------------------ what is named
+
+
+def test_options_in_the_table_exist_and_none_is_missing():
+    """The table of what `DTRPOConfig` adds to TRL's config."""
+    from trl import GRPOConfig
+
+    own = set(DTRPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
+    table = text_of("docs/howto/grpo.md").split("| option |")[1]
+    named = set(re.findall(r"`([a-z_]+)`", "".join(line.split("|")[1] for line in re.findall(r"^\|.*", table, re.M))))
+    assert named == own
 
 
 def test_tasks_in_the_table_exist():
-    rows = re.findall(r"^\| (`[a-z0-9_`, ]+`) \|", (ROOT / "docs" / "evaluation.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (`[a-z0-9_`, ]+`) \|", text_of("docs/evaluation.md"), re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`([a-z0-9_]+)`", row)}
     assert named == set(TASK_NAMES)
 
 
-def test_the_example_of_evaluation_in_training(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.DOTALL).group(1)
-    monkeypatch.chdir(tmp_path)
-    scope: dict = {}
-    exec(compile(code, "evaluation.md", "exec"), scope)
-    trainer = scope["trainer"]
-    assert isinstance(trainer, DTRPOTrainer) and trainer.state.best_model_checkpoint is not None
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths_lead_somewhere(page):
+    """Links and pictures, as the repository has them, and paths in backticks. (Anchors are checked by the build.)"""
+    text = re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) + re.findall(r"src=\"([^\"]+)\"", text):
+        if not re.match(r"https?://|mailto:", target):
+            assert ((ROOT / page).parent / target).exists(), target
+    for path in re.findall(r"`((?:recipes|docs|trl_diffusion|tests|benchmarks)/[^`\s]*)`", text):
+        assert (ROOT / path.split("::")[0]).exists(), path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "::" in text_of(page)])
+def test_tests_that_are_named_exist(page):
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text_of(page))
+    for path, name in named:
+        functions = {n.name for n in ast.parse(text_of(path)).body if isinstance(n, ast.FunctionDef)}
+        assert name in functions, f"{path}::{name}"
+
+
+def test_every_complaint_has_a_test():
+    """Each row of the table says what is done, or that nothing is, and names a test."""
+    rows = text_of("docs/troubleshooting.md").split("| symptom |")[1].strip().splitlines()[2:]
+    assert len(rows) > 30
+    for row in rows:
+        _symptom, _here, shown = (cell for cell in row.strip("| ").split(" | "))
+        assert re.search(r"`tests/[\w/]+\.py::test_\w+`", shown), row
+
+
+def test_every_concept_has_one_file():
+    """Each part of the method has a file in the map, no file is there twice, and files that cite a part are in the map."""
+    rows = re.findall(
+        r"^\| (\d) .*? \| `(trl_diffusion/[\w/]+\.py)` \|$", text_of("docs/architecture.md"), re.MULTILINE
+    )
+    files = [path for _, path in rows]
+    assert len(files) == len(set(files)) and all((ROOT / path).is_file() for path in files)
+    assert {number for number, _ in rows} == set("1234567")
+    citing = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "trl_diffusion").rglob("*.py")
+        if "docs/method.md" in path.read_text()
+    }
+    assert citing - set(files) <= {"trl_diffusion/trainer/config.py"}  # which has an option for each
+
+
+def test_the_site_is_built(tmp_path):
+    """Nothing is missing in the navigation, no link or anchor leads nowhere, and every public name is on the page."""
+    pytest.importorskip("mkdocstrings", reason="needs the extra `docs`")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True)
+    config.plugins.on_startup(command="build", dirty=False)
+    build(config)
+    page = (tmp_path / "api.html").read_text()
+    assert all(f'id="trl_diffusion.{name}"' in page for name in trl_diffusion.__all__)
+    outside = re.findall(r"<(?:script|link)[^>]*(?:src|href)=\"https?://", page)
+    assert not outside  # nothing is loaded from elsewhere

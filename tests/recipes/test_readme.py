@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 from trl_diffusion import DTRPOTrainer
 
 
@@ -43,10 +41,3 @@ def test_the_trainer_docstring_example_is_valid(tmp_path, monkeypatch):
     scope = {}
     exec(compile(short, "docstring", "exec"), scope)
     assert scope["trainer"].state.global_step == 1
-
-
-@pytest.mark.parametrize("option", re.findall(r"^\| `([a-z_]+)` \|", README.read_text(), re.MULTILINE))
-def test_options_in_the_readme_exist(option):
-    from trl_diffusion import DTRPOConfig
-
-    assert option in DTRPOConfig.__dataclass_fields__
