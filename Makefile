@@ -45,7 +45,7 @@ types: $(BIN)/.installed ## Checks types.
 	$(BIN)/mypy
 
 docs: $(BIN)/.installed ## Builds the documentation into site/. Links that lead nowhere are errors.
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: lint types docs ## Checks all that needs no run: style, types, documentation.
 

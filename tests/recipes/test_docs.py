@@ -66,7 +66,20 @@ def recipe(script: str) -> dict:
 
 
 class Parsed(Exception):
-    """A script has read its command line: nothing more is wanted of it."""
+    """A command has read its options: nothing more is wanted of it."""
+
+
+def options_of(start: Callable[[], object], monkeypatch) -> argparse.Namespace:
+    """What the `argparse` parser of a command makes of its options. The command goes no further."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, *args, **kwargs):
+        raise Parsed(parse(self, *args, **kwargs))
+
+    with monkeypatch.context() as patch, pytest.raises(Parsed) as parsed:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        start()
+    return parsed.value.args[0]
 
 
 def parse_script(script: str, options: list[str], monkeypatch) -> tuple:
@@ -83,19 +96,8 @@ def parse_script(script: str, options: list[str], monkeypatch) -> tuple:
         check_tasks([task for task in args.tasks if task not in local] or ["gsm8k"], None, args.allow_code_execution)
         check_settings(read_mapping(args.decoding, "decoding"))
         return (args,)
-    parse = argparse.ArgumentParser.parse_args
-
-    def stop(self, *args, **kwargs):
-        parse(self, *args, **kwargs)
-        raise Parsed
-
     monkeypatch.setattr(sys, "argv", [script, *options])
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    with pytest.raises(Parsed):
-        scope["main"]()
-    monkeypatch.undo()
-    monkeypatch.chdir(ROOT)
-    return ()
+    return (options_of(scope["main"], monkeypatch),)
 
 
 def check_install(words: list[str]) -> None:
@@ -108,13 +110,13 @@ def check_install(words: list[str]) -> None:
             assert set(word[2:-1].split(",")) <= set(extras), words
 
 
-def check_module(module: str, options: list[str]) -> None:
+def check_module(module: str, options: list[str], monkeypatch) -> None:
     if module == "venv":
         return
     if module == "trl_diffusion.evaluation":
         return check_harness(options)
-    parser = {"trl_diffusion.plan": plan._parser, "trl_diffusion.viz": viz._parser}[module]()
-    config = getattr(parser.parse_args(options), "config", None)
+    main = {"trl_diffusion.plan": plan.main, "trl_diffusion.viz": viz.main}[module]
+    config = getattr(options_of(lambda: main(options), monkeypatch), "config", None)
     assert config is None or (ROOT / config).is_file(), config
 
 
@@ -137,7 +139,7 @@ def check(words: list[str], monkeypatch) -> None:
     elif first == "lm_eval":
         check_harness(rest)
     elif words[:2] == ["python", "-m"]:
-        check_module(words[2], words[3:])
+        check_module(words[2], words[3:], monkeypatch)
     elif first == "python":
         parse_script(rest[0], rest[1:], monkeypatch)
     elif words[:2] == ["accelerate", "launch"]:
