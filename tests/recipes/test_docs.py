@@ -338,6 +338,16 @@ def test_every_concept_has_one_file():
     assert citing - set(files) <= {"trl_diffusion/trainer/config.py"}  # which has an option for each
 
 
+def test_pictures_can_be_drawn_again(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs the extra `viz`")
+    scope = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+    monkeypatch.setitem(scope["main"].__globals__, "PICTURES", tmp_path)
+    scope["main"]([])
+    drawn, kept = ({path.name for path in folder.glob("*.png")} for folder in (tmp_path, ROOT / "docs" / "pictures"))
+    assert drawn == kept - {"rewards.png"}  # which is that of a run of some minutes
+    assert all(path.stat().st_size < 100_000 for path in (ROOT / "docs" / "pictures").glob("*.png"))
+
+
 def test_the_site_is_built(tmp_path):
     """Nothing is missing in the navigation, no link or anchor leads nowhere, and every public name is on the page."""
     pytest.importorskip("mkdocstrings", reason="needs the extra `docs`")
