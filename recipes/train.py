@@ -1,4 +1,4 @@
-"""
+r"""
 Trains a diffusion language model with dTRPO and shows what it gained.
 
     accelerate launch recipes/train.py                                                    # embedded policy, 4x4 sudoku

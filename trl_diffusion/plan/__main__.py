@@ -51,17 +51,18 @@ FROM_RECIPE = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m trl_diffusion.plan") -> int:
     """
     Runs the command.
 
     Args:
         arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
+        prog (`str`, *optional*): what the help calls it.
 
     Returns:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser(prog).parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -182,9 +183,10 @@ DEFAULTS = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
+    about = __doc__.replace("python -m trl_diffusion.plan", prog)
     parser = argparse.ArgumentParser(
-        prog="python -m trl_diffusion.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="directory or hub id; only its config is read")
     parser.add_argument("--gpus", type=int, default=8)

@@ -36,17 +36,18 @@ SUFFIXES = (".png", ".html")
 MOST_CELLS = 20_000  # of a PNG: 140 positions in as many steps
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m trl_diffusion.viz") -> int:
     """
     Runs the command.
 
     Args:
         arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
+        prog (`str`, *optional*): what the help calls it.
 
     Returns:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser(prog).parse_args(arguments)
     try:
         print(_show(options))
     except (OSError, ValueError, ImportError) as error:
@@ -55,10 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
+    about = __doc__.replace("python -m trl_diffusion.viz", prog)
     parser = argparse.ArgumentParser(
-        prog="python -m trl_diffusion.viz",
-        description=__doc__,
+        prog=prog,
+        description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", metavar="DATASET", type=Path, help="directory of trajectories")

@@ -1,0 +1,146 @@
+"""
+The command `trl-diffusion`: the recipes, `python -m trl_diffusion.plan`, `.viz` and `.decoding` under one name. Its own
+help, its version and a mistyped option of its own come at once: nothing is imported for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from runpy import run_module
+
+from . import __version__
+
+
+PROG = "trl-diffusion"
+PACKAGE = Path(__file__).parent
+RECIPES = {
+    "train": "teach a policy a task, from fresh or stored answers or from preferences (without options: the embedded "
+    "policy, 4x4 sudoku, five minutes on 2 cores)",
+    "collect": "let a policy answer, score the answers, and store how they were denoised, to train on them as often as "
+    "you like",
+    "evaluate": "measure a policy, or an adapter, on benchmarks",
+}
+MODULES = {
+    "generate": ("decoding", "answer a prompt, and watch it being denoised"),
+    "plan": ("plan", "say what fits on which GPU, and how long it takes, from the config of a model alone"),
+    "view": ("viz", "draw a stored answer being denoised"),
+}
+EXAMPLES = f"""
+from a first success to a model of your own:
+  {PROG} generate "countdown 1,2,3=6" --max_new_tokens 16
+  {PROG} train
+  {PROG} collect --task sudoku --train_size 320
+  {PROG} view outputs/trajectories 0 --output answer.html
+  {PROG} train --config tiny_offline --trajectories outputs/trajectories
+  {PROG} plan GSAI-ML/LLaDA-8B-Instruct --gpus 8 --memory 80
+  {PROG} train --accelerate_config zero3 --config llada_8gpu --train_file gsm8k/train.jsonl
+  {PROG} evaluate --model_name_or_path outputs/llada_8gpu --tasks gsm8k math500
+
+{PROG} COMMAND --help lists the options of a command.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    Runs the command. A recipe takes the place of this process.
+
+    Args:
+        arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
+
+    Returns:
+        `int`: exit code.
+
+    Raises:
+        SystemExit: with code 2, after a line on stderr that says what is wrong with the arguments.
+    """
+    parser, commands = _parsers()
+    options, rest = parser.parse_known_args((sys.argv[1:] if arguments is None else arguments) or ["--help"])
+    name = options.command
+    if vars(options).get("config"):
+        rest = ["--config", options.config, *rest]
+    if name in MODULES:
+        return import_module(f".{MODULES[name][0]}.__main__", __package__).main(rest, prog=f"{PROG} {name}")
+    if {"-h", "--help"} & set(rest):
+        commands[name].print_help()
+        print(f"\nOptions of recipes/{name}.py:\n")
+        return _recipe_help(name)
+    command = launch_command(name, rest, options.accelerate_config, options.num_processes)
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def launch_command(
+    recipe: str, arguments: list[str], accelerate_config: str | None = None, num_processes: int | None = None
+) -> list[str]:
+    """
+    The words of an `accelerate launch` that starts a recipe. It starts as a module: in the folder of the recipes there is
+    one that is called like the package `evaluate`.
+    """
+    words = [sys.executable, "-m", "accelerate.commands.launch"]
+    if accelerate_config is not None:
+        words += ["--config_file", accelerate_config]
+    if num_processes is not None:
+        words += ["--num_processes", str(num_processes)]
+    return [*words, "--module", f"{__package__}.recipes.{recipe}", *arguments]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and that of each command, which leaves the options that are not for starting it."""
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    about = "Reinforcement learning for diffusion language models, on TRL."
+    parser = argparse.ArgumentParser(PROG, description=about, epilog=EXAMPLES, **style)
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+    for name, purpose in {**RECIPES, **{name: purpose for name, (_, purpose) in MODULES.items()}}.items():
+        about = _about(name) if name in RECIPES else None
+        command = commands.add_parser(name, help=purpose, description=about, add_help=False, **style)
+        if name in (*RECIPES, "plan"):
+            command.add_argument(
+                "--config", type=_file(PACKAGE / "recipes"), metavar="NAME_OR_PATH",
+                help="options from a YAML file, or from a recipe that comes with the package, such as llada",
+            )  # fmt: skip
+        if name in RECIPES:
+            command.add_argument(
+                "--accelerate_config", type=_file(PACKAGE / "recipes" / "accelerate"), metavar="NAME_OR_PATH",
+                help="engine: ddp, zero2, zero3, zero3_offload or fsdp2, for 8 GPUs, or a config file of accelerate's",
+            )  # fmt: skip
+            command.add_argument("--num_processes", type=int, metavar="N", help="instead of one for each GPU")
+    return parser, commands.choices
+
+
+def _file(folder: Path) -> Callable[[str], str]:
+    """What makes a path of the name of a YAML file: of one that is there, or else of one that is in `folder`."""
+
+    def find(name: str) -> str:
+        for path in (Path(name), PACKAGE / name, folder / f"{name}.yaml"):
+            if path.is_file():
+                return str(path)
+        names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise argparse.ArgumentTypeError(f"there is no file {name}, and what comes with the package is {names}")
+
+    return find
+
+
+def _about(recipe: str) -> str:
+    """What a recipe says at its top, with the commands as they are here."""
+    code = (PACKAGE / "recipes" / f"{recipe}.py").read_text(encoding="utf-8")
+    return re.sub(r"(accelerate launch|python) recipes/(\w+)\.py", rf"{PROG} \2", ast.get_docstring(ast.parse(code)))
+
+
+def _recipe_help(name: str) -> int:
+    """The help of the recipe itself."""
+    before, sys.argv = sys.argv, [f"{PROG} {name}", "--help"]
+    try:
+        run_module(f"{__package__}.recipes.{name}", run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0

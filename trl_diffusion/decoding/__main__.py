@@ -1,0 +1,141 @@
+"""
+Answers a prompt on the terminal, and shows how the answer is denoised.
+
+    python -m trl_diffusion.decoding "countdown 1,2,3=6" --max_new_tokens 16                # the embedded policy
+    python -m trl_diffusion.decoding "What is 17 + 25?" --model MODEL --chat --strategy threshold
+    python -m trl_diffusion.decoding "What is 17 + 25?" --adapter outputs/llada --chat
+    echo "sudoku 3102200002100320" | python -m trl_diffusion.decoding --tokens_per_step 2 > answer.txt
+
+On a terminal a masked position is shown as `░`. Elsewhere, such as in a file, only the answer is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from dataclasses import fields
+from typing import Any
+
+from .config import APPROXIMATE_CACHES, SCHEDULES, STOP_RULES, DecodingConfig
+from .strategies import STRATEGIES
+
+
+CHOICES = {
+    "strategy": tuple(STRATEGIES),
+    "schedule": SCHEDULES,
+    "stop_rule": STOP_RULES,
+    "approximate_cache": APPROXIMATE_CACHES,
+}
+FLOATS = ("temperature", "threshold", "top_p", "entropy_bound")
+LISTS = ("suppress_tokens", "stop_token_ids")
+
+
+def main(arguments: list[str] | None = None, prog: str = "python -m trl_diffusion.decoding") -> int:
+    """
+    Runs the command.
+
+    Args:
+        arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
+        prog (`str`, *optional*): what the help calls it.
+
+    Returns:
+        `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
+    """
+    options = _parser(prog).parse_args(arguments)
+    try:
+        print(_answer(options))
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _answer(options: argparse.Namespace) -> str:
+    from ..evaluation.policy import load_policy
+    from ..evaluation.settings import read_mapping
+    from ..policies.tiny import tiny_policy_path
+    from .generate import generate
+
+    given = {field.name: getattr(options, field.name) for field in fields(DecodingConfig)}
+    config = DecodingConfig(**{name: value for name, value in given.items() if value is not None})
+    prompt = _prompt(options.prompt)
+    policy = load_policy(
+        options.model or (None if options.adapter else tiny_policy_path()),
+        options.adapter,
+        options.tokenizer,
+        dtype=options.dtype,
+        diffusion_spec=read_mapping(options.diffusion_spec, "diffusion_spec"),
+    )
+    if options.chat and not policy.tokenizer.chat_template:
+        raise ValueError("--chat: the tokenizer has no chat template. Leave --chat out, or pass another --tokenizer.")
+    answers = generate(
+        policy.model,
+        policy.tokenizer,
+        [[{"role": "user", "content": prompt}]] if options.chat else prompt,
+        config,
+        seed=options.seed,
+        streamer=sys.stdout.isatty() if options.stream is None else options.stream,
+        spec=policy.spec,
+    )
+    return answers.texts[0]
+
+
+def _prompt(given: str | None) -> str:
+    """The prompt of the command line, or standard input without the newline at its end."""
+    if given is None or given == "-":
+        if sys.stdin.isatty():
+            raise ValueError("There is no prompt. Pass one in quotes, or on standard input.")
+        given = sys.stdin.read().removesuffix("\n")
+    if not given:
+        raise ValueError("The prompt is empty.")
+    return given
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    about = __doc__.replace("python -m trl_diffusion.decoding", prog)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to answer (default: standard input)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
+    parser.add_argument("--model", help="path or hub id (default: the adapter's, or else the embedded policy)")
+    parser.add_argument("--adapter", help="path or hub id of a LoRA adapter")
+    parser.add_argument("--tokenizer", help="path or hub id, if it is not where the model is")
+    parser.add_argument("--dtype", default="auto", help="type of the weights, such as bfloat16")
+    parser.add_argument(
+        "--diffusion_spec", help="fields of DiffusionSpec that the model lacks, like block_size:32, or JSON"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="source of randomness at a temperature (default: 0)")
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="show the steps of denoising (default: on a terminal)",
+    )
+    group = parser.add_argument_group("decoding", "Settings of DecodingConfig.")
+    for name, about in _settings().items():
+        group.add_argument(f"--{name}", help=about.replace("%", "%%"), **_kind(name))
+    return parser
+
+
+def _settings() -> dict[str, str]:
+    """Each setting of [`DecodingConfig`] with its paragraph of the docstring."""
+    text = DecodingConfig.__doc__.split("Args:\n", 1)[1]
+    found = re.findall(r"^ {8}(\w+) \(.*?\):\n((?: {12}.*\n)+)", text, re.MULTILINE)
+    about = {name: " ".join(paragraph.split()).replace("`", "") for name, paragraph in found}
+    return {field.name: f"{about[field.name]} (default: {field.default})" for field in fields(DecodingConfig)}
+
+
+def _kind(name: str) -> dict[str, Any]:
+    """How argparse is to read a setting."""
+    if name == "allow_mask_token":
+        return {"action": "store_true", "default": None}
+    if name in LISTS:
+        return {"type": int, "nargs": "*", "metavar": "ID"}
+    if name in CHOICES:
+        return {"choices": CHOICES[name]}
+    return {"type": float if name in FLOATS else int, "metavar": "X" if name in FLOATS else "N"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
