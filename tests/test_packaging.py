@@ -11,9 +11,10 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import SPECS, make_policy
-from trl_diffusion import __version__
+from trl_diffusion import __version__, generate, tiny_policy_path
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +31,7 @@ target, config = Path(sys.argv[1]), sys.argv[2]
 assert Path(trl_diffusion.__file__).parent == target / "trl_diffusion", trl_diffusion.__file__
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 assert Path(trl_diffusion.tiny_policy_path()).is_relative_to(target)
-assert main(["generate", "countdown 1,2,3=6", "--max_new_tokens", "16", "--tokens_per_step", "2"]) == 0
+assert main(["generate", "sudoku 3102200002100320", "--max_new_tokens", "17"]) == 0
 assert main(["plan", config, "--config", "tiny_sudoku", "--batch_size", "2", "--num_generations", "2",
              "--rollout_batch_size", "2"]) == 0
 """
@@ -99,5 +100,6 @@ def test_the_installed_wheel_works(built, tmp_path):
     options = {"cwd": elsewhere, "env": environment}
     assert "collect" in run(sys.executable, target / "bin" / "trl-diffusion", "--help", **options)
     output = run(sys.executable, "-c", INSTALLED, target, config, **options)
-    answer, *plan = output.splitlines()
-    assert answer and "The first that fits" in output and plan
+    model, tokenizer = (kind.from_pretrained(tiny_policy_path()) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    (answer,) = generate(model, tokenizer, "sudoku 3102200002100320", max_new_tokens=17).texts
+    assert len(answer) == 16 and output.splitlines()[0] == answer and "The first that fits" in output

@@ -33,9 +33,10 @@ MODULES = {
     "view": ("viz", "draw a stored answer being denoised"),
 }
 EXAMPLES = f"""
-from a first success to a model of your own:
-  {PROG} generate "countdown 1,2,3=6" --max_new_tokens 16
+from the embedded policy, which is bad at 4x4 sudoku before it is trained, to a model of your own:
+  {PROG} generate "sudoku 3102200002100320" --max_new_tokens 17 --tokens_per_step 2
   {PROG} train
+  {PROG} generate "sudoku 3102200002100320" --max_new_tokens 17 --tokens_per_step 2 --model outputs/tiny_sudoku
   {PROG} collect --task sudoku --train_size 320
   {PROG} view outputs/trajectories 0 --output answer.html
   {PROG} train --config tiny_offline --trajectories outputs/trajectories

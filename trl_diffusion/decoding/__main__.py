@@ -1,12 +1,13 @@
 """
 Answers a prompt on the terminal, and shows how the answer is denoised.
 
-    python -m trl_diffusion.decoding "countdown 1,2,3=6" --max_new_tokens 16                # the embedded policy
+    python -m trl_diffusion.decoding "sudoku 3102200002100320" --max_new_tokens 17 --tokens_per_step 2
     python -m trl_diffusion.decoding "What is 17 + 25?" --model MODEL --chat --strategy threshold
     python -m trl_diffusion.decoding "What is 17 + 25?" --adapter outputs/llada --chat
-    echo "sudoku 3102200002100320" | python -m trl_diffusion.decoding --tokens_per_step 2 > answer.txt
+    echo "sudoku 3102200002100320" | python -m trl_diffusion.decoding --max_new_tokens 17 > answer.txt
 
-On a terminal a masked position is shown as `░`. Elsewhere, such as in a file, only the answer is written.
+Without a model, the embedded policy answers. On a terminal a masked position is shown as `░`. Elsewhere, such as in a
+file, only the answer is written.
 """
 
 from __future__ import annotations
