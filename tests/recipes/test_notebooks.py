@@ -49,8 +49,7 @@ def test_notebooks_in_git(path):
     assert "## For a 7B model" in notebook.cells[0].source
     for cell in code_of(notebook):
         assert not cell.outputs and cell.execution_count is None and not cell.metadata
-    assert set(notebook.metadata) == {"kernelspec", "language_info"}
-    assert set(notebook.metadata.language_info) == {"name"}  # and no version of Python
+    assert set(notebook.metadata) == {"kernelspec"}
 
 
 def test_all_are_there():
