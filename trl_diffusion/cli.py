@@ -14,6 +14,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from runpy import run_module
+from typing import Any
 
 from . import __version__
 
@@ -94,9 +95,9 @@ def launch_command(
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser, and that of each command, which leaves the options that are not for starting it."""
-    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    about = "Reinforcement learning for diffusion language models, on TRL."
-    parser = argparse.ArgumentParser(PROG, description=about, epilog=EXAMPLES, **style)
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    purpose = "Reinforcement learning for diffusion language models, on TRL."
+    parser = argparse.ArgumentParser(PROG, description=purpose, epilog=EXAMPLES, **style)
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
     for name, purpose in {**RECIPES, **{name: purpose for name, (_, purpose) in MODULES.items()}}.items():
@@ -132,7 +133,8 @@ def _file(folder: Path) -> Callable[[str], str]:
 def _about(recipe: str) -> str:
     """What a recipe says at its top, with the commands as they are here."""
     code = (PACKAGE / "recipes" / f"{recipe}.py").read_text(encoding="utf-8")
-    return re.sub(r"(accelerate launch|python) recipes/(\w+)\.py", rf"{PROG} \2", ast.get_docstring(ast.parse(code)))
+    about = ast.get_docstring(ast.parse(code)) or ""
+    return re.sub(r"(accelerate launch|python) recipes/(\w+)\.py", rf"{PROG} \2", about)
 
 
 def _recipe_help(name: str) -> int:

@@ -121,7 +121,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 def _settings() -> dict[str, str]:
     """Each setting of [`DecodingConfig`] with its paragraph of the docstring."""
-    text = DecodingConfig.__doc__.split("Args:\n", 1)[1]
+    text = (DecodingConfig.__doc__ or "").split("Args:\n", 1)[-1]
     found = re.findall(r"^ {8}(\w+) \(.*?\):\n((?: {12}.*\n)+)", text, re.MULTILINE)
     about = {name: " ".join(paragraph.split()).replace("`", "") for name, paragraph in found}
     return {field.name: f"{about[field.name]} (default: {field.default})" for field in fields(DecodingConfig)}
