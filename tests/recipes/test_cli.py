@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import re
 import shlex
@@ -16,7 +15,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import SPECS, make_policy
+from tests.conftest import SPECS
 from tests.viz.test_viewer import make_batch, write_dataset
 from trl_diffusion import DecodingConfig, DTRPOConfig, __version__, generate, tiny_policy_path
 from trl_diffusion.cli import EXAMPLES, main
@@ -165,12 +164,17 @@ def test_generate(capsys, monkeypatch):
         assert shown.splitlines()[-1] == expected and "░" in shown
 
 
-def test_plan_with_a_recipe(capsys, tmp_path):
-    make_policy(SPECS["block-from-sequence"], num_hidden_layers=1).config.save_pretrained(tmp_path)
-    words = ["plan", str(tmp_path), "--json", "--gpus", "1", "--batch_size", "2", "--num_generations", "2", "--prompt_length",
-             "16", "--completion_length", "16", "--rollout_batch_size", "2", "--lora_rank", "4"]  # fmt: skip
-    explicit = json.loads(says(capsys, *words, "--tokens_per_step", "2", "--no_checkpointing"))
-    assert json.loads(says(capsys, *words, "--config", "tiny_sudoku")) == explicit
+def test_plan_with_a_recipe(monkeypatch):
+    """What the plan is told; it runs in `tests/test_packaging.py`."""
+    told = []
+    monkeypatch.setattr(
+        "trl_diffusion.plan.__main__.main", lambda arguments, prog: told.append((arguments, prog)) or 0
+    )
+    assert main(["plan", "MODEL", "--gpus", "1", "--config", "tiny_sudoku"]) == 0
+    assert main(["plan", "MODEL"]) == 0
+    ((option, path, *rest), prog), (plain, _) = told
+    assert option == "--config" and Path(path).samefile(ROOT / "recipes" / "tiny_sudoku.yaml")
+    assert rest == ["MODEL", "--gpus", "1"] and plain == ["MODEL"] and prog == "trl-diffusion plan"
 
 
 def test_view(capsys, tmp_path):
