@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast test-lowest check lint types docs clean
+.PHONY: help train test test-fast test-lowest coverage check lint types docs clean
 
 help: ## Shows this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -46,6 +46,9 @@ types: $(BIN)/.installed ## Checks types.
 
 docs: $(BIN)/.installed ## Builds the documentation into site/. Links that lead nowhere are errors.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+coverage: $(BIN)/.installed ## Runs the tests, and shows which lines of the package they run. Fewer than 90 % are an error.
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 check: lint types docs ## Checks all that needs no run: style, types, documentation.
 

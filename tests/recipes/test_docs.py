@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import os
 import re
 import runpy
 import shlex
@@ -19,7 +20,7 @@ from accelerate.commands.launch import launch_command_parser
 from trl import ModelConfig, TrlParser
 
 import trl_diffusion
-from trl_diffusion import DTRPOConfig, DTRPOTrainer
+from trl_diffusion import DTRPOConfig, DTRPOTrainer, cli
 from trl_diffusion.decoding.strategies import STRATEGIES
 from trl_diffusion.evaluation.run import TASK_NAMES, check_tasks
 from trl_diffusion.evaluation.settings import check_settings, read_mapping
@@ -126,6 +127,21 @@ def check_harness(options: list[str]) -> None:
     assert arguments.model == "trl_diffusion"
 
 
+def check_command_line(options: list[str], monkeypatch) -> None:
+    started: list[list[str]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "execv", lambda path, words: started.append(words))
+        if options[0] in cli.MODULES:
+            options_of(lambda: cli.main(options), monkeypatch)
+        elif options != ["--help"]:
+            cli.main(options)
+    for words in started:
+        launch = launch_command_parser().parse_args(words[words.index("accelerate.commands.launch") + 1 :])
+        assert launch.module and launch.training_script.startswith("trl_diffusion.recipes.")
+        script = launch.training_script.removeprefix("trl_diffusion.").replace(".", "/") + ".py"
+        parse_script(script, launch.training_script_args, monkeypatch)
+
+
 def check(words: list[str], monkeypatch) -> None:
     """Has a command parsed by what it starts."""
     first, rest = words[0], words[1:]
@@ -146,6 +162,8 @@ def check(words: list[str], monkeypatch) -> None:
         launch = launch_command_parser().parse_args(words[2:])
         assert launch.config_file is None or (ROOT / launch.config_file).is_file(), words
         parse_script(launch.training_script, launch.training_script_args, monkeypatch)
+    elif first == "trl-diffusion":
+        check_command_line(rest, monkeypatch)
     else:
         raise AssertionError(f"nobody knows what this starts: {' '.join(words)}")
 
@@ -171,6 +189,8 @@ def test_commands_are_understood(monkeypatch):
         "python recipes/gsm8k_preferences.py",
         "lm_eval --model hf --tasks gsm8k",
         "trl-diffuse train",
+        "trl-diffusion train --no_such_option 1",
+        "trl-diffusion view",
     ],
 )
 def test_mistakes_would_be_found(line, monkeypatch):
