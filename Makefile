@@ -12,7 +12,7 @@ help: ## Shows this list.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[deepspeed,docs,eval,quantization,test,viz]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[deepspeed,docs,eval,quantization,test,viz]"
 	touch $@
 
 train: $(BIN)/.installed ## Trains the embedded policy on 4x4 sudoku and shows what it gained. ARGS="..." for options.

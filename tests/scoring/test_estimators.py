@@ -38,6 +38,12 @@ DTRPO_OPTIONS = {
 }
 
 
+@pytest.fixture(params=sorted(SPECS))
+def named(request):
+    """Every kind of spec; the checkpoints of the families are for test_oracles.py."""
+    return make_policy(SPECS[request.param]), SPECS[request.param]
+
+
 def states_of(batch, spec, config: EstimatorConfig, seeds=None):
     seeds = list(range(len(batch))) if seeds is None else seeds
     return ESTIMATORS[config.name].states(batch, spec, seeds, config)
