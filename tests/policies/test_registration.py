@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from trl_diffusion.policies import registration
+
 
 LIGHT = """
 import sys
@@ -23,15 +25,46 @@ for model_type in ("llada", "Dream", "Fast_dLLM_Qwen", "sdar"):
     assert AutoModelForCausalLM._model_mapping[type(config)].__module__ == "trl_diffusion.policies.families.models"
 assert any(config.model_type == "Dream" for config in TOKENIZER_MAPPING.keys())
 assert not any("trl_diffusion" in type(finder).__module__ for finder in sys.meta_path)
+modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in ("transformers", "trl_diffusion")]
+assert not any(type(module.__spec__.loader).__module__.startswith("trl_diffusion") for module in modules if module.__spec__)
+assert seen, "another finder was passed over"
+"""
+# A finder of somebody else, which was there first.
+WATCHER = """
+import sys
+seen = []
+class Watcher:
+    def find_spec(self, name, path, target=None):
+        if name.startswith("transformers.models.auto"):
+            seen.append(name)
+sys.meta_path.insert(0, Watcher())
 """
 
 
 @pytest.mark.slow
 def test_families_are_registered_whatever_is_imported_first():
     """While a model is imported, the auto classes are there before the backbones that the families are built on."""
-    code = f"{LIGHT}from transformers import Qwen3ForCausalLM{KNOWN}"
+    code = f"{WATCHER}{LIGHT}from transformers import Qwen3ForCausalLM{KNOWN}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_a_registration_that_fails_is_tried_again(monkeypatch):
+    finder = registration._Finder()
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    tries = []
+
+    def fail_once():
+        tries.append(1)
+        if len(tries) == 1:
+            raise MemoryError("just now")
+
+    monkeypatch.setattr(registration, "register_families", fail_once)
+    with pytest.raises(MemoryError):
+        finder.finish()
+    assert finder in sys.meta_path
+    finder.finish()
+    assert len(tries) == 2 and finder not in sys.meta_path
 
 
 def test_import_is_without_warnings():
@@ -43,8 +76,6 @@ def test_transformers_first():
     """In this process transformers has long been imported."""
     from transformers import AutoConfig
 
-    from trl_diffusion.policies.registration import register_families
-
-    register_families()
+    registration.register_families()
     assert not any("trl_diffusion" in type(finder).__module__ for finder in sys.meta_path)
     assert type(AutoConfig.for_model("sdar")).__name__ == "SDARConfig"

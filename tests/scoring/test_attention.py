@@ -10,7 +10,15 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from tests.conftest import SPECS, make_policy
 from tests.scoring.test_estimators import group_rollout, states_of
-from trl_diffusion.policies.attention import PLANNED, PLANNED_FLEX, TILE, PackedMask, bucket, enable_plans
+from trl_diffusion.policies.attention import (
+    PLANNED,
+    PLANNED_FLEX,
+    TILE,
+    PackedMask,
+    bucket,
+    enable_plans,
+    planned_attention,
+)
 from trl_diffusion.policies.forward import check_attention
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
@@ -67,12 +75,15 @@ def layouts(name: str, share: bool, lengths=(13, 24, 3)):
 def test_block_mask_is_the_dense_mask(share):
     _, _, layout = layouts("block-from-sequence", share, lengths=(93, 120, 61))
     mask, dense = layout.allowed.block_mask, layout.allowed.dense()
-    rows, _, size, _ = dense.shape
-    padded = bucket(size)
+    count, _, size, _ = dense.shape
+    rows, padded = 1 << (count - 1).bit_length(), bucket(size)
     assert mask.shape == (rows, 1, padded, padded) and padded > size > TILE
     pairs = create_mask(mask.mask_mod, rows, 1, padded, padded, device="cpu")
-    assert torch.equal(pairs[:, :, :size, :size], dense)
-    assert not pairs[:, :, :size, size:].any() and pairs.any(-1).all()
+    assert torch.equal(pairs[:count, :, :size, :size], dense)
+    assert not pairs[:count, :, :size, size:].any()
+    alone = torch.eye(padded, dtype=torch.bool)  # what is added looks at itself
+    assert torch.equal(pairs[:count, :, size:], alone[size:].expand(count, 1, -1, -1))
+    assert torch.equal(pairs[count:], alone.expand(rows - count, 1, -1, -1))
     theirs = create_block_mask(mask.mask_mod, rows, 1, padded, padded, device="cpu", BLOCK_SIZE=TILE)
     assert torch.equal(mask.to_dense(), theirs.to_dense())
     assert torch.equal(mask.kv_num_blocks, theirs.kv_num_blocks)  # which tiles are looked at in part, and in whole
@@ -130,6 +141,13 @@ def test_dropout_is_refused_by_flex_attention():
     states = torch.zeros(2, 1, 19, 8)
     with pytest.raises(ValueError, match="attention_dropout=0.1"):
         hand_made().attend_flex(None, states, states, states, dropout=0.1)
+
+
+@pytest.mark.parametrize("extra", ["softcap", "s_aux", "position_bias"])
+def test_attention_that_is_more_than_a_scaled_dot_product_is_refused(extra):
+    states = torch.zeros(2, 1, 19, 8)
+    with pytest.raises(ValueError, match=f"with `{extra}`"):
+        planned_attention(None, states, states, states, None, hand_made(), **{extra: 1.0})
 
 
 @pytest.mark.gpu

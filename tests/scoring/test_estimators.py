@@ -543,6 +543,24 @@ def test_shared_prompts_change_no_number(name, estimator, sizes):
     assert results[1][3] < results[0][3]  # and there is less to run
 
 
+@pytest.mark.parametrize("counted", [0, 1])
+@torch.no_grad()
+def test_shared_prompts_of_responses_of_next_to_nothing(counted):
+    """All is read from the prompt, or nothing is scored: the responses' own parts of a row are empty."""
+    spec = SPECS["shift-autoregressive-first"]
+    policy, planned = make_policy(spec), make_policy(spec)
+    assert enable_plans(planned)
+    batch = group_rollout(policy, (2, 2), (8, 24))
+    batch = replace(batch, completion_lengths=torch.full_like(batch.completion_lengths, counted))
+    results = []
+    for model, share in ((policy, False), (policy, True), (planned, True)):
+        layout = pack(batch, spec, states_of(batch, spec, EstimatorConfig()), True, share)
+        results.append(score(model, layout, spec)[0])
+    assert (results[0] != 0).sum() == 4 * counted
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-5, rtol=0)
+
+
 def test_who_shares_a_prompt():
     policy = make_policy(SPECS["block-from-sequence"])
     assert shared_prompts(group_rollout(policy, (2, 2, 2))).tolist() == [[0, 1], [2, 3], [4, 5]]

@@ -585,6 +585,13 @@ def test_streams_are_checked_as_they_come(make_trainer):
         trainer.train()
 
 
+def test_a_policy_spread_over_devices_is_refused(make_trainer):
+    policy = AutoModelForCausalLM.from_pretrained(tiny_policy_path())
+    policy.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1}
+    with pytest.raises(ValueError, match="spread over 2 devices \\(0, 1\\).*accelerate launch"):
+        make_trainer(model=policy)
+
+
 def test_bad_input_leaves_nothing_behind(make_trainer, tmp_path):
     target = tmp_path / "never"
     with pytest.raises(ValueError, match="mask token"):

@@ -61,7 +61,7 @@ class PackedMask:
         noisy token    sees clean tokens of the blocks before its own, and its own copy
         part           sees the prefix and itself; the prefix sees itself
 
-    Nothing looks at padding. A token of padding looks at itself, so that no row of the softmax is empty.
+    Nothing looks at padding, but padding at itself, so that no row of the softmax is empty.
 
     Attributes:
         blocks (`Tensor` of shape `(Q, N)`): attention block of each token; in the prefix below those of the parts.
@@ -138,12 +138,13 @@ class PackedMask:
     @cached_property
     def block_mask(self) -> BlockMask:
         """
-        The same for FlexAttention, on rows that are padded to the length of their bucket: no `(N, N)` mask is made, and
-        a kernel is compiled for a bucket, not for each length.
+        The same for FlexAttention, on rows that are padded to the length of their bucket, and as many of them as the next
+        power of two: no `(N, N)` mask is made, and a kernel is compiled for a bucket, not for each shape.
         """
-        padding = bucket(self.blocks.shape[1]) - self.blocks.shape[1]
-        blocks, valid = functional.pad(self.blocks, (0, padding)), functional.pad(self.valid, (0, padding))
-        copies, parts = functional.pad(self.copies, (0, padding)), functional.pad(self.parts, (0, padding))
+        rows, columns = _missing(*self.blocks.shape)
+        blocks = functional.pad(self.blocks, (0, columns, 0, rows), value=_BELOW_ALL)  # looks at nothing but itself
+        valid = functional.pad(self.valid, (0, columns, 0, rows))
+        copies, parts = functional.pad(self.copies, (0, columns)), functional.pad(self.parts, (0, columns))
         padded = PackedMask(blocks, copies, valid)
         vars(padded)["parts"] = parts
         tiles = []
@@ -186,17 +187,19 @@ class PackedMask:
         if torch.is_autocast_enabled(query.device.type):
             precision = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(precision), key.to(precision), value.to(precision)
-        length = query.shape[2]
-        padding = (0, 0, 0, bucket(length) - length)
+        count, length = query.shape[0], query.shape[2]
+        rows, columns = _missing(count, length)
+        padding = (0, 0, 0, columns, 0, 0, 0, rows)
         query, key, value = (functional.pad(values, padding) for values in (query, key, value))
         attention: Callable = flex_attention
         if compiled:
             attention = _compiled_flex_attention()
-        with torch._dynamo.config.patch(recompile_limit=64):  # as many buckets may be seen
+        with torch._dynamo.config.patch(recompile_limit=64):  # for each bucket, with and without a gradient
             out = attention(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=True)
-        return out[:, :, :length].transpose(1, 2)
+        return out[:count, :, :length].transpose(1, 2)
 
 
+_BELOW_ALL = -(1 << 30)
 TILE = 128  # side of the squares that FlexAttention computes or leaves out
 
 
@@ -204,6 +207,11 @@ def bucket(length: int) -> int:
     """The length that FlexAttention runs with: a multiple of `TILE`, at most a quarter longer, four to an octave."""
     step = max(TILE, 1 << max((length - 1).bit_length() - 3, 0))
     return -(-length // step) * step
+
+
+def _missing(rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns that are missing to the shape that FlexAttention runs with."""
+    return (1 << max(rows - 1, 0).bit_length()) - rows, bucket(columns) - columns
 
 
 @cache
@@ -324,10 +332,34 @@ def planned_attention(
     attention_plan: AttentionPlan | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention, under a plan if there is one. Shapes are those of transformers' functions."""
+    """
+    Scaled dot-product attention, under a plan if there is one. Shapes are those of transformers' functions.
+
+    Raises:
+        ValueError: for a model whose attention is more than that.
+    """
+    more = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if more:
+        raise ValueError(
+            f"{type(module).__name__} computes its attention with `{more[0]}`, which scaled dot-product attention leaves "
+            "out. Load the model with attn_implementation='eager'."
+        )
     if attention_plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return attention_plan.attend(module, query, key, value, **kwargs), None
+
+
+@dataclass
+class _ByFlex:
+    """A packed mask whose attention FlexAttention computes."""
+
+    mask: PackedMask
+
+    def dense(self) -> Tensor:
+        return self.mask.dense()
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs) -> Tensor:
+        return self.mask.attend_flex(module, query, key, value, **kwargs)
 
 
 def planned_flex_attention(
@@ -339,9 +371,9 @@ def planned_flex_attention(
     attention_plan: AttentionPlan | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """As [`planned_attention`], but a packed row on a GPU goes through FlexAttention."""
-    if query.is_cuda and isinstance(attention_plan, PackedMask):
-        return attention_plan.attend_flex(module, query, key, value, **kwargs), None
+    """As [`planned_attention`], but a packed row on a GPU goes through FlexAttention, whose heads have 16 numbers or more."""
+    if isinstance(attention_plan, PackedMask) and query.is_cuda and min(query.shape[-1], value.shape[-1]) >= 16:
+        attention_plan = _ByFlex(attention_plan)
     return planned_attention(module, query, key, value, attention_mask, attention_plan, **kwargs)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
@@ -20,48 +21,70 @@ PACKAGES = ("transformers", __name__.partition(".")[0])
 
 def register_families() -> None:
     """Registers the families with transformers' auto classes: now if those are imported, or else once they are."""
-    if AUTO_CLASSES in sys.modules:
+    if _auto_classes_are_there():
         import_module(".families", __package__)  # which registers them
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
+def _auto_classes_are_there() -> bool:
+    module = sys.modules.get(AUTO_CLASSES)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
 class _Finder(MetaPathFinder):
     """
-    Finds the modules of transformers, and of this package, as Python does. When the outermost of their imports ends, and
-    the auto classes are among what it brought, the families are registered: before, modules that they need may be half
-    imported.
+    Has the modules of transformers, and of this package, found by the other finders. When the outermost of their imports
+    ends, and the auto classes are among what it brought, the families are registered: before, modules that they need may
+    be half imported.
     """
 
     def __init__(self) -> None:
         self.imports = threading.local()  # `depth`: how many of these modules this thread is importing
+        self.done = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] not in PACKAGES:
+        if self.done or fullname.partition(".")[0] not in PACKAGES:
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and type(spec.loader) is SourceFileLoader:
-            spec.loader = _Loader(spec.loader.name, spec.loader.path, self)
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
     def finish(self) -> None:
-        if AUTO_CLASSES in sys.modules and self in sys.meta_path:
-            sys.meta_path.remove(self)
+        if self.done or not _auto_classes_are_there():
+            return
+        self.done = True
+        try:
             register_families()
+        except BaseException:
+            self.done = False  # and is tried again after the next import
+            raise
+        with suppress(ValueError):
+            sys.meta_path.remove(self)
 
 
-class _Loader(SourceFileLoader):
-    def __init__(self, fullname: str, path: str, finder: _Finder) -> None:
-        super().__init__(fullname, path)
-        self.finder = finder
+class _Loader(Loader):
+    """Another loader, which gets its place in the module back before it runs, and the registration behind it."""
+
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         imports = self.finder.imports
         imports.depth = getattr(imports, "depth", 0) + 1
         try:
-            super().exec_module(module)
+            self.loader.exec_module(module)
         finally:
             imports.depth -= 1
         if imports.depth == 0:

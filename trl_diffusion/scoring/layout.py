@@ -149,7 +149,7 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
     first = starts if members is not None else torch.zeros_like(starts)
     last_block = torch.full((num_rows,), -1, device=device).scatter_reduce(0, responses, blocks, reduce="amax")
     clean_lengths = torch.where(last_block >= 0, starts + last_block * block_size - first, 0)
-    clean_width = max(int(clean_lengths.max()), 0 if members is not None else 1) if num_rows else 1
+    clean_width = max(int(clean_lengths.max()), 1) if num_rows else 1  # a part without tokens is no part
     clean_columns = torch.arange(clean_width, device=device)
     clean_positions = first[:, None] + clean_columns
     clean_valid = clean_columns < clean_lengths[:, None]

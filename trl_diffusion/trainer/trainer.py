@@ -268,6 +268,13 @@ class DTRPOTrainer(GRPOTrainer):
                 for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
             ]
         self.spec = spec
+        devices = set(getattr(unwrap(self.model), "hf_device_map", {}).values())
+        if len(devices) > 1:
+            raise ValueError(
+                f"The policy is spread over {len(devices)} devices ({', '.join(sorted(map(str, devices)))}): its attention "
+                "masks are on one of them. Start with `accelerate launch`, which gives each process one GPU, or load the "
+                "model with device_map=None. A policy that does not fit on one GPU trains with ZeRO-3 or FSDP."
+            )
         planned = [enable_plans(unwrap(policy)) for policy in (self.model, self.ref_model) if policy is not None]
         self._share_prompts = args.share_prompts and spec.attention == "block" and all(planned)
         # Recorded and re-scored log-probabilities are compared: no dropout between them.
