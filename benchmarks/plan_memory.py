@@ -32,7 +32,7 @@ SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, 
 WIDE = {**SMALL, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12,
         "vocab_size": 32768, "tie_word_embeddings": False}  # fmt: skip
 CASES = {
-    "three layers, few rows": {"model": {**SMALL, "num_hidden_layers": 3}, "rows": 8},
+    "three layers, few rows": {"model": {**SMALL, "num_hidden_layers": 3}, "rows": 8, "completion": 64},
     "small, full": {"model": SMALL},
     "small, full, checkpointing": {"model": SMALL, "checkpointing": True},
     "small, LoRA": {"model": SMALL, "lora": True},
@@ -64,7 +64,7 @@ def planned(case: dict) -> tuple[float, Footprint]:
 
     config, spec = policy_config(case)
     work = Workload(
-        batch_size=case.get("rows", ROWS), num_generations=GENERATIONS, prompt_length=PROMPT, completion_length=COMPLETION,
+        batch_size=case.get("rows", ROWS), num_generations=GENERATIONS, prompt_length=PROMPT, completion_length=case.get("completion", COMPLETION),
         rollout_batch_size=case.get("rows", ROWS), checkpointing=case.get("checkpointing", False), accumulation=case.get("accumulation", 1),
         estimator=EstimatorConfig(num_draws=case.get("draws", 1)), tokens_per_step=4,
     )  # fmt: skip
@@ -115,7 +115,7 @@ def train(case: dict, dataset, tokenizer) -> None:
         model=AutoModelForCausalLM.from_config(config),
         reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
         args=DTRPOConfig(
-            output_dir=directory, per_device_train_batch_size=case.get("rows", ROWS), num_generations=GENERATIONS, max_completion_length=COMPLETION,
+            output_dir=directory, per_device_train_batch_size=case.get("rows", ROWS), num_generations=GENERATIONS, max_completion_length=case.get("completion", COMPLETION),
             tokens_per_step=4, num_draws=case.get("draws", 1), max_steps=3, bf16=False, save_strategy="no", report_to="none",
             gradient_checkpointing=case.get("checkpointing", False), disable_tqdm=True, log_level="error", use_cpu=True,
             gradient_accumulation_steps=case.get("accumulation", 1), steps_per_generation=1 if case.get("accumulation") else None,

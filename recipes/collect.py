@@ -11,7 +11,6 @@ An interrupted run goes on where it stopped when the same command is given again
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from trl_diffusion import DecodingConfig, collect, tiny_policy_path
+from trl_diffusion.evaluation.settings import read_mapping
 from trl_diffusion.policies.loading import resolve_spec
 from trl_diffusion.tasks import TASKS, load_task
-from trl_diffusion.utils import processes, use_all_cores
+from trl_diffusion.utils import errors_in_a_line, processes, use_all_cores
 
 
 @dataclass
@@ -63,7 +63,7 @@ def main(args: CollectArguments, model_args: ModelConfig) -> None:
         attn_implementation=model_args.attn_implementation,
         dtype=model_args.dtype or torch.float32,
     )
-    spec = resolve_spec(model.config, json.loads(args.diffusion_spec or "{}"), tokenizer)
+    spec = resolve_spec(model.config, read_mapping(args.diffusion_spec, "diffusion_spec"), tokenizer)
     task = load_task(args.task, args.train_file, args.eval_file, args.train_size, 1, args.seed)
     directory = collect(
         model.to(processes().device),
@@ -90,4 +90,5 @@ def main(args: CollectArguments, model_args: ModelConfig) -> None:
 
 if __name__ == "__main__":
     parser = TrlParser((CollectArguments, ModelConfig))  # type: ignore[arg-type]  # takes classes
-    main(*parser.parse_args_and_config())
+    with errors_in_a_line():
+        main(*parser.parse_args_and_config())

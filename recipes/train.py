@@ -35,7 +35,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl_diffusion import DTRPOConfig, DTRPOTrainer, load_trajectories, tiny_policy_path
 from trl_diffusion.tasks import TASKS, load_task, read_rows
 from trl_diffusion.trainer.callbacks import RewardProgressCallback
-from trl_diffusion.utils import use_all_cores
+from trl_diffusion.utils import errors_in_a_line, use_all_cores
 
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def random_policy(fields: str, tokenizer, directory: Path) -> str:
 
 def load_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig):
     """The path of the model (made here if it is a random one) and its tokenizer."""
-    if script_args.random_policy:
+    if script_args.random_policy and not model_args.model_name_or_path:
         if not script_args.tokenizer_name_or_path:
             raise ValueError("`--random_policy` needs `--tokenizer_name_or_path`.")
         tokenizer = AutoTokenizer.from_pretrained(script_args.tokenizer_name_or_path, padding_side="left")
@@ -171,8 +171,9 @@ def main(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: M
 
 
 def train_on_preferences(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
-    pairs, held_out = load_preferences(script_args)
-    trainer = make_trainer(script_args, training_args, model_args, train_dataset=pairs, eval_dataset=held_out)
+    with errors_in_a_line():
+        pairs, held_out = load_preferences(script_args)
+        trainer = make_trainer(script_args, training_args, model_args, train_dataset=pairs, eval_dataset=held_out)
     say = trainer.accelerator.print
     say(f"Measuring the policy on {len(held_out)} pairs that training never sees ...")
     before = trainer.evaluate()["eval_loss"]
@@ -197,21 +198,22 @@ def train_on_preferences(script_args: ScriptArguments, training_args: DTRPOConfi
 
 
 def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
-    task = load_task(
-        script_args.task,
-        script_args.train_file,
-        script_args.eval_file,
-        script_args.train_size,
-        script_args.eval_size,
-        training_args.seed,
-    )
-    train_dataset = task.train
-    reward_funcs: list[Callable] | None = task.reward_funcs
-    if script_args.trajectories:
-        train_dataset, reward_funcs = load_trajectories(script_args.trajectories), None  # its stored rewards
-    trainer = make_trainer(
-        script_args, training_args, model_args, reward_funcs=reward_funcs, train_dataset=train_dataset
-    )
+    with errors_in_a_line():
+        task = load_task(
+            script_args.task,
+            script_args.train_file,
+            script_args.eval_file,
+            script_args.train_size,
+            script_args.eval_size,
+            training_args.seed,
+        )
+        train_dataset = task.train
+        reward_funcs: list[Callable] | None = task.reward_funcs
+        if script_args.trajectories:
+            train_dataset, reward_funcs = load_trajectories(script_args.trajectories), None  # its stored rewards
+        trainer = make_trainer(
+            script_args, training_args, model_args, reward_funcs=reward_funcs, train_dataset=train_dataset
+        )
     say = trainer.accelerator.print
 
     say(f"Measuring the policy on {len(task.evaluation)} {task.unit} that training never sees ...")
@@ -268,4 +270,6 @@ def parse() -> tuple[ScriptArguments, DTRPOConfig, ModelConfig]:
 
 
 if __name__ == "__main__":
-    main(*parse())
+    with errors_in_a_line():
+        given = parse()
+    main(*given)

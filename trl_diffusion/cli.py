@@ -23,7 +23,7 @@ PROG = "trl-diffusion"
 PACKAGE = Path(__file__).parent
 RECIPES = {
     "train": "teach a policy a task, from fresh or stored answers or from preferences (without options: the embedded "
-    "policy, 4x4 sudoku, five minutes on 2 cores)",
+    "policy, 4x4 sudoku, four minutes on 2 cores)",
     "collect": "let a policy answer, score the answers, and store how they were denoised, to train on them as often as "
     "you like",
     "evaluate": "measure a policy, or an adapter, on benchmarks",
@@ -40,7 +40,7 @@ from the embedded policy, which is bad at 4x4 sudoku before it is trained, to a 
   {PROG} generate "sudoku 3102200002100320" --max_new_tokens 17 --tokens_per_step 2 --model outputs/tiny_sudoku
   {PROG} collect --task sudoku --train_size 320
   {PROG} view outputs/trajectories 0 --output answer.html
-  {PROG} train --config tiny_offline --trajectories outputs/trajectories
+  {PROG} train --config tiny_offline
   {PROG} plan GSAI-ML/LLaDA-8B-Instruct --gpus 8 --memory 80
   {PROG} train --accelerate_config zero3 --config llada_8gpu --train_file gsm8k/train.jsonl
   {PROG} evaluate --model_name_or_path outputs/llada_8gpu --tasks gsm8k math500
@@ -85,7 +85,7 @@ def launch_command(
     The words of an `accelerate launch` that starts a recipe. It starts as a module: in the folder of the recipes there is
     one that is called like the package `evaluate`.
     """
-    words = [sys.executable, "-m", "accelerate.commands.launch"]
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # the recipe has said what is wrong
     if accelerate_config is not None:
         words += ["--config_file", accelerate_config]
     if num_processes is not None:
@@ -103,7 +103,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     for name, purpose in {**RECIPES, **{name: purpose for name, (_, purpose) in MODULES.items()}}.items():
         about = _about(name) if name in RECIPES else None
         command = commands.add_parser(name, help=purpose, description=about, add_help=False, **style)
-        if name in (*RECIPES, "plan"):
+        if name in ("train", "plan"):
             command.add_argument(
                 "--config", type=_file(PACKAGE / "recipes"), metavar="NAME_OR_PATH",
                 help="options from a YAML file, or from a recipe that comes with the package, such as llada",

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import PartialState
+
+
+@contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """Inside, what a user can set right (options, files, data, what is installed) ends the program with its message and
+    code 2, without a traceback."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError, yaml.YAMLError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def use_all_cores() -> None:

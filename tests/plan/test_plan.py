@@ -163,6 +163,22 @@ def test_command(capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert found["plans"][0]["reference"] > 0 and not any(plan["fits"] for plan in found["plans"])
     assert "rollout_hours" not in found["time"]
+    for text, message in (
+        ("a: [", "while parsing"),
+        ("distributed_type: DEEPSPEED\n", "holds no options of a recipe"),
+        (
+            "gradient_accumulation_steps: eight\nbeta: 0.1\n",
+            "`--accumulation` must be a whole number of at least 1, got 'eight'",
+        ),
+        ("beta: high\n", "`--beta` must be 0 or a finite number above it, got 'high'"),
+        ("beta: 0.1\ndiffusion_spec: '{\"mask_token_id\": 5000}'\n", "`mask_token_id` holds 5000"),
+    ):
+        recipe.write_text(text)
+        assert main([model, *small, "--config", str(recipe)]) == 2
+        assert message in capsys.readouterr().err, text
+    for option, value in (("--memory", "nan"), ("--memory", "0"), ("--beta", "-1"), ("--epochs", "inf")):
+        assert main([model, *small, option, value]) == 2
+        assert f"`{option}` must be" in capsys.readouterr().err
     arguments = [model, "--json", "--gpus", "2", "--prompts", "100", "--epochs", "3", "--tflops", "0.5", *small]
     assert main(arguments) == 0
     time = json.loads(capsys.readouterr().out)["time"]

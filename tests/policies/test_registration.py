@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from trl_diffusion import __version__
 from trl_diffusion.policies import registration
 
 
@@ -70,6 +71,9 @@ def test_a_registration_that_fails_is_tried_again(monkeypatch):
 def test_import_is_without_warnings():
     result = subprocess.run([sys.executable, "-W", "error", "-c", LIGHT], capture_output=True, text=True, timeout=100)
     assert (result.returncode, result.stderr) == (0, "")
+    command = [sys.executable, "-W", "error", "-m", "trl_diffusion", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stderr) == (0, "") and __version__ in result.stdout
 
 
 def test_transformers_first():

@@ -71,9 +71,11 @@ def test_help_names_every_command(capsys):
 def test_help_of_a_recipe(name, capsys):
     text = says(capsys, name, "--help")
     assert f"    trl-diffusion {name}" in text and "recipes/" + name not in text.split("Options of")[0]
-    options = {"config", "accelerate_config", "num_processes", *OWN[name]}
+    options = {"accelerate_config", "num_processes", *OWN[name]}
     if name == "train":
-        options |= {field.name for field in dataclasses.fields(DTRPOConfig) if field.init} - {"deepspeed_plugin"}
+        options |= {"config"} | {field.name for field in dataclasses.fields(DTRPOConfig) if field.init} - {
+            "deepspeed_plugin"
+        }
     assert not {option for option in options if f"--{option}" not in text}
 
 

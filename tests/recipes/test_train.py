@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from trl import ModelConfig
 
 from tests.conftest import shared
+from trl_diffusion import DTRPOConfig, tiny_policy_path
 from trl_diffusion.tasks import load_task
 
 
@@ -115,6 +117,35 @@ def test_gsm8k_preferences_with_the_real_tokenizer(tmp_path, form, train_here):
     state = json.loads((out / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert len(losses) == 2 and losses[0] == pytest.approx(0.6931, abs=1e-3) and abs(losses[1]) < 100
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--no_such_option", "1"], "not used by the HfArgumentParser: ['--no_such_option'"),
+        (["--config", "broken.yaml"], "broken.yaml"),
+        (["--eval_size", "-1"], "`eval_size` must be at least 1, got -1."),
+        (["--trajectories", "nowhere"], "nowhere"),
+        (["--task", "gsm8k", "--train_file", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_what_a_user_can_set_right_is_said_in_a_line(tmp_path, train_here, capsys, options, message):
+    (tmp_path / "broken.yaml").write_text("seed: 1\nloose text\nmore: [")
+    with pytest.raises(SystemExit) as end:
+        train_here(*options, "--bf16", "false")
+    assert end.value.code == 2
+    shown = capsys.readouterr().err
+    assert "error: " in shown and message in shown and "Traceback" not in shown
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_model_wins_over_the_random_policy_of_a_recipe(tmp_path):
+    recipe = runpy.run_path(str(ROOT / "recipes" / "train.py"))
+    arguments = recipe["ScriptArguments"](random_policy="{}")
+    path, _ = recipe["load_policy"](
+        arguments, DTRPOConfig(str(tmp_path), bf16=False), ModelConfig(model_name_or_path=tiny_policy_path())
+    )
+    assert path == tiny_policy_path()
 
 
 @pytest.mark.parametrize(

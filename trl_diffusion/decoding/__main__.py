@@ -87,9 +87,14 @@ def _prompt(given: str | None) -> str:
     if given is None or given == "-":
         if sys.stdin.isatty():
             raise ValueError("There is no prompt. Pass one in quotes, or on standard input.")
-        given = sys.stdin.read().removesuffix("\n")
+        try:
+            given = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The prompt is not text in UTF-8 ({error}).") from error
     if not given:
         raise ValueError("The prompt is empty.")
+    if any("\ud800" <= character <= "\udfff" for character in given):
+        raise ValueError("The prompt is not text in UTF-8.")
     return given
 
 

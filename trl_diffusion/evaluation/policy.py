@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -143,7 +144,10 @@ def load_policy(
     spec = resolve_spec(config, diffusion_spec, found)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(pretrained, config=config, dtype=dtype, **options)
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(pretrained, config=config, dtype=dtype, **options)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {pretrained} cannot be read: {error}. Is the file whole?") from error
     if peft is not None and adapter is not None:
         check_targets(model, adapter)
         model = PeftModel.from_pretrained(model, peft, config=adapter)

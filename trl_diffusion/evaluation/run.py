@@ -246,6 +246,8 @@ class Evaluation:
         self.decoding = check_settings(self.decoding)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"`seeds` must be different numbers, at least one, got {self.seeds}.")
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {self.limit}.")
         self.output_dir = Path(self.output_dir)
@@ -277,6 +279,8 @@ class Evaluation:
         (pending,) = broadcast_object_list(
             [[job for job in jobs if not self._is_done(*job)]]
         )  # as the main process sees it
+        if processes().is_main_process:
+            self._directory.mkdir(parents=True, exist_ok=True)  # or it would be missing when all is measured
         for task, seed in pending:
             measured = self._measure(task, seed)
             if processes().is_main_process:

@@ -38,7 +38,7 @@ def read_mapping(value: str | Mapping[str, Any] | None, name: str) -> dict[str, 
         found = None
     if not isinstance(found, dict):
         raise ValueError(
-            f"`{name}` must be like strategy:threshold+threshold:0.9, a JSON object, or the path of a JSON or YAML file; "
+            f"`{name}` must be like name:value+name:value, a JSON object, or the path of a JSON or YAML file; "
             f"got {value!r}."
         )
     return found

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from dataclasses import asdict
@@ -25,8 +26,9 @@ from dataclasses import asdict
 import torch
 import yaml
 
+from ..evaluation.settings import read_mapping
 from ..policies.loading import load_config
-from ..policies.spec import get_spec, spec_fields
+from ..policies.spec import check_spec, get_spec, spec_fields
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from .cost import Machine, RolloutCost, rollout_cost
 from .simulate import Footprint, Workload, simulate
@@ -67,7 +69,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m trl_diffusio
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             footprints, plans, rollout = _plan(_with_recipe(options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     memory = options.memory * GIB
@@ -83,11 +85,12 @@ def main(arguments: list[str] | None = None, prog: str = "python -m trl_diffusio
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan], RolloutCost]:
     config = load_config(options.model)
-    fields = options.diffusion_spec or {}
-    fields = json.loads(fields) if isinstance(fields, str) else dict(fields)
+    fields = read_mapping(options.diffusion_spec, "diffusion_spec")
+    vocabulary = config.get_text_config().vocab_size
     if "mask_token_id" not in {**spec_fields(config), **fields}:
-        fields["mask_token_id"] = config.get_text_config().vocab_size - 1  # which one it is changes no size
+        fields["mask_token_id"] = vocabulary - 1  # which one it is changes no size
     spec = get_spec(config, fields)
+    check_spec(spec, config)
     work = Workload(
         batch_size=options.batch_size,
         num_generations=options.num_generations,
@@ -146,18 +149,26 @@ def _with_recipe(options: argparse.Namespace) -> argparse.Namespace:
     if options.config:
         with open(options.config, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)
-        if not isinstance(recipe, dict):
-            raise ValueError(f"{options.config} holds no options.")
+        if not isinstance(recipe, dict) or not recipe.keys() & {
+            *FROM_RECIPE.values(),
+            "max_steps",
+            "model_name_or_path",
+        }:
+            raise ValueError(f"{options.config} holds no options of a recipe.")
     for name, default in DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, recipe.get(FROM_RECIPE.get(name), default))
     for name in ("gpus", "batch_size", "accumulation", "prompt_length", "completion_length", "rollout_batch_size",
                  "num_generations", "tokens_per_step", "lora_rank"):  # fmt: skip
-        if getattr(options, name) < 1:
-            raise ValueError(f"`--{name}` must be at least 1, got {getattr(options, name)}.")
-    for name in ("tflops", "bandwidth", "epochs", "prompts", "answer_length"):
-        if getattr(options, name) is not None and not getattr(options, name) > 0:
-            raise ValueError(f"`--{name}` must be above 0, got {getattr(options, name)}.")
+        value = getattr(options, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`--{name}` must be a whole number of at least 1, got {value!r}.")
+    for name in ("memory", "tflops", "bandwidth", "epochs", "prompts", "answer_length"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"`--{name}` must be above 0 and finite, got {value}.")
+    if not isinstance(options.beta, int | float) or not 0 <= options.beta < math.inf:
+        raise ValueError(f"`--beta` must be 0 or a finite number above it, got {options.beta!r}.")
     if (options.answer_length or 0) > options.completion_length:
         raise ValueError(
             f"`--answer_length` is {options.answer_length}, but responses have {options.completion_length} tokens at most "

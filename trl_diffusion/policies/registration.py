@@ -13,6 +13,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 AUTO_CLASSES = "transformers.models.auto.configuration_auto"
@@ -73,6 +74,11 @@ class _Loader(Loader):
 
     def __init__(self, loader: Loader, finder: _Finder) -> None:
         self.loader, self.finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:  # all else that it can, such as the code for `python -m`
+        if name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)

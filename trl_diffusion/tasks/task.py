@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,11 @@ def _gsm8k(train_file: str | None, eval_file: str | None, train_size: int, eval_
     if not train_file:
         raise ValueError("The task `gsm8k` needs `--train_file`, a JSON Lines file with `question` and `answer`.")
 
+    if find_spec("math_verify") is None:
+        raise ImportError(
+            "The task `gsm8k` is rewarded by math-verify, which is missing: pip install 'trl-diffusion[eval]'."
+        )
+
     def read(path: str) -> list[dict[str, Any]]:
         return [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in gsm8k_rows(path)]
 
@@ -191,9 +197,12 @@ def load_task(
         seed (`int`, *optional*, defaults to `0`): seed of the generator of training rows.
 
     Raises:
-        ValueError: for an unknown name, or a file with a missing column or an unreadable row, which it names.
+        ValueError: for an unknown name, a size below 1, or a file with a missing column or an unreadable row, which it names.
         FileNotFoundError: for a file that is not there.
     """
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}; there are {sorted(TASKS)}.")
+    for option, size in (("train_size", train_size), ("eval_size", eval_size)):
+        if size < 1:
+            raise ValueError(f"`{option}` must be at least 1, got {size}.")
     return TASKS[name](train_file, eval_file, train_size, eval_size, seed)
