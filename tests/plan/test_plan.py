@@ -192,4 +192,4 @@ def test_command(capsys, tmp_path):
     assert main([str(tmp_path / "nothing"), *small]) == 2
     assert "error:" in capsys.readouterr().err
     assert main([model, "--gpus", "0"]) == 2
-    assert "`--gpus` must be at least 1, got 0" in capsys.readouterr().err
+    assert "`--gpus` must be a whole number of at least 1, got 0" in capsys.readouterr().err
