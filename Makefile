@@ -13,6 +13,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[deepspeed,docs,eval,quantization,test,viz]"
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib # as pip would, on all cores
 	touch $@
 
 train: $(BIN)/.installed ## Trains the embedded policy on 4x4 sudoku and shows what it gained. ARGS="..." for options.
@@ -30,7 +31,7 @@ test-fast: $(BIN)/.installed ## Runs the tests that take no more than a few seco
 	$(PYTHON) -m venv .venv-lowest
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> "$$(.venv-lowest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/others.pth"
-	.venv-lowest/bin/python -m pip install --quiet --no-compile -c constraints-lowest.txt transformers trl
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt transformers trl
 	touch $@
 
 test-lowest: .venv-lowest/.installed ## Runs the contract and trainer tests on the lowest TRL and transformers.
