@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from trl_diffusion import DecodingConfig, collect, tiny_policy_path
-from trl_diffusion.evaluation.settings import read_mapping
 from trl_diffusion.policies.loading import resolve_spec
 from trl_diffusion.tasks import TASKS, load_task
-from trl_diffusion.utils import errors_in_a_line, processes, use_all_cores
+from trl_diffusion.utils import errors_in_a_line, processes, read_mapping, use_all_cores
 
 
 @dataclass

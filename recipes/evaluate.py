@@ -25,8 +25,8 @@ from trl import TrlParser
 from trl_diffusion import tiny_policy_path
 from trl_diffusion.evaluation.policy import load_policy
 from trl_diffusion.evaluation.run import Evaluation, check_tasks, markdown
-from trl_diffusion.evaluation.settings import check_settings, read_mapping
-from trl_diffusion.utils import errors_in_a_line, processes, use_all_cores
+from trl_diffusion.evaluation.settings import check_settings
+from trl_diffusion.utils import errors_in_a_line, processes, read_mapping, use_all_cores
 
 
 @dataclass

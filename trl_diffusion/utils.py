@@ -4,24 +4,67 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from accelerate import PartialState
 
 
+# What a user can set right: options, files, data, what is installed.
+USER_ERRORS = (ImportError, OSError, OverflowError, ValueError, yaml.YAMLError)
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Does the work of a command: 0, or 2 after one line on stderr that says what the user can set right."""
+    try:
+        work()
+    except USER_ERRORS as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
 @contextmanager
 def errors_in_a_line() -> Iterator[None]:
-    """Inside, what a user can set right (options, files, data, what is installed) ends the program with its message and
-    code 2, without a traceback."""
+    """Inside, what a user can set right ends the program with its message and code 2, without a traceback."""
     try:
         yield
-    except (ImportError, OSError, ValueError, yaml.YAMLError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def read_mapping(value: str | Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    """
+    A mapping that was given on the command line: as `name:value+name:value`, as JSON, or as the path of a `.json` or
+    `.yaml` file.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if value is None or isinstance(value, Mapping):
+        return dict(value or {})
+    text = str(value).strip()
+    if text.endswith((".json", ".yaml", ".yml")):
+        if not Path(text).is_file():
+            raise ValueError(f"`{name}`: there is no file {text}.")
+        text = Path(text).read_text(encoding="utf-8")
+    elif not text.startswith("{"):
+        text = "\n".join(part.replace(":", ": ", 1) for part in text.split("+"))
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"`{name}` must be like name:value+name:value, a JSON object, or the path of a JSON or YAML file; "
+            f"got {value!r}."
+        )
+    return found
 
 
 def use_all_cores() -> None:

@@ -15,7 +15,8 @@ from tests.conftest import SPECS, make_policy, make_prompts
 from trl_diffusion import DecodingConfig, decode, tiny_policy_path
 from trl_diffusion.evaluation.generate import Usage, cut, generate
 from trl_diffusion.evaluation.policy import Policy, load_policy
-from trl_diffusion.evaluation.settings import check_settings, read_mapping
+from trl_diffusion.evaluation.settings import check_settings
+from trl_diffusion.utils import read_mapping
 
 
 PROMPTS = ["sudoku 3102200002100320", "countdown 30,100,93=23", "sudoku 0140432014020000"]

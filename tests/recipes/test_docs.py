@@ -23,8 +23,9 @@ import trl_diffusion
 from trl_diffusion import DTRPOConfig, DTRPOTrainer, cli
 from trl_diffusion.decoding.strategies import STRATEGIES
 from trl_diffusion.evaluation.run import TASK_NAMES, check_tasks
-from trl_diffusion.evaluation.settings import check_settings, read_mapping
+from trl_diffusion.evaluation.settings import check_settings
 from trl_diffusion.plan import __main__ as plan
+from trl_diffusion.utils import read_mapping
 from trl_diffusion.viz import __main__ as viz
 
 
@@ -53,9 +54,8 @@ def blocks(page: str, language: str) -> list[tuple[str, bool]]:
 
 
 def commands(page: str) -> list[list[str]]:
-    """The commands in the shell blocks of a page, split into words."""
-    lines = "\n".join(code for code, _ in blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+    """The commands in the shell blocks of a page, as docs/follow.py would type them, split into words."""
+    return [shlex.split(line) for line in recipe("docs/follow.py")["commands"](page)]
 
 
 # ------------------------------------------------------------------------------------------------------- shell commands

@@ -4,50 +4,38 @@ from __future__ import annotations
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from tests.conftest import shared
-from trl_diffusion import DTRPOConfig, DTRPOTrainer, tiny_policy_path
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
 
 
 @pytest.mark.slow
-def test_an_adapter_trains_on_four_bits(tmp_path):
-    trainer = DTRPOTrainer(
-        model=str(shared("fixtures", "llada")),
-        reward_funcs=lambda completion_ids, **kwargs: [float(sum(ids) % 7) for ids in completion_ids],
-        args=DTRPOConfig(
-            str(tmp_path),
-            per_device_train_batch_size=4,
-            num_generations=4,
-            max_completion_length=8,
-            tokens_per_step=4,
-            num_iterations=2,
-            max_steps=2,
-            learning_rate=1e-2,
-            beta=0.1,
-            diffusion_spec={"block_size": 8},
-            bf16=True,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            logging_steps=1,
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list([{"prompt": "sudoku 1234"}] * 4),
-        processing_class=AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left"),
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_use_double_quant=True,
-        ),
-        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+def test_an_adapter_trains_on_four_bits(make_trainer, tmp_path):
+    trainer = make_trainer(
+        str(shared("fixtures", "llada")),
+        num_iterations=2,
+        max_steps=2,
+        max_completion_length=8,
+        tokens_per_step=4,
+        beta=0.1,
+        diffusion_spec={"block_size": 8},
+        bf16=True,
+        use_cpu=True,
+        gradient_checkpointing=True,
+        kwargs={
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.bfloat16,
+                bnb_4bit_use_double_quant=True,
+            ),
+            "peft_config": LoraConfig(r=4, target_modules="all-linear"),
+        },
     )
     layers = [module for module in trainer.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     before = [layer.weight.data.clone() for layer in layers]

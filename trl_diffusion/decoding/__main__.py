@@ -18,6 +18,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
+from ..utils import exit_code, read_mapping
 from .config import APPROXIMATE_CACHES, SCHEDULES, STOP_RULES, DecodingConfig
 from .strategies import STRATEGIES
 
@@ -44,17 +45,11 @@ def main(arguments: list[str] | None = None, prog: str = "python -m trl_diffusio
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
     options = _parser(prog).parse_args(arguments)
-    try:
-        print(_answer(options))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(_answer(options)))
 
 
 def _answer(options: argparse.Namespace) -> str:
     from ..evaluation.policy import load_policy
-    from ..evaluation.settings import read_mapping
     from ..policies.tiny import tiny_policy_path
     from .generate import generate
 

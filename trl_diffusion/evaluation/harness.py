@@ -27,11 +27,11 @@ from torch import Tensor
 
 from ..decoding.config import DecodingConfig
 from ..scoring.draws import derive_seed
-from ..utils import processes
+from ..utils import processes, read_mapping
 from .generate import Usage, cut, generate
 from .likelihood import chain_likelihoods, elbo_likelihoods, is_autoregressive
 from .policy import Policy, load_policy
-from .settings import DECODING_SETTINGS, check_settings, read_mapping
+from .settings import DECODING_SETTINGS, check_settings
 
 
 try:

@@ -26,10 +26,10 @@ from dataclasses import asdict
 import torch
 import yaml
 
-from ..evaluation.settings import read_mapping
 from ..policies.loading import load_config
 from ..policies.spec import check_spec, get_spec, spec_fields
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
+from ..utils import exit_code, read_mapping
 from .cost import Machine, RolloutCost, rollout_cost
 from .simulate import Footprint, Workload, simulate
 from .strategies import Plan, make_plans
@@ -65,13 +65,13 @@ def main(arguments: list[str] | None = None, prog: str = "python -m trl_diffusio
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
     options = _parser(prog).parse_args(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            footprints, plans, rollout = _plan(_with_recipe(options))
-    except (ValueError, OSError, OverflowError, yaml.YAMLError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        footprints, plans, rollout = _plan(_with_recipe(options))
     memory = options.memory * GIB
     if options.json:
         rows = [{**_row(plan), "fits": plan.fits(memory)} for plan in plans]
@@ -80,7 +80,6 @@ def main(arguments: list[str] | None = None, prog: str = "python -m trl_diffusio
     else:
         _print(footprints["full"], plans, options)
         _print_times(_times(footprints, rollout, options), options)
-    return 0
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan], RolloutCost]:

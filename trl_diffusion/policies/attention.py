@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -330,10 +330,12 @@ def planned_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     attention_plan: AttentionPlan | None = None,
+    flex: bool = False,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """
-    Scaled dot-product attention, under a plan if there is one. Shapes are those of transformers' functions.
+    Scaled dot-product attention, under a plan if there is one. Shapes are those of transformers' functions. With `flex`, a
+    packed row on a GPU goes through FlexAttention, whose heads have 16 numbers or more.
 
     Raises:
         ValueError: for a model whose attention is more than that.
@@ -346,38 +348,17 @@ def planned_attention(
         )
     if attention_plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if (
+        flex
+        and isinstance(attention_plan, PackedMask)
+        and query.is_cuda
+        and min(query.shape[-1], value.shape[-1]) >= 16
+    ):
+        return attention_plan.attend_flex(module, query, key, value, **kwargs), None
     return attention_plan.attend(module, query, key, value, **kwargs), None
 
 
-@dataclass
-class _ByFlex:
-    """A packed mask whose attention FlexAttention computes."""
-
-    mask: PackedMask
-
-    def dense(self) -> Tensor:
-        return self.mask.dense()
-
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs) -> Tensor:
-        return self.mask.attend_flex(module, query, key, value, **kwargs)
-
-
-def planned_flex_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    attention_plan: AttentionPlan | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """As [`planned_attention`], but a packed row on a GPU goes through FlexAttention, whose heads have 16 numbers or more."""
-    if isinstance(attention_plan, PackedMask) and query.is_cuda and min(query.shape[-1], value.shape[-1]) >= 16:
-        attention_plan = _ByFlex(attention_plan)
-    return planned_attention(module, query, key, value, attention_mask, attention_plan, **kwargs)
-
-
 AttentionInterface.register(PLANNED, planned_attention)
-AttentionInterface.register(PLANNED_FLEX, planned_flex_attention)
+AttentionInterface.register(PLANNED_FLEX, partial(planned_attention, flex=True))
 for _name in (PLANNED, PLANNED_FLEX):
     AttentionMaskInterface.register(_name, sdpa_mask)

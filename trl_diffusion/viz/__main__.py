@@ -28,6 +28,7 @@ from ..policies.spec import DiffusionSpec
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, from_rows, load_row
 from ..trajectories.fingerprint import fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch, global_steps, response_blocks
+from ..utils import exit_code
 from .html import trajectory_html
 from .plots import plot_trajectory
 
@@ -48,12 +49,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m trl_diffusio
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
     options = _parser(prog).parse_args(arguments)
-    try:
-        print(_show(options))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(_show(options)))
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
