@@ -257,6 +257,7 @@ def report(trainer, trajectories, directory: Path, task, rate_before: float, rat
         print(f"How the rewards rose: {curve}. One answer being denoised: {picture}.")
     except ImportError as error:
         print(f"No pictures were drawn: {error}")
+    print("Next: your own task (docs/quickstart.md, section 4) and model (section 5).")
 
 
 def parse() -> tuple[ScriptArguments, DTRPOConfig, ModelConfig]:
