@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.nn import functional as F
 
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
+from tests.processes import run_pair
 from trl_diffusion import DecodingConfig, TrajectoryBatch, decode
 from trl_diffusion.decoding.pace import PeerFailed
 from trl_diffusion.policies.attention import PLANNED
@@ -311,30 +312,15 @@ def _decode_beside_another(rank: int, failing: bool) -> tuple[int, list[int] | s
     return len(counter.tokens), outcome
 
 
-def _rank(rank: int, port: int, results) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    results.put((rank, *(_decode_beside_another(rank, failing) for failing in (True, False))))
-    distributed.destroy_process_group()
+def _rank(rank: int) -> list:
+    distributed.init_process_group("gloo")
+    return [_decode_beside_another(rank, failing) for failing in (True, False)]
 
 
 @pytest.mark.distributed
 def test_processes_keep_pace():
     """When one fails, the other does not wait for it; else both run the same number of forward passes."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    outcomes = sorted(results.get(timeout=240) for _ in processes)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    (_, (_, peer_failed), (passes, lengths)), (_, (_, failed), (other_passes, other_lengths)) = outcomes
+    outcomes = run_pair(_rank)
+    ((_, peer_failed), (passes, lengths)), ((_, failed), (other_passes, other_lengths)) = outcomes
     assert (peer_failed, failed) == ("PeerFailed", "KeyError")
     assert passes == other_passes > 20 and lengths == [24] * 5 and other_lengths == [24] * 2

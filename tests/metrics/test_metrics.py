@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import random
 from itertools import combinations
-from multiprocessing import get_context
 from statistics import fmean
 
 import pytest
 
+from tests.processes import run_pair
 from trl_diffusion.metrics import CountdownSolved, MathExactMatch, PassAtK, SudokuSolved, pass_at_k
 from trl_diffusion.rewards import sudoku
 
@@ -91,27 +91,19 @@ def rows() -> tuple[list[str], list[str]]:
     return [row["solution"] if i % 2 == 0 else "" for i, row in enumerate(puzzles)], [row["puzzle"] for row in puzzles]
 
 
-def one_process(process_id: int, cache_dir: str, results) -> None:
+def one_process(process_id: int, cache_dir: str) -> dict[str, float] | None:
     """A share of the rows: four on process 0, three on process 1."""
     predictions, references = rows()
     metric = SudokuSolved(num_process=2, process_id=process_id, cache_dir=cache_dir, experiment_id="test")
     metric.add_batch(predictions=predictions[process_id::2], references=references[process_id::2])
-    results.put((process_id, metric.compute()))
+    return metric.compute()
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes(tmp_path):
-    context = get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=one_process, args=(rank, str(tmp_path), results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = dict(results.get(timeout=180) for _ in processes)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    found = run_pair(one_process, str(tmp_path))
     predictions, references = rows()
     alone = SudokuSolved(cache_dir=str(tmp_path)).compute(predictions=predictions, references=references)
     assert alone["solved"] == pytest.approx(4 / 7)
-    assert found == {0: alone, 1: None}
+    assert found == [alone, None]

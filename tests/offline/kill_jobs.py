@@ -1,11 +1,10 @@
 """
-What tests run in processes of their own, to be killed or in pairs. A fork server imports this module once; what a job would import later is
-imported here, so that a job starts, and can be killed, within a moment.
+What tests run in processes of their own, to be killed or in pairs. The fork server of [`tests.processes`] imports this module; what
+a job would import later is imported here, so that a job starts, and can be killed, within a moment.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -88,12 +87,12 @@ def train_job(start: str, trajectories: str, output_dir: str) -> None:
     os._exit(0)
 
 
-def pair_job(rank: str, port: str, start: str, directory: str) -> None:
-    """One of two processes that collect together, train together, and go on from a checkpoint together."""
+def pair_job(rank: int, start: str, directory: str) -> dict[str, dict]:
+    """
+    One of two processes that collect together, train together, and go on from a checkpoint together. Returns the losses of the run
+    and of the one that went on, and whether both have the same weights, online and offline.
+    """
     quiet()
-    os.environ.update(
-        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-    )
     state = PartialState(cpu=True)
     assert state.num_processes == 2
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
@@ -128,5 +127,4 @@ def pair_job(rank: str, port: str, start: str, directory: str) -> None:
             "losses": losses,
             "same_weights": all(torch.equal(a, b) for a, b in zip(*weights, strict=True)),
         }
-    (run / f"results_{rank}.json").write_text(json.dumps(results))
-    os._exit(0)
+    return results

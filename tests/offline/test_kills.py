@@ -8,11 +8,9 @@ A few kills of each by default; TRL_DIFFUSION_KILLS=20 pytest tests/offline/test
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.offline import kill_jobs
+from tests.processes import CONTEXT, run_pair
 from trl_diffusion import load_trajectories
 from trl_diffusion.trainer.callbacks import CheckpointMarkCallback, last_complete_checkpoint
 
@@ -33,13 +32,11 @@ class Jobs:
     """Runs jobs in processes of a fork server that has imported everything."""
 
     def __init__(self):
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["tests.offline.kill_jobs"])
         self.run(kill_jobs.nothing)
 
     def run(self, job, *arguments, kill_after: float | None = None) -> float | None:
         """Seconds that a job took, `None` if it was killed."""
-        process = self.context.Process(target=job, args=[str(argument) for argument in arguments])
+        process = CONTEXT.Process(target=job, args=[str(argument) for argument in arguments])
         begun = time.perf_counter()
         process.start()
         process.join(600 if kill_after is None else kill_after)
@@ -127,20 +124,9 @@ def test_killed_trainings(jobs, start, collection, tmp_path):
 
 
 @pytest.mark.distributed
-def test_two_processes(jobs, start, collection, tmp_path):
+def test_two_processes(start, collection, tmp_path):
     """They collect what one collects, and a run that they resume inside a rollout is the uninterrupted one."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    pair = [
-        jobs.context.Process(target=kill_jobs.pair_job, args=(str(rank), str(port), str(start), str(tmp_path)))
-        for rank in range(2)
-    ]
-    for process in pair:
-        process.start()
-    for process in pair:
-        process.join(600)
-    assert [process.exitcode for process in pair] == [0, 0]
+    results = run_pair(kill_jobs.pair_job, str(start), str(tmp_path), timeout=600)
     expected, found = (load_trajectories(path).to_list() for path in (collection, tmp_path / "collected"))
     for a, b in zip(expected, found, strict=True):
         assert {**a, "event_logps": None} == {**b, "event_logps": None}
@@ -148,7 +134,7 @@ def test_two_processes(jobs, start, collection, tmp_path):
             assert one == pytest.approx(other, abs=1e-5)
     for rank in range(2):
         assert (tmp_path / "online" / "checkpoint-5" / f"rollout_{rank}.pt").exists()
-        for source, result in json.loads((tmp_path / f"results_{rank}.json").read_text()).items():
+        for source, result in results[rank].items():
             whole, resumed = result["losses"]
             assert whole == resumed and (len(whole) == 7 or rank), source
             assert result["same_weights"], source

@@ -19,15 +19,19 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
 from tests.conftest import shared
 from tests.evaluation.conftest import adapter  # noqa: F401
+from tests.processes import run_pair
 from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, tiny_policy_path
 from trl_diffusion.evaluation import tasks_path
 from trl_diffusion.evaluation.__main__ import main as start_harness
 from trl_diffusion.evaluation.benchmarks import BENCHMARKS
 from trl_diffusion.evaluation.generate import cut
+from trl_diffusion.evaluation.harness import DiffusionLM
 from trl_diffusion.evaluation.policy import Policy, load_policy
 from trl_diffusion.metrics import CountdownSolved, MathExactMatch, PassAtK, SudokuSolved
 from trl_diffusion.rewards import countdown, sudoku
@@ -274,6 +278,25 @@ def run_in_training(trainer: DTRPOTrainer, data: Path) -> tuple[dict[str, float]
     return {task: metrics[f"eval_{task}_{key}"] for task, key in keys.items()}, answers
 
 
+def evaluate_sudoku(rank: int, directory: str, output_dir: str) -> list[str] | None:
+    """Answers that the harness samples, on rank 0; those of the recipe are in files."""
+    os.chdir(directory)
+    recipe = runpy.run_path(str(ROOT / "recipes" / "evaluate.py"))
+    recipe["main"](
+        recipe["EvaluateArguments"](
+            tasks=["sudoku"], data_dir=".", output_dir=output_dir, decoding="temperature:1.0", seeds=[0, 1]
+        )
+    )
+    lm = DiffusionLM(tiny_policy_path(), decoding="temperature:1.0", batch_size=4)
+    assert lm.rank == rank
+    manager = TaskManager(include_path=tasks_path(), include_defaults=False, metadata={"data_dir": "."})
+    found = simple_evaluate(lm, tasks=["sudoku_local"], task_manager=manager, bootstrap_iters=0)
+    if found is None:
+        return None
+    samples = sorted(found["samples"]["sudoku_local"], key=lambda sample: sample["doc_id"])
+    return [sample["resps"][0][0] for sample in samples]
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_the_results_of_one(tmp_path, monkeypatch):
@@ -281,30 +304,10 @@ def test_two_processes_give_the_results_of_one(tmp_path, monkeypatch):
     (tmp_path / "sudoku").mkdir()
     puzzles = sudoku.generate(5, seed=3, blanks=6)
     (tmp_path / "sudoku" / "4x4_test.csv").write_text("Puzzle\n" + "".join(f"{row['puzzle']}\n" for row in puzzles))
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import json, runpy, sys\n"
-        "from lm_eval import simple_evaluate\n"
-        "from lm_eval.tasks import TaskManager\n"
-        "from trl_diffusion import tiny_policy_path\n"
-        "from trl_diffusion.evaluation import tasks_path\n"
-        "from trl_diffusion.evaluation.harness import DiffusionLM\n"
-        f"recipe = runpy.run_path({str(ROOT / 'recipes' / 'evaluate.py')!r})\n"
-        "recipe['main'](recipe['EvaluateArguments'](\n"
-        "    tasks=['sudoku'], data_dir='.', output_dir=sys.argv[1], decoding='temperature:1.0', seeds=[0, 1]))\n"
-        "lm = DiffusionLM(tiny_policy_path(), decoding='temperature:1.0', batch_size=4)\n"
-        "manager = TaskManager(include_path=tasks_path(), include_defaults=False, metadata={'data_dir': '.'})\n"
-        "found = simple_evaluate(lm, tasks=['sudoku_local'], task_manager=manager, bootstrap_iters=0)\n"
-        "assert (found is None) == (lm.rank > 0)\n"
-        "if found:\n"
-        "    samples = sorted(found['samples']['sudoku_local'], key=lambda sample: sample['doc_id'])\n"
-        "    json.dump([sample['resps'][0][0] for sample in samples], open(sys.argv[1] + '/harness.json', 'w'))\n"
-    )
-    run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "program.py", "two", cwd=tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["program.py", "one"])
-    runpy.run_path("program.py")  # in this process
-    for name in ("sudoku_seed0_samples.jsonl", "sudoku_seed1_samples.jsonl", "harness.json"):
+    two = run_pair(evaluate_sudoku, str(tmp_path), "two")
+    assert two == [evaluate_sudoku(0, str(tmp_path), "one"), None] and len(two[0]) == 5
+    for name in ("sudoku_seed0_samples.jsonl", "sudoku_seed1_samples.jsonl"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
     one, two = (json.loads((tmp_path / name / "sudoku_seed0.json").read_text()) for name in ("one", "two"))
     assert two["tokens"] == one["tokens"] and two["forwards"] == one["forwards"]

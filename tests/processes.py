@@ -1,0 +1,57 @@
+"""
+Processes of their own for functions of tests, alone or in pairs. They are forked from a server that has imported everything, so that
+one starts, and can be killed, within a moment.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from typing import Any
+
+import torch
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.offline.kill_jobs"])
+
+
+def run_pair(job, *arguments: Any, timeout: float = 240) -> list[Any]:
+    """
+    Runs `job(rank, *arguments)` in two processes that can form a process group (gloo), as `torchrun` starts them.
+
+    Returns:
+        What the job returned on rank 0 and on rank 1.
+
+    Raises:
+        AssertionError: if one of them fails, or takes longer than `timeout` seconds. Both are ended then.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = CONTEXT.SimpleQueue()
+    pair = [CONTEXT.Process(target=_run, args=(job, rank, port, results, arguments)) for rank in range(2)]
+    for process in pair:
+        process.start()
+    try:
+        for process in pair:
+            process.join(timeout)
+        assert [process.exitcode for process in pair] == [0, 0]
+    finally:
+        for process in pair:
+            process.kill()
+    found = dict(results.get() for _ in pair)
+    return [found[rank] for rank in range(2)]
+
+
+def _run(job, rank: int, port: int, results, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    results.put((rank, job(rank, *arguments)))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
