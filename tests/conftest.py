@@ -24,12 +24,12 @@ if "OMP_NUM_THREADS" not in os.environ:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test with many cases, the first and the last are fast; those between are slow, as they add up."""
+    """Of a test with many cases, the first is fast; the others are slow, as they add up."""
     cases = defaultdict(list)
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
     for group in cases.values():
-        for item in group[1:-1]:
+        for item in group[1:]:
             item.add_marker(pytest.mark.slow)
 
 

@@ -57,6 +57,7 @@ def assert_valid(batch: TrajectoryBatch, spec: DiffusionSpec, config: DecodingCo
             assert length >= config.max_new_tokens
 
 
+@pytest.mark.slow
 @given(
     name=st.sampled_from(sorted(SPECS)),
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5),
@@ -135,6 +136,7 @@ def test_sampling_is_reproducible_and_leaves_the_global_random_state_alone(polic
     assert first.completions() != other.completions()
 
 
+@pytest.mark.slow
 def test_samples_follow_the_policy():
     """With blocks of one token, the first token's frequencies are the softmax of the logits at the prompt's end."""
     spec = SPECS["block-of-one"]

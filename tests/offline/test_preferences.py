@@ -107,6 +107,7 @@ def test_corrupted_solutions_are_wrong(recipe):
         assert re.sub(r"-?[\d.,]+", "", text) == re.sub(r"-?[\d.,]+", "", row["answer"])
 
 
+@pytest.mark.slow
 def test_gsm8k_pairs_in_every_format(recipe):
     """The real tokenizer reads the same pair from text or messages, with the prompt apart or not."""
     tokenizer = AutoTokenizer.from_pretrained(shared("fixtures", "fast_dllm_v2", "tokenizer"), padding_side="left")

@@ -111,6 +111,7 @@ def test_time_is_that_of_the_slower_of_computing_and_reading():
     assert cost.seconds(Machine(flops=1e9, bandwidth=100)) == 3
 
 
+@pytest.mark.slow
 def test_what_grows_with_what():
     """Memory grows with scored tokens, not with vocabulary times length; checkpointing and LoRA save what they should."""
     config = make_policy(SPEC, vocab_size=4000, num_hidden_layers=1).config
@@ -148,6 +149,7 @@ def test_strategies_share_what_they_say():
         assert plan.peak >= plan.weights and plan.fits(2**40) and not plan.fits(2**30)
 
 
+@pytest.mark.slow
 def test_command(capsys, tmp_path):
     small = ["--batch_size", "2", "--num_generations", "2", "--rollout_batch_size", "2", "--prompt_length", "16",
              "--completion_length", "16", "--lora_rank", "4"]  # fmt: skip

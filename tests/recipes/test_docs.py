@@ -370,6 +370,7 @@ def test_pictures_can_be_drawn_again(tmp_path, monkeypatch):
     assert all(path.stat().st_size < 100_000 for path in (ROOT / "docs" / "pictures").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_the_site_is_built(tmp_path):
     """Nothing is missing in the navigation, no link or anchor leads nowhere, and every public name is on the page."""
     pytest.importorskip("mkdocstrings", reason="needs the extra `docs`")

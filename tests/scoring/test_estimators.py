@@ -400,6 +400,7 @@ def test_o5_elbo_masks_follow_the_enumeration():
                 assert torch.allclose(hit[:, i], torch.tensor(size / number if i in subset else 0.0))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_o5_random_order_one_token_a_step_all_masked_scored_is_the_elbo(named_spec):
     """docs/method.md, section 6: the estimator of a random order that scores every masked token with `n / m` has the mean of
@@ -583,6 +584,7 @@ def test_a_segmented_model_runs_everything_else_as_before():
     assert not enable_plans(eager) and eager.config._attn_implementation == "eager"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_quality_of_an_estimate():
     spec = SPECS["block-from-sequence"]

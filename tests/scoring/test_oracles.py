@@ -273,6 +273,7 @@ def test_o2_estimate_equals_exact_log_ratio_in_expectation(policy, spec):
         torch.testing.assert_close(expected, exact.sum(1).double(), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_o4_variance_of_one_uniform_draw():
     """Var D_hat = sum_s T_s^2 Var_t d[s, t], against 20,000 draws; more draws shrink it as sampling theory says."""
     blocks, steps, counted = (tensor[:1] for tensor in hand_made_steps())

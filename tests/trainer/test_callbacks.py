@@ -15,6 +15,7 @@ from trl_diffusion.trajectories.trajectory import TrajectoryBatch
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.slow
 def test_pictures_at_the_right_steps(make_trainer, tmp_path):
     trainer = make_trainer()
     assert trainer.last_rollouts is None
@@ -31,6 +32,7 @@ def test_pictures_at_the_right_steps(make_trainer, tmp_path):
     assert width[0] < width[1]
 
 
+@pytest.mark.slow
 def test_pictures_reach_the_trackers(make_trainer, tmp_path, monkeypatch):
     logged = []
     wandb = SimpleNamespace(run=object(), Image=lambda path: ("image", path), log=logged.append)

@@ -45,6 +45,7 @@ class Wanders:
         return [{1: 0.2, 2: 0.7, 3: 0.4}[self.trainer.state.global_step]] * len(completions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stock", "llada", "lora"])
 def test_the_best_checkpoint_by_a_reward_is_loaded(make_trainer, tmp_path, kind):
     reward = Wanders()
@@ -81,6 +82,7 @@ def test_the_best_checkpoint_by_a_reward_is_loaded(make_trainer, tmp_path, kind)
     assert not all(torch.equal(a, b) for a, b in zip(now, saved(3), strict=True))
 
 
+@pytest.mark.slow
 def test_resuming_a_family_with_weight_names_of_its_own(make_trainer, tmp_path):
     """Where a run of three steps was after two, a resumed one starts."""
     options = {"diffusion_spec": {"block_size": 8}, "save_strategy": "steps", "save_steps": 2}
@@ -116,6 +118,7 @@ def solvable(number: int) -> list[dict]:
     return [{"puzzle": row["puzzle"], "prompt": sudoku.prompt(row["puzzle"])} for row in rows]
 
 
+@pytest.mark.slow
 def test_metric_callback(make_trainer, tmp_path):
     rows = solvable(24)
     prompts, puzzles = [row["prompt"] for row in rows], [row["puzzle"] for row in rows]

@@ -111,6 +111,7 @@ def test_the_recorded_reference_is_the_reference(offline, monkeypatch):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6) and a["kl"] == pytest.approx(b["kl"], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["dtrpo", "elbo"])
 def test_precomputed_reference_is_the_reference(offline, tmp_path, tokenizer, char_spec, estimator):
     """Precomputed for exactly the draws of every epoch and pass: the same losses, and no pass of the reference."""

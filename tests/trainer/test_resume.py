@@ -77,6 +77,7 @@ def test_resume_repeats_the_uninterrupted_run(make_trainer, start, collection, t
         assert torch.equal(expected, found), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_rollout(make_trainer, start, tmp_path, caplog):  # noqa: F811
     """One of another program, or of another number of processes, still serves; a damaged file is named."""
     options = {

@@ -21,6 +21,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 def test_seconds_are_where_they_were_spent(make_trainer):
     """Delays put into decoding, rewards and the optimizer come out under their names."""
 

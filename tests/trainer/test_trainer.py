@@ -271,6 +271,7 @@ def test_o7_loss_does_not_depend_on_how_the_batch_is_cut(make_trainer):
         torch.testing.assert_close(other, gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_expected_loss_is_the_loss_over_all_tokens(make_trainer):
     """Averaged over many draws, the weighted loss of TRL is the loss with every token scored (dapo: linear in them)."""
     trainer = make_trainer(per_device_train_batch_size=8, loss_type="dapo", tokens_per_step=2, beta=0.0)
