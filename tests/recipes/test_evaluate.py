@@ -46,6 +46,16 @@ TASKS = ("gsm8k", "humaneval", "countdown", "sudoku")
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+# What `lm_eval` does. Tasks are named by their files, so that the index of the harness's own 14,000 is not needed: 15 seconds.
+LM_EVAL = """
+from functools import partialmethod
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.tasks import TaskManager
+TaskManager.__init__ = partialmethod(TaskManager.__init__, include_defaults=False)
+cli_evaluate()
+"""
+
+
 def run(*command: str, cwd: Path) -> str:
     environment = {**os.environ, **ENVIRONMENT, "HF_HOME": str(cwd / "cache")}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
@@ -125,7 +135,10 @@ POLICIES = {"adapter": (True, True), "llada": (False, False)}  # embedded or not
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_three_ways_agree(name, adapter, tmp_path, monkeypatch):  # noqa: F811
-    """With the adapter as `lm_eval` in a process of its own, otherwise as `python -m trl_diffusion.evaluation` in this."""
+    """
+    With the adapter `lm_eval` runs in a process of its own, which knows nothing of this package; otherwise
+    `python -m trl_diffusion.evaluation` runs in this one.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which the harness sets
     embedded, with_adapter = POLICIES[name]
@@ -173,10 +186,9 @@ def run_harness(path, peft, spec, decoding, tasks, cwd: Path, monkeypatch) -> di
         *("--output_path", str(cwd / "harness")),
     ]
     if peft:
-        out = run(str(Path(sys.executable).parent / "lm_eval"), *command, cwd=cwd)
+        out = run(sys.executable, "-c", LM_EVAL, *command, cwd=cwd)
     else:
         monkeypatch.setattr(sys, "argv", ["lm_eval", *command])
-        # Tasks are named by their files: the index of the harness's own 14,000 is made, for 15 seconds, with the adapter only.
         monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
         with redirect_stdout(StringIO()) as stdout:
             start_harness()

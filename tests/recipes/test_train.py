@@ -20,18 +20,6 @@ from trl_diffusion.tasks import load_task
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return run("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision",
-               "no", "--dynamo_backend", "no", str(ROOT / "recipes" / "train.py"), *arguments, cwd=cwd)  # fmt: skip
-
-
-def run(*words: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=500
-    )
-
-
 @pytest.fixture
 def train_here(tmp_path, monkeypatch, capsys):
     """The recipe in this process, which has imported what a new one would have to import."""
@@ -50,8 +38,13 @@ SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "16", "--train_siz
 
 
 @pytest.mark.slow
-def test_sudoku_end_to_end(tmp_path):
-    result = train(*SMALL, cwd=tmp_path)
+def test_sudoku_end_to_end(tmp_path, train_here):
+    """The command line starts accelerate, which starts the recipe. `tests/distributed/test_recipes.py` starts accelerate itself."""
+    result = subprocess.run(
+        [sys.executable, "-m", "trl_diffusion", "train", "--num_processes", "1", "--config", "tiny_sudoku", *SMALL],
+        cwd=tmp_path, capture_output=True, text=True, timeout=500,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout.strip().splitlines()
     assert lines[-1].startswith("solve rate ") and lines[-1].endswith("(20 puzzles, seed 0)")
@@ -60,11 +53,10 @@ def test_sudoku_end_to_end(tmp_path):
     assert lines[-1].split()[2] == f"{results['solve_rate_before']:.1%}"
     assert (out / "reward_curve.png").stat().st_size > 5000 and (out / "denoising.png").stat().st_size > 5000
     assert (out / "model.safetensors").exists() and (out / "tokenizer.json").exists()
-    # What was saved is a policy; the command line starts the recipe.
-    again = run("-m", "trl_diffusion", "train", "--config", "tiny_sudoku", "--model_name_or_path", str(out), *SMALL,
-                "--max_steps", "1", cwd=tmp_path)  # fmt: skip
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert again.stdout.strip().splitlines()[-1].startswith("solve rate ")
+    # What was saved is a policy.
+    config = str(ROOT / "recipes" / "tiny_sudoku.yaml")
+    again = train_here("--config", config, "--model_name_or_path", str(out), *SMALL, "--max_steps", "1")
+    assert again.startswith(f"solve rate {results['solve_rate_after']:.1%}")
 
 
 @pytest.mark.slow

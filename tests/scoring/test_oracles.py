@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache
 
 import pytest
 import torch
@@ -60,7 +59,7 @@ def lay_out(batch: TrajectoryBatch, spec, draw: StepDraw, **options):
 
 def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float):
     """
-    The log-probability of every counted token, from one un-packed forward pass per state: the sequence as the policy
+    The log-probability of every counted token, from un-packed forward passes of every state: the sequence as the policy
     saw it (with block attention nothing behind the active block, with full attention masks), the attention written out position by position. Independent of `pack`.
     """
     result = torch.zeros_like(batch.logps)
@@ -69,20 +68,7 @@ def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float
         origin = 0 if spec.block_origin == "sequence" else len(prompt)
         block_of = lambda i, origin=origin: max((i - origin) // spec.block_size, -1 if origin else -(10**9))  # noqa: E731
         canvas, steps = batch.canvas_ids[row].tolist(), batch.steps[row].tolist()
-
-        @cache
-        def log_probs(tokens: tuple[int, ...], block_of=block_of):
-            blocks = torch.tensor([block_of(position) for position in range(len(tokens))])
-            allowed = (blocks[None, :] <= blocks[:, None]) | (spec.attention == "full")
-            logits = policy(
-                input_ids=torch.tensor([tokens]),
-                position_ids=torch.arange(len(tokens))[None],
-                attention_mask=allowed[None, None],
-            ).logits[0]
-            if not spec.predicts_mask_token:
-                logits[:, spec.mask_token_id] = -torch.inf
-            return (logits.double() / (temperature or 1.0)).log_softmax(-1)
-
+        columns_of = defaultdict(list)  # of each sequence that the policy saw, the tokens that it then unmasked
         for column in range(int(batch.completion_lengths[row])):
             position = len(prompt) + column
             end = origin + (block_of(position) + 1) * spec.block_size
@@ -95,7 +81,23 @@ def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float
                 else spec.mask_token_id
                 for j, token in enumerate(canvas)
             ]
-            result[row, column] = log_probs(tuple(tokens[:end]))[position - int(spec.token_shift), canvas[column]]
+            columns_of[tuple(tokens[:end])].append(column)
+        for length in {len(tokens) for tokens in columns_of}:
+            states = [tokens for tokens in columns_of if len(tokens) == length]
+            blocks = torch.tensor([block_of(position) for position in range(length)])
+            allowed = (blocks[None, :] <= blocks[:, None]) | (spec.attention == "full")
+            logits = policy(
+                input_ids=torch.tensor(states),
+                position_ids=torch.arange(length).expand(len(states), -1),
+                attention_mask=allowed[None, None].expand(len(states), 1, -1, -1),
+            ).logits.double()
+            if not spec.predicts_mask_token:
+                logits[..., spec.mask_token_id] = -torch.inf
+            log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
+            for state, tokens in enumerate(states):
+                for column in columns_of[tokens]:
+                    place = len(prompt) + column - int(spec.token_shift)
+                    result[row, column] = log_probs[state, place, canvas[column]]
     return result
 
 

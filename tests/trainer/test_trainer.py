@@ -672,6 +672,16 @@ def test_options_without_meaning_are_refused(tmp_path, option):
         DTRPOConfig(str(tmp_path), bf16=False, **option)
 
 
+@pytest.mark.parametrize(("gpu", "options", "expected"), [
+    (True, {}, True), (True, {"fp16": True}, False), (True, {"use_cpu": True}, False), (True, {"bf16": False}, False),
+    (False, {}, False), (False, {"use_cpu": True, "bf16": True}, True),
+])  # fmt: skip
+def test_bfloat16_is_the_default_where_a_gpu_has_it(tmp_path, monkeypatch, gpu, options, expected):
+    for module in ("trl_diffusion.trainer.config", "transformers.training_args"):
+        monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: gpu)
+    assert DTRPOConfig(str(tmp_path), **options).bf16 is expected
+
+
 # Every other option of GRPOConfig, and what the tests show of it or why it works as in TRL.
 MEANINGFUL = {
     *("model_init_kwargs", "disable_dropout", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from ..decoding.config import APPROXIMATE_CACHES, SCHEDULES, STOP_RULES, DecodingConfig
@@ -66,7 +67,8 @@ class DTRPOConfig(GRPOConfig):
     Configuration class for the [`DTRPOTrainer`].
 
     It has every parameter of [`~trl.GRPOConfig`], with the same meaning, and the ones below. Parameters of
-    [`~trl.GRPOConfig`] that mean nothing for a diffusion policy are refused (see [`DTRPOConfig.refused`]).
+    [`~trl.GRPOConfig`] that mean nothing for a diffusion policy are refused (see [`DTRPOConfig.refused`]). `bf16` defaults
+    to `True` on a device that computes in bfloat16 only: on a CPU, float32 is faster.
 
     Parameters:
         > Parameters that control the policy
@@ -330,6 +332,8 @@ class DTRPOConfig(GRPOConfig):
                 raise ValueError(
                     f"`diffusion_spec` must be a mapping or a JSON object, got {self.diffusion_spec!r} ({error})."
                 ) from error
+        if self.bf16 is None and (self.use_cpu or not is_torch_bf16_gpu_available()):
+            self.bf16 = False
         super().__post_init__()
         refused = self.refused()
         if refused:

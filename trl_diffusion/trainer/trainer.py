@@ -106,7 +106,7 @@ class DTRPOTrainer(GRPOTrainer):
     trainer = DTRPOTrainer(
         model=tiny_policy_path(),
         reward_funcs=sudoku.sudoku_solved,
-        args=DTRPOConfig("sudoku", max_completion_length=17, bf16=False),  # a CPU is better off in float32
+        args=DTRPOConfig("sudoku", max_completion_length=17),
         train_dataset=dataset,
     )
     trainer.train()
