@@ -35,10 +35,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, get_spec, tiny_policy_path
 from trl_diffusion.scoring.diagnostics import estimate_quality
-from trl_diffusion.scoring.draws import derive_seed
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
+from trl_diffusion.seeds import derive_seed
 from trl_diffusion.tasks import load_task
 from trl_diffusion.trajectories.trajectory import TrajectoryBatch
 

@@ -2,7 +2,7 @@
 Follows pages of the documentation literally: runs the commands of their shell blocks, in order, in a copy of the checkout.
 
     python docs/follow.py README.md docs/howto/offline.md
-    python docs/follow.py --data DIRECTORY          # all pages; gsm8k/ and data/ stand for files that they leave to you
+    python docs/follow.py --data DIRECTORY          # all pages; data/ stands for files that they leave to you
 
 A command that was run before is not run again. Those that need a model from the hub, a login, or a file that is not there are
 named and left out. `pip install` installs into the environment that this runs in. Ends with a table, and with code 1 if a
@@ -86,7 +86,6 @@ def main() -> int:
         )
         if args.data:
             (directory / "data").symlink_to(args.data.resolve())
-            (directory / "gsm8k").symlink_to(args.data.resolve() / "gsm8k")
         for page in pages:
             fresh = [command for command in commands(page) if command not in seen]
             seen.update(fresh)

@@ -3,7 +3,7 @@ Collects trajectories to train on later: a policy answers prompts, the answers a
 needs is written to disk.
 
     accelerate launch recipes/collect.py                                    # embedded policy, 4x4 sudoku
-    accelerate launch recipes/collect.py --task gsm8k --train_file gsm8k/train.jsonl --model_name_or_path MODEL
+    accelerate launch recipes/collect.py --task gsm8k --train_file data/gsm8k/train.jsonl --model_name_or_path MODEL
     accelerate launch recipes/train.py --trajectories outputs/trajectories  # then train, as often as you like
 
 An interrupted run goes on where it stopped when the same command is given again. Processes share the work.
@@ -20,7 +20,7 @@ from trl import ModelConfig, TrlParser
 from trl_diffusion import DecodingConfig, collect, tiny_policy_path
 from trl_diffusion.policies.loading import resolve_spec
 from trl_diffusion.tasks import TASKS, load_task
-from trl_diffusion.utils import errors_in_a_line, processes, read_mapping, use_all_cores
+from trl_diffusion.utils import USAGE, errors_in_a_line, processes, read_mapping, use_all_cores
 
 
 @dataclass
@@ -88,6 +88,6 @@ def main(args: CollectArguments, model_args: ModelConfig) -> None:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((CollectArguments, ModelConfig))  # type: ignore[arg-type]  # takes classes
+    parser = TrlParser((CollectArguments, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
     with errors_in_a_line():
         main(*parser.parse_args_and_config())

@@ -26,7 +26,7 @@ from trl_diffusion import tiny_policy_path
 from trl_diffusion.evaluation.policy import load_policy
 from trl_diffusion.evaluation.run import Evaluation, check_tasks, markdown
 from trl_diffusion.evaluation.settings import check_settings
-from trl_diffusion.utils import errors_in_a_line, processes, read_mapping, use_all_cores
+from trl_diffusion.utils import USAGE, errors_in_a_line, processes, read_mapping, use_all_cores
 
 
 @dataclass
@@ -102,6 +102,6 @@ def main(args: EvaluateArguments) -> None:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((EvaluateArguments,))  # type: ignore[arg-type]  # takes classes
+    parser = TrlParser((EvaluateArguments,), usage=USAGE)  # type: ignore[arg-type]  # takes classes
     with errors_in_a_line():
         main(*parser.parse_args_and_config())

@@ -1,8 +1,8 @@
 """
 Writes preference pairs in TRL's format from GSM8K: its solution is chosen, the same with a wrong result is rejected.
 
-    python recipes/gsm8k_preferences.py gsm8k/train.jsonl pairs.jsonl
-    python recipes/gsm8k_preferences.py gsm8k/train.jsonl pairs.jsonl --plain --implicit_prompt --size 500
+    python recipes/gsm8k_preferences.py data/gsm8k/train.jsonl pairs.jsonl
+    python recipes/gsm8k_preferences.py data/gsm8k/train.jsonl pairs.jsonl --plain --implicit_prompt --size 500
 
 By default a row has messages and a `prompt` of its own; `--plain` makes them text, `--implicit_prompt` puts the prompt at
 the beginning of `chosen` and `rejected` (https://huggingface.co/docs/trl/dataset_formats#preference).

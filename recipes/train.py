@@ -35,7 +35,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl_diffusion import DTRPOConfig, DTRPOTrainer, load_trajectories, tiny_policy_path
 from trl_diffusion.tasks import TASKS, load_task, read_rows
 from trl_diffusion.trainer.callbacks import RewardProgressCallback
-from trl_diffusion.utils import errors_in_a_line, use_all_cores
+from trl_diffusion.utils import USAGE, errors_in_a_line, use_all_cores
 
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def parse() -> tuple[ScriptArguments, DTRPOConfig, ModelConfig]:
     arguments = sys.argv[1:]
     if not given & {"--config", "--model_name_or_path", "--random_policy"}:
         arguments = ["--config", str(Path(__file__).parent / "tiny_sudoku.yaml"), *arguments]
-    parser = TrlParser((ScriptArguments, DTRPOConfig, ModelConfig))  # type: ignore[arg-type]  # takes classes
+    parser = TrlParser((ScriptArguments, DTRPOConfig, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
     return cast("tuple[ScriptArguments, DTRPOConfig, ModelConfig]", parser.parse_args_and_config(args=arguments))
 
 

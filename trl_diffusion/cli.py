@@ -42,7 +42,7 @@ from the embedded policy, which is bad at 4x4 sudoku before it is trained, to a 
   {PROG} view outputs/trajectories 0 --output answer.html
   {PROG} train --config tiny_offline
   {PROG} plan GSAI-ML/LLaDA-8B-Instruct --gpus 8 --memory 80
-  {PROG} train --accelerate_config zero3 --config llada_8gpu --train_file gsm8k/train.jsonl
+  {PROG} train --accelerate_config zero3 --config llada_8gpu --train_file data/gsm8k/train.jsonl
   {PROG} evaluate --model_name_or_path outputs/llada_8gpu --tasks gsm8k math500
 
 {PROG} COMMAND --help lists the options of a command.
@@ -113,8 +113,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
                 "--accelerate_config", type=_file(PACKAGE / "recipes" / "accelerate"), metavar="NAME_OR_PATH",
                 help="engine: ddp, zero2, zero3, zero3_offload or fsdp2, for 8 GPUs, or a config file of accelerate's",
             )  # fmt: skip
-            command.add_argument("--num_processes", type=int, metavar="N", help="instead of one for each GPU")
+            command.add_argument("--num_processes", type=_count, metavar="N", help="instead of one for each GPU")
     return parser, commands.choices
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _file(folder: Path) -> Callable[[str], str]:

@@ -28,6 +28,10 @@ def exit_code(work: Callable[[], object]) -> int:
     return 0
 
 
+# Of the scripts in recipes/, whose hundreds of options argparse would print before a line about one of them.
+USAGE = "%(prog)s [--config FILE] [--OPTION VALUE ...], all options: %(prog)s --help"
+
+
 @contextmanager
 def errors_in_a_line() -> Iterator[None]:
     """Inside, what a user can set right ends the program with its message and code 2, without a traceback."""

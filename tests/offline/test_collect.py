@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.offline.conftest import codes, length, prompt_dataset, run_collect
 from trl_diffusion import DecodingConfig, decode, load_trajectories
-from trl_diffusion.scoring.draws import derive_seed
+from trl_diffusion.seeds import derive_seed
 from trl_diffusion.trajectories.dataset import check_trajectories, from_rows, reward_columns, to_rows
 from trl_diffusion.trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
 

@@ -13,7 +13,7 @@ from tests.conftest import make_policy
 from tests.trainer.conftest import codes, make_dataset
 from tests.trainer.test_trainer import causal_logps, per_row_inputs, slice_rows
 from trl_diffusion import DiffusionSpec
-from trl_diffusion.scoring.draws import derive_seed
+from trl_diffusion.seeds import derive_seed
 from trl_diffusion.trainer.trainer import _trajectories
 
 

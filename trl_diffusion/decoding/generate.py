@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..policies.forward import unwrap
 from ..policies.loading import resolve_spec
 from ..policies.spec import DiffusionSpec
+from ..seeds import derive_seed
 from ..trajectories.trajectory import TrajectoryBatch
 from .config import DecodingConfig
 from .decode import decode
@@ -50,7 +51,7 @@ def generate(
     Answers prompts.
 
     ```python
-    answers = generate(model, tokenizer, ["countdown 1,2,3=6"], max_new_tokens=16, tokens_per_step=2)
+    answers = generate(model, tokenizer, ["sudoku 3100243010040003"], max_new_tokens=17, tokens_per_step=2)
     answers.texts
     ```
 
@@ -74,8 +75,7 @@ def generate(
     Raises:
         ValueError: if both `config` and `settings` are given, and for what [`decode`] refuses.
     """
-    from ..offline.prompts import tokenize_prompts  # here, since it brings TRL along
-    from ..scoring.draws import derive_seed
+    from ..policies.prompts import tokenize_prompts  # here, since it brings TRL along
 
     if config is not None and settings:
         raise ValueError(f"Give `config` or single settings, not both; got `config` and {sorted(settings)}.")

@@ -26,7 +26,7 @@ from accelerate.utils import gather, gather_object
 from torch import Tensor
 
 from ..decoding.config import DecodingConfig
-from ..scoring.draws import derive_seed
+from ..seeds import derive_seed
 from ..utils import processes, read_mapping
 from .generate import Usage, cut, generate
 from .likelihood import chain_likelihoods, elbo_likelihoods, is_autoregressive

@@ -10,11 +10,11 @@ from torch import Tensor
 from ..offline.orders import finished_batch, given_order
 from ..policies.forward import log_distribution, policy_logits
 from ..policies.spec import DiffusionSpec
-from ..scoring.draws import derive_seed
 from ..scoring.estimators import EstimatorConfig, elbo
 from ..scoring.layout import pack
 from ..scoring.score import score
 from ..scoring.states import States, all_states
+from ..seeds import derive_seed
 from ..trajectories.trajectory import TrajectoryBatch
 from .policy import Policy
 

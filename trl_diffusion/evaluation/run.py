@@ -16,7 +16,7 @@ import xxhash
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..decoding.config import DecodingConfig
-from ..scoring.draws import derive_seed
+from ..seeds import derive_seed
 from ..trajectories.fingerprint import fingerprint_policy
 from ..utils import move_into_place, processes
 from . import tasks_path

@@ -23,13 +23,13 @@ from trl import is_conversational
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
+from ..policies.prompts import tokenize_prompts
 from ..policies.spec import DiffusionSpec, get_spec
-from ..scoring.draws import derive_seed
+from ..seeds import derive_seed
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import move_into_place
-from .prompts import tokenize_prompts
 
 
 if TYPE_CHECKING:

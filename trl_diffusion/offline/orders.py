@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..policies.spec import DiffusionSpec
-from ..scoring.draws import derive_seed
 from ..scoring.layout import pack
 from ..scoring.score import score
 from ..scoring.states import States
+from ..seeds import derive_seed
 from ..trajectories.trajectory import NEVER, TrajectoryBatch, autoregressive_positions, response_blocks
 
 

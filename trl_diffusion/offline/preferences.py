@@ -17,14 +17,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..policies.prompts import tokenize_preference
 from ..policies.spec import DiffusionSpec
-from ..scoring.draws import derive_seed
+from ..seeds import derive_seed
 from ..trajectories.dataset import Provenance, to_rows
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import move_into_place
 from .orders import ORDERS, DecodingOrder, finished_batch, given_order, replay_confidence
-from .prompts import tokenize_preference
 
 
 def is_preference_dataset(dataset: Any) -> bool:

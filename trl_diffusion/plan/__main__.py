@@ -244,7 +244,10 @@ def _print(full: Footprint, plans: list[Plan], options: argparse.Namespace) -> N
     fitting = [plan for plan in plans if plan.fits(options.memory * GIB)]
     if fitting:
         first = fitting[0]
-        print(f"\nThe first that fits: {first.name}, with recipes/accelerate/{first.recipe}.yaml.")
+        print(
+            f"\nThe first that fits: {first.name}. Its engine is recipes/accelerate/{first.recipe}.yaml, or "
+            f"`trl-diffusion train --accelerate_config {first.recipe}`."
+        )
     else:
         print("\nNothing fits. Lower --batch_size, --rollout_batch_size or --completion_length, or use more GPUs.")
 

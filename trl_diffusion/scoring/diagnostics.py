@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..policies.spec import DiffusionSpec
+from ..seeds import derive_seed
 from ..trajectories.trajectory import TrajectoryBatch
-from .draws import derive_seed
 from .estimators import ESTIMATORS, EstimatorConfig
 from .layout import PackedLayout, pack
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..policies.spec import DiffusionSpec
+from ..seeds import derive_seed
 from ..trajectories.trajectory import NEVER, TrajectoryBatch, token_states
-from .draws import derive_seed, draw_steps
+from .draws import draw_steps
 from .states import States, all_states, drawn_states
 
 

@@ -33,10 +33,11 @@ from ..policies.loading import load_config, load_renamed_weights, needs_tokenize
 from ..policies.lora import check_targets, empty_model
 from ..policies.spec import set_spec
 from ..scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
-from ..scoring.draws import derive_seed, expected_weights
+from ..scoring.draws import expected_weights
 from ..scoring.estimators import ESTIMATORS
 from ..scoring.layout import PackedLayout, pack
 from ..scoring.score import score
+from ..seeds import derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows, is_trajectory_dataset
 from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
 from ._trl import disable_dropout_in_model, unwrapped_policy, use_adapter

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational, maybe_extract_prompt
 
-from ..policies.spec import DiffusionSpec
+from .spec import DiffusionSpec
 
 
 if TYPE_CHECKING:
