@@ -5,13 +5,14 @@ Follows pages of the documentation literally: runs the commands of their shell b
     python docs/follow.py --data DIRECTORY          # all pages; data/ stands for files that they leave to you
 
 A command that was run before is not run again. Those that need a model from the hub, a login, or a file that is not there are
-named and left out. `pip install` installs into the environment that this runs in. Ends with a table, and with code 1 if a
-command failed.
+named and left out. They find a fresh environment, into which the `pip install` of the README installs: begin with that page.
+Ends with a table, and with code 1 if a command failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -60,7 +61,9 @@ def follow(lines: list[str], directory: Path, only_list: bool) -> list[tuple[str
         for line, outcome in outcomes
         if not outcome
     )
-    subprocess.run(["bash", "-c", script], cwd=directory, check=False)
+    fresh = str(directory.parent / "environment" / "bin")
+    environment = {**os.environ, "PATH": os.pathsep.join([fresh, os.environ["PATH"]])}
+    subprocess.run(["bash", "-c", script], cwd=directory, check=False, env=environment)
     ends = iter(results.read_text().splitlines() if results.exists() else [])
     found = []
     for line, outcome in outcomes:
@@ -84,6 +87,8 @@ def main() -> int:
         shutil.copytree(
             ROOT, directory, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", "site")
         )
+        if not args.list:
+            subprocess.run([sys.executable, "-m", "venv", str(directory.parent / "environment")], check=True)
         if args.data:
             (directory / "data").symlink_to(args.data.resolve())
         for page in pages:
