@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
 from tests.processes import run_pair
 from trl_diffusion import DecodingConfig, TrajectoryBatch, decode
+from trl_diffusion.decoding.attention import Spans, ragged_mask
 from trl_diffusion.decoding.pace import PeerFailed
 from trl_diffusion.policies.attention import PLANNED
 from trl_diffusion.policies.spec import DiffusionSpec
@@ -324,3 +326,29 @@ def test_processes_keep_pace():
     ((_, peer_failed), (passes, lengths)), ((_, failed), (other_passes, other_lengths)) = outcomes
     assert (peer_failed, failed) == ("PeerFailed", "KeyError")
     assert passes == other_passes > 20 and lengths == [24] * 5 and other_lengths == [24] * 2
+
+
+@pytest.mark.parametrize("capacity", [None, 16])
+@pytest.mark.parametrize("lanes", [(0, 1, 2), (1, 2, 3), (2, 0, 1)])
+@pytest.mark.parametrize("ends", [(8, 8, 8), (8, 12, 8), (8, 12, 16)])
+def test_attention_in_groups_is_that_of_the_whole_mask(capacity, lanes, ends):
+    """Lanes side by side are looked at where they are, others are gathered: what comes out is the same."""
+    spec = SPECS["block-from-sequence" if capacity else "full"].replace(block_size=4)
+    ends = np.array(ends)
+    begins = ends - 4 if capacity else np.zeros(3, dtype=np.int64)
+    spans = Spans(np.arange(3), np.array(lanes), np.zeros(3, dtype=np.int64), begins, ends, ends)
+    number = int(spans.lengths.sum())
+    mask = ragged_mask(spans, spec, capacity, 4 * capacity if capacity else number, "cpu")
+    together = capacity is None or lanes != (2, 0, 1)
+    if set(ends) == {8}:
+        assert [(group.query_run is not None, group.key_run is not None) for group in mask.groups] == [
+            (True, together)
+        ]
+    query, key, value = (
+        torch.randn(1, 2, size, 8, generator=torch.Generator().manual_seed(seed))
+        for seed, size in enumerate((number, mask.num_keys, mask.num_keys))
+    )
+    layer = torch.nn.Module()
+    layer.num_key_value_groups = 1
+    expected = F.scaled_dot_product_attention(query, key, value, mask.dense())
+    torch.testing.assert_close(mask.attend(layer, query, key, value), expected.transpose(1, 2))

@@ -67,15 +67,27 @@ def ragged_mask(spans: Spans, spec: DiffusionSpec, capacity: int | None, num_key
         key_ends = spans.key_ends[members]
         width = int(key_ends.max())
         queries = spans.offsets[members][:, None] + np.arange(length)
-        keys = queries if capacity is None else spans.lanes[members][:, None] * capacity + np.arange(width)
+        keys, query_run, key_run = queries, _run(members, spans.offsets[members[0]], length), None
+        if capacity is None:
+            key_run = query_run
+        else:
+            lanes = spans.lanes[members]
+            keys, key_run = lanes[:, None] * capacity + np.arange(width), _run(lanes, lanes[0] * capacity, capacity)
         allowed = None
         if not _sees_everything(spans, members, spec, width):
             heads, begins, ends = (
                 _tensor(values[members], device) for values in (spans.heads, spans.begins, spans.key_ends)
             )
             allowed = _allowed(heads, begins, ends, int(length), width, spec)
-        groups.append(RaggedGroup(_tensor(queries, device), _tensor(keys, device), allowed))
+        groups.append(RaggedGroup(_tensor(queries, device), _tensor(keys, device), allowed, query_run, key_run))
     return RaggedMask(groups, int(spans.lengths.sum()), num_keys)
+
+
+def _run(numbers: np.ndarray, start: int, size: int) -> slice | None:
+    """Where pieces of `size`, the first of them at `start`, are one behind the other, if their numbers are."""
+    if (np.diff(numbers) != 1).any():
+        return None
+    return slice(int(start), int(start + len(numbers) * size))
 
 
 def _sees_everything(spans: Spans, members: np.ndarray, spec: DiffusionSpec, width: int) -> bool:

@@ -249,11 +249,15 @@ class RaggedGroup:
         queries (`Tensor` of shape `(G, n)`): where their tokens are in the row.
         keys (`Tensor` of shape `(G, K)`): where their keys are among all keys.
         allowed (boolean `Tensor` of shape `(G, 1, n, K)`): who may look at whom. `None`: everything at everything.
+        query_run, key_run (`slice`, *optional*): `G` pieces of equal length, one behind the other, of which `queries` and `keys`
+            are the first `n` and `K` places each. Nothing has to be gathered then.
     """
 
     queries: Tensor
     keys: Tensor
     allowed: Tensor | None
+    query_run: slice | None = None
+    key_run: slice | None = None
 
 
 @dataclass
@@ -284,9 +288,9 @@ class RaggedMask:
         for group in self.groups:
             part, _ = sdpa_attention_forward(
                 module,
-                query[0][:, group.queries].transpose(0, 1),
-                key[0][:, group.keys].transpose(0, 1),
-                value[0][:, group.keys].transpose(0, 1),
+                _pick(query[0], group.queries, group.query_run),
+                _pick(key[0], group.keys, group.key_run),
+                _pick(value[0], group.keys, group.key_run),
                 group.allowed,
                 **{**kwargs, "is_causal": False},
             )  # (G, n, H, D)
@@ -295,6 +299,13 @@ class RaggedMask:
             out[group.queries] = part
         assert out is not None  # there is at least one group
         return out[None]
+
+
+def _pick(values: Tensor, places: Tensor, run: slice | None) -> Tensor:
+    """Of `values`, `(H, N, D)`, those at `places`, `(G, n)`: `(G, H, n, D)`, a view if they are the beginnings of a run."""
+    if run is None:
+        return values[:, places].transpose(0, 1)
+    return values[:, run].unflatten(1, (len(places), -1))[:, :, : places.shape[1]].transpose(0, 1)
 
 
 def enable_plans(model: PreTrainedModel) -> bool:
