@@ -43,9 +43,11 @@ sys.meta_path.insert(0, Watcher())
 
 
 @pytest.mark.slow
-def test_families_are_registered_whatever_is_imported_first():
-    """While a model is imported, the auto classes are there before the backbones that the families are built on."""
-    code = f"{WATCHER}{LIGHT}from transformers import Qwen3ForCausalLM{KNOWN}"
+@pytest.mark.parametrize("first", ["Qwen3ForCausalLM", "AutoConfig; AutoConfig.for_model('llada')"])
+def test_families_are_registered_whatever_is_imported_first(first):
+    """While a model is imported, the auto classes are there before the backbones that the families are built on; the configs'
+    auto class may be all that is imported."""
+    code = f"{WATCHER}{LIGHT}from transformers import {first}{KNOWN}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
 
@@ -55,16 +57,16 @@ def test_a_registration_that_fails_is_tried_again(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
     tries = []
 
-    def fail_once():
+    def fail_once(*_):
         tries.append(1)
         if len(tries) == 1:
             raise MemoryError("just now")
 
-    monkeypatch.setattr(registration, "register_families", fail_once)
+    monkeypatch.setattr(registration, "import_module", fail_once)
     with pytest.raises(MemoryError):
-        finder.finish()
+        finder.finish("transformers")
     assert finder in sys.meta_path
-    finder.finish()
+    finder.finish("transformers")
     assert len(tries) == 2 and finder not in sys.meta_path
 
 

@@ -56,12 +56,13 @@ class _Finder(MetaPathFinder):
             spec.loader = _Loader(spec.loader, self)
         return spec
 
-    def finish(self) -> None:
-        if self.done or not _auto_classes_are_there():
+    def finish(self, name: str) -> None:
+        """Registers the families if they can be, now that the code of module `name` has run."""
+        if self.done or not (name == AUTO_CLASSES or _auto_classes_are_there()):
             return
         self.done = True
         try:
-            register_families()
+            import_module(".families", __package__)
         except BaseException:
             self.done = False  # and is tried again after the next import
             raise
@@ -94,4 +95,4 @@ class _Loader(Loader):
         finally:
             imports.depth -= 1
         if imports.depth == 0:
-            self.finder.finish()
+            self.finder.finish(module.__name__)
