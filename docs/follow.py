@@ -3,9 +3,11 @@ Follows pages of the documentation literally: runs the commands of their shell b
 
     python docs/follow.py README.md docs/howto/offline.md
     python docs/follow.py --data DIRECTORY          # all pages; data/ stands for files that they leave to you
+    python docs/follow.py --stand_in GSAI-ML/LLaDA-8B-Instruct=DIRECTORY --stand_in path/to/fast_dllm_v2=DIRECTORY
 
 A command that was run before is not run again. Those that need a model from the hub, a login, or a file that is not there are
 named and left out. They find a fresh environment, into which the `pip install` of the README installs: begin with that page.
+A checkpoint that stands in for a model has the commands run that only read its config.
 Ends with a table, and with code 1 if a command failed.
 """
 
@@ -28,7 +30,7 @@ NEEDS = {
     r"\b(GSAI-ML|Dream-org|Efficient-Large-Model|JetLM)/": "a model from the hub",
     r"\boutputs/llada\b|recipes/(llada|dream|fast_dllm_v2|sdar)\w*\.yaml": "a model from the hub",
     r"^(hf|curl|for|done)\b": "a network",
-    r"path/to/|\$TASKS|^TASKS=": "something of yours",
+    r"path/to/": "something of yours",
 }
 
 
@@ -42,8 +44,10 @@ def commands(page: str) -> list[str]:
 
 def reason(command: str, directory: Path) -> str | None:
     """Why a command cannot be run here, if so."""
+    stands_in = any((directory / word).is_dir() for word in command.split() if "/" in word)
+    only_config = re.search(r"\bplan [\w./-]+ --gpus", command) or "path/to/" in command
     for pattern, need in NEEDS.items():
-        if re.search(pattern, command):
+        if re.search(pattern, command) and not (stands_in and only_config):
             return f"needs {need}"
     for path in re.findall(r"\S+/\S+\.jsonl|(?<=--data_dir )\S+", command):
         if not (directory / path).exists():
@@ -78,6 +82,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", help="files (default: the README and all pages)")
     parser.add_argument("--data", type=Path, help="directory with gsm8k/, sudoku/ and countdown/")
+    parser.add_argument(
+        "--stand_in", action="append", default=[], metavar="NAME=DIRECTORY", help="what a name stands for"
+    )
     parser.add_argument("--list", action="store_true", help="say what would be run")
     args = parser.parse_args()
     pages = args.pages or ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
@@ -91,6 +98,9 @@ def main() -> int:
             subprocess.run([sys.executable, "-m", "venv", str(directory.parent / "environment")], check=True)
         if args.data:
             (directory / "data").symlink_to(args.data.resolve())
+        for name, _, target in (stand_in.partition("=") for stand_in in args.stand_in):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).symlink_to(Path(target).resolve())
         for page in pages:
             fresh = [command for command in commands(page) if command not in seen]
             seen.update(fresh)
