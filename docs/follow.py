@@ -7,7 +7,7 @@ Follows pages of the documentation literally: runs the commands of their shell b
 
 A command that was run before is not run again. Those that need a model from the hub, a login, or a file that is not there are
 named and left out. They find a fresh environment, into which the `pip install` of the README installs: begin with that page.
-A checkpoint that stands in for a model has the commands run that only read its config.
+A checkpoint that stands in for a model has it planned for, which reads nothing but the config.
 Ends with a table, and with code 1 if a command failed.
 """
 
@@ -30,7 +30,6 @@ NEEDS = {
     r"\b(GSAI-ML|Dream-org|Efficient-Large-Model|JetLM)/": "a model from the hub",
     r"\boutputs/llada\b|recipes/(llada|dream|fast_dllm_v2|sdar)\w*\.yaml": "a model from the hub",
     r"^(hf|curl|for|done)\b": "a network",
-    r"path/to/": "something of yours",
 }
 
 
@@ -44,12 +43,13 @@ def commands(page: str) -> list[str]:
 
 def reason(command: str, directory: Path) -> str | None:
     """Why a command cannot be run here, if so."""
-    stands_in = any((directory / word).is_dir() for word in command.split() if "/" in word)
-    only_config = re.search(r"\bplan [\w./-]+ --gpus", command) or "path/to/" in command
+    planned = re.search(r"\bplan (\S+)", command)
+    if planned and (directory / planned[1]).is_dir():  # nothing but the config of this model is read
+        return None
     for pattern, need in NEEDS.items():
-        if re.search(pattern, command) and not (stands_in and only_config):
+        if re.search(pattern, command):
             return f"needs {need}"
-    for path in re.findall(r"\S+/\S+\.jsonl|(?<=--data_dir )\S+", command):
+    for path in re.findall(r"\S+/\S+\.jsonl|(?<=--data_dir )\S+|\bpath/to/\S+", command):
         if not (directory / path).exists():
             return f"needs {path}"
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def run_pair(job, *arguments: Any, timeout: float = 240) -> list[Any]:
     Runs `job(rank, *arguments)` in two processes that can form a process group (gloo), as `torchrun` starts them.
 
     Returns:
-        What the job returned on rank 0 and on rank 1.
+        What the job returned on rank 0 and on rank 1; a few kilobytes at most, since it waits in a pipe for their end.
 
     Raises:
         AssertionError: if one of them fails, or takes longer than `timeout` seconds. Both are ended then.
@@ -34,9 +35,10 @@ def run_pair(job, *arguments: Any, timeout: float = 240) -> list[Any]:
     pair = [CONTEXT.Process(target=_run, args=(job, rank, port, results, arguments)) for rank in range(2)]
     for process in pair:
         process.start()
+    end = time.monotonic() + timeout
     try:
         for process in pair:
-            process.join(timeout)
+            process.join(max(0.0, end - time.monotonic()))
         assert [process.exitcode for process in pair] == [0, 0]
     finally:
         for process in pair:

@@ -341,9 +341,8 @@ def test_attention_in_groups_is_that_of_the_whole_mask(capacity, lanes, ends):
     mask = ragged_mask(spans, spec, capacity, 4 * capacity if capacity else number, "cpu")
     together = capacity is None or lanes != (2, 0, 1)
     if set(ends) == {8}:
-        assert [(group.query_run is not None, group.key_run is not None) for group in mask.groups] == [
-            (True, together)
-        ]
+        (group,) = mask.groups
+        assert group.queries.run is not None and (group.keys.run is not None) == together
     query, key, value = (
         torch.randn(1, 2, size, 8, generator=torch.Generator().manual_seed(seed))
         for seed, size in enumerate((number, mask.num_keys, mask.num_keys))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..policies.attention import RaggedGroup, RaggedMask
+from ..policies.attention import Places, RaggedGroup, RaggedMask
 from ..policies.spec import DiffusionSpec
 
 
@@ -62,32 +62,27 @@ def ragged_mask(spans: Spans, spec: DiffusionSpec, capacity: int | None, num_key
         device: of the policy.
     """
     groups = []
-    for length in np.unique(spans.lengths):
+    for length in np.unique(spans.lengths).tolist():
         members = np.flatnonzero(spans.lengths == length)
         key_ends = spans.key_ends[members]
         width = int(key_ends.max())
-        queries = spans.offsets[members][:, None] + np.arange(length)
-        keys, query_run, key_run = queries, _run(members, spans.offsets[members[0]], length), None
-        if capacity is None:
-            key_run = query_run
-        else:
-            lanes = spans.lanes[members]
-            keys, key_run = lanes[:, None] * capacity + np.arange(width), _run(lanes, lanes[0] * capacity, capacity)
+        queries = _places(spans.offsets[members], length, length, device)
+        keys = queries if capacity is None else _places(spans.lanes[members] * capacity, width, capacity, device)
         allowed = None
         if not _sees_everything(spans, members, spec, width):
             heads, begins, ends = (
                 _tensor(values[members], device) for values in (spans.heads, spans.begins, spans.key_ends)
             )
-            allowed = _allowed(heads, begins, ends, int(length), width, spec)
-        groups.append(RaggedGroup(_tensor(queries, device), _tensor(keys, device), allowed, query_run, key_run))
+            allowed = _allowed(heads, begins, ends, length, width, spec)
+        groups.append(RaggedGroup(queries, keys, allowed))
     return RaggedMask(groups, int(spans.lengths.sum()), num_keys)
 
 
-def _run(numbers: np.ndarray, start: int, size: int) -> slice | None:
-    """Where pieces of `size`, the first of them at `start`, are one behind the other, if their numbers are."""
-    if (np.diff(numbers) != 1).any():
-        return None
-    return slice(int(start), int(start + len(numbers) * size))
+def _places(starts: np.ndarray, length: int, size: int, device) -> Places:
+    """The first `length` places of pieces of `size` that begin at `starts`; a run if one stands behind the other."""
+    together = (np.diff(starts) == size).all()
+    run = slice(int(starts[0]), int(starts[-1]) + size) if together else None
+    return Places(_tensor(starts[:, None] + np.arange(length), device), run)
 
 
 def _sees_everything(spans: Spans, members: np.ndarray, spec: DiffusionSpec, width: int) -> bool:

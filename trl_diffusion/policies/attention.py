@@ -241,23 +241,40 @@ def _may_look(
 
 
 @dataclass
+class Places:
+    """
+    Where the tokens of `G` sequences are in a row, `n` of each.
+
+    Attributes:
+        numbers (`Tensor` of shape `(G, n)`): their places.
+        run (`slice`, *optional*): the part of the row of which they are the beginnings, if it is cut into `G` equal pieces.
+    """
+
+    numbers: Tensor
+    run: slice | None = None
+
+    def of(self, values: Tensor) -> Tensor:
+        """Of `values`, `(H, N, D)`, those at these places: `(G, H, n, D)`. A view if they are a run."""
+        if self.run is None:
+            return values[:, self.numbers].transpose(0, 1)
+        count, length = self.numbers.shape
+        return values[:, self.run].unflatten(1, (count, -1))[:, :, :length].transpose(0, 1)
+
+
+@dataclass
 class RaggedGroup:
     """
     `G` sequences that have the same number `n` of tokens in this pass, and look at `K` keys at most.
 
     Attributes:
-        queries (`Tensor` of shape `(G, n)`): where their tokens are in the row.
-        keys (`Tensor` of shape `(G, K)`): where their keys are among all keys.
+        queries ([`Places`]): their tokens, `n` of each, in the row.
+        keys ([`Places`]): their keys, `K` of each, among all keys.
         allowed (boolean `Tensor` of shape `(G, 1, n, K)`): who may look at whom. `None`: everything at everything.
-        query_run, key_run (`slice`, *optional*): `G` pieces of equal length, one behind the other, of which `queries` and `keys`
-            are the first `n` and `K` places each. Nothing has to be gathered then.
     """
 
-    queries: Tensor
-    keys: Tensor
+    queries: Places
+    keys: Places
     allowed: Tensor | None
-    query_run: slice | None = None
-    key_run: slice | None = None
 
 
 @dataclass
@@ -277,10 +294,12 @@ class RaggedMask:
     num_keys: int
 
     def dense(self) -> Tensor:
-        mask = torch.zeros(self.num_queries, self.num_keys, dtype=torch.bool, device=self.groups[0].queries.device)
+        device = self.groups[0].queries.numbers.device
+        mask = torch.zeros(self.num_queries, self.num_keys, dtype=torch.bool, device=device)
         for group in self.groups:
-            allowed = group.queries.new_ones(()).bool() if group.allowed is None else group.allowed[:, 0]
-            mask[group.queries[:, :, None], group.keys[:, None, :]] = allowed
+            queries, keys = group.queries.numbers, group.keys.numbers
+            allowed = queries.new_ones(()).bool() if group.allowed is None else group.allowed[:, 0]
+            mask[queries[:, :, None], keys[:, None, :]] = allowed
         return mask[None, None]
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs) -> Tensor:
@@ -288,24 +307,17 @@ class RaggedMask:
         for group in self.groups:
             part, _ = sdpa_attention_forward(
                 module,
-                _pick(query[0], group.queries, group.query_run),
-                _pick(key[0], group.keys, group.key_run),
-                _pick(value[0], group.keys, group.key_run),
+                group.queries.of(query[0]),
+                group.keys.of(key[0]),
+                group.keys.of(value[0]),
                 group.allowed,
                 **{**kwargs, "is_causal": False},
             )  # (G, n, H, D)
             if out is None:
                 out = part.new_empty(self.num_queries, query.shape[1], value.shape[-1])
-            out[group.queries] = part
+            out[group.queries.numbers] = part
         assert out is not None  # there is at least one group
         return out[None]
-
-
-def _pick(values: Tensor, places: Tensor, run: slice | None) -> Tensor:
-    """Of `values`, `(H, N, D)`, those at `places`, `(G, n)`: `(G, H, n, D)`, a view if they are the beginnings of a run."""
-    if run is None:
-        return values[:, places].transpose(0, 1)
-    return values[:, run].unflatten(1, (len(places), -1))[:, :, : places.shape[1]].transpose(0, 1)
 
 
 def enable_plans(model: PreTrainedModel) -> bool:

@@ -1,8 +1,8 @@
 """
 Rewards for the length of completions, in tokens.
 
-TRL's `get_soft_overlong_punishment` is the soft penalty for overlong completions, and is offered here as it is. A
-penalty for completions that were cut off is what TRL lacks.
+TRL's `get_soft_overlong_punishment` is the soft penalty for overlong completions, and is offered here as it is documented
+(https://huggingface.co/docs/trl/rewards). A penalty for completions that were cut off is what TRL lacks.
 """
 
 from __future__ import annotations

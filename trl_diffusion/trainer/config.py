@@ -68,7 +68,7 @@ class DTRPOConfig(GRPOConfig):
 
     It has every parameter of [`~trl.GRPOConfig`], with the same meaning, and the ones below. Parameters of
     [`~trl.GRPOConfig`] that mean nothing for a diffusion policy are refused (see [`DTRPOConfig.refused`]). `bf16` defaults
-    to `True` on a device that computes in bfloat16 only: on a CPU, float32 is faster.
+    to `True` only on a GPU that computes in bfloat16, and to `False` elsewhere.
 
     Parameters:
         > Parameters that control the policy
