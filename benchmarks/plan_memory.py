@@ -1,5 +1,5 @@
 """
-What `python -m trl_diffusion.plan` says beside the peak memory of real training steps, each in a fresh process.
+What `trl-diffusion plan` says beside the peak memory of real training steps, each in a fresh process.
 
     python benchmarks/plan_memory.py --json
 

@@ -32,6 +32,8 @@ assert Path(trl_diffusion.__file__).parent == target / "trl_diffusion", trl_diff
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 assert Path(trl_diffusion.tiny_policy_path()).is_relative_to(target)
 assert main(["generate", "sudoku 3102200002100320", "--max_new_tokens", "17"]) == 0
+import trl_diffusion.commands.train
+assert trl_diffusion.commands.train.parse(["--bf16", "false"])[1].output_dir == "outputs/tiny_sudoku"
 assert main(["plan", config, "--config", "tiny_sudoku", "--batch_size", "2", "--num_generations", "2",
              "--rollout_batch_size", "2"]) == 0
 """
@@ -43,15 +45,13 @@ def run(*words: str | Path, **options) -> str:
     return done.stdout
 
 
-def shipped() -> set[str]:
-    """Files of the package: code, and the data beside it."""
-    package = ROOT / "trl_diffusion"
-    folders = (package, package / "recipes", package / "recipes" / "accelerate")  # `glob` does not follow the link
-    found = {path for folder in folders for path in folder.glob("*")}
-    found |= {path for path in package.rglob("*") if "recipes" not in path.parts[len(package.parts) :]}
+def shipped() -> dict[str, Path]:
+    """Files of the package, code and the data beside it, by their names in a wheel."""
+    folders = {"trl_diffusion": ROOT / "trl_diffusion", "trl_diffusion/recipes": ROOT / "recipes"}
     return {
-        path.relative_to(ROOT).as_posix()
-        for path in found
+        f"{name}/{path.relative_to(folder).as_posix()}": path
+        for name, folder in folders.items()
+        for path in folder.rglob("*")
         if path.is_file() and path.suffix != ".pyc" and not path.name.startswith(".")
     }
 
@@ -77,16 +77,17 @@ def test_wheel_and_sdist_hold_the_package(built):
         meta = f"trl_diffusion-{__version__}.dist-info"
         entry_points = archive.read(f"{meta}/entry_points.txt").decode()
         assert archive.read(f"{meta}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-        for name in shipped():
-            assert archive.read(name) == (ROOT / name).read_bytes(), name
-    assert {name for name in names if not name.startswith(meta)} == shipped()
+        for name, path in shipped().items():
+            assert archive.read(name) == path.read_bytes(), name
+    assert {name for name in names if not name.startswith(meta)} == shipped().keys()
     assert "trl-diffusion = trl_diffusion.cli:main" in entry_points
     for name in ("py.typed", "policies/tiny_policy/model.safetensors", "evaluation/tasks/sudoku_local.yaml",
-                 "recipes/train.py", "recipes/llada.yaml", "recipes/accelerate/zero3.yaml"):  # fmt: skip
+                 "commands/train.py", "recipes/llada.yaml", "recipes/accelerate/zero3.yaml"):  # fmt: skip
         assert f"trl_diffusion/{name}" in names
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    assert shipped() | {"LICENSE", "README.md", "pyproject.toml"} <= packed
+    sources = {path.relative_to(ROOT).as_posix() for path in shipped().values()}
+    assert sources | {"LICENSE", "README.md", "pyproject.toml"} <= packed
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """
-The command `trl-diffusion`: the recipes, `python -m trl_diffusion.plan`, `.viz` and `.decoding` under one name. Its own
-help, its version and a mistyped option of its own come at once: nothing is imported for them.
+The command `trl-diffusion`, which starts those of `trl_diffusion.commands`. Its own help, its version and a mistyped option
+of its own come at once: nothing is imported for them.
 """
 
 from __future__ import annotations
@@ -8,30 +8,31 @@ from __future__ import annotations
 import argparse
 import ast
 import os
-import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from runpy import run_module
 from typing import Any
 
 from . import __version__
+from .commands import PACKAGE, recipes_path
 
 
 PROG = "trl-diffusion"
-PACKAGE = Path(__file__).parent
-RECIPES = {
+COMMANDS = f"{__package__}.commands"
+# Commands that `accelerate launch` starts, on one process or several.
+LAUNCHED = {
     "train": "teach a policy a task, from fresh or stored answers or from preferences (without options: the embedded "
     "policy, 4x4 sudoku, four minutes on 2 cores)",
     "collect": "let a policy answer, score the answers, and store how they were denoised, to train on them as often as "
     "you like",
     "evaluate": "measure a policy, or an adapter, on benchmarks",
 }
-MODULES = {
-    "generate": ("decoding", "answer a prompt, and watch it being denoised"),
-    "plan": ("plan", "say what fits on which GPU, and how long it takes, from the config of a model alone"),
-    "view": ("viz", "draw a stored answer being denoised"),
+# Commands that run in this process.
+DIRECT = {
+    "generate": "answer a prompt, and watch it being denoised",
+    "plan": "say what fits on which GPU, and how long it takes, from the config of a model alone",
+    "view": "draw a stored answer being denoised",
 }
 EXAMPLES = f"""
 from the embedded policy, which is bad at 4x4 sudoku before it is trained, to a model of your own:
@@ -51,7 +52,7 @@ from the embedded policy, which is bad at 4x4 sudoku before it is trained, to a 
 
 def main(arguments: list[str] | None = None) -> int:
     """
-    Runs the command. A recipe takes the place of this process.
+    Runs the command. One that `accelerate launch` starts takes the place of this process.
 
     Args:
         arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
@@ -67,30 +68,27 @@ def main(arguments: list[str] | None = None) -> int:
     name = options.command
     if vars(options).get("config"):
         rest = ["--config", options.config, *rest]
-    if name in MODULES:
-        return import_module(f".{MODULES[name][0]}.__main__", __package__).main(rest, prog=f"{PROG} {name}")
+    if name in DIRECT:
+        return import_module(f"{COMMANDS}.{name}").main(rest)
     if {"-h", "--help"} & set(rest):
         commands[name].print_help()
-        print(f"\nOptions of recipes/{name}.py:\n")
-        return _recipe_help(name)
+        print("\nOptions of the command itself:\n")
+        return _help(name)
     command = launch_command(name, rest, options.accelerate_config, options.num_processes)
     sys.stdout.flush()
     os.execv(command[0], command)
 
 
 def launch_command(
-    recipe: str, arguments: list[str], accelerate_config: str | None = None, num_processes: int | None = None
+    name: str, arguments: list[str], accelerate_config: str | None = None, num_processes: int | None = None
 ) -> list[str]:
-    """
-    The words of an `accelerate launch` that starts a recipe. It starts as a module: in the folder of the recipes there is
-    one that is called like the package `evaluate`.
-    """
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # the recipe has said what is wrong
+    """The words of an `accelerate launch` that starts a command."""
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # the command has said what is wrong
     if accelerate_config is not None:
         words += ["--config_file", accelerate_config]
     if num_processes is not None:
         words += ["--num_processes", str(num_processes)]
-    return [*words, "--module", f"{__package__}.recipes.{recipe}", *arguments]
+    return [*words, "--module", f"{COMMANDS}.{name}", *arguments]
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -100,17 +98,17 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     parser = argparse.ArgumentParser(PROG, description=purpose, epilog=EXAMPLES, **style)
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
-    for name, purpose in {**RECIPES, **{name: purpose for name, (_, purpose) in MODULES.items()}}.items():
-        about = _about(name) if name in RECIPES else None
+    for name, purpose in {**LAUNCHED, **DIRECT}.items():
+        about = _about(name) if name in LAUNCHED else None
         command = commands.add_parser(name, help=purpose, description=about, add_help=False, **style)
         if name in ("train", "plan"):
             command.add_argument(
-                "--config", type=_file(PACKAGE / "recipes"), metavar="NAME_OR_PATH",
+                "--config", type=_file(recipes_path()), metavar="NAME_OR_PATH",
                 help="options from a YAML file, or from a recipe that comes with the package, such as llada",
             )  # fmt: skip
-        if name in RECIPES:
+        if name in LAUNCHED:
             command.add_argument(
-                "--accelerate_config", type=_file(PACKAGE / "recipes" / "accelerate"), metavar="NAME_OR_PATH",
+                "--accelerate_config", type=_file(recipes_path() / "accelerate"), metavar="NAME_OR_PATH",
                 help="engine: ddp, zero2, zero3, zero3_offload or fsdp2, for 8 GPUs, or a config file of accelerate's",
             )  # fmt: skip
             command.add_argument("--num_processes", type=_count, metavar="N", help="instead of one for each GPU")
@@ -124,10 +122,10 @@ def _count(text: str) -> int:
 
 
 def _file(folder: Path) -> Callable[[str], str]:
-    """What makes a path of the name of a YAML file: of one that is there, or else of one that is in `folder`."""
+    """Type of an option for argparse: the path of an existing YAML file, or of `folder/NAME.yaml`."""
 
     def find(name: str) -> str:
-        for path in (Path(name), PACKAGE / name, folder / f"{name}.yaml"):
+        for path in (Path(name), recipes_path().parent / name, folder / f"{name}.yaml"):
             if path.is_file():
                 return str(path)
         names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
@@ -136,18 +134,17 @@ def _file(folder: Path) -> Callable[[str], str]:
     return find
 
 
-def _about(recipe: str) -> str:
-    """What a recipe says at its top, with the commands as they are here."""
-    code = (PACKAGE / "recipes" / f"{recipe}.py").read_text(encoding="utf-8")
-    about = ast.get_docstring(ast.parse(code)) or ""
-    return re.sub(r"(accelerate launch|python) recipes/(\w+)\.py", rf"{PROG} \2", about)
+def _about(name: str) -> str:
+    """The docstring of a command, which is read without importing it."""
+    code = (PACKAGE / "commands" / f"{name}.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(code)) or ""
 
 
-def _recipe_help(name: str) -> int:
-    """The help of the recipe itself."""
+def _help(name: str) -> int:
+    """Prints the help of a command that is otherwise launched."""
     before, sys.argv = sys.argv, [f"{PROG} {name}", "--help"]
     try:
-        run_module(f"{__package__}.recipes.{name}", run_name="__main__")
+        import_module(f"{COMMANDS}.{name}").main()
     except SystemExit as end:
         return int(end.code or 0)
     finally:

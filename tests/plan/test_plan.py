@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from tests.conftest import make_policy
 from trl_diffusion import DecodingConfig, DiffusionSpec, decode
-from trl_diffusion.plan.__main__ import main
+from trl_diffusion.commands.plan import main
 from trl_diffusion.plan.cost import Machine, RolloutCost, rollout_cost
 from trl_diffusion.plan.simulate import LiveBytes, Workload, _batch, simulate
 from trl_diffusion.plan.strategies import make_plans

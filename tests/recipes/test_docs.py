@@ -17,16 +17,14 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from trl import ModelConfig, TrlParser
 
 import trl_diffusion
 from trl_diffusion import DTRPOConfig, DTRPOTrainer, cli
+from trl_diffusion.commands import collect, evaluate, train
 from trl_diffusion.decoding.strategies import STRATEGIES
 from trl_diffusion.evaluation.run import TASK_NAMES, check_tasks
 from trl_diffusion.evaluation.settings import check_settings
-from trl_diffusion.plan import __main__ as plan
 from trl_diffusion.utils import read_mapping
-from trl_diffusion.viz import __main__ as viz
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,20 +81,28 @@ def options_of(start: Callable[[], object], monkeypatch) -> argparse.Namespace:
     return parsed.value.args[0]
 
 
+def parse_options(command: str, options: list[str]) -> tuple:
+    """What a command that `accelerate launch` starts makes of its options."""
+    if command == "train":
+        return train.parse([*options, "--bf16", "false"])  # the machine may have no GPU
+    if command == "collect":
+        return collect.parse(options)
+    args = evaluate.parse(options)
+    local = {"sudoku", "countdown"} & set(args.tasks)
+    check_tasks([task for task in args.tasks if task not in local] or ["gsm8k"], None, args.allow_code_execution)
+    check_settings(read_mapping(args.decoding, "decoding"))
+    return (args,)
+
+
+LAUNCHERS = {"recipes/train.py": "train", "recipes/collect.py": "collect", "recipes/eval.py": "evaluate"}
+
+
 def parse_script(script: str, options: list[str], monkeypatch) -> tuple:
-    """What a recipe makes of its command line."""
+    """What a script makes of its command line."""
+    if script in LAUNCHERS:
+        assert recipe(script)["main"].__module__ == f"trl_diffusion.commands.{LAUNCHERS[script]}"
+        return parse_options(LAUNCHERS[script], options)
     scope = recipe(script)
-    if script == "recipes/train.py":
-        monkeypatch.setattr(sys, "argv", [script, *options, "--bf16", "false"])  # the machine may have no GPU
-        return scope["parse"]()
-    if script == "recipes/collect.py":
-        return TrlParser((scope["CollectArguments"], ModelConfig)).parse_args_and_config(args=options)
-    if script == "recipes/evaluate.py":
-        (args,) = TrlParser((scope["EvaluateArguments"],)).parse_args_and_config(args=options)
-        local = {"sudoku", "countdown"} & set(args.tasks)
-        check_tasks([task for task in args.tasks if task not in local] or ["gsm8k"], None, args.allow_code_execution)
-        check_settings(read_mapping(args.decoding, "decoding"))
-        return (args,)
     monkeypatch.setattr(sys, "argv", [script, *options])
     return (options_of(scope["main"], monkeypatch),)
 
@@ -111,14 +117,11 @@ def check_install(words: list[str]) -> None:
             assert set(word[2:-1].split(",")) <= set(extras), words
 
 
-def check_module(module: str, options: list[str], monkeypatch) -> None:
+def check_module(module: str, options: list[str]) -> None:
     if module == "venv":
         return
-    if module == "trl_diffusion.evaluation":
-        return check_harness(options)
-    main = {"trl_diffusion.plan": plan.main, "trl_diffusion.viz": viz.main}[module]
-    config = getattr(options_of(lambda: main(options), monkeypatch), "config", None)
-    assert config is None or (ROOT / config).is_file(), config
+    assert module == "trl_diffusion.evaluation", module
+    check_harness(options)
 
 
 def check_harness(options: list[str]) -> None:
@@ -131,15 +134,15 @@ def check_command_line(options: list[str], monkeypatch) -> None:
     started: list[list[str]] = []
     with monkeypatch.context() as patch:
         patch.setattr(os, "execv", lambda path, words: started.append(words))
-        if options[0] in cli.MODULES:
+        if options[0] in cli.DIRECT:
             options_of(lambda: cli.main(options), monkeypatch)
         elif options != ["--help"]:
             cli.main(options)
     for words in started:
         launch = launch_command_parser().parse_args(words[words.index("accelerate.commands.launch") + 1 :])
-        assert launch.module and launch.training_script.startswith("trl_diffusion.recipes.")
-        script = launch.training_script.removeprefix("trl_diffusion.").replace(".", "/") + ".py"
-        parse_script(script, launch.training_script_args, monkeypatch)
+        module, _, name = launch.training_script.rpartition(".")
+        assert launch.module and module == "trl_diffusion.commands"
+        parse_options(name, launch.training_script_args)
 
 
 def check(words: list[str], monkeypatch) -> None:
@@ -155,7 +158,7 @@ def check(words: list[str], monkeypatch) -> None:
     elif first == "lm_eval":
         check_harness(rest)
     elif words[:2] == ["python", "-m"]:
-        check_module(words[2], words[3:], monkeypatch)
+        check_module(words[2], words[3:])
     elif first == "python":
         parse_script(rest[0], rest[1:], monkeypatch)
     elif words[:2] == ["accelerate", "launch"]:
@@ -183,7 +186,7 @@ def test_commands_are_understood(monkeypatch):
     [
         "make nothing",
         "pip install .[nothing]",
-        "python -m trl_diffusion.plan MODEL --no_such_option 1",
+        "trl-diffusion plan MODEL --no_such_option 1",
         "accelerate launch --config_file recipes/accelerate/zero9.yaml recipes/train.py",
         "accelerate launch recipes/train.py --no_such_option 1",
         "python recipes/gsm8k_preferences.py",
@@ -202,7 +205,7 @@ def test_mistakes_would_be_found(line, monkeypatch):
 def test_reproduction_is_complete(monkeypatch):
     """Each of the three models is measured before and after, on all that the paper's table has, and trained on pairs."""
     monkeypatch.chdir(ROOT)
-    found = [words for words in commands("docs/reproduce.md") if "recipes/evaluate.py" in words]
+    found = [words for words in commands("docs/reproduce.md") if "recipes/eval.py" in words]
     for model in (
         "Efficient-Large-Model/Fast_dLLM_v2_7B",
         "GSAI-ML/LLaDA-8B-Instruct",

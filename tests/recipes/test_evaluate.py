@@ -1,5 +1,5 @@
 """
-The same policy on the same files scores the same through lm_eval, recipes/evaluate.py and evaluation in training. The
+The same policy on the same files scores the same through lm_eval, `trl-diffusion evaluate` and evaluation in training. The
 questions are made so that each policy answers about half of them: right answers are what it says, as the decoder gives
 it, wrong ones are something else.
 """
@@ -10,7 +10,6 @@ import ast
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -28,6 +27,7 @@ from tests.conftest import shared
 from tests.evaluation.conftest import adapter  # noqa: F401
 from tests.processes import run_pair
 from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, tiny_policy_path
+from trl_diffusion.commands import evaluate
 from trl_diffusion.evaluation import tasks_path
 from trl_diffusion.evaluation.__main__ import main as start_harness
 from trl_diffusion.evaluation.benchmarks import BENCHMARKS
@@ -217,8 +217,7 @@ def task_of_others(directory: Path) -> Path:
 
 
 def run_recipe(path, peft, spec, decoding, tasks, cwd: Path) -> dict[str, list[dict]]:
-    recipe = runpy.run_path(str(ROOT / "recipes" / "evaluate.py"))
-    arguments = recipe["EvaluateArguments"](
+    arguments = evaluate.EvaluateArguments(
         tasks=list(tasks),
         model_name_or_path=path,
         adapter_name_or_path=peft,
@@ -229,7 +228,7 @@ def run_recipe(path, peft, spec, decoding, tasks, cwd: Path) -> dict[str, list[d
         decoding=decoding,
         allow_code_execution=True,
     )
-    recipe["main"](arguments)
+    evaluate.run(arguments)
     return {task: list(map(json.loads, (cwd / "recipe" / f"{task}_seed0_samples.jsonl").open())) for task in tasks}
 
 
@@ -296,9 +295,8 @@ def run_in_training(trainer: DTRPOTrainer, data: Path) -> tuple[dict[str, float]
 def evaluate_sudoku(rank: int, directory: str, output_dir: str) -> list[str] | None:
     """Answers that the harness samples, on rank 0; those of the recipe are in files."""
     os.chdir(directory)
-    recipe = runpy.run_path(str(ROOT / "recipes" / "evaluate.py"))
-    recipe["main"](
-        recipe["EvaluateArguments"](
+    evaluate.run(
+        evaluate.EvaluateArguments(
             tasks=["sudoku"], data_dir=".", output_dir=output_dir, decoding="temperature:1.0", seeds=[0, 1]
         )
     )

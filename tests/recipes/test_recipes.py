@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
-from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import get_peft_config
 
-from trl_diffusion import DTRPOConfig
+from trl_diffusion.commands import train
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,21 +27,8 @@ def launch_lines(path: Path) -> list[list[str]]:
     return [shlex.split(line) for line in re.findall(r"accelerate launch .*?(?= accelerate launch |[.:] |$)", text)]
 
 
-@cache
-def train_recipe():
-    """`recipes/train.py` as a module. Its folder must not come on the path: there is a recipe named as the package
-    `evaluate`."""
-    spec = spec_from_file_location("train_recipe", ROOT / "recipes" / "train.py")
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their annotations there
-    spec.loader.exec_module(module)
-    return module
-
-
 def parse(path: Path):
-    ScriptArguments = train_recipe().ScriptArguments
-    arguments = ["--config", str(path), "--use_cpu", str(not torch.cuda.is_available())]
-    return TrlParser((ScriptArguments, DTRPOConfig, ModelConfig)).parse_args_and_config(arguments)
+    return train.parse(["--config", str(path), "--use_cpu", str(not torch.cuda.is_available())])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,10 +1,9 @@
-"""recipes/train.py as a user runs it, on small settings."""
+"""`trl-diffusion train` as a user runs it, on small settings."""
 
 from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from trl import ModelConfig
 
 from tests.conftest import shared
 from trl_diffusion import DTRPOConfig, tiny_policy_path
+from trl_diffusion.commands import train
 from trl_diffusion.tasks import load_task
 
 
@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def train_here(tmp_path, monkeypatch, capsys):
-    """The recipe in this process, which has imported what a new one would have to import."""
+    """The command in this process, which has imported what a new one would have to import."""
 
     def start(*arguments: str) -> str:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        monkeypatch.setattr("trl_diffusion.utils.use_all_cores", lambda: None)
-        runpy.run_path(str(ROOT / "recipes" / "train.py"), run_name="__main__")
+        monkeypatch.setattr(train, "use_all_cores", lambda: None)
+        train.main()
         return capsys.readouterr().out.strip().splitlines()[-1]
 
     return start
@@ -133,9 +133,8 @@ def test_what_a_user_can_set_right_is_said_in_a_line(tmp_path, train_here, capsy
 
 
 def test_a_model_wins_over_the_random_policy_of_a_recipe(tmp_path):
-    recipe = runpy.run_path(str(ROOT / "recipes" / "train.py"))
-    arguments = recipe["ScriptArguments"](random_policy="{}")
-    path, _ = recipe["load_policy"](
+    arguments = train.ScriptArguments(random_policy="{}")
+    path, _ = train.load_policy(
         arguments, DTRPOConfig(str(tmp_path), bf16=False), ModelConfig(model_name_or_path=tiny_policy_path())
     )
     assert path == tiny_policy_path()

@@ -19,10 +19,10 @@ from transformers import AutoTokenizer
 
 from tests.conftest import SPECS, make_policy, make_prompts
 from trl_diffusion import DecodingConfig, decode, tiny_policy_path
+from trl_diffusion.commands.view import main
 from trl_diffusion.trajectories.dataset import Provenance, to_rows
 from trl_diffusion.trajectories.fingerprint import fingerprint_tokenizer
 from trl_diffusion.trajectories.trajectory import NEVER, global_steps, response_blocks
-from trl_diffusion.viz.__main__ import main
 from trl_diffusion.viz.html import MASK, trajectory_html
 
 
@@ -317,4 +317,4 @@ def test_help_teaches(capsys):
         main(["--help"])
     assert stop.value.code == 0
     help_text = capsys.readouterr().out
-    assert help_text.count("python -m trl_diffusion.viz DATASET ROW") >= 4 and "--tokenizer" in help_text
+    assert help_text.count("trl-diffusion view DATASET ROW") >= 4 and "--tokenizer" in help_text

@@ -1,10 +1,10 @@
 """
 Shows how a stored response was denoised.
 
-    python -m trl_diffusion.viz DATASET ROW                          # first response: trajectory_ROW_0.png
-    python -m trl_diffusion.viz DATASET ROW --response 3             # its fourth one
-    python -m trl_diffusion.viz DATASET ROW --output page.html       # a page for a browser, with a slider
-    python -m trl_diffusion.viz DATASET ROW --tokenizer path/to/it   # if DATASET does not know its tokenizer
+    trl-diffusion view DATASET ROW                          # first response: trajectory_ROW_0.png
+    trl-diffusion view DATASET ROW --response 3             # its fourth one
+    trl-diffusion view DATASET ROW --output page.html       # a page for a browser, with a slider
+    trl-diffusion view DATASET ROW --tokenizer path/to/it   # if DATASET does not know its tokenizer
 
 DATASET is a directory of trajectories, such as collecting leaves; an interrupted collection will do. Rows and
 responses are counted from 0. Besides the picture it prints the prompt, the final text, and how many tokens it took how
@@ -29,34 +29,32 @@ from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, f
 from ..trajectories.fingerprint import fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch, global_steps, response_blocks
 from ..utils import exit_code
-from .html import trajectory_html
-from .plots import plot_trajectory
+from ..viz.html import trajectory_html
+from ..viz.plots import plot_trajectory
 
 
 SUFFIXES = (".png", ".html")
 MOST_CELLS = 20_000  # of a PNG: 140 positions in as many steps
 
 
-def main(arguments: list[str] | None = None, prog: str = "python -m trl_diffusion.viz") -> int:
+def main(arguments: list[str] | None = None) -> int:
     """
     Runs the command.
 
     Args:
         arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
-        prog (`str`, *optional*): what the help calls it.
 
     Returns:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
-    options = _parser(prog).parse_args(arguments)
+    options = _parser().parse_args(arguments)
     return exit_code(lambda: print(_show(options)))
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    about = __doc__.replace("python -m trl_diffusion.viz", prog)
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=prog,
-        description=about,
+        prog="trl-diffusion view",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", metavar="DATASET", type=Path, help="directory of trajectories")

@@ -1,10 +1,10 @@
 """
 What fits on which GPU, from a model's config alone: no weights, no GPU.
 
-    python -m trl_diffusion.plan GSAI-ML/LLaDA-8B-Instruct --gpus 8 --memory 80
-    python -m trl_diffusion.plan MODEL --gpus 1 --memory 24 --config recipes/llada_24gb.yaml
-    python -m trl_diffusion.plan MODEL --gpus 8 --memory 80 --completion_length 1024 --num_draws 8 --json
-    python -m trl_diffusion.plan MODEL --gpus 8 --prompts 7473 --epochs 2                  # hours, too
+    trl-diffusion plan GSAI-ML/LLaDA-8B-Instruct --gpus 8 --memory 80
+    trl-diffusion plan MODEL --gpus 1 --memory 24 --config llada_24gb
+    trl-diffusion plan MODEL --gpus 8 --memory 80 --completion_length 1024 --num_draws 8 --json
+    trl-diffusion plan MODEL --gpus 8 --prompts 7473 --epochs 2                  # hours, too
 
 MODEL is a directory or a hub id. Options that a recipe sets are taken from `--config`; the command line wins. Figures are
 those of the busiest GPU: an update (weights, gradients, optimizer state, reference, buffers, activations) or a rollout
@@ -26,13 +26,13 @@ from dataclasses import asdict
 import torch
 import yaml
 
+from ..plan.cost import Machine, RolloutCost, rollout_cost
+from ..plan.simulate import Footprint, Workload, simulate
+from ..plan.strategies import Plan, make_plans
 from ..policies.loading import load_config
 from ..policies.spec import check_spec, get_spec, spec_fields
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from ..utils import exit_code, read_mapping
-from .cost import Machine, RolloutCost, rollout_cost
-from .simulate import Footprint, Workload, simulate
-from .strategies import Plan, make_plans
 
 
 GIB = 2**30
@@ -53,18 +53,17 @@ FROM_RECIPE = {
 }
 
 
-def main(arguments: list[str] | None = None, prog: str = "python -m trl_diffusion.plan") -> int:
+def main(arguments: list[str] | None = None) -> int:
     """
     Runs the command.
 
     Args:
         arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
-        prog (`str`, *optional*): what the help calls it.
 
     Returns:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
-    options = _parser(prog).parse_args(arguments)
+    options = _parser().parse_args(arguments)
     return exit_code(lambda: _run(options))
 
 
@@ -193,10 +192,9 @@ DEFAULTS = {
 }
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    about = __doc__.replace("python -m trl_diffusion.plan", prog)
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="trl-diffusion plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="directory or hub id; only its config is read")
     parser.add_argument("--gpus", type=int, default=8)

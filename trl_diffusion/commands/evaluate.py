@@ -1,32 +1,33 @@
 """
 Measures a policy on benchmarks.
 
-    python recipes/evaluate.py --tasks sudoku countdown --data_dir DATA                        # the embedded policy
-    python recipes/evaluate.py --model_name_or_path MODEL --tasks gsm8k math500 gpqa ifeval
-    python recipes/evaluate.py --adapter_name_or_path outputs/llada --tasks gsm8k --data_dir DATA
-    python recipes/evaluate.py --model_name_or_path MODEL --tasks humaneval_plus mbpp_plus --allow_code_execution
-    python recipes/evaluate.py --tasks sudoku --data_dir DATA --decoding temperature:0.5 --seeds 0 1 2
+    trl-diffusion evaluate --tasks sudoku countdown --data_dir DATA                    # the embedded policy
+    trl-diffusion evaluate --model_name_or_path MODEL --tasks gsm8k math500 gpqa ifeval
+    trl-diffusion evaluate --adapter_name_or_path outputs/llada --tasks gsm8k --data_dir DATA
+    trl-diffusion evaluate --model_name_or_path MODEL --tasks humaneval_plus mbpp_plus --allow_code_execution
+    trl-diffusion evaluate --tasks sudoku --data_dir DATA --decoding temperature:0.5 --seeds 0 1 2
 
 Tasks: gsm8k, math (all of MATH), math500, gpqa (diamond), humaneval, humaneval_plus, mbpp_plus, ifeval, countdown, sudoku.
 With `--data_dir`, a directory with gsm8k/test.jsonl, humaneval/HumanEval.jsonl, countdown/cd3_test.jsonl or
 sudoku/4x4_test.csv, these are read from there; everything else comes from the hub through lm-evaluation-harness.
 
 In the output directory it leaves `results.md` and `results.json`, and for each task and seed the figures and all samples.
-Given again after an interruption, the same command adds what is missing. With `accelerate launch`, processes share the
-questions.
+Given again after an interruption, the same command adds what is missing. With several processes
+(`--num_processes`, or `accelerate launch recipes/eval.py`), they share the questions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from trl import TrlParser
 
-from trl_diffusion import tiny_policy_path
-from trl_diffusion.evaluation.policy import load_policy
-from trl_diffusion.evaluation.run import Evaluation, check_tasks, markdown
-from trl_diffusion.evaluation.settings import check_settings
-from trl_diffusion.utils import USAGE, errors_in_a_line, processes, read_mapping, use_all_cores
+from ..evaluation.policy import load_policy
+from ..evaluation.run import Evaluation, check_tasks, markdown
+from ..evaluation.settings import check_settings
+from ..policies.tiny import tiny_policy_path
+from ..utils import USAGE, errors_in_a_line, processes, read_mapping, use_all_cores
 
 
 @dataclass
@@ -69,7 +70,8 @@ class EvaluateArguments:
     )
 
 
-def main(args: EvaluateArguments) -> None:
+def run(args: EvaluateArguments) -> None:
+    """Measures, and prints the table."""
     use_all_cores()
     state = processes()
     check_tasks(args.tasks, args.data_dir, args.allow_code_execution)  # before the weights are loaded
@@ -101,7 +103,18 @@ def main(args: EvaluateArguments) -> None:
     state.print(f"Results and samples are in {args.output_dir}.")
 
 
-if __name__ == "__main__":
+def parse(arguments: list[str] | None = None) -> EvaluateArguments:
+    """Reads options, those of the command line by default."""
     parser = TrlParser((EvaluateArguments,), usage=USAGE)  # type: ignore[arg-type]  # takes classes
+    (found,) = cast("tuple[EvaluateArguments]", parser.parse_args_and_config(args=arguments))
+    return found
+
+
+def main() -> None:
+    """Runs the command, with the options of the command line."""
     with errors_in_a_line():
-        main(*parser.parse_args_and_config())
+        run(parse())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
 """
 Answers a prompt on the terminal, and shows how the answer is denoised.
 
-    python -m trl_diffusion.decoding "sudoku 3102200002100320" --max_new_tokens 17 --tokens_per_step 2
-    python -m trl_diffusion.decoding "What is 17 + 25?" --model MODEL --chat --strategy threshold
-    python -m trl_diffusion.decoding "What is 17 + 25?" --adapter outputs/llada --chat
-    echo "sudoku 3102200002100320" | python -m trl_diffusion.decoding --max_new_tokens 17 > answer.txt
+    trl-diffusion generate "sudoku 3102200002100320" --max_new_tokens 17 --tokens_per_step 2
+    trl-diffusion generate "What is 17 + 25?" --model MODEL --chat --strategy threshold
+    trl-diffusion generate "What is 17 + 25?" --adapter outputs/llada --chat
+    echo "sudoku 3102200002100320" | trl-diffusion generate --max_new_tokens 17 > answer.txt
 
 Without a model, the embedded policy answers. On a terminal a masked position is shown as `░`. Elsewhere, such as in a
 file, only the answer is written.
@@ -18,9 +18,9 @@ import sys
 from dataclasses import fields
 from typing import Any
 
+from ..decoding.config import APPROXIMATE_CACHES, SCHEDULES, STOP_RULES, DecodingConfig
+from ..decoding.strategies import STRATEGIES
 from ..utils import exit_code, read_mapping
-from .config import APPROXIMATE_CACHES, SCHEDULES, STOP_RULES, DecodingConfig
-from .strategies import STRATEGIES
 
 
 CHOICES = {
@@ -33,25 +33,24 @@ FLOATS = ("temperature", "threshold", "top_p", "entropy_bound")
 LISTS = ("suppress_tokens", "stop_token_ids")
 
 
-def main(arguments: list[str] | None = None, prog: str = "python -m trl_diffusion.decoding") -> int:
+def main(arguments: list[str] | None = None) -> int:
     """
     Runs the command.
 
     Args:
         arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
-        prog (`str`, *optional*): what the help calls it.
 
     Returns:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
-    options = _parser(prog).parse_args(arguments)
+    options = _parser().parse_args(arguments)
     return exit_code(lambda: print(_answer(options)))
 
 
 def _answer(options: argparse.Namespace) -> str:
+    from ..decoding.generate import generate
     from ..evaluation.policy import load_policy
     from ..policies.tiny import tiny_policy_path
-    from .generate import generate
 
     given = {field.name: getattr(options, field.name) for field in fields(DecodingConfig)}
     config = DecodingConfig(**{name: value for name, value in given.items() if value is not None})
@@ -93,10 +92,9 @@ def _prompt(given: str | None) -> str:
     return given
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    about = __doc__.replace("python -m trl_diffusion.decoding", prog)
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="trl-diffusion generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to answer (default: standard input)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")

@@ -1,0 +1,288 @@
+r"""
+Trains a diffusion language model with dTRPO and shows what it gained.
+
+    trl-diffusion train                                                           # embedded policy, 4x4 sudoku
+    trl-diffusion train --eval_file puzzles.csv                                   # measured on your puzzles
+    trl-diffusion train --config tiny_countdown
+    trl-diffusion train --config tiny_offline --trajectories outputs/trajectories
+    trl-diffusion train --config gsm8k_preferences --train_file pairs.jsonl --tokenizer_name_or_path DIR
+    trl-diffusion train --config tiny_sudoku --use_peft --learning_rate 3e-3
+
+`accelerate launch recipes/train.py` takes the same options, and paths of YAML files.
+
+Options are those of `DTRPOConfig`, `trl.ModelConfig` and the ones below; a YAML file given by `--config` sets them too,
+and the command line wins. Without a model and without a config, `recipes/tiny_sudoku.yaml` applies.
+
+The policy is measured before and after training, greedily, on rows that training never sees. In the output directory
+it leaves the trained model, `reward_curve.png`, `denoising.png` (one answer, positions against steps), `results.json`,
+and every metric of the run in `trainer_state.json`. With preference pairs (`task: preferences`) nothing is generated; the
+policy is measured on pairs that training never sees.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from ..policies.tiny import tiny_policy_path
+from ..tasks import TASKS, load_task, read_rows
+from ..trainer.callbacks import RewardProgressCallback
+from ..trainer.config import DTRPOConfig
+from ..trainer.trainer import DTRPOTrainer
+from ..trajectories.dataset import load_trajectories
+from ..utils import USAGE, errors_in_a_line, use_all_cores
+from . import recipes_path
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+PREFERENCES = "preferences"  # as a task: pairs of a better and a worse response instead of prompts and rewards
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on."""
+
+    task: str = field(
+        default="sudoku", metadata={"help": "What to train on.", "choices": [*sorted(TASKS), PREFERENCES]}
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows to train on (.csv, .jsonl or .json). Puzzles are generated without it. For `preferences`: rows "
+            "with `chosen` and `rejected`, and perhaps `prompt`."
+        },
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Rows to measure on, before and after. Training rows among them are dropped."}
+    )
+    trajectories: str | None = field(
+        default=None,
+        metadata={"help": "Directory that `collect` has written, to train on instead of fresh responses."},
+    )
+    train_size: int = field(default=10_000, metadata={"help": "Most rows to train on."})
+    eval_size: int = field(default=500, metadata={"help": "Most rows to measure on."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer, if it is not in the model's directory."}
+    )
+    random_policy: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of a model: fields of a config, as JSON, for a randomly initialised policy (a Qwen3 if they "
+            "name no `model_type`) with the vocabulary of `tokenizer_name_or_path`. For trying a pipeline, not for results."
+        },
+    )
+
+
+def random_policy(fields: str, tokenizer, directory: Path) -> str:
+    """Makes a small randomly initialised policy for a tokenizer, and saves it: a reference is loaded from there."""
+    options = json.loads(fields) if isinstance(fields, str) else dict(fields)
+    config = AutoConfig.for_model(
+        options.pop("model_type", "qwen3"),
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **{"tie_word_embeddings": True, **options},
+    )
+    state = PartialState()
+    if state.is_main_process:
+        model = AutoModelForCausalLM.from_config(config)
+        model.generation_config = GenerationConfig.from_model_config(config)
+        model.save_pretrained(directory)
+    state.wait_for_everyone()
+    return str(directory)
+
+
+def load_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig):
+    """The path of the model (made here if it is a random one) and its tokenizer."""
+    if script_args.random_policy and not model_args.model_name_or_path:
+        if not script_args.tokenizer_name_or_path:
+            raise ValueError("`--random_policy` needs `--tokenizer_name_or_path`.")
+        tokenizer = AutoTokenizer.from_pretrained(script_args.tokenizer_name_or_path, padding_side="left")
+        torch.manual_seed(training_args.seed)
+        directory = Path(training_args.output_dir) / "random_policy"
+        return random_policy(script_args.random_policy, tokenizer, directory), tokenizer
+    path = model_args.model_name_or_path or tiny_policy_path()
+    tokenizer = AutoTokenizer.from_pretrained(script_args.tokenizer_name_or_path or path, padding_side="left")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **training_args.model_options(),
+    }
+    return path, tokenizer
+
+
+def load_preferences(script_args: ScriptArguments) -> tuple[Dataset, Dataset]:
+    """Pairs to train on and pairs to measure on: those of `eval_file`, or else the last ones of `train_file`."""
+    if not script_args.train_file:
+        raise ValueError("`task: preferences` needs `--train_file`, rows with `chosen` and `rejected`.")
+    rows = read_rows(script_args.train_file)
+    if script_args.eval_file:
+        held_out = read_rows(script_args.eval_file)[: script_args.eval_size]
+    else:
+        size = min(script_args.eval_size, len(rows) // 2)
+        rows, held_out = rows[: len(rows) - size], rows[len(rows) - size :]
+    if not held_out:
+        raise ValueError(f"{script_args.train_file} has a single pair: nothing is left to measure on.")
+    return Dataset.from_list(rows[: script_args.train_size]), Dataset.from_list(held_out)
+
+
+def make_trainer(
+    script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig, **data: Any
+) -> DTRPOTrainer:
+    """The trainer of the policy that the arguments name."""
+    model, tokenizer = load_policy(script_args, training_args, model_args)
+    trainer = DTRPOTrainer(
+        model=model,
+        args=training_args,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        **data,
+    )
+    if not training_args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(RewardProgressCallback)
+    trainer.accelerator.print(f"Policy: {trainer.spec}")
+    return trainer
+
+
+def train(trainer: DTRPOTrainer) -> None:
+    """Trains and saves."""
+    resume = trainer.args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model(trainer.args.output_dir)
+    trainer.save_state()
+
+
+def run(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
+    """Trains, and measures before and after."""
+    use_all_cores()
+    if script_args.task == PREFERENCES:
+        train_on_preferences(script_args, training_args, model_args)
+    else:
+        train_on_task(script_args, training_args, model_args)
+
+
+def train_on_preferences(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
+    with errors_in_a_line():
+        pairs, held_out = load_preferences(script_args)
+        trainer = make_trainer(script_args, training_args, model_args, train_dataset=pairs, eval_dataset=held_out)
+    say = trainer.accelerator.print
+    say(f"Measuring the policy on {len(held_out)} pairs that training never sees ...")
+    before = trainer.evaluate()["eval_loss"]
+    train(trainer)
+    after = trainer.evaluate()
+    results = {
+        "task": PREFERENCES,
+        "rows": len(held_out),
+        "seed": training_args.seed,
+        "loss_before": before,
+        "loss_after": after["eval_loss"],
+        "accuracy_after": after["eval_rewards/accuracies"],
+        "steps": trainer.state.global_step,
+    }
+    if trainer.is_world_process_zero():
+        path = Path(training_args.output_dir) / "results.json"
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    say(
+        f"loss {before:.4f} -> {after['eval_loss']:.4f}, {after['eval_rewards/accuracies']:.1%} in the order of the data "
+        f"({len(held_out)} pairs, seed {training_args.seed})"
+    )
+
+
+def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
+    with errors_in_a_line():
+        task = load_task(
+            script_args.task,
+            script_args.train_file,
+            script_args.eval_file,
+            script_args.train_size,
+            script_args.eval_size,
+            training_args.seed,
+        )
+        train_dataset = task.train
+        reward_funcs: list[Callable] | None = task.reward_funcs
+        if script_args.trajectories:
+            train_dataset, reward_funcs = load_trajectories(script_args.trajectories), None  # its stored rewards
+        trainer = make_trainer(
+            script_args, training_args, model_args, reward_funcs=reward_funcs, train_dataset=train_dataset
+        )
+    say = trainer.accelerator.print
+
+    say(f"Measuring the policy on {len(task.evaluation)} {task.unit} that training never sees ...")
+    before, _ = trainer.answer(task.evaluation["prompt"])
+    rate_before = task.solve_rate(before)
+    say(f"solve rate before training: {rate_before:.1%}")
+
+    train(trainer)
+
+    after, trajectories = trainer.answer(task.evaluation["prompt"])
+    rate_after = task.solve_rate(after)
+    if trainer.is_world_process_zero():
+        report(trainer, trajectories, Path(training_args.output_dir), task, rate_before, rate_after)
+    say(
+        f"solve rate {rate_before:.1%} -> {rate_after:.1%} "
+        f"({len(task.evaluation)} {task.unit}, seed {training_args.seed})"
+    )
+
+
+def report(trainer, trajectories, directory: Path, task, rate_before: float, rate_after: float) -> None:
+    """Leaves figures and pictures beside the trained model."""
+    results = {
+        "task": task.name,
+        "rows": len(task.evaluation),
+        "seed": trainer.args.seed,
+        "solve_rate_before": rate_before,
+        "solve_rate_after": rate_after,
+        "steps": trainer.state.global_step,
+    }
+    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"The trained model, its tokenizer and results.json are in {directory}.")
+    try:
+        from ..viz.plots import plot_rewards, plot_trajectory
+
+        curve = plot_rewards(trainer.state.log_history, directory / "reward_curve.png", f"{task.name}: rewards")
+        prompt = task.evaluation[0]["prompt"]
+        title = prompt if isinstance(prompt, str) else "an answer being denoised"
+        picture = plot_trajectory(
+            trajectories, trainer.spec, trainer.processing_class, directory / "denoising.png", title=title
+        )
+        print(f"How the rewards rose: {curve}. One answer being denoised: {picture}.")
+    except ImportError as error:
+        print(f"No pictures were drawn: {error}")
+    print("Next: your own task (docs/quickstart.md, section 4) and model (section 5).")
+
+
+def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOConfig, ModelConfig]:
+    """Reads options, those of the command line by default; with neither a model nor a config among them, the embedded
+    policy's recipe applies."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = {argument.split("=")[0] for argument in arguments}
+    if not given & {"--config", "--model_name_or_path", "--random_policy"}:
+        arguments = ["--config", str(recipes_path() / "tiny_sudoku.yaml"), *arguments]
+    parser = TrlParser((ScriptArguments, DTRPOConfig, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
+    return cast("tuple[ScriptArguments, DTRPOConfig, ModelConfig]", parser.parse_args_and_config(args=arguments))
+
+
+def main() -> None:
+    """Runs the command, with the options of the command line."""
+    with errors_in_a_line():
+        given = parse()
+    run(*given)
+
+
+if __name__ == "__main__":
+    main()
