@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 
+HANGS = 1800.0  # seconds after which a process is taken to hang; on a machine that is busy, starting one takes minutes
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.offline.kill_jobs"])
 
 
-def run_pair(job, *arguments: Any, timeout: float = 240) -> list[Any]:
+def run_pair(job, *arguments: Any, timeout: float = HANGS) -> list[Any]:
     """
     Runs `job(rank, *arguments)` in two processes that can form a process group (gloo), as `torchrun` starts them.
 

@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import SPECS, make_policy
+from tests.processes import HANGS
 from trl_diffusion import __version__, generate, tiny_policy_path
 
 
@@ -40,7 +41,7 @@ assert main(["plan", config, "--config", "tiny_sudoku", "--batch_size", "2", "--
 
 
 def run(*words: str | Path, **options) -> str:
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=HANGS, **options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.closeness import assert_close, close_to
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
 from trl_diffusion.decoding.config import DecodingConfig
 from trl_diffusion.decoding.decode import decode
@@ -122,7 +123,7 @@ def test_neighbours_and_order_do_not_matter(policy, spec, temperature):
             assert int(other.canvas_lengths[index]) == length
             assert torch.equal(other.canvas_ids[index, :length], together.canvas_ids[row, :length])
             assert torch.equal(other.steps[index, :length], together.steps[row, :length])
-            torch.testing.assert_close(other.logps[index, :length], together.logps[row, :length], atol=1e-5, rtol=0)
+            assert_close(other.logps[index, :length], together.logps[row, :length])
 
 
 def test_sampling_is_reproducible_and_leaves_the_global_random_state_alone(policy):
@@ -161,7 +162,7 @@ def test_top_k_samples_from_what_is_left():
     assert set(batch.canvas_ids[:, 0].tolist()) <= set(best.indices.tolist())
     expected = dict(zip(best.indices.tolist(), best.values.log_softmax(-1).tolist(), strict=True))
     for token, logp in zip(batch.canvas_ids[:, 0].tolist(), batch.logps[:, 0].tolist(), strict=True):
-        assert logp == pytest.approx(expected[token], abs=1e-5)
+        assert logp == close_to(expected[token])
 
 
 def make_view(probabilities, candidates, quota, config, uniforms=None) -> StepView:
@@ -330,7 +331,7 @@ def test_attention_implementations_agree():
         policy.set_attn_implementation(implementation)
         batches.append(decode(policy, make_prompts(), DecodingConfig(20)))
     assert torch.equal(batches[0].canvas_ids, batches[1].canvas_ids)
-    torch.testing.assert_close(batches[0].logps, batches[1].logps, atol=1e-5, rtol=0)
+    assert_close(batches[0].logps, batches[1].logps)
     policy.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="flash_attention_2"):
         decode(policy, make_prompts(), DecodingConfig(20))

@@ -8,6 +8,7 @@ import torch
 from torch import distributed
 from torch.nn import functional as F
 
+from tests.closeness import assert_close
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
 from tests.processes import run_pair
 from trl_diffusion import DecodingConfig, TrajectoryBatch, decode
@@ -46,7 +47,7 @@ def assert_same(one: TrajectoryBatch, row: int, other: TrajectoryBatch, index: i
     assert int(other.completion_lengths[index]) == int(one.completion_lengths[row])
     assert torch.equal(other.canvas_ids[index, :length], one.canvas_ids[row, :length])
     assert torch.equal(other.steps[index, :length], one.steps[row, :length])
-    torch.testing.assert_close(other.logps[index, :length], one.logps[row, :length], atol=1e-5, rtol=0)
+    assert_close(other.logps[index, :length], one.logps[row, :length])
 
 
 CONFIGS = {
@@ -92,7 +93,7 @@ def test_stop_rules_give_the_same_responses(spec_name, temperature):
     width = min(mask.shape[1], token.steps.shape[1])
     counted = mask[:, :width]
     assert torch.equal(block.steps[:, :width][counted], token.steps[:, :width][counted])
-    torch.testing.assert_close(block.logps[:, :width][counted], token.logps[:, :width][counted], atol=1e-5, rtol=0)
+    assert_close(block.logps[:, :width][counted], token.logps[:, :width][counted])
     assert tokens[1] < tokens[0]
 
 
@@ -218,14 +219,14 @@ def test_suppressed_tokens_and_nucleus():
     left = probabilities.clone()
     left[banned] = 0
     assert not set(tokens.tolist()) & set(banned)
-    torch.testing.assert_close(logps, (left / left.sum()).log()[tokens], atol=1e-5, rtol=0)
+    assert_close(logps, (left / left.sum()).log()[tokens])
 
     tokens, logps = draw(top_p=0.6)
     size = int((ordered.cumsum(0) < 0.6).sum()) + 1  # the smallest set that reaches 0.6
     assert set(tokens.tolist()) == set(order[:size].tolist())
     left = torch.zeros_like(probabilities)
     left[order[:size]] = probabilities[order[:size]]
-    torch.testing.assert_close(logps, (left / left.sum()).log()[tokens], atol=1e-5, rtol=0)
+    assert_close(logps, (left / left.sum()).log()[tokens])
 
 
 @pytest.mark.parametrize(
@@ -291,7 +292,7 @@ def test_recorded_logps_are_those_of_plain_passes():
             logits[MASK] = -torch.inf
             expected = F.log_softmax(logits, -1)[tokens[column]]
             assert steps[column] != NEVER
-            torch.testing.assert_close(batch.logps[row, column], expected, atol=1e-5, rtol=0)
+            assert_close(batch.logps[row, column], expected)
 
 
 def _decode_beside_another(rank: int, failing: bool) -> tuple[int, list[int] | str]:
@@ -350,4 +351,4 @@ def test_attention_in_groups_is_that_of_the_whole_mask(capacity, lanes, ends):
     layer = torch.nn.Module()
     layer.num_key_value_groups = 1
     expected = F.scaled_dot_product_attention(query, key, value, mask.dense())
-    torch.testing.assert_close(mask.attend(layer, query, key, value), expected.transpose(1, 2))
+    assert_close(mask.attend(layer, query, key, value), expected.transpose(1, 2))

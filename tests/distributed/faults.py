@@ -70,12 +70,12 @@ def run(name: str, cell: dict, directory: Path, reward=None, poison=None) -> Non
     trainer = make_trainer(cell, directory / "run", reward or Recorder())
     if poison is not None:
         globals()["poison"](trainer, poison)
-    began, error = time.perf_counter(), None
+    error = None
     try:
         trainer.train()
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
-    found = {"error": error, "steps": trainer.state.global_step, "seconds": time.perf_counter() - began}
+    found = {"error": error, "steps": trainer.state.global_step}
     (directory / f"{name}_{RANK}.json").write_text(json.dumps(found))
 
 

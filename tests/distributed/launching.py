@@ -13,6 +13,8 @@ import psutil
 import pytest
 import yaml
 
+from tests.processes import HANGS
+
 
 ROOT = Path(__file__).resolve().parents[2]
 START, JOBS = (ROOT / "tests" / "distributed" / name for name in ("start.py", "jobs.py"))
@@ -54,7 +56,7 @@ def cpu_config(engine: str, directory: Path, partition_all: bool = False) -> Pat
 
 
 def launch(
-    engine: str, directory: Path, script: Path, *arguments: str, timeout: float = 240, partition_all: bool = False
+    engine: str, directory: Path, script: Path, *arguments: str, timeout: float = HANGS, partition_all: bool = False
 ) -> tuple[int, str]:
     """
     Runs a script on two processes.
@@ -92,7 +94,7 @@ def launch(
     return code, log.read_text()
 
 
-def run_cells(engine: str, cells: list[dict], directory: Path, timeout: float = 240) -> dict[str, Path]:
+def run_cells(engine: str, cells: list[dict], directory: Path, timeout: float = HANGS) -> dict[str, Path]:
     """Runs the cells of [`jobs`] one after another in one launch. Returns the directory of each."""
     (directory / "cells.json").write_text(json.dumps(cells))
     code, output = launch(

@@ -127,7 +127,7 @@ def engine_runs(tmp_path_factory, matrix, request):
             cells = cells_of(engine, directory)
             if not done.exists():
                 done.write_text("failed")  # until it has not
-                run_cells(engine, cells, directory, timeout=420)
+                run_cells(engine, cells, directory)
                 done.write_text("well")
         assert done.read_text() == "well", f"the launch with {engine} has failed"
         return {cell["name"]: directory / cell["name"] for cell in cells}

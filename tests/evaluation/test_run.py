@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import shared
+from tests.rewards.world import PATIENT
 from trl_diffusion import DecodingConfig
 from trl_diffusion.evaluation import run as run_module
 from trl_diffusion.evaluation.benchmarks import BENCHMARKS, human_eval_row, math_row, mbpp_row, without_numpy
@@ -263,10 +264,11 @@ def check(candidate):
 def test_tests_in_the_manner_of_evalplus():
     """They use numpy, which is not in the sandbox."""
     row = human_eval_row({"prompt": "def root(x):\n", "test": EVALPLUS, "entry_point": "root"})
-    code = code_reward(allow_execution=True)
+    code = code_reward(allow_execution=True, limits=PATIENT)
     for body, expected in (("    return x ** 0.5\n", 1.0), ("    return x / 2\n", 0.0)):
         assert code(["def root(x):\n"], [body], test=[row["test"]], entry_point=["root"]) == [expected]
-    assert not check_code("    return x ** 0.5\n", EVALPLUS, "def root(x):\n", "root").passed  # without what stands in
+    verdict = check_code("    return x ** 0.5\n", EVALPLUS, "def root(x):\n", "root", PATIENT)
+    assert not verdict.passed and "numpy" in verdict.reason  # without what stands in
 
 
 def test_what_stands_in_for_numpy():
@@ -285,7 +287,7 @@ def test_what_stands_in_for_numpy():
 def test_rows_of_mbpp():
     """MBPP+ has its own tests beside the three of MBPP."""
     row = {"prompt": "Write f.", "test_list": ["assert f(1) == 2"], "test_imports": ["import math"]}
-    code = code_reward(allow_execution=True)
+    code = code_reward(allow_execution=True, limits=PATIENT)
     answers = ["```python\ndef f(x):\n    return x + 1\n```", "```python\ndef f(x):\n    return 2\n```"]
     for extra, expected in ((None, [1.0, 1.0]), ("assert f(5) == 6", [1.0, 0.0])):
         problem = mbpp_row({**row, **({"test": extra} if extra else {})})

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from tests.closeness import assert_close
 from tests.offline.conftest import codes, length, prompt_dataset, run_collect
 from trl_diffusion import DecodingConfig, decode, load_trajectories
 from trl_diffusion.seeds import derive_seed
@@ -44,7 +45,7 @@ def test_what_is_written(collection, start, tokenizer, char_spec):
         assert torch.equal(batch.canvas_ids, expected.canvas_ids[:, :width])
         assert torch.equal(batch.steps, expected.steps[:, :width])
         assert torch.equal(batch.completion_lengths, expected.completion_lengths)
-        torch.testing.assert_close(batch.logps, expected.logps[:, :width], atol=1e-5, rtol=0)
+        assert_close(batch.logps, expected.logps[:, :width])
         texts = tokenizer.batch_decode(batch.completions(), skip_special_tokens=True)
         assert row["reward_codes"] == pytest.approx(codes(texts), rel=1e-6)
         assert row["reward_length"] == length(texts)

@@ -19,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.closeness import close_to
 from tests.offline import kill_jobs
-from tests.processes import CONTEXT, run_pair
+from tests.processes import CONTEXT, HANGS, run_pair
 from trl_diffusion import load_trajectories
 from trl_diffusion.trainer.callbacks import CheckpointMarkCallback, last_complete_checkpoint
 
@@ -39,7 +40,7 @@ class Jobs:
         process = CONTEXT.Process(target=job, args=[str(argument) for argument in arguments])
         begun = time.perf_counter()
         process.start()
-        process.join(600 if kill_after is None else kill_after)
+        process.join(HANGS if kill_after is None else kill_after)
         if process.exitcode is not None:
             assert process.exitcode == 0
             return time.perf_counter() - begun
@@ -126,12 +127,12 @@ def test_killed_trainings(jobs, start, collection, tmp_path):
 @pytest.mark.distributed
 def test_two_processes(start, collection, tmp_path):
     """They collect what one collects, and a run that they resume inside a rollout is the uninterrupted one."""
-    results = run_pair(kill_jobs.pair_job, str(start), str(tmp_path), timeout=600)
+    results = run_pair(kill_jobs.pair_job, str(start), str(tmp_path))
     expected, found = (load_trajectories(path).to_list() for path in (collection, tmp_path / "collected"))
     for a, b in zip(expected, found, strict=True):
         assert {**a, "event_logps": None} == {**b, "event_logps": None}
         for one, other in zip(a["event_logps"], b["event_logps"], strict=True):
-            assert one == pytest.approx(other, abs=1e-5)
+            assert one == close_to(other)
     for rank in range(2):
         assert (tmp_path / "online" / "checkpoint-5" / f"rollout_{rank}.pt").exists()
         for source, result in results[rank].items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.closeness import ROUNDING, assert_close
 from tests.conftest import MASK, SPECS, STOP, make_prompts
 from tests.scoring.test_estimators import masked_logps, rows_of
 from tests.scoring.test_oracles import plain_forward_logps
@@ -69,7 +70,7 @@ def test_replay_records_what_an_unpacked_forward_gives(policy, spec):
     batch = ordered(spec, "confidence", policy=policy)
     plain = plain_forward_logps(policy, spec, batch, 1.0)
     counted = batch.completion_mask
-    torch.testing.assert_close(batch.logps[counted], plain[counted], atol=1e-5, rtol=0)
+    assert_close(batch.logps[counted], plain[counted])
 
 
 @torch.no_grad()
@@ -91,6 +92,6 @@ def test_replay_takes_what_the_policy_is_surest_of(policy, spec):
             taken = [values[i] for i in own if steps[i] == step]
             waiting = [values[i] for i in own if steps[i] > step]
             if waiting:
-                assert min(taken) >= max(waiting) - 1e-5
+                assert min(taken) >= max(waiting) - ROUNDING
                 checked += 1
     assert checked or spec.block_size == 1

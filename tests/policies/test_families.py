@@ -19,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tests.closeness import assert_close
 from tests.conftest import shared
 from trl_diffusion import DiffusionSpec, get_spec, set_spec
 from trl_diffusion.policies.families import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
@@ -84,10 +85,6 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
-
-
 # ------------------------------------------------------------------------------------------- what the models compute
 
 
@@ -133,12 +130,12 @@ def test_padding_and_a_cache_change_nothing(model):
     left, right = torch.full((2, 5), 7), torch.full((2, 3), 7)
     padding = torch.cat([torch.zeros(2, 5), torch.ones(2, 40), torch.zeros(2, 3)], 1).long()
     padded = model(torch.cat([left, ids, right], 1), attention_mask=padding).logits
-    assert_close(padded[:, 5:45], expected, atol=1e-4)
+    assert_close(padded[:, 5:45], expected)
     assert_close(model.model(inputs_embeds=model.get_input_embeddings()(ids)).last_hidden_state, model.model(ids)[0])
 
     if spec_fields(model.config)["attention"] == "block":
         cache = model(ids[:, :32], use_cache=True).past_key_values
-        assert_close(model(ids[:, 32:], past_key_values=cache).logits, expected[:, 32:], atol=1e-4)
+        assert_close(model(ids[:, 32:], past_key_values=cache).logits, expected[:, 32:])
 
 
 @torch.no_grad()
@@ -177,7 +174,7 @@ def test_llada_is_llama_with_mapped_weights(tied):
     llama.load_state_dict(llada.state_dict())
     ids = torch.randint(0, 64, (2, 20))
     everyone = torch.ones(2, 1, 20, 20, dtype=torch.bool)
-    assert torch.equal(llada(ids).logits, llama(ids, attention_mask=everyone).logits)
+    assert_close(llada(ids).logits, llama(ids, attention_mask=everyone).logits)
     assert (llada.lm_head.weight is llada.model.embed_tokens.weight) == tied
 
 
@@ -319,7 +316,7 @@ def test_lora_reaches_every_layer_and_merges_into_the_published_format(tmp_path,
     assert not any(torch.equal(merged[name], published[name]) for name in merged if "q_proj.weight" in name)
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits
-    assert_close(again, expected, atol=1e-3)
+    torch.testing.assert_close(again, expected, atol=1e-3, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ specs

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.processes import HANGS
 from trl_diffusion import __version__
 from trl_diffusion.policies import registration
 
@@ -48,7 +49,7 @@ def test_families_are_registered_whatever_is_imported_first(first):
     """While a model is imported, the auto classes are there before the backbones that the families are built on; the configs'
     auto class may be all that is imported."""
     code = f"{WATCHER}{LIGHT}from transformers import {first}{KNOWN}"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
@@ -71,10 +72,12 @@ def test_a_registration_that_fails_is_tried_again(monkeypatch):
 
 
 def test_import_is_without_warnings():
-    result = subprocess.run([sys.executable, "-W", "error", "-c", LIGHT], capture_output=True, text=True, timeout=100)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LIGHT], capture_output=True, text=True, timeout=HANGS
+    )
     assert (result.returncode, result.stderr) == (0, "")
     command = [sys.executable, "-W", "error", "-m", "trl_diffusion", "--version"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert (result.returncode, result.stderr) == (0, "") and __version__ in result.stdout
 
 

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from tests.conftest import shared
 from tests.evaluation.conftest import adapter  # noqa: F401
-from tests.processes import run_pair
+from tests.processes import HANGS, run_pair
 from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, tiny_policy_path
 from trl_diffusion.commands import evaluate
 from trl_diffusion.evaluation import tasks_path
@@ -58,7 +58,7 @@ cli_evaluate()
 
 def run(*command: str, cwd: Path) -> str:
     environment = {**os.environ, **ENVIRONMENT, "HF_HOME": str(cwd / "cache")}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

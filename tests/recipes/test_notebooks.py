@@ -9,6 +9,8 @@ import pytest
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
+from tests.processes import HANGS
+
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -36,7 +38,7 @@ def test_notebooks_run(path, kernel, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     start = nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {tmp_path}")  # nothing is left of the notebook before
     notebook.cells.insert(0, start)
-    NotebookClient(notebook, km=kernel, timeout=300).execute()  # raises if a cell does
+    NotebookClient(notebook, km=kernel, timeout=HANGS, startup_timeout=HANGS).execute()  # raises if a cell does
     images = sum("image/png" in output.get("data", {}) for cell in code_of(notebook) for output in cell.outputs)
     assert images >= 2
     assert any("assert " in cell.source for cell in code_of(notebook))

@@ -12,6 +12,7 @@ import pytest
 from trl import ModelConfig
 
 from tests.conftest import shared
+from tests.processes import HANGS
 from trl_diffusion import DTRPOConfig, tiny_policy_path
 from trl_diffusion.commands import train
 from trl_diffusion.tasks import load_task
@@ -42,7 +43,7 @@ def test_sudoku_end_to_end(tmp_path, train_here):
     """The command line starts accelerate, which starts the recipe. `tests/distributed/test_recipes.py` starts accelerate itself."""
     result = subprocess.run(
         [sys.executable, "-m", "trl_diffusion", "train", "--num_processes", "1", "--config", "tiny_sudoku", *SMALL],
-        cwd=tmp_path, capture_output=True, text=True, timeout=500,
+        cwd=tmp_path, capture_output=True, text=True, timeout=HANGS,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -94,7 +95,7 @@ def test_gsm8k_preferences_with_the_real_tokenizer(tmp_path, form, train_here):
     """A file of pairs, the real tokenizer, a random policy built like Fast-dLLM v2, the pairwise loss."""
     source, environment = str(shared("data", "gsm8k", "train.jsonl")), {**os.environ, "PYTHONPATH": str(ROOT)}
     pairs = [sys.executable, str(ROOT / "recipes" / "gsm8k_preferences.py"), source, "pairs.jsonl", "--size", "30"]
-    subprocess.run([*pairs, *form], cwd=tmp_path, env=environment, check=True, timeout=200)
+    subprocess.run([*pairs, *form], cwd=tmp_path, env=environment, check=True, timeout=HANGS)
     last = train_here(
         "--config", str(ROOT / "recipes" / "gsm8k_preferences.yaml"),
         "--train_file", "pairs.jsonl",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import shared
+from tests.rewards.world import PATIENT
 from trl_diffusion.rewards import countdown, math, sudoku
 from trl_diffusion.rewards.code import code_reward
 from trl_diffusion.rewards.sandbox import SandboxLimits
@@ -145,7 +146,8 @@ def human_eval() -> list[dict]:
 
 def code_rewards(rows: list[dict], completions: list[str], **options) -> list[float | None]:
     columns = {name: [row[name] for row in rows] for name in ("test", "entry_point")}
-    return code_reward(allow_execution=True, **options)([row["prompt"] for row in rows], completions, **columns)
+    reward = code_reward(allow_execution=True, **{"limits": PATIENT, **options})
+    return reward([row["prompt"] for row in rows], completions, **columns)
 
 
 @pytest.mark.slow
@@ -157,4 +159,5 @@ def test_code_gold(human_eval):
 def test_code_corrupted(human_eval, kind):
     rows = human_eval[:: 16 if kind != "does not end" else 80]
     completions = [CODE_CORRUPTIONS[kind](row) for row in rows]
-    assert code_rewards(rows, completions, limits=SandboxLimits(wall_time=1)) == [0.0] * len(rows)
+    limits = SandboxLimits(wall_time=1) if kind == "does not end" else PATIENT  # it fails for no other reason
+    assert code_rewards(rows, completions, limits=limits) == [0.0] * len(rows)

@@ -4,164 +4,55 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 import re
 import resource
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.rewards.hostile import ATTEMPTS, PROGRAMS
-from trl_diffusion.rewards import sandbox
+from tests.rewards.hostile import ATTEMPTS, PROGRAMS, REFUSED_CALLS, Attempt
+from tests.rewards.world import LIMITS, PATIENT, SECRET, TESTS, World, limits_of, program_of_attempt, skip_elsewhere
 from trl_diffusion.rewards.code import check_code, code_of_prompt, code_reward, program_of
 from trl_diffusion.rewards.confined import confine
 from trl_diffusion.rewards.sandbox import SandboxError, SandboxLimits, run_tests
 
 
-LIMITS = SandboxLimits(wall_time=2, cpu_time=1, memory=256 * 2**20, disk=4 * 2**20, files=64, output=4096)
-SLACK = 60.0  # seconds that two interpreters may take to start and end on a busy machine
-SECRET = "swordfish"
-TESTS = """
-def check(candidate):
-    number_expected = 4
-    assert math.isclose(candidate(2), number_expected)
-    assert candidate(2) == number_expected
-    assert solve(5) == 10
-"""
-IMPORTS = "import os, signal, sys, time\n"
-
-
-class World:
-    """What hostile programs go for, and whether it is as it was."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder / "others"
-        self.folder.mkdir()
-        self.canary = self.folder / "canary.txt"
-        self.canary.write_text("alive")
-        self.temporary = folder / "temporary"
-        self.temporary.mkdir()
-        self.process = subprocess.Popen(["sleep", "600"])
-        self.tcp = socket.create_server(("127.0.0.1", 0))
-        self.port = self.tcp.getsockname()[1]
-        self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.udp.bind(("127.0.0.1", self.port))
-        for listener in (self.tcp, self.udp):
-            listener.setblocking(False)
-        self.before = self.state()
-
-    def state(self) -> dict:
-        stat = self.canary.stat()
-        return {
-            "files": sorted(os.listdir(self.folder)),
-            "text": self.canary.read_text(),
-            "canary": (stat.st_mode, stat.st_uid, stat.st_mtime_ns, stat.st_nlink, os.listxattr(self.canary)),
-            "temporary": os.listdir(self.temporary),
-            "descriptors": len(os.listdir("/proc/self/fd")),
-            "processes": self.processes(),
-            "priority": os.getpriority(os.PRIO_PROCESS, self.process.pid),
-            "environment": os.environ.get("NAME_OF_SECRET"),
-            "handlers": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)],
-        }
-
-    def processes(self) -> set[int]:
-        """Our children, and processes that work in the temporary folder, whosever children they are."""
-        found = set()
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal():
-                try:
-                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                    if parent == os.getpid() or os.readlink(entry / "cwd").startswith(str(self.temporary)):
-                        found.add(int(entry.name))
-                except OSError:
-                    continue
-        return found
-
-    def connections(self) -> int:
-        count = 0
-        for wait in (self.tcp.accept, lambda: self.udp.recv(1)):
-            try:
-                wait()
-                count += 1
-            except BlockingIOError:
-                continue
-        return count
-
-    def fill_in(self, source: str) -> str:
-        return (
-            source.replace("NAME_OF_SECRET", "NAME_OF_")
-            .replace("CANARY", str(self.canary))
-            .replace("FOLDER", str(self.folder))
-            .replace("HOME", str(Path.home()))
-            .replace("PID", str(self.process.pid))
-            .replace("TRAINER", str(os.getpid()))
-            .replace("PORT", str(self.port))
-            .replace("SECRET", SECRET)
-            .replace("NAME_OF_", "NAME_OF_SECRET")
-        )
-
-    def assert_untouched(self) -> None:
-        assert self.state() == self.before
-        assert self.process.poll() is None
-        assert self.connections() == 0
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.tcp.close()
-        self.udp.close()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("NAME_OF_SECRET", SECRET)
-    world = World(tmp_path_factory.mktemp("world"))
-    patch.setattr(tempfile, "tempdir", str(world.temporary))
-    yield world
-    world.close()
-    patch.undo()
-
-
-def assert_harmless(world: World, program: str, reason: str) -> None:
-    # What the limit of CPU time ends is given time to use it up, on however busy a machine.
-    limits = replace(LIMITS, wall_time=30) if "ended" in reason else LIMITS
-    start = time.monotonic()
-    verdict = run_tests(world.fill_in(program), TESTS, entry_point="solve", limits=limits)
-    assert time.monotonic() - start < limits.wall_time + SLACK
+def assert_harmless(world: World, program: str, attempt: Attempt) -> None:
+    verdict = run_tests(world.fill_in(program), TESTS, entry_point="solve", limits=limits_of(attempt))
     assert not verdict.passed
     assert "EFFECT" not in verdict.output and SECRET not in verdict.output + verdict.reason
-    assert re.search(reason, verdict.reason), verdict.reason
+    assert re.search(attempt.reason, verdict.reason), verdict.reason
     assert len(verdict.output) <= LIMITS.output and len(verdict.reason) <= 2000
-    world.assert_untouched()
+    assert world.is_untouched(), (world.before, world.state())
 
 
 @pytest.mark.parametrize("name", ATTEMPTS)
 def test_hostile_function(world, name):
-    if name in ("system calls", "32-bit system calls") and platform.machine() != "x86_64":
-        pytest.skip("numbers and machine code are those of x86_64")
-    body, reason = ATTEMPTS[name]
-    lines = "\n    ".join(body.splitlines())
-    assert_harmless(world, f"{IMPORTS}\ndef solve(number):\n    {lines}\n    return 0\n", reason)
+    skip_elsewhere(name)
+    assert_harmless(world, program_of_attempt(name, 10**6), ATTEMPTS[name])
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_hostile_program(world, name):
-    assert_harmless(world, *PROGRAMS[name])
+    assert_harmless(world, PROGRAMS[name].body, PROGRAMS[name])
 
 
 def test_the_right_program_passes(world):
     verdict = run_tests("def solve(number):\n    print('here')\n    return 2 * number", TESTS, "solve", limits=LIMITS)
-    assert verdict.passed and verdict.reason == "" and set(verdict.output.split()) <= {"here"}
-    world.assert_untouched()
+    assert verdict.passed and verdict.reason == "" and verdict.output == "here\n" * 3
+    assert world.is_untouched()
+
+
+def test_output_of_a_killed_program():
+    """What it printed is there, whoever ended it."""
+    limits = replace(PATIENT, cpu_time=1)
+    verdict = run_tests("print('before')\nwhile True:\n    pass", "", limits=limits)
+    assert not verdict.passed and verdict.output == "before\n"
 
 
 def test_values_and_objects_cross():
@@ -202,7 +93,7 @@ node.next.next = Node(3)
 assert len(node) == 3 and list(node) == [1, 2, 3] and last(node).value == 3 and repr(node) == "Node(1)"
 assert note() == "kept"
 """
-    verdict = run_tests(program, tests)
+    verdict = run_tests(program, tests, limits=PATIENT)
     assert verdict.passed, verdict.reason
 
 
@@ -210,47 +101,64 @@ assert note() == "kept"
     "text", ["same() == same()", "same() != 1", "same()", "same() < 1", "hash(same()) and same() in [1]"]
 )
 def test_objects_are_not_compared(text):
-    verdict = run_tests("class Same: __eq__ = lambda *_: True\ndef same(): return Same()", f"assert {text}")
+    verdict = run_tests(
+        "class Same: __eq__ = lambda *_: True\ndef same(): return Same()", f"assert {text}", limits=PATIENT
+    )
     assert not verdict.passed and "plain data" in verdict.reason
 
 
 def test_helpers_hide_the_programs_functions():
     program = "def double(x): return 4\ndef solve(x): return 1"
     tests = "def check(candidate):\n    assert candidate(2) == double(2)"
-    assert not run_tests(program, tests, "solve", "def double(x): return 2 * x").passed
-    assert not run_tests(program, tests, "solve", "def double(x): return 2 * x\ndef solve(x):\n    return 4").passed
+    for helpers in ("def double(x): return 2 * x", "def double(x): return 2 * x\ndef solve(x):\n    return 4"):
+        assert not run_tests(program, tests, "solve", helpers, PATIENT).passed
+    right = program.replace("return 1", "return 4")
+    assert run_tests(right, tests, "solve", "def double(x): return 2 * x", PATIENT).passed
+
+
+def children(parent: int) -> set[int]:
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdecimal() and status(int(entry.name))[1] == str(parent):
+                found.add(int(entry.name))
+    return found
+
+
+def status(process: int) -> list[str]:
+    """State and parent of a process, and more."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return status(process)[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 300  # a machine as busy as can be takes less
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_processes_die_with_the_trainer(tmp_path):
+    program = "import time\nopen('running', 'w').close()\ntime.sleep(10**6)"
     code = (
-        "from trl_diffusion.rewards.sandbox import run_tests\n"
-        "run_tests('import time\\nprint(1)\\ntime.sleep(60)', 'assert f()')"
+        "from trl_diffusion.rewards.sandbox import SandboxLimits, run_tests\n"
+        f"run_tests({program!r}, 'assert f()', limits=SandboxLimits(wall_time=10**6))"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
-
-    def at_work() -> list[str]:
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdecimal() and os.readlink(entry / "cwd").startswith(str(tmp_path)):
-                    found.append(entry.name)
-            except OSError:
-                continue
-        return found
-
-    def wait(condition) -> bool:
-        deadline = time.monotonic() + 60
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return condition()
-
     try:
-        assert wait(at_work)
-        time.sleep(0.5)
+        wait_for(lambda: list(tmp_path.glob("sandbox-*/running")) or trainer.poll() is not None)
+        confined = children(trainer.pid)
+        assert len(confined) == 2 and all(map(is_alive, confined))
     finally:
         trainer.kill()
         trainer.wait()
-    assert wait(lambda: not at_work())
+    wait_for(lambda: not any(map(is_alive, confined)))
 
 
 BROKEN = {
@@ -267,19 +175,15 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_a_missing_part_is_an_error(world, tmp_path, monkeypatch, message):
+def test_a_missing_part_is_an_error(world, change_confined, message):
     """And nothing of the program runs."""
-    confined = tmp_path / "confined"
-    shutil.copytree(sandbox._CONFINED, confined)
-    with (confined / "confine.py").open("a") as file:
-        file.write("\n\n" + BROKEN[message] + "\n")
-    monkeypatch.setattr(sandbox, "_CONFINED", str(confined))
+    change_confined(BROKEN[message])
     program = world.fill_in("open('FOLDER/new', 'w')\ndef f(): return 1")
     with pytest.raises(SandboxError, match=message):
         run_tests(program, "assert f() == 1")
     with pytest.raises(SandboxError, match=message):
         code_reward(allow_execution=True)
-    world.assert_untouched()
+    assert world.is_untouched()
 
 
 def test_no_interpreter(monkeypatch):
@@ -289,13 +193,9 @@ def test_no_interpreter(monkeypatch):
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 6])
-def test_older_landlock(world, tmp_path, monkeypatch, version):
+def test_older_landlock(world, change_confined, version):
     """What the first versions do not see, seccomp refuses."""
-    confined = tmp_path / "confined"
-    shutil.copytree(sandbox._CONFINED, confined)
-    with (confined / "confine.py").open("a") as file:
-        file.write(f"\n\nold = _landlock\n_landlock = lambda n, *a: {version} if a[0] is None else old(n, *a)\n")
-    monkeypatch.setattr(sandbox, "_CONFINED", str(confined))
+    change_confined(f"old = _landlock\n_landlock = lambda n, *a: {version} if a[0] is None else old(n, *a)")
     names = [
         "emptying a file",
         "emptying a file opened to read",
@@ -306,7 +206,7 @@ def test_older_landlock(world, tmp_path, monkeypatch, version):
     ]
     for name in names:
         test_hostile_function(world, name)
-    assert run_tests("def f(): return 1", "assert f() == 1").passed
+    assert run_tests("def f(): return 1", "assert f() == 1", limits=PATIENT).passed
 
 
 @pytest.mark.parametrize("name", vars(SandboxLimits()))
@@ -356,12 +256,16 @@ def test_filter_of_system_calls(machine):
         assert answer(confine._OPENAT[column], 0, 0, flags) == (refuse if flags == 3 else allow)
         emptying = flags | os.O_TRUNC | os.O_CLOEXEC
         assert answer(confine._OPENAT[column], 0, 0, emptying) == (allow if flags in (1, 2) else refuse)
+        for nameless in (0o20000000, 0o20200000):  # O_TMPFILE's own bit, and the whole of it on x86_64
+            assert answer(confine._OPENAT[column], 0, 0, flags | nameless) == refuse
     assert answer(confine._IOCTL[column], 0, 0) == confine._ERRNO | errno.ENOTTY
+    for name, numbers in REFUSED_CALLS.items():
+        assert numbers[column] is None or answer(numbers[column]) == refuse, name
 
 
 def test_names_of_modules():
     """A program's function may be called as a module is."""
-    assert run_tests("def bisect(x): return x", "assert bisect(1) == 1 and copy.copy(2) == 2").passed
+    assert run_tests("def bisect(x): return x", "assert bisect(1) == 1 and copy.copy(2) == 2", limits=PATIENT).passed
 
 
 def test_more_than_1024_descriptors():
@@ -372,7 +276,7 @@ def test_more_than_1024_descriptors():
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
     fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
     try:
-        assert run_tests("def f(): return 1", "assert f() == 1").passed
+        assert run_tests("def f(): return 1", "assert f() == 1", limits=PATIENT).passed
     finally:
         for fd in fds:
             os.close(fd)
@@ -414,12 +318,12 @@ def test_code_reward_with_an_entry_point(completion, reward, conversational):
     if conversational:
         prompt = [{"role": "user", "content": f"Please complete:\n```python\n{PROMPT}```\nThank you."}]
         completion = [{"role": "assistant", "content": completion}]
-    verdicts = code_reward(True, workers=1)([prompt], [completion], test=[CHECK], entry_point=["count"])
+    verdicts = code_reward(True, PATIENT, workers=1)([prompt], [completion], test=[CHECK], entry_point=["count"])
     assert verdicts == [reward]
 
 
 def test_code_reward_with_asserts():
-    reward = code_reward(allow_execution=True, limits=LIMITS, workers=2)
+    reward = code_reward(allow_execution=True, limits=PATIENT, workers=2)
     assert reward.__name__ == "code_reward"
     right = "```python\ndef add(a, b):\n    return a + b\n```"
     columns = {
@@ -440,4 +344,4 @@ def test_the_start_of_a_program():
     assert code_of_prompt("Look: ```python\nx = 1\n```", "count") == ""
     assert program_of("    return 1", "def count(items):\n", "count") == "def count(items):\n    return 1"
     compile(program_of("def count(items): return 1", "def count(items):\n", "count"), "", "exec")
-    assert check_code("    return 2", CHECK, "def one(): return 1\ndef count(items):\n", "count").passed
+    assert check_code("    return 2", CHECK, "def one(): return 1\ndef count(items):\n", "count", PATIENT).passed

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
+from tests.closeness import assert_close
 from tests.conftest import SPECS, make_policy
 from tests.scoring.test_estimators import group_rollout, states_of
 from trl_diffusion.policies.attention import (
@@ -122,8 +123,8 @@ def test_flex_attention_gives_the_same_numbers(name, share, monkeypatch):
     monkeypatch.setattr(PackedMask, "attend", flex)
     found = score(policy, layout, spec, compute_entropy=True)
     assert len(calls) == policy.config.num_hidden_layers
-    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(found[1], expected[1], atol=1e-4, rtol=0)
+    assert_close(found[0], expected[0])
+    assert_close(found[1], expected[1])
 
 
 def test_choosing_flex_attention():
@@ -134,7 +135,7 @@ def test_choosing_flex_attention():
     with pytest.raises(ValueError, match="'flex_attention' cannot run"):
         check_attention(policy)  # transformers' own function would take a boolean mask for a bias
     assert enable_plans(policy) and policy.config._attn_implementation == PLANNED_FLEX
-    torch.testing.assert_close(score(policy, layout, spec)[0], expected, atol=1e-5, rtol=0)
+    assert_close(score(policy, layout, spec)[0], expected)
 
 
 def test_dropout_is_refused_by_flex_attention():

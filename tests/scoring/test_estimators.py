@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.closeness import assert_close, assert_close_gradients, close_to
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
 from tests.scoring.test_oracles import (
     DECODINGS,
@@ -68,9 +69,9 @@ def test_exact_is_the_whole_trajectory(policy, spec, one_row):
     estimates, weights = estimate(policy, batch, spec, EstimatorConfig("exact"), temperature=1.3, one_row=one_row)
     assert torch.equal(weights > 0, batch.completion_mask) and (weights[weights > 0] == 1).all()
     plain = plain_forward_logps(policy, spec, batch, 1.3).masked_fill(~batch.completion_mask, 0.0)
-    torch.testing.assert_close(estimates, plain, atol=1e-5, rtol=0)
+    assert_close(estimates, plain)
     recorded = batch.logps.masked_fill(~batch.completion_mask, 0.0)
-    torch.testing.assert_close(estimates, recorded, atol=1e-5, rtol=0)
+    assert_close(estimates, recorded)
 
 
 @pytest.mark.parametrize("name", DTRPO_OPTIONS)
@@ -83,7 +84,7 @@ def test_o1_drawn_tokens_have_their_exact_log_probability(policy, spec, name):
         seeds = [10 * attempt + row for row in range(len(batch))]
         estimates, weights = estimate(policy, batch, spec, EstimatorConfig(**options), seeds)
         scored = weights > 0
-        torch.testing.assert_close(estimates[scored], batch.logps[scored], atol=1e-5, rtol=0)
+        assert_close(estimates[scored], batch.logps[scored])
         assert (estimates[~scored] == 0).all()
 
 
@@ -143,7 +144,7 @@ def test_o3_the_schedule_cancels(policy, spec):
                     schedule = schedule + left * torch.tensor(after / before).log()
                 for which in (0, 1):
                     totals[which] = totals[which] + schedule + plain[which][row][moved].sum()
-        assert totals[0] - totals[1] == pytest.approx(reduced[row].item(), abs=1e-4)
+        assert totals[0] - totals[1] == pytest.approx(reduced[row].item(), abs=1e-4, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", DTRPO_OPTIONS)
@@ -283,7 +284,7 @@ def test_mean_field_against_its_formula(policy, spec):
         for i, counted in enumerate(counts):
             assert weights[row, i] == float(counted)
             if counted:
-                assert estimates[row, i].item() == pytest.approx(expected[i].item(), abs=2e-5)
+                assert estimates[row, i].item() == close_to(expected[i].item())
 
 
 def test_mean_field_masks_the_prompt_with_its_probability():
@@ -329,7 +330,7 @@ def test_coupled_against_its_formula(policy, spec):
                 expected = (tables[0][i] + tables[1][i] / ratio) / 2
             else:
                 expected = (tables[0][i] + tables[2][i] / (1 - ratio)) / 2
-            assert estimates[row, i].item() == pytest.approx(expected.item(), abs=1e-4, rel=1e-5)
+            assert estimates[row, i].item() == close_to(expected.item())
 
 
 def test_coupled_masks_with_its_ratio():
@@ -475,13 +476,13 @@ def test_o7_estimates_do_not_depend_on_padding_or_neighbours(policy, spec, name)
         return (estimates * weights)[:, :width]
 
     expected = weighted(batch, seeds)
-    torch.testing.assert_close(weighted(pad_differently(batch), seeds), expected, atol=2e-5, rtol=1e-5)
+    assert_close(weighted(pad_differently(batch), seeds), expected)
     order = torch.tensor([4, 2, 0, 5, 1, 3])
     permuted = weighted(batch.select(order), [seeds[i] for i in order])
-    torch.testing.assert_close(permuted, expected[order], atol=2e-5, rtol=1e-5)
+    assert_close(permuted, expected[order])
     for row in (0, 5):
         alone = weighted(batch.select(torch.tensor([row])), [seeds[row]])[0]
-        torch.testing.assert_close(alone, expected[row, : len(alone)], atol=2e-5, rtol=1e-5)
+        assert_close(alone, expected[row, : len(alone)])
     before = torch.random.get_rng_state()
     weighted(batch, seeds)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -506,7 +507,7 @@ def test_o9_masked_tokens_do_not_leak(named_spec, name):
         after = score(policy, pack(changed, spec, only, one_row=False), spec)[0]
         kept = (before != 0) & ~moved
         assert kept.any()
-        torch.testing.assert_close(before[kept], after[kept], atol=1e-5, rtol=0)
+        assert_close(before[kept], after[kept])
 
 
 BLOCK_SPECS = [name for name, spec in SPECS.items() if spec.attention == "block"]
@@ -538,9 +539,9 @@ def test_shared_prompts_change_no_number(name, estimator, sizes):
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         results.append((logps.detach(), entropies, gradient, layout.input_ids.numel()))
     for other in results[1:]:
-        torch.testing.assert_close(other[0], results[0][0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(other[1], results[0][1], atol=1e-4, rtol=0)
-        torch.testing.assert_close(other[2], results[0][2], atol=1e-3, rtol=1e-3)
+        assert_close(other[0], results[0][0])
+        assert_close(other[1], results[0][1])
+        assert_close_gradients(other[2], results[0][2])
     assert results[1][3] < results[0][3]  # and there is less to run
 
 
@@ -559,7 +560,7 @@ def test_shared_prompts_of_responses_of_next_to_nothing(counted):
         results.append(score(model, layout, spec)[0])
     assert (results[0] != 0).sum() == 4 * counted
     for other in results[1:]:
-        torch.testing.assert_close(other, results[0], atol=1e-5, rtol=0)
+        assert_close(other, results[0])
 
 
 def test_who_shares_a_prompt():
@@ -579,7 +580,7 @@ def test_a_segmented_model_runs_everything_else_as_before():
     ids = torch.randint(6, MASK, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[0, 0] + [1] * 7, [1] * 9])
     for arguments in ({}, {"attention_mask": mask}):
-        torch.testing.assert_close(policy(ids, **arguments).logits[1], segmented(ids, **arguments).logits[1])
+        assert_close(policy(ids, **arguments).logits[1], segmented(ids, **arguments).logits[1])
     eager = make_policy(spec, attn_implementation="eager")
     assert not enable_plans(eager) and eager.config._attn_implementation == "eager"
 
@@ -599,12 +600,12 @@ def test_quality_of_an_estimate():
     quality = estimate_quality(log_ratios, batch, spec, EstimatorConfig(), seeds, num_estimates=64)
     plain = plain_forward_logps(policy, spec, batch, 1.0) - plain_forward_logps(reference, spec, batch, 1.0)
     exact = (plain * batch.completion_mask).sum(1)
-    torch.testing.assert_close(quality.exact, exact.double(), atol=1e-4, rtol=1e-4)
+    assert_close(quality.exact, exact.double())
     standard_error = quality.std / (quality.estimates.numel()) ** 0.5
     assert abs(quality.bias) < 4 * standard_error
     assert 0.2 < quality.correlation <= 1.0
     better = estimate_quality(log_ratios, batch, spec, EstimatorConfig(num_draws=8), seeds, num_estimates=8)
-    assert better.std < 1e-4 < quality.std  # 8 draws of blocks of 8 leave nothing to chance
+    assert better.std < 1e-3 < quality.std / 10  # 8 draws of blocks of 8 leave nothing to chance
     assert better.correlation > 0.999
     same = estimate_quality(lambda layout: torch.zeros_like(layout.weights), batch, spec, EstimatorConfig(), seeds)
     assert same.correlation != same.correlation

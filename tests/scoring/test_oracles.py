@@ -11,6 +11,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from tests.closeness import ROUNDING, assert_close, assert_close_gradients
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
 from trl_diffusion.decoding.config import DecodingConfig
 from trl_diffusion.decoding.decode import decode
@@ -107,7 +108,7 @@ def test_o1_packed_equals_recorded_equals_plain(policy, spec, decoding):
     batch = rollout(policy, decoding)
     plain = plain_forward_logps(policy, spec, batch, decoding.temperature)
     counted = batch.completion_mask
-    torch.testing.assert_close(batch.logps[counted], plain[counted], atol=1e-5, rtol=0)
+    assert_close(batch.logps[counted], plain[counted])
 
     blocks, states, *_ = token_states(spec, batch)
     scored = torch.zeros_like(counted)
@@ -115,7 +116,7 @@ def test_o1_packed_equals_recorded_equals_plain(policy, spec, decoding):
         layout = lay_out(batch, spec, draw_everything_at(step, batch, blocks))
         logps, _ = score(policy, layout, spec, decoding.temperature)
         here = layout.weights > 0
-        torch.testing.assert_close(logps[here], plain[here], atol=1e-5, rtol=0)
+        assert_close(logps[here], plain[here])
         scored |= here
     assert torch.equal(scored, counted)  # no pair (block, step) was left out
 
@@ -272,7 +273,7 @@ def test_o2_estimate_equals_exact_log_ratio_in_expectation(policy, spec):
                 for step in outcome:
                     at_step = drawable[row] & (blocks[row] == block) & (states[row] == step)
                     expected[row] += chance * weights[step] * ratios[row][at_step].double().sum()
-        torch.testing.assert_close(expected, exact.sum(1).double(), atol=1e-4, rtol=1e-5)
+        assert_close(expected, exact.sum(1).double())
 
 
 @pytest.mark.slow
@@ -331,7 +332,7 @@ def test_o6_gradient_of_the_enumerated_estimator(policy, spec):
         one = batch.select(torch.tensor([row]))
         exact = exact + differentiable_exact(policy, spec, one)
     exact = gradient(exact)
-    torch.testing.assert_close(estimated, exact, atol=1e-4 * exact.abs().max().item(), rtol=1e-3)
+    assert_close_gradients(estimated, exact)
 
 
 def differentiable_exact(policy, spec, batch):
@@ -372,13 +373,13 @@ def test_o7_padding_and_neighbours_change_nothing(policy, spec):
 
     expected = weighted(batch, seeds)
     padded = weighted(pad_differently(batch), seeds)
-    torch.testing.assert_close(padded, expected, atol=1e-5, rtol=1e-5)
+    assert_close(padded, expected)
     for row in seeds:  # alone
         alone = weighted(batch.select(torch.tensor([row])), [row])
-        torch.testing.assert_close(alone[0], expected[row, : alone.shape[1]], atol=1e-5, rtol=1e-5)
+        assert_close(alone[0], expected[row, : alone.shape[1]])
     order = torch.tensor([4, 2, 0, 5, 1, 3])  # permuted
     permuted = weighted(batch.select(order), order.tolist())
-    torch.testing.assert_close(permuted, expected[order], atol=1e-5, rtol=1e-5)
+    assert_close(permuted, expected[order])
 
 
 def test_draws_leave_the_global_random_state_alone():
@@ -414,7 +415,7 @@ def test_o9_nothing_leaks(policy, spec):
             batch, canvas_ids=torch.where(hidden, (batch.canvas_ids + 7) % spec.mask_token_id, batch.canvas_ids)
         )
         before, after = (score(policy, lay_out(b, spec, draw), spec)[0] for b in (batch, changed))
-        torch.testing.assert_close(before[target], after[target], atol=1e-5, rtol=0)
+        assert_close(before[target], after[target])
         checked += int(target.sum())
     assert checked == int(drawable.sum())
 
@@ -432,4 +433,4 @@ def test_a_visible_token_does_matter(name):
     visible = (states >= 0) & (states < 2)
     changed = replace(batch, canvas_ids=torch.where(visible, (batch.canvas_ids + 7) % MASK, batch.canvas_ids))
     before, after = (score(policy, lay_out(b, spec, draw), spec)[0] for b in (batch, changed))
-    assert (before[target] - after[target]).abs().min() > 1e-4
+    assert (before[target] - after[target]).abs().min() > ROUNDING

@@ -9,6 +9,7 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
+from tests.closeness import assert_close, assert_close_gradients
 from tests.conftest import make_policy
 from tests.trainer.conftest import codes, make_dataset
 from tests.trainer.test_trainer import causal_logps, per_row_inputs, slice_rows
@@ -141,8 +142,8 @@ def assert_equal_losses(ours, inputs, theirs, plain, losses):
                 for trainer, batch in ((ours, inputs), (theirs, plain))
             )
             assert wanted[1].abs().max() > 1e-4
-            torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(found[1], wanted[1], atol=1e-5, rtol=1e-4)
+            assert_close(found[0], wanted[0])
+            assert_close_gradients(found[1], wanted[1])
             seen.add(round(wanted[0].item(), 6))
     assert len(seen) > 2 * len(losses)  # they are different losses indeed
 
@@ -155,7 +156,7 @@ def test_o8_blocks_of_one_give_trl_own_loss(two_trainers, name):
     if name in BASELINES:  # the old policy was asked; it must say what was recorded
         mask = inputs["completion_mask"].bool()
         old = inputs["old_estimates"][:, 0, : mask.shape[1]]
-        torch.testing.assert_close(old[mask], plain["old_per_token_logps"][mask], atol=1e-5, rtol=0)
+        assert_close(old[mask], plain["old_per_token_logps"][mask])
     losses = [loss for loss in LOSSES if name != "none" or loss not in NOT_WITHOUT_WEIGHTS]
     assert_equal_losses(ours, inputs, theirs, plain, losses)
 
@@ -197,6 +198,6 @@ def test_o8_one_token_of_a_response_gives_trl_own_loss_on_average(two_trainers, 
         ]
         wanted = loss_and_gradient(theirs, other, loss_type, "token", 0.05)
         assert torch.stack([loss for loss, _ in found]).std() > 1e-3
-        for which in (0, 1):
-            mean = torch.stack([result[which] for result in found]).mean(0)
-            torch.testing.assert_close(mean, wanted[which], atol=1e-5, rtol=1e-4)
+        mean_loss, mean_gradient = (torch.stack(results).mean(0) for results in zip(*found, strict=True))
+        assert_close(mean_loss, wanted[0])
+        assert_close_gradients(mean_gradient, wanted[1])

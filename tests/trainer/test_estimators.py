@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.closeness import ROUNDING, assert_close, assert_close_gradients, close_to
 from tests.conftest import make_policy
 from tests.trainer.test_trainer import per_row_inputs, slice_rows
 from trl_diffusion import DTRPOConfig
@@ -34,8 +35,8 @@ def test_every_estimator_trains(make_trainer, tmp_path, tokenizer, attention, es
     logs = logs_of(trainer)
     # First pass over a rollout: the policy is the old policy. Second pass: it has moved.
     for first, second in ((logs[0], logs[1]), (logs[2], logs[3])):
-        assert first["diffusion/log_ratio_std"] < 1e-5 < second["diffusion/log_ratio_std"]
-        assert first["diffusion/effective_sample_size"] > 1 - 1e-6 > second["diffusion/effective_sample_size"]
+        assert first["diffusion/log_ratio_std"] < ROUNDING < second["diffusion/log_ratio_std"]
+        assert first["diffusion/effective_sample_size"] > 1 - 1e-5 > second["diffusion/effective_sample_size"]
         assert first["diffusion/kl_to_old"] < 1e-6 < second["diffusion/kl_to_old"]
     assert logs[0]["kl"] < 1e-6 < logs[1]["kl"]
     assert all(entry["diffusion/scored_tokens"] > 0 for entry in logs)
@@ -63,7 +64,7 @@ def test_the_old_policy_sees_the_same_masks(make_trainer, estimator):
 
     trainer._get_per_token_logps_and_entropies = spy
     trainer.train()
-    assert all(entry["diffusion/log_ratio_std"] < 1e-5 for entry in logs_of(trainer))
+    assert all(entry["diffusion/log_ratio_std"] < ROUNDING for entry in logs_of(trainer))
     # Passes over the same responses draw afresh (batches 0 and 1 of the first pass are 2 and 3 of the second).
     assert masks[0].shape != masks[2].shape or not torch.equal(masks[0], masks[2])
 
@@ -117,7 +118,7 @@ def test_every_group_loss_is_the_weighted_one(make_trainer, estimator, loss_type
         "cispo": lambda: sums.sum() / inputs["num_items_in_batch"],
         "luspo": lambda: sums.mean(),
     }[loss_type]()
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-5, rel=1e-5)
+    assert loss.item() == close_to(expected.item())
 
 
 def test_shared_prompts_give_the_same_loss_and_gradient(make_trainer):
@@ -131,8 +132,8 @@ def test_shared_prompts_give_the_same_loss_and_gradient(make_trainer):
         loss = trainer._compute_loss(trainer.model, inputs)
         loss.backward()
         results.append((loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])))
-    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-4)
+    assert_close(results[0][0], results[1][0])
+    assert_close_gradients(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("checkpointing", [False, {"use_reentrant": True}, {"use_reentrant": False}])
@@ -148,7 +149,7 @@ def test_shared_prompts_under_gradient_checkpointing(make_trainer, checkpointing
         trainer.current_gradient_accumulation_steps = 1
         trainer._compute_loss(trainer.model, inputs).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+    assert_close_gradients(*gradients)
 
 
 def test_groups_stay_together(make_trainer, tmp_path):
@@ -182,10 +183,11 @@ def test_grouped_training_equals_ungrouped(make_trainer):
     """One batch per update: the order of responses does not matter, so the weights must not either."""
     weights = []
     for share in (True, False):
-        trainer = make_trainer(per_device_train_batch_size=8, share_prompts=share, learning_rate=1e-4, max_steps=2)
+        # Not with Adam, which makes whole steps of what rounding leaves of a gradient of 0.
+        trainer = make_trainer(per_device_train_batch_size=8, share_prompts=share, optim="sgd", max_steps=2)
         trainer.train()
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
-    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
+    assert_close(*weights)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
@@ -237,4 +239,4 @@ def test_accumulated_batches_of_groups_sum_to_the_whole(make_trainer):
     whole = trainer._compute_loss(trainer.model, inputs).item()
     trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 2
     halves = [trainer._compute_loss(trainer.model, slice_rows(inputs, slice(i, i + 4))).item() for i in (0, 4)]
-    assert sum(halves) == pytest.approx(whole, abs=1e-6)
+    assert sum(halves) == close_to(whole)

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Qwen3Config, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
+from tests.closeness import ROUNDING, assert_close, assert_close_gradients, close_to
 from tests.conftest import make_policy
 from tests.trainer.conftest import codes, make_dataset
 from trl_diffusion import DiffusionSpec, DTRPOConfig, DTRPOTrainer, get_spec, tiny_policy_path
@@ -63,7 +64,7 @@ def test_full_training(make_trainer, tmp_path, beta, char_spec, tokenizer):
     logs = [entry for entry in trainer.state.log_history if "reward" in entry]
     missing = [name for name in USUAL_METRICS + ["kl"] * (beta > 0) if logs[0].get(name) is None]
     assert not missing
-    assert logs[0]["diffusion/recorded_gap/max"] < 1e-5  # on policy: what was recorded is what is scored
+    assert logs[0]["diffusion/recorded_gap/max"] < ROUNDING  # on policy: what was recorded is what is scored
     if beta:
         assert all(torch.equal(a, b) for a, b in zip(trainer.ref_model.parameters(), start.parameters(), strict=True))
         assert logs[0]["kl"] < 1e-6 < logs[2]["kl"]
@@ -80,7 +81,7 @@ def test_lora_training(make_trainer, checkpointing):
     trainer.train()
     # On policy at every step, dropout or not: what was recorded is what is scored.
     gaps = [entry["diffusion/recorded_gap/max"] for entry in trainer.state.log_history if "loss" in entry]
-    assert max(gaps) < 1e-5
+    assert max(gaps) < ROUNDING
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
     logs = [entry for entry in trainer.state.log_history if "kl" in entry]
@@ -120,7 +121,7 @@ def test_several_iterations_draw_afresh(make_trainer):
     assert torch.equal(old[0], old[1]) and torch.equal(old[0], old[2])  # the same rollouts, the same old policy
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert logs[0]["diffusion/recorded_gap/max"] < 1e-5 < logs[2]["diffusion/recorded_gap/max"]
+    assert logs[0]["diffusion/recorded_gap/max"] < ROUNDING < logs[2]["diffusion/recorded_gap/max"]
 
 
 def test_old_logps_come_from_the_recording(make_trainer):
@@ -152,7 +153,7 @@ def test_old_logps_can_be_scored_again(make_trainer):
     trainer._decode = falsify
     trainer.train()
     for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
-        assert entry["diffusion/log_ratio_std"] < 1e-5 and entry["diffusion/kl_to_old"] < 1e-5
+        assert entry["diffusion/log_ratio_std"] < ROUNDING and entry["diffusion/kl_to_old"] < 1e-5
         assert entry["diffusion/recorded_gap/mean"] == pytest.approx(0.5, abs=1e-4)
 
 
@@ -231,8 +232,8 @@ def test_o8_blocks_of_one_give_trl_own_loss(make_trainer, tokenizer, tmp_path, l
         losses.append(loss.detach())
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
     assert gradients[1].abs().max() > 1e-4
-    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+    assert_close(losses[0], losses[1])
+    assert_close_gradients(gradients[0], gradients[1])
 
 
 def causal_logps(model, ids, mask, width, temperature):
@@ -267,8 +268,8 @@ def test_o7_loss_does_not_depend_on_how_the_batch_is_cut(make_trainer):
         ([slice_rows(inputs, [i]) for i in range(8)], 8),
     ):
         total, other = run(parts, accumulation)
-        assert total == pytest.approx(whole, abs=1e-5)
-        torch.testing.assert_close(other, gradient, atol=1e-5, rtol=1e-4)
+        assert total == close_to(whole)
+        assert_close_gradients(other, gradient)
 
 
 @pytest.mark.slow
@@ -338,7 +339,7 @@ def test_weighting_none_is_normalised_by_what_it_sums(make_trainer, distribution
             size = 8 // accumulation
             parts = [slice_rows(inputs, slice(i, i + size)) for i in range(0, 8, size)]
             loss = sum(trainer._compute_loss(trainer.model, part) for part in parts)
-            assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+            assert loss.item() == close_to(expected.item())
 
 
 def test_evaluation_does_not_move_the_random_streams(make_trainer):
@@ -375,7 +376,7 @@ def test_bf16_computes_in_bf16_and_scores_in_float32(make_trainer, checkpointing
     logits = outputs[0][0].double()
     logits[:, trainer.spec.mask_token_id] = -torch.inf
     expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    torch.testing.assert_close(logps[responses, columns].double(), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logps[responses, columns].double(), expected)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logs[0]["diffusion/recorded_gap/max"] < 0.2  # in bfloat16, either pass rounds for itself
 
@@ -458,7 +459,7 @@ def test_rollouts_depend_on_the_seed_and_the_step_alone(make_trainer):
 def test_rollout_batch_size_changes_nothing(make_trainer):
     whole, parts = (per_row_inputs(make_trainer(rollout_batch_size=size)) for size in (None, 3))
     assert torch.equal(whole["completion_ids"], parts["completion_ids"])
-    torch.testing.assert_close(whole["canvas_logps"], parts["canvas_logps"], atol=1e-5, rtol=0)
+    assert_close(whole["canvas_logps"], parts["canvas_logps"])
 
 
 def test_evaluation_during_training(make_trainer):
@@ -764,7 +765,7 @@ def test_full_attention_policy_trains(make_trainer, tokenizer, token_shift):
     trainer.train()
     assert not [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert logs[0]["diffusion/recorded_gap/max"] < 1e-5
+    assert logs[0]["diffusion/recorded_gap/max"] < ROUNDING
     assert logs[0]["diffusion/scored_tokens"] <= 3 * trainer.args.tokens_per_step
 
 
@@ -824,5 +825,5 @@ def test_what_an_approximate_cache_costs_is_logged(make_trainer, char_spec, resc
         logs = next(entry for entry in trainer.state.log_history if "loss" in entry)
         gaps[cache], ratios[cache] = logs["diffusion/recorded_gap/max"], logs["diffusion/log_ratio_std"]
         assert trainer.last_rollouts.cache == (cache or "exact")
-    assert gaps[None] < 1e-5 < 1e-2 < gaps["dual"]
-    assert ratios["dual"] < 1e-5 if rescore else ratios["dual"] > 1e-3
+    assert gaps[None] < ROUNDING < 1e-2 < gaps["dual"]
+    assert ratios["dual"] < ROUNDING if rescore else ratios["dual"] > 1e-3

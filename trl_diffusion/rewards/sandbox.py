@@ -10,7 +10,8 @@ Linux:
   signals to anyone, no exec, no ptrace. Since there is one process and it stays one, killing it ends everything.
 - Landlock lets files be opened for reading in the standard library and the system's shared libraries only, and files
   be made in one empty working directory only, which is removed at the end. There is no /proc.
-- Resource limits bound CPU time, memory, file size and open files; the trainer bounds wall time, output and disk space.
+- Resource limits bound CPU time, memory, file size and open files; the trainer bounds wall time, output, disk space and
+  the number of files that are made. Every file has a name when it is made, so the trainer hears of all of them.
 - Capabilities are given up, so that root in a container is no better off than anyone else.
 
 Namespaces are not used: many containers and distributions forbid them, and what they would add, a view without other
@@ -27,7 +28,8 @@ What is left:
 - Metadata of files outside (names, sizes, times, targets of links) can be queried, though not their content. Packages
   installed beside the standard library can be read.
 - Timing and load are visible. Up to `workers` programs compete with the trainer for CPU and memory, within their limits.
-  Disk space is looked at every 0.05 s, so a program on a starved machine may write more before it is stopped.
+  Disk space is looked at every 0.05 s, and files that were removed and are still open or mapped are not seen, so a
+  program may write more than `disk` before it is stopped, but never more than `files` times `file_size`.
 - Tests are trusted, and only as good as they are. A program can answer their inputs by heart; it can change a list it
   is given, and with it what a test compares with later (`assert f(xs) == sorted(xs)`); a name that tests use and do not
   define is the program's (`isclose` without an import); so is the word for what an object of its own does
@@ -37,10 +39,12 @@ What is left:
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -73,7 +77,8 @@ class SandboxLimits:
         file_size (`int`, *optional*, defaults to 1 MiB): bytes of one file in the working directory.
         disk (`int`, *optional*, defaults to 16 MiB): bytes of all files in the working directory. Looked at every
             0.05 s: a program that writes fast is stopped a little above.
-        files (`int`, *optional*, defaults to `256`): files in the working directory, looked at likewise.
+        files (`int`, *optional*, defaults to `256`): files that are made in the working directory, counting those that
+            are removed again.
         output (`int`, *optional*, defaults to 64 KiB): bytes of standard output and error that are kept; a program
             that prints more is stopped.
     """
@@ -130,6 +135,7 @@ def run_tests(
     with ExitStack() as stack:
         directory = tempfile.mkdtemp(prefix="sandbox-")
         stack.callback(shutil.rmtree, directory)
+        files = _FilesMade(stack, directory)
         questions, answers, verdicts, output = (_Pipe(stack) for _ in range(4))
         program_job = {"program": program, "read_fd": questions.read, "write_fd": answers.write}
         candidate = _Confined(stack, "candidate", program_job, limits, directory, stdout=output.write)
@@ -150,7 +156,7 @@ def run_tests(
         checker.wait_until_confined()
         candidate.send_job()  # the program is let go last
         candidate.wait_until_confined()
-        return _supervise(verdicts.read, output.read, directory, limits)
+        return _supervise(verdicts.read, output.read, directory, files, limits)
 
 
 def require_sandbox() -> None:
@@ -208,7 +214,8 @@ class _Confined:
         fds = [value for name, value in self._job.items() if name.endswith("_fd")]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", start],
+                # -u: what a program printed is here when it is killed.
+                [sys.executable, "-I", "-S", "-B", "-u", "-X", "utf8", "-c", start],
                 stdin=subprocess.PIPE,
                 stdout=stdout,
                 stderr=subprocess.STDOUT,
@@ -248,6 +255,43 @@ class _Confined:
         self._process.wait()
 
 
+class _FilesMade:
+    """
+    Counts the files that are made in a directory from now on, whether or not they are still there when it looks: the
+    kernel keeps a record (inotify). A file that was removed takes disk space for as long as it is open or mapped.
+    """
+
+    _CREATE, _OVERFLOW = 0x100, 0x4000
+    # With moves and removals in between, two files of one name are not taken for the same event.
+    _EVENTS = _CREATE | 0x40 | 0x80 | 0x200  # IN_MOVED_FROM, IN_MOVED_TO, IN_DELETE
+    _HEAD = struct.Struct("iIII")  # watch, mask, cookie, length of the name that follows
+
+    def __init__(self, stack: ExitStack, directory: str):
+        self._count = 0
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._fd = self._check(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify_init1")
+        stack.callback(os.close, self._fd)
+        self._check(libc.inotify_add_watch(self._fd, os.fsencode(directory), self._EVENTS), "inotify_add_watch")
+
+    @staticmethod
+    def _check(result: int, what: str) -> int:
+        if result < 0:
+            raise SandboxError(f"The sandbox could not be set up: {what} failed: {os.strerror(ctypes.get_errno())}.")
+        return result
+
+    def are_more_than(self, limit: int) -> bool:
+        while self._count <= limit:
+            try:
+                events = os.read(self._fd, 2**16)
+            except BlockingIOError:
+                return False
+            while events:
+                _, mask, _, length = self._HEAD.unpack_from(events)
+                self._count += limit + 1 if mask & self._OVERFLOW else bool(mask & self._CREATE)
+                events = events[self._HEAD.size + length :]
+        return True
+
+
 def _wait(fds: list[int], seconds: float) -> list[int]:
     """Those of `fds` that can be read, or have been closed at the other end, after `seconds` at most."""
     poll = select.poll()  # not `select`, which knows the first 1024 descriptors only
@@ -256,7 +300,7 @@ def _wait(fds: list[int], seconds: float) -> list[int]:
     return [fd for fd, _ in poll.poll(max(0.0, seconds * 1000))]
 
 
-def _supervise(verdict_fd: int, output_fd: int, directory: str, limits: SandboxLimits) -> Verdict:
+def _supervise(verdict_fd: int, output_fd: int, directory: str, files: _FilesMade, limits: SandboxLimits) -> Verdict:
     """Waits for the verdict, or for a limit to be passed."""
     deadline = time.monotonic() + limits.wall_time
     verdict, output, fds = b"", b"", [verdict_fd, output_fd]
@@ -278,8 +322,10 @@ def _supervise(verdict_fd: int, output_fd: int, directory: str, limits: SandboxL
                 output += chunk
         if len(output) > limits.output:
             return failed(f"It printed more than {limits.output} bytes.")
-        if _uses_too_much_disk(directory, limits):
-            return failed(f"It wrote more than {limits.disk} bytes or {limits.files} files.")
+        if files.are_more_than(limits.files):
+            return failed(f"It made more than {limits.files} files.")
+        if _uses_more_disk_than(limits.disk, directory):
+            return failed(f"It wrote more than {limits.disk} bytes.")
     if not verdict:
         return failed("The process of the tests ended before the tests.")
     if output_fd in fds and _wait([output_fd], 0):
@@ -288,13 +334,13 @@ def _supervise(verdict_fd: int, output_fd: int, directory: str, limits: SandboxL
     return replace(failed(result["reason"]), passed=result["passed"])
 
 
-def _uses_too_much_disk(directory: str, limits: SandboxLimits) -> bool:
+def _uses_more_disk_than(limit: int, directory: str) -> bool:
     size = 0
     with os.scandir(directory) as entries:
-        for count, entry in enumerate(entries, start=1):
+        for entry in entries:
             with suppress(FileNotFoundError):
                 size += entry.stat(follow_symlinks=False).st_blocks * 512
-            if count > limits.files or size > limits.disk:
+            if size > limit:
                 return True
     return False
 

@@ -31,6 +31,7 @@ from ..policies.attention import enable_plans
 from ..policies.forward import check_attention, unwrap
 from ..policies.loading import load_config, load_renamed_weights, needs_tokenizer, resolve_spec
 from ..policies.lora import check_targets, empty_model
+from ..policies.quantized import keep_trainable
 from ..policies.spec import set_spec
 from ..scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
 from ..scoring.draws import expected_weights
@@ -276,7 +277,10 @@ class DTRPOTrainer(GRPOTrainer):
                 "masks are on one of them. Start with `accelerate launch`, which gives each process one GPU, or load the "
                 "model with device_map=None. A policy that does not fit on one GPU trains with ZeRO-3 or FSDP."
             )
-        planned = [enable_plans(unwrap(policy)) for policy in (self.model, self.ref_model) if policy is not None]
+        policies = [policy for policy in (self.model, self.ref_model) if policy is not None]
+        for policy in policies:
+            keep_trainable(policy)
+        planned = [enable_plans(unwrap(policy)) for policy in policies]
         self._share_prompts = args.share_prompts and spec.attention == "block" and all(planned)
         # Recorded and re-scored log-probabilities are compared: no dropout between them.
         disable_dropout_in_model(self.model)

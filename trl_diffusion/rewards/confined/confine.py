@@ -110,6 +110,7 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
 _FCNTL, _OPEN, _OPENAT, _IOCTL = (72, 25), (2, None), (257, 56), (16, 29)
 # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. Not F_SETOWN and F_SETSIG, which send signals.
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)
+_NAMELESS = 0o20000000  # the bit that O_TMPFILE adds to O_DIRECTORY
 # AUDIT_ARCH_X86_64 and AUDIT_ARCH_AARCH64: numbers mean nothing without the architecture they are made for.
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
@@ -250,11 +251,13 @@ def _filter_program(column: int, architecture: int) -> list[tuple[int, int, int,
     refuse = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
     branch(_FCNTL[column], [(_LOAD, 0, 0, _ARGUMENTS_AT + 8), *allowed, refuse])
     # A file opened to read, or for neither reading nor writing (3), must not be emptied on the way: the first versions
-    # of Landlock do not see it.
+    # of Landlock do not see it. A file without a name takes disk space that the trainer does not see.
     refused = [step for flags in (os.O_TRUNC, 3, os.O_TRUNC | 3) for step in ((_EQUAL, 0, 1, flags), refuse)]
     for numbers, argument in ((_OPEN, 1), (_OPENAT, 2)):
-        flags = [(_LOAD, 0, 0, _ARGUMENTS_AT + 8 * argument), (_AND, 0, 0, os.O_TRUNC | os.O_ACCMODE)]
-        branch(numbers[column], [*flags, *refused, (_RETURN, 0, 0, _ALLOW)])
+        load = (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * argument)
+        nameless = [load, (_AND, 0, 0, _NAMELESS), (_EQUAL, 0, 1, _NAMELESS), refuse]
+        flags = [load, (_AND, 0, 0, os.O_TRUNC | os.O_ACCMODE)]
+        branch(numbers[column], [*nameless, *flags, *refused, (_RETURN, 0, 0, _ALLOW)])
     branch(_IOCTL[column], [(_RETURN, 0, 0, _ERRNO | errno.ENOTTY)])
     program.append(refuse)
     return program
