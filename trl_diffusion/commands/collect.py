@@ -25,7 +25,7 @@ from ..offline.collect import collect
 from ..policies.loading import resolve_spec
 from ..policies.tiny import tiny_policy_path
 from ..tasks import TASKS, load_task
-from ..utils import USAGE, errors_in_a_line, processes, read_mapping, use_all_cores
+from ..utils import USAGE, check_config_file, errors_in_a_line, processes, read_mapping, use_all_cores
 
 
 @dataclass
@@ -96,7 +96,7 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
 def parse(arguments: list[str] | None = None) -> tuple[CollectArguments, ModelConfig]:
     """Reads options, those of the command line by default."""
     parser = TrlParser((CollectArguments, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    return cast("tuple[CollectArguments, ModelConfig]", parser.parse_args_and_config(args=arguments))
+    return cast("tuple[CollectArguments, ModelConfig]", parser.parse_args_and_config(args=check_config_file(arguments)))
 
 
 def main() -> None:

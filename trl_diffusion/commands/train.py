@@ -39,7 +39,7 @@ from ..trainer.callbacks import RewardProgressCallback
 from ..trainer.config import DTRPOConfig
 from ..trainer.trainer import DTRPOTrainer
 from ..trajectories.dataset import load_trajectories
-from ..utils import USAGE, errors_in_a_line, use_all_cores
+from ..utils import USAGE, check_config_file, errors_in_a_line, use_all_cores
 from . import recipes_path
 
 
@@ -274,7 +274,7 @@ def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOCon
     if not given & {"--config", "--model_name_or_path", "--random_policy"}:
         arguments = ["--config", str(recipes_path() / "tiny_sudoku.yaml"), *arguments]
     parser = TrlParser((ScriptArguments, DTRPOConfig, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    return cast("tuple[ScriptArguments, DTRPOConfig, ModelConfig]", parser.parse_args_and_config(args=arguments))
+    return cast("tuple[ScriptArguments, DTRPOConfig, ModelConfig]", parser.parse_args_and_config(args=check_config_file(arguments)))
 
 
 def main() -> None:
