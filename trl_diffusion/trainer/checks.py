@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from ..offline.preferences import is_preference_dataset
+
 
 if TYPE_CHECKING:
     from .config import DTRPOConfig
@@ -110,7 +112,7 @@ def check_numbers(args: DTRPOConfig) -> None:
             raise ValueError(f"`{name}` must be a number {_in_words(interval)}, got {value!r}.")
     weights = args.reward_weights
     if weights is not None:
-        if not isinstance(weights, list | tuple) or not all(map(_is_number, weights)) or not all(map(math.isfinite, weights)):
+        if not isinstance(weights, list | tuple) or not all(_is_number(w) and math.isfinite(w) for w in weights):
             raise ValueError(f"`reward_weights` must be a list of finite numbers, got {weights!r}.")
         if not any(weights):
             raise ValueError(f"`reward_weights={weights!r}` leaves nothing of any reward: one of them must not be 0.")
@@ -165,16 +167,22 @@ def prompts_per_rollout(args: DTRPOConfig) -> int:
     return args.generation_batch_size // args.num_generations
 
 
-def check_number_of_rows(dataset: Dataset | IterableDataset, args: DTRPOConfig) -> None:
+def check_number_of_rows(dataset: Dataset | IterableDataset, args: DTRPOConfig, dropped: int = 0) -> None:
     """
     Checks that the rows to train on are enough for one rollout. A stream does not know how many it has.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): the rows.
+        args ([`DTRPOConfig`]): settings of the trainer.
+        dropped (`int`, *optional*, defaults to `0`): groups that were dropped before, for the message.
 
     Raises:
         ValueError: if they are fewer; no optimizer step would be made.
     """
     wanted = prompts_per_rollout(args)
     if isinstance(dataset, Dataset) and len(dataset) < wanted:
-        raise ValueError(f"train_dataset has {len(dataset)} rows, but {_what_a_rollout_takes(args)}")
+        left = f" left ({dropped} have no pair)" if dropped else ""
+        raise ValueError(f"train_dataset has {len(dataset)} rows{left}, but {_what_a_rollout_takes(args)}")
 
 
 def _what_a_rollout_takes(args: DTRPOConfig) -> str:
@@ -194,37 +202,74 @@ def check_steps_made(steps: int, dataset: Dataset | IterableDataset, args: DTRPO
         ValueError: if a stream ended before its first rollout.
     """
     if steps == 0 and isinstance(dataset, IterableDataset):
-        raise ValueError(f"No step was made: the stream of train_dataset ended early, for {_what_a_rollout_takes(args)}")
+        raise ValueError(
+            f"No step was made: the stream of train_dataset ended early, for {_what_a_rollout_takes(args)}"
+        )
 
 
-def check_removed_columns(name: str, dataset: Dataset | IterableDataset, reward_funcs: Any, kept: list[str]) -> list[str]:
+def check_reference_can_move(args: DTRPOConfig, has_adapter: bool) -> None:
+    """
+    Checks that there is a reference that `sync_ref_model` can move.
+
+    Raises:
+        ValueError: if an adapter is trained; its reference is the model below it, which stays.
+    """
+    if args.sync_ref_model and has_adapter:
+        raise ValueError(
+            "`sync_ref_model=True` moves a reference that is a model of its own; that of an adapter is the model below it. "
+            "Set `sync_ref_model=False`."
+        )
+
+
+def check_order_is_asked_for(args: DTRPOConfig, datasets: list[Any]) -> None:
+    """
+    Checks that `decoding_order`, if it is set, is looked at.
+
+    Raises:
+        ValueError: if no dataset holds preference pairs.
+    """
+    if args.decoding_order != "random" and not any(map(is_preference_dataset, datasets)):
+        raise ValueError(
+            f"`decoding_order={args.decoding_order!r}` is for datasets of preference pairs (`chosen`, `rejected`), of which "
+            "there is none here; leave it at 'random'."
+        )
+
+
+def check_removed_columns(
+    datasets: list[tuple[str, Any]], reward_funcs: Any, kept: list[str], args: DTRPOConfig
+) -> list[str]:
     """
     With `remove_unused_columns=True`, checks that no reward function asks for a column that is removed.
 
     Args:
-        name (`str`): what the dataset is called.
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): the dataset.
+        datasets (`list[tuple[str, Dataset]]`): the datasets, each with what it is called.
         reward_funcs: one reward function or several.
         kept (`list[str]`): columns that are not removed.
+        args ([`DTRPOConfig`]): settings of the trainer.
 
     Returns:
-        `list[str]`: columns that are removed, of which a reward function that takes `**kwargs` gets nothing.
+        `list[str]`: columns that are removed; a reward function that takes them as `**kwargs` does not get them.
 
     Raises:
-        ValueError: naming the function and its column.
+        ValueError: naming the function and its columns.
     """
-    removed = sorted(set(dataset.column_names or ()) - set(kept))
+    if not args.remove_unused_columns:
+        return []
     functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    for function in functions:
-        if not callable(function) or isinstance(function, nn.Module):
-            continue
-        wanted = sorted(set(removed) & set(_parameters(function)))
-        if wanted:
-            raise ValueError(
-                f"`remove_unused_columns=True` removes the columns {wanted} of {name}, which the reward function "
-                f"{getattr(function, '__name__', type(function).__name__)!r} asks for. Set it to False."
-            )
-    return removed
+    every: set[str] = set()
+    for name, dataset in datasets:
+        removed = set(dataset.column_names or ()) - set(kept)
+        every |= removed
+        for function in functions:
+            if not callable(function) or isinstance(function, nn.Module):
+                continue
+            wanted = sorted(removed & set(_parameters(function)))
+            if wanted:
+                raise ValueError(
+                    f"`remove_unused_columns=True` removes the columns {wanted} of {name}, which the reward function "
+                    f"{getattr(function, '__name__', type(function).__name__)!r} asks for. Set it to False."
+                )
+    return sorted(every)
 
 
 def _parameters(function: Callable) -> list[str]:
