@@ -13,7 +13,7 @@ An interrupted run goes on where it stopped when the same command is given again
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import cast
 
 import torch
@@ -57,9 +57,21 @@ class CollectArguments:
     sub_block_size: int | None = field(default=None, metadata={"help": "Parts of a block, from left to right."})
 
 
+# Options of `trl.ModelConfig` that are for loading a model; the others are for training it.
+LOADING = ("model_name_or_path", "model_revision", "attn_implementation", "dtype")
+
+
+def refuse_training_options(model_args: ModelConfig) -> None:
+    """Raises a `ValueError` if an option is set that collecting does not look at."""
+    for option in fields(model_args):
+        if option.name not in LOADING and getattr(model_args, option.name) != option.default:
+            raise ValueError(f"`--{option.name}` is for training: the policy answers as it is. Leave it out.")
+
+
 def run(args: CollectArguments, model_args: ModelConfig) -> None:
     """Collects."""
     use_all_cores()
+    refuse_training_options(model_args)
     path = model_args.model_name_or_path or tiny_policy_path()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or path, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(

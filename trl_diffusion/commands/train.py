@@ -126,6 +126,8 @@ def load_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_
 
 def load_preferences(script_args: ScriptArguments) -> tuple[Dataset, Dataset]:
     """Pairs to train on and pairs to measure on: those of `eval_file`, or else the last ones of `train_file`."""
+    if script_args.trajectories:
+        raise ValueError("`task: preferences` reads pairs from `--train_file`; `--trajectories` is for the other tasks.")
     if not script_args.train_file:
         raise ValueError("`task: preferences` needs `--train_file`, rows with `chosen` and `rejected`.")
     rows = read_rows(script_args.train_file)
@@ -216,7 +218,9 @@ def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, mode
         train_dataset = task.train
         reward_funcs: list[Callable] | None = task.reward_funcs
         if script_args.trajectories:
-            train_dataset, reward_funcs = load_trajectories(script_args.trajectories), None  # its stored rewards
+            stored = load_trajectories(script_args.trajectories)
+            train_dataset = stored.select(range(min(len(stored), script_args.train_size)))
+            reward_funcs = None  # the stored rewards
         trainer = make_trainer(
             script_args, training_args, model_args, reward_funcs=reward_funcs, train_dataset=train_dataset
         )
