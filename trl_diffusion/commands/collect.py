@@ -72,6 +72,15 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
     """Collects."""
     use_all_cores()
     refuse_training_options(model_args)
+    task = load_task(args.task, args.train_file, args.eval_file, args.train_size, 1, args.seed)
+    decoding = DecodingConfig(
+        max_new_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        strategy=args.decoding_strategy,
+        tokens_per_step=args.tokens_per_step,
+        threshold=args.confidence_threshold,
+        sub_block_size=args.sub_block_size,
+    )
     path = model_args.model_name_or_path or tiny_policy_path()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or path, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(
@@ -81,21 +90,13 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
         dtype=model_args.dtype or torch.float32,
     )
     spec = resolve_spec(model.config, read_mapping(args.diffusion_spec, "diffusion_spec"), tokenizer)
-    task = load_task(args.task, args.train_file, args.eval_file, args.train_size, 1, args.seed)
     directory = collect(
         model.to(processes().device),
         tokenizer,
         task.train,
         task.reward_funcs,
         args.output_dir,
-        DecodingConfig(
-            max_new_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            strategy=args.decoding_strategy,
-            tokens_per_step=args.tokens_per_step,
-            threshold=args.confidence_threshold,
-            sub_block_size=args.sub_block_size,
-        ),
+        decoding,
         num_responses=args.num_responses,
         spec=spec,
         batch_size=args.batch_size,
@@ -108,7 +109,9 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
 def parse(arguments: list[str] | None = None) -> tuple[CollectArguments, ModelConfig]:
     """Reads options, those of the command line by default."""
     parser = TrlParser((CollectArguments, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    return cast("tuple[CollectArguments, ModelConfig]", parser.parse_args_and_config(args=check_config_file(arguments)))
+    return cast(
+        "tuple[CollectArguments, ModelConfig]", parser.parse_args_and_config(args=check_config_file(arguments))
+    )
 
 
 def main() -> None:

@@ -127,7 +127,9 @@ def load_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_
 def load_preferences(script_args: ScriptArguments) -> tuple[Dataset, Dataset]:
     """Pairs to train on and pairs to measure on: those of `eval_file`, or else the last ones of `train_file`."""
     if script_args.trajectories:
-        raise ValueError("`task: preferences` reads pairs from `--train_file`; `--trajectories` is for the other tasks.")
+        raise ValueError(
+            "`task: preferences` reads pairs from `--train_file`; `--trajectories` is for the other tasks."
+        )
     if not script_args.train_file:
         raise ValueError("`task: preferences` needs `--train_file`, rows with `chosen` and `rejected`.")
     rows = read_rows(script_args.train_file)
@@ -278,7 +280,10 @@ def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOCon
     if not given & {"--config", "--model_name_or_path", "--random_policy"}:
         arguments = ["--config", str(recipes_path() / "tiny_sudoku.yaml"), *arguments]
     parser = TrlParser((ScriptArguments, DTRPOConfig, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    return cast("tuple[ScriptArguments, DTRPOConfig, ModelConfig]", parser.parse_args_and_config(args=check_config_file(arguments)))
+    return cast(
+        "tuple[ScriptArguments, DTRPOConfig, ModelConfig]",
+        parser.parse_args_and_config(args=check_config_file(arguments)),
+    )
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ from .checks import (
 )
 from .config import DTRPOConfig
 from .data import OfflineData, count_epochs, stored_columns
+from .reference import FILE as REFERENCE
 from .reference import load_reference, save_reference
 from .resume import Progress
 from .throughput import ThroughputCallback
@@ -529,8 +530,8 @@ class DTRPOTrainer(GRPOTrainer):
                 logger.warning(f"There is no complete checkpoint in {self.args.output_dir}: training starts anew.")
         if self.args.precompute_ref_log_probs and not self._reference_is_recorded:
             self._precompute_reference()
-        if self.args.sync_ref_model and resume_from_checkpoint:
-            load_reference(unwrap(cast(nn.Module, self.ref_model)), resume_from_checkpoint)
+        if resume_from_checkpoint:
+            self._resume_reference(resume_from_checkpoint)
         self._learnt = None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         check_steps_made(self.state.global_step, cast("Dataset | IterableDataset", self.train_dataset), self.args)
@@ -540,6 +541,15 @@ class DTRPOTrainer(GRPOTrainer):
                 "compared. Look at `frac_reward_zero_std` and the rewards (docs/troubleshooting.md)."
             )
         return result
+
+    def _resume_reference(self, checkpoint: str) -> None:
+        """The reference as it was at a checkpoint, if it is one that moves."""
+        if self.args.sync_ref_model:
+            load_reference(unwrap(cast(nn.Module, self.ref_model)), checkpoint)
+        elif self.beta != 0.0 and Path(checkpoint, REFERENCE).is_file():
+            logger.warning(
+                f"{checkpoint} holds a reference that had moved; with `sync_ref_model=False` that of the start is used again."
+            )
 
     def _get_train_sampler(self, *args, **kwargs):
         self.train_sampler = super()._get_train_sampler(*args, **kwargs)
