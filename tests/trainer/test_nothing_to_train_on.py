@@ -170,7 +170,11 @@ def test_prompts_of_unknown_tokens(make_trainer):
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (DROPS_USER, [USER], "the chat template drops the message of 'user'; the prompt becomes 'sudoku'"),
+        (
+            DROPS_USER,
+            [USER],
+            "the chat template drops the message of 'user', whatever it says; the prompt becomes 'sudoku'",
+        ),
         (DROPS_USER, [{"role": "system", "content": "sudoku"}, USER], "drops the message of 'user'"),
         (DROPS_SYSTEM, [{"role": "system", "content": "sudoku"}, USER], "drops the message of 'system'"),
         (DROPS_SYSTEM, [{"role": "human", "content": "sudoku"}, USER], "drops the message of 'human'"),
@@ -181,7 +185,7 @@ def test_chat_templates_that_drop_messages(make_trainer, tokenizer, template, me
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = template
     dataset = Dataset.from_list([{"prompt": messages}] * 4)
-    with pytest.raises(ValueError, match=f"train_dataset: Row 0: {message}"):
+    with pytest.raises(ValueError, match=f"train_dataset: Row 0: .*{message}"):
         make_trainer(dataset=dataset, kwargs={"processing_class": chatty})
 
 

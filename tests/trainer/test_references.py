@@ -45,7 +45,7 @@ def simulated_epochs(num_rows, prompts, iterations, batches, accumulation, max_s
     """Epochs that a run of `max_steps` begins, by stepping through TRL's sampler."""
     responses = 4
     length = len(RepeatSampler(range(num_rows), responses, prompts, iterations * batches))
-    batches_of_epoch = length // (prompts * responses // batches)
+    batches_of_epoch = length // (prompts * responses)  # each repeats a rollout, of which training takes a part
     steps, epochs = 0, 0
     while steps < max_steps:
         epochs += 1

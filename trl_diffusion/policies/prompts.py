@@ -117,12 +117,14 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, prompt: list, row: int, 
 
     rendered = render(prompt)
     for number, message in enumerate(prompt):
-        if message["role"] == "assistant" or all(text.strip() in rendered for text in _texts(message)):
+        texts = [f"0{text}0" for text in _texts(message)]
+        if message["role"] == "assistant" or not texts:
             continue
-        changed = [f"0{text}0" for text in _texts(message)]  # what is written in another way is not dropped
-        content = changed[0] if isinstance(message["content"], str) else [{"type": "text", "text": t} for t in changed]
+        content = (
+            texts[0] if isinstance(message["content"], str) else [{"type": "text", "text": text} for text in texts]
+        )
         if render([*prompt[:number], {**message, "content": content}, *prompt[number + 1 :]]) == rendered:
             raise ValueError(
-                f"Row {row}: the chat template drops the message of {message['role']!r}; the prompt becomes "
-                f"{rendered[:200]!r}. Use another chat template, or another role."
+                f"Row {row}: the chat template drops the message of {message['role']!r}, whatever it says; the prompt "
+                f"becomes {rendered[:200]!r}. Use another chat template, or another role."
             )

@@ -343,11 +343,11 @@ class DTRPOConfig(GRPOConfig):
             raise ValueError("`max_completion_length` is needed: it is the length of the canvas.")
         check_whole_numbers(self)
         super().__post_init__()
+        check_numbers(self)
         refused = self.refused()
         if refused:
             reasons = "\n".join(f"- `{name}`: {why}" for name, why in refused.items())
             raise ValueError(f"These options of GRPOConfig cannot be used with a diffusion policy:\n{reasons}")
-        check_numbers(self)
         check_looked_at(self)
         # TRL finds these only when the first rollout is over.
         for name, choices in _CHOICES.items():
@@ -450,8 +450,6 @@ class DTRPOConfig(GRPOConfig):
                 found[name] = f"{why} (got {getattr(self, name)!r}, leave it at {neutral!r})"
         if self.model_options().get("trust_remote_code"):
             found["model_init_kwargs"] = f"`trust_remote_code`: {_NO_REMOTE_CODE}"
-        if self.temperature <= 0:
-            found["temperature"] = f"rollouts are sampled, so it must be positive (got {self.temperature!r})"
         if self.loss_type not in LOSS_TYPES:
             why = "needs the ratio of whole sequences, of which one step per block is scored"
             why = why if self.loss_type == "vespo" else "is not known"
