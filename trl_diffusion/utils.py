@@ -42,13 +42,81 @@ def errors_in_a_line() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which would keep the last one of repeated keys; this one refuses them."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if name in lines:
+                    raise ValueError(f"line {line}: the key {key.value!r} is already in line {lines[name]}.")
+                lines[name] = line
+        return node
+
+
+def load_yaml(path: str | Path) -> Any:
+    """
+    What a YAML or JSON file holds.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file and the line, if it is not YAML, or gives a key twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    return _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_OnceLoader)  # noqa: S506  (a safe loader)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """
+    The `object_pairs_hook` for `json.loads`, which would keep the last one of repeated keys.
+
+    Raises:
+        ValueError: naming the key, if there is one.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"The key {next(name for name in names if names.count(name) > 1)!r} is given twice.")
+    return found
+
+
+def check_config_file(arguments: list[str] | None) -> list[str]:
+    """
+    The arguments of a command, if the YAML file behind `--config` gives no key twice.
+
+    Args:
+        arguments (`list[str]`, *optional*): the arguments. Defaults to those of the command line.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file and the line, if it is not YAML, or gives a key twice.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for option, value in zip(arguments, arguments[1:], strict=False):
+        if option == "--config":
+            load_yaml(value)
+    return arguments
+
+
 def read_mapping(value: str | Mapping[str, Any] | None, name: str) -> dict[str, Any]:
     """
     A mapping that was given on the command line: as `name:value+name:value`, as JSON, or as the path of a `.json` or
     `.yaml` file.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if it is none of these, or gives a name twice.
     """
     if value is None or isinstance(value, Mapping):
         return dict(value or {})
@@ -56,19 +124,27 @@ def read_mapping(value: str | Mapping[str, Any] | None, name: str) -> dict[str, 
     if text.endswith((".json", ".yaml", ".yml")):
         if not Path(text).is_file():
             raise ValueError(f"`{name}`: there is no file {text}.")
-        text = Path(text).read_text(encoding="utf-8")
-    elif not text.startswith("{"):
-        text = "\n".join(part.replace(":", ": ", 1) for part in text.split("+"))
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = None
+        found = load_yaml(text)
+    else:
+        if not text.startswith("{"):
+            text = "\n".join(part.replace(":", ": ", 1) for part in text.split("+"))
+        found = _read_text(text, name)
     if not isinstance(found, dict):
         raise ValueError(
             f"`{name}` must be like name:value+name:value, a JSON object, or the path of a JSON or YAML file; "
             f"got {value!r}."
         )
     return found
+
+
+def _read_text(text: str, name: str) -> Any:
+    """What a text on the command line says, `None` if it cannot be read."""
+    try:
+        return _parse_yaml(text, f"`{name}`")
+    except ValueError as error:
+        if isinstance(error.__cause__, yaml.YAMLError):
+            return None
+        raise
 
 
 def use_all_cores() -> None:

@@ -13,7 +13,7 @@ An interrupted run goes on where it stopped when the same command is given again
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import cast
 
 import torch
@@ -25,7 +25,7 @@ from ..offline.collect import collect
 from ..policies.loading import resolve_spec
 from ..policies.tiny import tiny_policy_path
 from ..tasks import TASKS, load_task
-from ..utils import USAGE, errors_in_a_line, processes, read_mapping, use_all_cores
+from ..utils import USAGE, check_config_file, errors_in_a_line, processes, read_mapping, use_all_cores
 
 
 @dataclass
@@ -57,9 +57,30 @@ class CollectArguments:
     sub_block_size: int | None = field(default=None, metadata={"help": "Parts of a block, from left to right."})
 
 
+# Options of `trl.ModelConfig` that are for loading a model; the others are for training it.
+LOADING = ("model_name_or_path", "model_revision", "attn_implementation", "dtype")
+
+
+def refuse_training_options(model_args: ModelConfig) -> None:
+    """Raises a `ValueError` if an option is set that collecting does not look at."""
+    for option in fields(model_args):
+        if option.name not in LOADING and getattr(model_args, option.name) != option.default:
+            raise ValueError(f"`--{option.name}` is for training: the policy answers as it is. Leave it out.")
+
+
 def run(args: CollectArguments, model_args: ModelConfig) -> None:
     """Collects."""
     use_all_cores()
+    refuse_training_options(model_args)
+    task = load_task(args.task, args.train_file, args.eval_file, args.train_size, 1, args.seed)
+    decoding = DecodingConfig(
+        max_new_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        strategy=args.decoding_strategy,
+        tokens_per_step=args.tokens_per_step,
+        threshold=args.confidence_threshold,
+        sub_block_size=args.sub_block_size,
+    )
     path = model_args.model_name_or_path or tiny_policy_path()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or path, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(
@@ -69,21 +90,13 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
         dtype=model_args.dtype or torch.float32,
     )
     spec = resolve_spec(model.config, read_mapping(args.diffusion_spec, "diffusion_spec"), tokenizer)
-    task = load_task(args.task, args.train_file, args.eval_file, args.train_size, 1, args.seed)
     directory = collect(
         model.to(processes().device),
         tokenizer,
         task.train,
         task.reward_funcs,
         args.output_dir,
-        DecodingConfig(
-            max_new_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            strategy=args.decoding_strategy,
-            tokens_per_step=args.tokens_per_step,
-            threshold=args.confidence_threshold,
-            sub_block_size=args.sub_block_size,
-        ),
+        decoding,
         num_responses=args.num_responses,
         spec=spec,
         batch_size=args.batch_size,
@@ -96,7 +109,9 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
 def parse(arguments: list[str] | None = None) -> tuple[CollectArguments, ModelConfig]:
     """Reads options, those of the command line by default."""
     parser = TrlParser((CollectArguments, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    return cast("tuple[CollectArguments, ModelConfig]", parser.parse_args_and_config(args=arguments))
+    return cast(
+        "tuple[CollectArguments, ModelConfig]", parser.parse_args_and_config(args=check_config_file(arguments))
+    )
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from ..evaluation.policy import load_policy
 from ..evaluation.run import Evaluation, check_tasks, markdown
 from ..evaluation.settings import check_settings
 from ..policies.tiny import tiny_policy_path
-from ..utils import USAGE, errors_in_a_line, processes, read_mapping, use_all_cores
+from ..utils import USAGE, check_config_file, errors_in_a_line, processes, read_mapping, use_all_cores
 
 
 @dataclass
@@ -106,7 +106,7 @@ def run(args: EvaluateArguments) -> None:
 def parse(arguments: list[str] | None = None) -> EvaluateArguments:
     """Reads options, those of the command line by default."""
     parser = TrlParser((EvaluateArguments,), usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    (found,) = cast("tuple[EvaluateArguments]", parser.parse_args_and_config(args=arguments))
+    (found,) = cast("tuple[EvaluateArguments]", parser.parse_args_and_config(args=check_config_file(arguments)))
     return found
 
 

@@ -24,7 +24,6 @@ import warnings
 from dataclasses import asdict
 
 import torch
-import yaml
 
 from ..plan.cost import Machine, RolloutCost, rollout_cost
 from ..plan.simulate import Footprint, Workload, simulate
@@ -32,7 +31,7 @@ from ..plan.strategies import Plan, make_plans
 from ..policies.loading import load_config
 from ..policies.spec import check_spec, get_spec, spec_fields
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
-from ..utils import exit_code, read_mapping
+from ..utils import exit_code, load_yaml, read_mapping
 
 
 GIB = 2**30
@@ -145,8 +144,7 @@ def _with_recipe(options: argparse.Namespace) -> argparse.Namespace:
     """Fills in what the command line leaves open: from the recipe, or else the default."""
     recipe = {}
     if options.config:
-        with open(options.config, encoding="utf-8") as file:
-            recipe = yaml.safe_load(file)
+        recipe = load_yaml(options.config)
         if not isinstance(recipe, dict) or not recipe.keys() & {
             *FROM_RECIPE.values(),
             "max_steps",

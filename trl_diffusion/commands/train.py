@@ -39,7 +39,7 @@ from ..trainer.callbacks import RewardProgressCallback
 from ..trainer.config import DTRPOConfig
 from ..trainer.trainer import DTRPOTrainer
 from ..trajectories.dataset import load_trajectories
-from ..utils import USAGE, errors_in_a_line, use_all_cores
+from ..utils import USAGE, check_config_file, errors_in_a_line, use_all_cores
 from . import recipes_path
 
 
@@ -126,6 +126,10 @@ def load_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_
 
 def load_preferences(script_args: ScriptArguments) -> tuple[Dataset, Dataset]:
     """Pairs to train on and pairs to measure on: those of `eval_file`, or else the last ones of `train_file`."""
+    if script_args.trajectories:
+        raise ValueError(
+            "`task: preferences` reads pairs from `--train_file`; `--trajectories` is for the other tasks."
+        )
     if not script_args.train_file:
         raise ValueError("`task: preferences` needs `--train_file`, rows with `chosen` and `rejected`.")
     rows = read_rows(script_args.train_file)
@@ -216,7 +220,9 @@ def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, mode
         train_dataset = task.train
         reward_funcs: list[Callable] | None = task.reward_funcs
         if script_args.trajectories:
-            train_dataset, reward_funcs = load_trajectories(script_args.trajectories), None  # its stored rewards
+            stored = load_trajectories(script_args.trajectories)
+            train_dataset = stored.select(range(min(len(stored), script_args.train_size)))
+            reward_funcs = None  # the stored rewards
         trainer = make_trainer(
             script_args, training_args, model_args, reward_funcs=reward_funcs, train_dataset=train_dataset
         )
@@ -274,7 +280,10 @@ def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOCon
     if not given & {"--config", "--model_name_or_path", "--random_policy"}:
         arguments = ["--config", str(recipes_path() / "tiny_sudoku.yaml"), *arguments]
     parser = TrlParser((ScriptArguments, DTRPOConfig, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    return cast("tuple[ScriptArguments, DTRPOConfig, ModelConfig]", parser.parse_args_and_config(args=arguments))
+    return cast(
+        "tuple[ScriptArguments, DTRPOConfig, ModelConfig]",
+        parser.parse_args_and_config(args=check_config_file(arguments)),
+    )
 
 
 def main() -> None:

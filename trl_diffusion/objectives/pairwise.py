@@ -19,16 +19,21 @@ class Pairs:
         chosen, rejected (`Tensor` of shape `(M,)`): responses, numbered through all groups.
         weights (`Tensor` of shape `(M,)`, float32): share of the pair in the loss; the pairs of a group share `1 / Q` for
             `Q` groups, so that a batch may be cut between groups.
-        tied (`int`): groups without a pair, because all their scores are equal.
+        tied (`int`): groups without a pair, because all their scores are equal. Groups with fewer than two scored
+            responses are not among them.
+        identical (`int`): pairs that were dropped, because both responses are the same tokens.
     """
 
     chosen: Tensor
     rejected: Tensor
     weights: Tensor
     tied: int
+    identical: int
 
 
-def make_pairs(scores: Tensor, which: Literal["best_worst", "all"] = "best_worst") -> Pairs:
+def make_pairs(
+    scores: Tensor, which: Literal["best_worst", "all"] = "best_worst", same: Tensor | None = None
+) -> Pairs:
     """
     Pairs of a better and a worse response of the same group.
 
@@ -37,6 +42,9 @@ def make_pairs(scores: Tensor, which: Literal["best_worst", "all"] = "best_worst
             orders them. NaN: not scored, in no pair.
         which (`str`, *optional*, defaults to `"best_worst"`): one pair for each group, or `"all"` of its ordered pairs.
             Equal scores make no pair.
+        same (boolean `Tensor` of shape `(Q, G, G)`, *optional*): which responses are the same tokens (see
+            [`same_responses`]). They make no pair: how much likelier one of them became than the other depends on the
+            order in which it was denoised, not on what it says.
 
     Returns:
         [`Pairs`]
@@ -51,14 +59,34 @@ def make_pairs(scores: Tensor, which: Literal["best_worst", "all"] = "best_worst
         better = better & only
     elif which != "all":
         raise ValueError(f"`which` must be 'best_worst' or 'all', got {which!r}.")
+    tied = ~better.any(2).any(1) & ((~scores.isnan()).sum(1) > 1)
+    dropped = better & same if same is not None else torch.zeros_like(better)
+    better = better & ~dropped
     number = better.sum((1, 2))
     group, chosen, rejected = better.nonzero(as_tuple=True)
     return Pairs(
         chosen=group * size + chosen,
         rejected=group * size + rejected,
         weights=1.0 / (number[group].float() * groups),
-        tied=int((number == 0).sum()),
+        tied=int(tied.sum()),
+        identical=int(dropped.sum()),
     )
+
+
+def same_responses(ids: Tensor, mask: Tensor, size: int) -> Tensor:
+    """
+    Which responses of a group are the same tokens.
+
+    Args:
+        ids (`Tensor` of shape `(R, C)`): token ids, groups of `size` neighbours one after another.
+        mask (`Tensor` of shape `(R, C)`): not 0 where a token counts; a response is its first tokens that do.
+        size (`int`): responses `G` of a group.
+
+    Returns:
+        Boolean `Tensor` of shape `(R / G, G, G)`.
+    """
+    tokens = torch.where(mask > 0, ids, -1).view(-1, size, ids.shape[1])
+    return (tokens[:, :, None] == tokens[:, None, :]).all(3)
 
 
 def pairwise_loss(

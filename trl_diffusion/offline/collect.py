@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from trl import is_conversational
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
-from ..policies.prompts import tokenize_prompts
+from ..policies.prompts import check_visible, tokenize_prompts
 from ..policies.spec import DiffusionSpec, get_spec
 from ..seeds import derive_seed
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
@@ -93,7 +94,8 @@ def collect(
     Raises:
         ValueError: before anything is written, for prompts that the policy cannot take, a column whose name the format
             needs, or an `output_dir` that holds something else, such as a collection with other settings (the
-            differences are named).
+            differences are named). Later, if a reward function gives something else than one finite number or `None` for
+            each response; the shard is then not written.
     """
     reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
     names = [_name(function) for function in reward_funcs]
@@ -190,7 +192,9 @@ def _check_source(prompts, tokenizer, names, spec, config, max_new_tokens) -> li
         raise ValueError("No reward function was given.")
     if len(set(names)) != len(names):
         raise ValueError(f"Reward functions need different names, got {names}.")
-    taken = sorted({*OWN_COLUMNS, *(REWARD_PREFIX + name for name in names)} & set(prompts.column_names))
+    taken = sorted(
+        name for name in prompts.column_names if name in OWN_COLUMNS or name.startswith(REWARD_PREFIX)
+    )  # `reward_...` would be read as a stored reward
     if taken:
         raise ValueError(f"The dataset has columns that trajectories need for themselves: {taken}. Rename them.")
     column = list(prompts["prompt"])
@@ -199,6 +203,7 @@ def _check_source(prompts, tokenizer, names, spec, config, max_new_tokens) -> li
         raise ValueError(f"Row {empty[0]} has no prompt (it is {column[empty[0]]!r}).")
     prompt_ids = tokenize_prompts(tokenizer, column)
     check_prompts(prompt_ids, spec, config, max_new_tokens)
+    check_visible(tokenizer, column, prompt_ids)
     return prompt_ids
 
 
@@ -243,7 +248,7 @@ def _shard_path(output_dir: Path, shard: int) -> Path:
 def _score(
     batch: TrajectoryBatch,
     prompts: Dataset,
-    rows: Iterable[int],
+    rows: range,
     num_responses: int,
     tokenizer: PreTrainedTokenizerBase,
     reward_funcs: list[Callable],
@@ -267,8 +272,18 @@ def _score(
             raise ValueError(
                 f"The reward function `{name}` returned {len(values)} rewards for {len(texts)} responses."
             )
-        rewards[name] = [None if value is None else float(value) for value in values]
+        rewards[name] = [_reward(value, name, rows[place // num_responses]) for place, value in enumerate(values)]
     return rewards
+
+
+def _reward(value: Any, name: str, row: int) -> float | None:
+    """A reward as it is stored: `None` for not applicable, which TRL takes NaN for, too."""
+    reward = math.nan if value is None else float(value)
+    if abs(reward) > torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"The reward function `{name}` returned {reward} for a response to row {row}; rewards must be finite in float32."
+        )
+    return None if math.isnan(reward) else reward
 
 
 def _write(path: Path, table: list[dict[str, Any]], names: list[str]) -> None:

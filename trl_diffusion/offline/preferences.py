@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..policies.prompts import tokenize_preference
 from ..policies.spec import DiffusionSpec
 from ..seeds import derive_seed
-from ..trajectories.dataset import Provenance, to_rows
+from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import move_into_place
@@ -73,12 +73,17 @@ def from_preferences(
             For `"random"`.
 
     Raises:
-        ValueError: naming the row, for an empty prompt or response, a response that is too long or holds the mask token.
+        ValueError: naming the row, for an empty prompt or response, a response that is too long or holds the mask token;
+            or for a column whose name a trajectory dataset needs.
     """
     if decoding_order not in ORDERS:
         raise ValueError(f"`decoding_order` must be one of {list(ORDERS)}, got {decoding_order!r}.")
     if decoding_order == "confidence" and model is None:
         raise ValueError("`decoding_order='confidence'` needs a `model` to ask.")
+    kept = [name for name in dataset.column_names if name not in ("prompt", "chosen", "rejected")]
+    taken = sorted(name for name in kept if name in OWN_COLUMNS or name.startswith(REWARD_PREFIX))
+    if taken:
+        raise ValueError(f"The dataset has columns that trajectories need for themselves: {taken}. Rename them.")
     prompts, ids, responses = [], [], []
     for number, example in enumerate(dataset):
         for column in ("chosen", "rejected"):
@@ -121,12 +126,11 @@ def from_preferences(
             seeds = [derive_seed(seed, start + row) for row in range(len(batches[place]))]
             batches[place] = given_order(batches[place], spec, decoding_order, tokens_per_step, seeds)
     rows = [row for batch in batches for row in to_rows(batch, spec, 2, provenance, recorded)]
-    kept = {name: dataset[name] for name in dataset.column_names if name not in ("prompt", "chosen", "rejected")}
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return Dataset.from_dict(
         {
             "prompt": prompts,
-            **kept,
+            **{name: dataset[name] for name in kept},
             "row": list(range(len(rows))),
             **columns,
             "reward_preference": [[1.0, 0.0]] * len(rows),

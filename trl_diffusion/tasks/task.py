@@ -47,28 +47,49 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it has another ending, a line that cannot be read, or no rows.
+        ValueError: naming the file, if it has another ending, a line that cannot be read, a row that is no object, a
+            column name twice, or no rows.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(file))
-        elif path.suffix == ".json":
-            rows = json.load(file)
-        elif path.suffix == ".jsonl":
-            rows = []
-            for number, line in enumerate(file, start=1):
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
-        else:
-            raise ValueError(f"{path}: a file of rows must end in .csv, .jsonl or .json.")
+    if path.suffix not in (".csv", ".json", ".jsonl"):
+        raise ValueError(f"{path}: a file of rows must end in .csv, .jsonl or .json.")
+    try:
+        rows = _parse_rows(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}).") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: must hold a list of rows, got {type(rows).__name__}.")
     if not rows:
         raise ValueError(f"{path} has no rows.")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number}: must be an object with a value for each column, got {row!r}.")
+        if None in row:
+            raise ValueError(f"{path}, row {number}: has more values than the file has columns.")
     return rows
+
+
+def _parse_rows(path: Path) -> Any:
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            reader = csv.DictReader(file)
+            names = list(reader.fieldnames or ())
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise ValueError(f"{path}: the columns {repeated} are there more than once.")
+            return list(reader)
+        if path.suffix == ".json":
+            return _parse_json(file.read(), str(path))
+        return [_parse_json(line, f"{path}, line {number}") for number, line in enumerate(file, start=1)]
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}).") from error
 
 
 def _column(row: dict[str, Any], names: tuple[str, ...], path: str, number: int) -> Any:
@@ -76,6 +97,25 @@ def _column(row: dict[str, Any], names: tuple[str, ...], path: str, number: int)
         if row.get(name) not in (None, ""):
             return row[name]
     raise ValueError(f"{path}, row {number}: none of the columns {list(names)} is there; it has {sorted(row)}.")
+
+
+def _whole(value: Any, where: str) -> int:
+    """A whole number, which files also hold as text."""
+    try:
+        number = int(value)
+        is_whole = not isinstance(value, bool) and (isinstance(value, str) or number == value)
+    except (OverflowError, TypeError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{where} must be a whole number, got {value!r}.")
+    return number
+
+
+def _text(row: dict[str, Any], name: str, path: str, number: int) -> str:
+    value = _column(row, (name,), path, number)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{path}, row {number}: the {name} must be text, got {value!r}.")
+    return value
 
 
 def sudoku_rows(path: str) -> list[dict[str, Any]]:
@@ -95,18 +135,23 @@ def countdown_rows(path: str) -> list[dict[str, Any]]:
     """The games of a file, each with its `prompt`."""
     rows = []
     for number, row in enumerate(read_rows(path)):
-        numbers = _column(row, ("numbers", "nums", "input"), path, number)
-        numbers = numbers.split(",") if isinstance(numbers, str) else numbers
-        numbers, target = [int(value) for value in numbers], int(_column(row, ("target", "output"), path, number))
+        where = f"{path}, row {number}"
+        given = _column(row, ("numbers", "nums", "input"), path, number)
+        given = given.split(",") if isinstance(given, str) else given
+        if not isinstance(given, list) or not given:
+            raise ValueError(f"{where}: the numbers must be a list that is not empty, got {given!r}.")
+        numbers = [_whole(value, f"{where}: each of the numbers") for value in given]
+        if min(numbers) < 0:  # an answer has no sign of its own
+            raise ValueError(f"{where}: no answer can use the number {min(numbers)}, which is below 0.")
+        target = _whole(_column(row, ("target", "output"), path, number), f"{where}: the target")
         rows.append({"numbers": numbers, "target": target, "prompt": countdown.prompt(numbers, target)})
     return rows
 
 
 def gsm8k_rows(path: str) -> list[dict[str, Any]]:
     """The questions of a file, with their `answer`; the `prompt` is the text of the user's message."""
-    names = ("question", "answer")
-    rows = enumerate(read_rows(path))
-    return [gsm8k_row({name: _column(row, (name,), path, number) for name in names}) for number, row in rows]
+    names, rows = ("question", "answer"), enumerate(read_rows(path))
+    return [gsm8k_row({name: _text(row, name, path, number) for name in names}) for number, row in rows]
 
 
 def gsm8k_row(row: dict[str, Any]) -> dict[str, Any]:

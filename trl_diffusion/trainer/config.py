@@ -13,6 +13,8 @@ from ..decoding.config import APPROXIMATE_CACHES, SCHEDULES, STOP_RULES, Decodin
 from ..decoding.strategies import STRATEGIES
 from ..offline.orders import ORDERS
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
+from ..utils import no_repeated_keys
+from .checks import check_looked_at, check_numbers, check_whole_numbers
 
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "dpo")
@@ -53,6 +55,9 @@ _REFUSED = {
     "vespo_lambda_pos": _NO_VESPO,
     "vespo_lambda_neg": _NO_VESPO,
     "off_policy_mask_threshold": "it averages over all tokens, of which only the scored ones are known",
+    "data_seed": "the order of the prompts is drawn from `seed`",
+    "train_sampling_strategy": "TRL's sampler decides: it repeats prompts for their groups",
+    "label_smoothing_factor": "there are no labels",
 }
 _CHOICES = {
     "importance_sampling_level": ("token", "sequence"),
@@ -327,24 +332,23 @@ class DTRPOConfig(GRPOConfig):
     def __post_init__(self):
         if isinstance(self.diffusion_spec, str):
             try:
-                self.diffusion_spec = json.loads(self.diffusion_spec)
+                self.diffusion_spec = json.loads(self.diffusion_spec, object_pairs_hook=no_repeated_keys)
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"`diffusion_spec` must be a mapping or a JSON object, got {self.diffusion_spec!r} ({error})."
                 ) from error
         if self.bf16 is None and (self.use_cpu or not is_torch_bf16_gpu_available()):
             self.bf16 = False
+        if self.max_completion_length is None:
+            raise ValueError("`max_completion_length` is needed: it is the length of the canvas.")
+        check_whole_numbers(self)
         super().__post_init__()
+        check_numbers(self)
         refused = self.refused()
         if refused:
             reasons = "\n".join(f"- `{name}`: {why}" for name, why in refused.items())
             raise ValueError(f"These options of GRPOConfig cannot be used with a diffusion policy:\n{reasons}")
-        if self.max_completion_length is None:
-            raise ValueError("`max_completion_length` is needed: it is the length of the canvas.")
-        if self.max_completion_length < 1:
-            raise ValueError(f"`max_completion_length` must be at least 1, got {self.max_completion_length}.")
-        if not self.beta >= 0.0:
-            raise ValueError(f"`beta` must not be negative, got {self.beta}.")
+        check_looked_at(self)
         # TRL finds these only when the first rollout is over.
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -356,8 +360,6 @@ class DTRPOConfig(GRPOConfig):
                 f"`loss_type={self.loss_type!r}` divides by a constant, so with `weighting='none'` its size would depend "
                 "on the number of steps. Use `weighting='unbiased'`."
             )
-        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
-            raise ValueError(f"`rollout_batch_size` must be at least 1, got {self.rollout_batch_size}.")
         self.scoring()  # checks the settings of the estimator
         for name in ("decoding_order", "pair_selection"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
@@ -365,14 +367,23 @@ class DTRPOConfig(GRPOConfig):
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if self.loss_type == "dpo":
             self._check_pairs()
-        for name in ("estimator_check_steps", "estimator_check_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        self._check_reference()
         if self.estimator_check_steps and self.beta == 0.0 and not ESTIMATORS[self.estimator].recorded:
             raise ValueError(
                 f"`estimator_check_steps` with `estimator={self.estimator!r}` needs a reference to compare with: set `beta`."
             )
         self.decoding()  # checks the decoding settings
+
+    def _check_reference(self) -> None:
+        """Checks that what is to be done to the reference can be done, and reaches the loss."""
+        for name in ("sync_ref_model", "precompute_ref_log_probs"):
+            if getattr(self, name) and self.beta == 0.0:
+                raise ValueError(f"`{name}=True` needs a reference: set `beta`, which is 0.")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "`sync_ref_model=True` moves the reference, and `precompute_ref_log_probs=True` asks it only once, before "
+                "training. Set one of them to False."
+            )
 
     def _check_pairs(self) -> None:
         if self.beta <= 0.0:
@@ -439,8 +450,6 @@ class DTRPOConfig(GRPOConfig):
                 found[name] = f"{why} (got {getattr(self, name)!r}, leave it at {neutral!r})"
         if self.model_options().get("trust_remote_code"):
             found["model_init_kwargs"] = f"`trust_remote_code`: {_NO_REMOTE_CODE}"
-        if self.temperature <= 0:
-            found["temperature"] = f"rollouts are sampled, so it must be positive (got {self.temperature!r})"
         if self.loss_type not in LOSS_TYPES:
             why = "needs the ratio of whole sequences, of which one step per block is scored"
             why = why if self.loss_type == "vespo" else "is not known"

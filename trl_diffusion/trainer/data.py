@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, cast
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..objectives.pairwise import make_pairs
 from ..offline.preferences import from_preferences, is_preference_dataset
 from ..policies.spec import DiffusionSpec
 from ..scoring.estimators import ESTIMATORS
-from ..trajectories.dataset import REWARD_PREFIX, check_trajectories, is_trajectory_dataset, reward_columns
+from ..trajectories.dataset import (
+    OWN_COLUMNS,
+    REWARD_PREFIX,
+    check_trajectories,
+    completions_of,
+    is_trajectory_dataset,
+    reward_columns,
+)
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
+from .checks import prompts_per_rollout
 from .config import DTRPOConfig
 
 
@@ -29,6 +42,30 @@ logger = get_logger(__name__)
 
 # Settings of the decoder that make it sample from something else than the policy's own distribution.
 OTHER_DISTRIBUTION = ("top_k", "top_p", "suppress_tokens", "approximate_cache")
+
+
+def count_epochs(num_rows: int, args: DTRPOConfig) -> int:
+    """
+    How often training goes through the rows. The last rows of an epoch are left out if they do not fill a rollout.
+
+    Args:
+        num_rows (`int`): rows of the training dataset.
+        args ([`DTRPOConfig`]): settings of the trainer.
+    """
+    if args.max_steps <= 0:
+        return math.ceil(args.num_train_epochs)
+    rollouts = num_rows // prompts_per_rollout(args)
+    batches = rollouts * args.num_iterations * cast(int, args.steps_per_generation)
+    return math.ceil(args.max_steps / math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def stored_columns(datasets: Iterable[Any]) -> list[str]:
+    """The columns of stored responses that training reads."""
+    found: set[str] = set()
+    for dataset in datasets:
+        if is_trajectory_dataset(dataset):
+            found |= {*OWN_COLUMNS, *(REWARD_PREFIX + name for name in reward_columns(dataset))}
+    return sorted(found)
 
 
 class StoredReward:
@@ -72,7 +109,8 @@ class OfflineData:
         self.reward_funcs: list[StoredReward] = []
         self.reference_is_recorded = False
         self.recorded = True  # whether somebody recorded how likely the tokens were
-        self._tied = self._rows = 0
+        self._rows = 0
+        self.dropped: Counter[str] = Counter()  # groups without a pair, by the reason
         self._makers: set[str | None] = set()
         self._fingerprint: str | None = None
 
@@ -81,7 +119,7 @@ class OfflineData:
         several = isinstance(eval_dataset, dict)
         evaluations = eval_dataset if several else {"eval_dataset": eval_dataset}
         group_size = cast(int, self.args.num_generations)
-        train = self._prepare_one("train_dataset", train_dataset, group_size, drop_ties=True)
+        train = self._with_differences("train_dataset", self._prepare_one("train_dataset", train_dataset, group_size))
         size = self.args.num_generations_eval or group_size
         prepared = {
             name: self._prepare_one(name, dataset, size) if _is_stored(dataset) else dataset
@@ -103,9 +141,10 @@ class OfflineData:
         self._find_reference([train, *(dataset for dataset in prepared.values() if dataset is not None)])
         return train, prepared if several else prepared["eval_dataset"]
 
-    def _prepare_one(self, name: str, dataset: Dataset, group_size: int, drop_ties: bool = False) -> Dataset:
+    def _prepare_one(self, name: str, dataset: Dataset, group_size: int) -> Dataset:
         if isinstance(dataset, IterableDataset):
             raise TypeError(f"`{name}` must be a Dataset, not a stream: stored responses are checked before training.")
+        dataset = dataset.with_format(None)  # a format may hide columns
         if is_preference_dataset(dataset):
             dataset = self._from_preferences(name, dataset)
         try:
@@ -113,11 +152,7 @@ class OfflineData:
             self._check_fit(dataset, group_size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        if "row" not in dataset.column_names:
-            dataset = dataset.add_column("row", list(range(len(dataset))))
-        if drop_ties and self.args.loss_type == "dpo" and not self.rescored:
-            dataset = self._without_ties(name, dataset)
-        return dataset
+        return _with_numbers(dataset)
 
     def _from_preferences(self, name: str, dataset: Dataset) -> Dataset:
         if self.args.num_generations != 2:
@@ -192,23 +227,49 @@ class OfflineData:
                     "a distribution that is not scored. Collect without."
                 )
 
-    def _without_ties(self, name: str, dataset: Dataset) -> Dataset:
-        names = [REWARD_PREFIX + reward for reward in reward_columns(dataset)]
-        if not names:
+    def _with_differences(self, name: str, dataset: Dataset) -> Dataset:
+        """The dataset without groups of which `loss_type="dpo"` can make no pair. There must be a group with two responses
+        whose stored rewards differ, whatever the loss."""
+        rewards = [REWARD_PREFIX + reward for reward in reward_columns(dataset)]
+        if self.rescored or not rewards:
             return dataset
-        weights = self.args.reward_weights or [1.0] * len(names)
-        kept = []
-        for number, row in enumerate(dataset.select_columns(names)):
-            values = np.array([row[column] for column in names], dtype=np.float64)  # None becomes NaN
-            totals = np.nansum(values * np.array(weights)[:, None], axis=0)
-            if len(set(totals.tolist())) > 1:
+        weights = self.args.reward_weights or [1.0] * len(rewards)
+        if len(weights) != len(rewards):
+            raise ValueError(f"`reward_weights` holds {len(weights)} weights, but {name} the rewards {rewards}.")
+        pairwise = self.args.loss_type == "dpo"
+        columns = ["event_positions", "event_tokens", "completion_lengths"] if pairwise else []
+        kept, why = [], Counter[str]()
+        for number, row in enumerate(dataset.select_columns([*rewards, *columns])):
+            values = torch.tensor([[math.nan if v is None else v for v in row[column]] for column in rewards])
+            scores = _group_scores(values, torch.tensor(weights), self.args.multi_objective_aggregation)
+            reason = self._no_pair(scores, completions_of(row) if pairwise else None)
+            if reason is None:
                 kept.append(number)
-        self._tied, self._rows = len(dataset) - len(kept), len(dataset)
+            else:
+                why[reason] += 1
         if not kept:
-            raise ValueError(
-                f"{name}: in every group all responses have the same reward, so there is no pair to train on."
-            )
+            raise ValueError(f"{name} has nothing to learn from: {_in_words(why)}.")
+        if not pairwise:
+            return dataset
+        self.dropped, self._rows = why, len(dataset)
         return dataset.select(kept)
+
+    def _no_pair(self, scores: Tensor, completions: list[list[int]] | None) -> str | None:
+        """Why a group has no pair, `None` if it has one."""
+        same = None
+        if completions is not None:
+            same = torch.tensor([[a == b for b in completions] for a in completions])[None]
+        # Of a larger group, other responses are taken in every epoch.
+        whole = len(scores) == self.args.num_generations
+        which = cast(Literal["best_worst", "all"], self.args.pair_selection if whole else "all")
+        pairs = make_pairs(scores[None], which, same)
+        if len(pairs.chosen):
+            return None
+        if pairs.tied:
+            return "all responses have the same reward"
+        if pairs.identical:
+            return "better and worse response are the same tokens"
+        return "fewer than two responses are scored"
 
     def _find_reference(self, datasets: list[Dataset]) -> None:
         """Whether the policy before training made all of the data, so that what it recorded is the reference's."""
@@ -229,10 +290,9 @@ class OfflineData:
 
     def report(self) -> None:
         """Says what was found, once the trainer is there."""
-        if self._tied:
+        if self.dropped:
             logger.warning(
-                f"{self._tied} of {self._rows} groups were dropped: all their responses have the same reward, so there is "
-                "no pair in them."
+                f"{self.dropped.total()} of {self._rows} groups were dropped, which have no pair: {_in_words(self.dropped)}."
             )
         if self.args.beta == 0.0:
             return
@@ -247,6 +307,32 @@ class OfflineData:
                 f"The data was made by policy {sorted(map(str, self._makers))}, the reference is "
                 f"{self._fingerprint or 'another one'}: it scores the data itself, one extra pass a step."
             )
+
+
+def _with_numbers(dataset: Dataset) -> Dataset:
+    """The dataset with a `row` column in which no number comes twice: draws and references are kept by it. That of one
+    collection, or of some of its rows in any order, stays as it is; where collections were put together, it is the place
+    in the dataset."""
+    numbers = dataset["row"][:] if "row" in dataset.column_names else []
+    if len(numbers) == len(set(numbers)) == len(dataset) and all(type(number) is int for number in numbers):
+        return dataset
+    if "row" in dataset.column_names:
+        dataset = dataset.remove_columns("row")
+    return dataset.add_column("row", list(range(len(dataset))))
+
+
+def _group_scores(values: Tensor, weights: Tensor, aggregation: str) -> Tensor:
+    """What orders the responses of a group, `(G,)`, from the rewards of `F` functions, `(F, G)`, as TRL aggregates them;
+    NaN where no function applies."""
+    if aggregation == "normalize_then_sum":
+        centred = values - values.nanmean(1, keepdim=True)
+        values = centred / (centred.square().nanmean(1, keepdim=True).sqrt() + 1e-4)
+    scores = (values * weights[:, None]).nansum(0)
+    return scores.masked_fill(values.isnan().all(0), math.nan)
+
+
+def _in_words(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} groups where {reason}" for reason, count in reasons.most_common())
 
 
 def _is_stored(dataset: Any) -> bool:

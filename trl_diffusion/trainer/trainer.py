@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
@@ -25,13 +24,14 @@ from trl import GRPOTrainer
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
 from ..decoding.pace import PeerFailed
-from ..objectives.pairwise import make_pairs, pairwise_loss
+from ..objectives.pairwise import make_pairs, pairwise_loss, same_responses
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
 from ..policies.forward import check_attention, unwrap
 from ..policies.loading import load_config, load_renamed_weights, needs_tokenizer, resolve_spec
 from ..policies.lora import check_targets, empty_model
 from ..policies.quantized import keep_trainable
+from ..policies.prompts import check_visible
 from ..policies.spec import set_spec
 from ..scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
 from ..scoring.draws import expected_weights
@@ -44,8 +44,17 @@ from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_st
 from ._trl import disable_dropout_in_model, unwrapped_policy, use_adapter
 from .agreement import fail_together, failing_together
 from .callbacks import CheckpointMarkCallback, ResumeCallback, last_complete_checkpoint
+from .checks import (
+    check_number_of_rows,
+    check_order_is_asked_for,
+    check_reference_can_move,
+    check_removed_columns,
+    check_steps_made,
+)
 from .config import DTRPOConfig
-from .data import OfflineData
+from .data import OfflineData, count_epochs, stored_columns
+from .reference import FILE as REFERENCE
+from .reference import load_reference, save_reference
 from .resume import Progress
 from .throughput import ThroughputCallback
 
@@ -178,11 +187,14 @@ class DTRPOTrainer(GRPOTrainer):
             raise ValueError("No reward function was given. Pass at least one as `reward_funcs`.")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             _check_columns(name, dataset)
+        check_order_is_asked_for(args, [dataset for _, dataset in _named_datasets(train_dataset, eval_dataset)])
         # All that can be known before the weights are loaded.
         config = _load_config(model, args)
         if processing_class is None and needs_tokenizer(config, args.spec_overrides()):
             processing_class = _load_tokenizer(model)
         spec = resolve_spec(config, args.spec_overrides(), processing_class)
+        has_adapter = isinstance(model, PeftModel) or kwargs.get("peft_config") is not None
+        check_reference_can_move(args, has_adapter)
         if kwargs.get("peft_config") is not None:
             check_targets(empty_model(config) if isinstance(model, str) else model, kwargs["peft_config"])
 
@@ -201,9 +213,14 @@ class DTRPOTrainer(GRPOTrainer):
             raise ValueError(
                 "`precompute_ref_log_probs=True` is for stored responses; these are generated as it goes."
             )
+        check_number_of_rows(train_dataset, args, 0 if store is None else store.dropped.total())
+        named = _named_datasets(train_dataset, eval_dataset)
+        self._kept_columns = stored_columns(dataset for _, dataset in named)
+        removed = check_removed_columns(named, reward_funcs, ["prompt", *self._kept_columns], args)
         self._reference_is_recorded = store is not None and store.reference_is_recorded
         self._is_recorded = store is None or store.recorded
-        self._ref_estimates: dict[tuple[int, int], Tensor] = {}
+        self._ref_estimates: dict[tuple[int, int], Tensor] = {}  # by epoch and row
+        self._ref_epochs = 0
 
         if (
             args.beta != 0.0
@@ -225,6 +242,8 @@ class DTRPOTrainer(GRPOTrainer):
         self._recorded: Tensor | None = None
         self._stored: list[tuple[dict[str, Any], int, int]] | None = None  # rows of this rollout, responses, epoch
         self._rollouts: TrajectoryBatch | None = None
+        self._unscored: Tensor | None = None
+        self._learnt: bool | None = None  # whether a response of this run made a gradient; `None` before a rollout
         self.last_rollouts: TrajectoryBatch | None = None
         self.train_sampler: Sampler | None = None
         # For training and evaluation: optimizer step, and rollouts so far in it.
@@ -299,6 +318,11 @@ class DTRPOTrainer(GRPOTrainer):
         logger.info(f"Diffusion policy: {spec}")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             self._check_prompts(name, dataset)
+        if removed:
+            logger.warning(
+                f"`remove_unused_columns=True` removes the columns {removed}: a reward function that looks for them gets "
+                "nothing."
+            )
         if store is not None:
             store.report()
 
@@ -315,10 +339,24 @@ class DTRPOTrainer(GRPOTrainer):
             self._rollouts = self._decode(prompt_ids, self.args.decoding(), self._seeds)
         return self._rollouts.completions(), self._rollouts.completion_logps()
 
-    def _calculate_rewards(self, *args, **kwargs):
-        """TRL's rewards, with a clock."""
+    def _calculate_rewards(self, inputs, prompts, completions, *args, **kwargs):
+        """TRL's rewards, with a clock. They must be finite, or NaN where no function applies."""
         with self._throughput.timed("reward"):
-            return super()._calculate_rewards(*args, **kwargs)
+            rewards = super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)  # of all processes
+        first = self.accelerator.process_index * len(prompts)
+        own = rewards[first : first + len(prompts)]
+        if rewards.isinf().any():
+            failure = None
+            if own.isinf().any():
+                row, function = own.isinf().nonzero()[0].tolist()
+                failure = ValueError(
+                    f"The reward function {self.reward_func_names[function]!r} returned {own[row, function].item()} for the "
+                    f"answer {completions[row]!r} to {prompts[row]!r}. A reward must be finite, or None where it does not "
+                    "apply."
+                )
+            fail_together(self.accelerator, failure, "A reward function")
+        self._unscored = own.isnan().all(1)
+        return rewards
 
     def _decode(self, prompt_ids: list[list[int]], decoding: DecodingConfig, seeds: list[int]) -> TrajectoryBatch:
         """Decodes on this process, `rollout_batch_size` at once, with the policy out of its wrappers."""
@@ -412,10 +450,11 @@ class DTRPOTrainer(GRPOTrainer):
             assert rollouts is not None  # TRL has called `_generate_single_turn`
             if self.model.training:
                 self.last_rollouts = rollouts
-            stored = self._stored
+            stored, unscored = self._stored, self._unscored
+            assert unscored is not None  # TRL has called `_calculate_rewards`
         finally:
             self.beta = beta
-            self._rollouts = self._stored = None
+            self._rollouts = self._stored = self._unscored = None
         draw_seeds = [derive_seed(seed, _DRAWS) for seed in self._seeds]
         output.update(
             canvas_ids=rollouts.canvas_ids,
@@ -428,12 +467,15 @@ class DTRPOTrainer(GRPOTrainer):
             output["expected_weight"] = self._expected_weight(output)
         if "old_per_token_logps" in output and not self._old_is_recorded:
             output["old_estimates"] = self._old_estimates(output)
-        if stored is not None and self._ref_estimates:
+        if self.loss_type == "dpo":  # where nobody scored, TRL's advantage is 0
+            output["pair_scores"] = torch.where(unscored, torch.nan, output["advantages"])
+        if stored is not None and self._ref_estimates and self.model.training:
             rows = [self._ref_estimates[epoch, row["row"]][index] for row, index, epoch in stored]
             output["ref_estimates"] = (
                 pad_sequence([row.T for row in rows], batch_first=True).transpose(1, 2).to(rollouts.logps.device)
             )
         self._log_rollouts(rollouts)
+        self._note_gradient((output["advantages"] != 0) & output["completion_mask"].any(1))
         return self._group(output)
 
     # ------------------------------------------------------------------------------------------ stored responses
@@ -490,9 +532,28 @@ class DTRPOTrainer(GRPOTrainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 logger.warning(f"There is no complete checkpoint in {self.args.output_dir}: training starts anew.")
-        if self.args.precompute_ref_log_probs and not self._reference_is_recorded and self.beta != 0.0:
+        if self.args.precompute_ref_log_probs and not self._reference_is_recorded:
             self._precompute_reference()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint:
+            self._resume_reference(resume_from_checkpoint)
+        self._learnt = None
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        check_steps_made(self.state.global_step, cast("Dataset | IterableDataset", self.train_dataset), self.args)
+        if self._learnt is False:
+            logger.warning(
+                "Nothing was learnt from the rewards: in every group all responses had the same one, or none could be "
+                "compared. Look at `frac_reward_zero_std` and the rewards (docs/troubleshooting.md)."
+            )
+        return result
+
+    def _resume_reference(self, checkpoint: str) -> None:
+        """The reference as it was at a checkpoint, if it is one that moves."""
+        if self.args.sync_ref_model:
+            load_reference(unwrap(cast(nn.Module, self.ref_model)), checkpoint)
+        elif self.beta != 0.0 and Path(checkpoint, REFERENCE).is_file():
+            logger.warning(
+                f"{checkpoint} holds a reference that had moved; with `sync_ref_model=False` that of the start is used again."
+            )
 
     def _get_train_sampler(self, *args, **kwargs):
         self.train_sampler = super()._get_train_sampler(*args, **kwargs)
@@ -504,6 +565,8 @@ class DTRPOTrainer(GRPOTrainer):
         done = self._step % (cast(int, self.args.steps_per_generation) * self.num_iterations) == 0
         progress = Progress(self._step, self.accelerator.num_processes, None if done else self._buffered_inputs)
         progress.save(output_dir, self.accelerator.process_index)
+        if self.args.sync_ref_model:
+            save_reference(unwrap(cast(nn.Module, self.ref_model)), output_dir, self.args.should_save)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random state of a checkpoint, and its rollout."""
@@ -536,11 +599,9 @@ class DTRPOTrainer(GRPOTrainer):
     def _precompute_reference(self) -> None:
         """The reference's estimates for every stored response and every draw that training will make of it."""
         rows = cast(Dataset, self.train_dataset)
-        epochs = math.ceil(self.args.num_train_epochs)
-        if self.args.max_steps > 0:
-            per_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
-            per_step = per_step * self.args.gradient_accumulation_steps / self.num_iterations / self.num_generations
-            epochs = math.ceil(self.args.max_steps * per_step / len(rows)) + 1
+        epochs = count_epochs(len(rows), self.args)
+        if epochs <= self._ref_epochs:  # `train` was called before
+            return
         processes = self.accelerator.num_processes
         # As many for every process, whatever they share; the last ones wrap around.
         own = [
@@ -561,7 +622,7 @@ class DTRPOTrainer(GRPOTrainer):
                     layout = pack(batch, self.spec, states, self.estimator.one_row, self._share_prompts)
                     passes.append(self._reference_logps(layout))
                 found.append(((epoch, row["row"]), torch.stack(passes, 1).cpu()))
-        self._ref_estimates = dict(gather_object(found))
+        self._ref_estimates, self._ref_epochs = dict(gather_object(found)), epochs
         if self.eval_dataset is None:
             self.ref_model = None
 
@@ -683,7 +744,10 @@ class DTRPOTrainer(GRPOTrainer):
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
         which = cast(Literal["best_worst", "all"], self.args.pair_selection)
-        pairs = make_pairs(inputs["advantages"].view(-1, size), which)
+        masked, scores = ~inputs["completion_mask"].any(1), inputs["pair_scores"]
+        unscored = scores.isnan() & ~masked
+        scores = torch.where(masked, torch.nan, scores).view(-1, size)
+        pairs = make_pairs(scores, which, same_responses(inputs["completion_ids"], inputs["completion_mask"], size))
         lengths = _trajectories(inputs).completion_lengths if self.args.dpo_length_normalization else None
         log_ratios = ((logps - reference) * layout.weights).sum(1)
         loss, sums = pairwise_loss(log_ratios, pairs, self.beta, lengths)
@@ -691,13 +755,23 @@ class DTRPOTrainer(GRPOTrainer):
         self._log_scores(logps.detach())
         kl = ratio_statistics(reference - logps.detach(), layout.weights)
         self._record("kl", summarise_ratios(self.accelerator.reduce(kl, reduction="sum"))["kl_to_old"])
-        totals = torch.stack([*sums.values(), torch.tensor(float(pairs.tied), device=loss.device)])
-        *values, count, tied = self.accelerator.reduce(totals, reduction="sum").tolist()
+        left_out = {
+            "tied_groups": pairs.tied,
+            "identical": pairs.identical,
+            "unscored_responses": unscored.sum(),
+            "truncated_responses": masked.sum(),
+        }
+        counts = torch.tensor([float(value) for value in left_out.values()], device=loss.device)
+        totals = self.accelerator.reduce(torch.cat([torch.stack([*sums.values()]), counts]), reduction="sum").tolist()
+        *values, count = totals[: len(sums)]
         for name, value in zip(("chosen", "rejected", "margins", "accuracies"), values, strict=True):
             if count:
                 self._record(f"rewards/{name}", value / count)
         self._record("pairs/count", count)
-        self._record("pairs/tied_groups", tied)
+        for name, value in zip(left_out, totals[len(sums) :], strict=True):
+            self._record(f"pairs/{name}", value)
+        if training and count:
+            self._learnt = True
         return loss / self.current_gradient_accumulation_steps if training else loss
 
     def _reference_estimates(self, inputs: dict[str, Any], layout: PackedLayout, iteration: int) -> Tensor:
@@ -715,6 +789,11 @@ class DTRPOTrainer(GRPOTrainer):
         if self.ref_model is not None:
             return score(self.ref_model, layout, self.spec, self.temperature)[0]
         model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                "The reference left memory when `precompute_ref_log_probs=True` had asked it about the rows of train_dataset. "
+                "Give the trainer the other rows as `eval_dataset` when it is made, or make a new one for more epochs."
+            )
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
             return score(self.model, layout, self.spec, self.temperature)[0]
 
@@ -758,6 +837,12 @@ class DTRPOTrainer(GRPOTrainer):
             self._record("diffusion/recorded_gap/mean", total / max(tokens, 1))
             self._record("diffusion/recorded_gap/max", self.accelerator.gather(gap.max()).max().item())
 
+    def _note_gradient(self, responses: Tensor) -> None:
+        """Remembers whether responses of this rollout, `(R,)` on this process, make a gradient. Pairs say so themselves."""
+        if self.model.training:
+            any_does = self.loss_type != "dpo" and self.accelerator.reduce(responses.sum(), reduction="sum").item() > 0
+            self._learnt = bool(self._learnt) or any_does
+
     def _check_is_due(self) -> bool:
         """Whether this is the first batch of an optimizer step at which the estimator is to be checked."""
         every = self.args.estimator_check_steps
@@ -788,10 +873,16 @@ class DTRPOTrainer(GRPOTrainer):
 
     # --------------------------------------------------------------------------------------------------- checks
 
+    def _set_signature_columns_if_needed(self):
+        """TRL's columns, and those of stored responses; what else there is, is unused."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in self._kept_columns if name not in self._signature_columns]
+
     def _check_prompts(self, name: str, dataset: Dataset | IterableDataset) -> None:
         """Finds prompts that the policy cannot take before anything is trained. A stream is checked as it comes."""
         if isinstance(dataset, IterableDataset):
             return
+        forms: set = set()
         for begin in range(0, len(dataset), 1000):
             prompts = dataset[begin : begin + 1000]["prompt"]
             for row, prompt in enumerate(prompts, start=begin):
@@ -806,6 +897,10 @@ class DTRPOTrainer(GRPOTrainer):
                 check_prompts(prompt_ids, self.spec, self.model.config, self.max_completion_length)
             except ValueError as error:
                 raise ValueError(f"{name}, rows {begin} to {begin + len(prompts) - 1}: {error}") from error
+            try:
+                check_visible(self._tokenizer, prompts, prompt_ids, begin, forms, **self.chat_template_kwargs)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
 
 
 def _check_form(where: str, prompt: Any) -> None:

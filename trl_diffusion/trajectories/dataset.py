@@ -22,6 +22,7 @@ A position without an event was never unmasked. Events are sorted by block, step
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,17 @@ def to_rows(
     return rows
 
 
+def completions_of(row: dict[str, Any]) -> list[list[int]]:
+    """The token ids of each completion of a row of this format."""
+    found = []
+    for positions, tokens, length in zip(
+        row["event_positions"], row["event_tokens"], row["completion_lengths"], strict=True
+    ):
+        by_position = dict(zip(positions, tokens, strict=True))
+        found.append([by_position[position] for position in range(length)])
+    return found
+
+
 def from_rows(responses: Iterable[tuple[dict[str, Any], int]], spec: DiffusionSpec) -> TrajectoryBatch:
     """
     A batch of stored responses.
@@ -157,7 +169,8 @@ def check_trajectories(
         ValueError: naming the row and the column, if a column is missing, the format version is unknown, the tokenizer
             was another one, the policy denoised in another way (mask token, block size, ...), lengths disagree, events do
             not cover a response or do it twice, steps of a block are not counted from 0, a token is the mask token or
-            outside the vocabulary, or a log-probability is positive, infinite or NaN.
+            outside the vocabulary, a log-probability is positive, infinite or NaN, or a reward is neither a finite number
+            nor null.
     """
     missing = sorted(set(OWN_COLUMNS) - {"row"} - set(dataset.column_names))
     if missing:
@@ -207,6 +220,10 @@ def _check_row(row, number, spec, vocab_size, tokenizer_fingerprint, rewards) ->
         if values is None or len(values) != count:
             found = "nothing" if values is None else len(values)
             refuse(column, f"holds {found} for {count} responses.")
+    for column in rewards:
+        for index, value in enumerate(row[column]):
+            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+                refuse(column, f"is {value!r}; a reward is a finite number, or null where it does not apply.", index)
     tail = spec.prompt_tail(len(row["prompt_ids"]))
     for index in range(count):
         _check_response(row, index, spec, vocab_size, tail, refuse)

@@ -1,0 +1,279 @@
+"""What can be known to be wrong before the weights are loaded: options out of their range, and too few rows."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+
+from ..offline.preferences import is_preference_dataset
+
+
+if TYPE_CHECKING:
+    from .config import DTRPOConfig
+
+
+# Whole numbers, each with the least that it may be.
+_WHOLE = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_generations": 2,
+    "num_generations_eval": 1,
+    "generation_batch_size": 1,
+    "steps_per_generation": 1,
+    "num_iterations": 1,
+    "max_completion_length": 1,
+    "pad_to_multiple_of": 1,
+    "ref_model_sync_steps": 1,
+    "rollout_batch_size": 1,
+    "estimator_check_steps": 1,
+    "estimator_check_size": 1,
+    "seed": 0,
+}
+# Other numbers, each with its interval; a round bracket leaves the end out.
+_INTERVALS = {
+    "learning_rate": "[0, inf)",
+    "weight_decay": "[0, inf)",
+    "adam_beta1": "[0, 1)",
+    "adam_beta2": "[0, 1)",
+    "adam_epsilon": "[0, inf)",
+    "max_grad_norm": "[0, inf]",  # 0 does not clip
+    "warmup_steps": "[0, inf)",
+    "warmup_ratio": "[0, 1]",
+    "temperature": "(0, inf)",
+    "beta": "[0, inf)",
+    "epsilon": "[0, inf)",
+    "epsilon_high": "[0, inf)",
+    "delta": "(1, inf)",  # a ratio starts at 1: clipped from there on, it has no gradient
+    "sapo_temperature_neg": "(0, inf)",
+    "sapo_temperature_pos": "(0, inf)",
+    "ref_model_mixup_alpha": "(0, 1]",
+}
+_CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")
+# Options that only some losses look at.
+_LOOKED_AT_BY = {
+    "epsilon": (*_CLIPPED, "cispo"),
+    "epsilon_high": (*_CLIPPED, "cispo"),
+    "delta": _CLIPPED,
+    "sapo_temperature_neg": ("sapo",),
+    "sapo_temperature_pos": ("sapo",),
+    "importance_sampling_level": (*_CLIPPED, "cispo", "sapo"),
+    "use_bias_correction_kl": (*_CLIPPED, "cispo", "sapo"),
+    "pair_selection": ("dpo",),
+    "dpo_length_normalization": ("dpo",),
+}
+
+
+def check_whole_numbers(args: DTRPOConfig) -> None:
+    """
+    Checks the options that count something, before anything is divided by them.
+
+    Raises:
+        ValueError: naming the option, if it is no whole number or too small.
+    """
+    for name, least in _WHOLE.items():
+        value = getattr(args, name)
+        if _is_left_open(args, name) or (name == "pad_to_multiple_of" and isinstance(value, str)):
+            continue
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+    if not isinstance(args.max_steps, Integral) or isinstance(args.max_steps, bool) or args.max_steps < -1:
+        raise ValueError(f"`max_steps` must be a whole number of at least 1, or -1, got {args.max_steps!r}.")
+    if args.max_steps == 0:
+        raise ValueError("`max_steps=0` trains nothing. Set it to 1 or more, or to -1 to go by `num_train_epochs`.")
+
+
+def check_numbers(args: DTRPOConfig) -> None:
+    """
+    Checks the options that are numbers but count nothing, and how the rewards are weighed.
+
+    Raises:
+        ValueError: naming the option, if its value is no number, is outside its interval, or would not be looked at.
+    """
+    intervals = dict(_INTERVALS)
+    if args.max_steps == -1:
+        intervals["num_train_epochs"] = "(0, inf)"
+    if args.loss_type == "cispo":  # ratios are cut off at this one
+        intervals["epsilon" if args.epsilon_high is None else "epsilon_high"] = "(0, inf)"
+    for kind in ("logging", "save"):
+        if getattr(args, f"{kind}_strategy") == "steps":
+            intervals[f"{kind}_steps"] = "(0, inf)"
+    for name, interval in intervals.items():
+        if name not in type(args).__dataclass_fields__ or _is_left_open(args, name):
+            continue
+        value = getattr(args, name)
+        if not _is_number(value) or not _is_inside(value, interval):
+            raise ValueError(f"`{name}` must be a number {_in_words(interval)}, got {value!r}.")
+    weights = args.reward_weights
+    if weights is not None:
+        if not isinstance(weights, list | tuple) or not all(_is_number(w) and math.isfinite(w) for w in weights):
+            raise ValueError(f"`reward_weights` must be a list of finite numbers, got {weights!r}.")
+        if not any(weights):
+            raise ValueError(f"`reward_weights={weights!r}` leaves nothing of any reward: one of them must not be 0.")
+
+
+def check_looked_at(args: DTRPOConfig) -> None:
+    """
+    Checks that the loss looks at the options that were set.
+
+    Raises:
+        ValueError: naming the option, if it does not.
+    """
+    for name, losses in _LOOKED_AT_BY.items():
+        default = type(args).__dataclass_fields__[name].default
+        if args.loss_type not in losses and getattr(args, name) != default:
+            raise ValueError(
+                f"`{name}` is for `loss_type` {' or '.join(map(repr, losses))}, not for {args.loss_type!r}; leave it at "
+                f"{default!r}."
+            )
+
+
+def _is_left_open(args: DTRPOConfig, name: str) -> bool:
+    return getattr(args, name) is None and type(args).__dataclass_fields__[name].default is None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _ends(interval: str) -> tuple[float, float]:
+    low, high = interval[1:-1].split(",")
+    return float(low), float(high)
+
+
+def _is_inside(value: float, interval: str) -> bool:
+    low, high = _ends(interval)
+    above = value > low if interval[0] == "(" else value >= low  # False for NaN
+    return above and (value < high if interval[-1] == ")" else value <= high)
+
+
+def _in_words(interval: str) -> str:
+    low, high = _ends(interval)
+    text = f"above {low:g}" if interval[0] == "(" else f"of at least {low:g}"
+    if math.isfinite(high):
+        return f"{text} and {'below' if interval[-1] == ')' else 'at most'} {high:g}"
+    return f"{text} and finite" if interval[-1] == ")" else text
+
+
+def prompts_per_rollout(args: DTRPOConfig) -> int:
+    """Prompts that a rollout takes, on all processes together."""
+    assert args.generation_batch_size is not None and args.num_generations is not None  # TRL has computed the first
+    return args.generation_batch_size // args.num_generations
+
+
+def check_number_of_rows(dataset: Dataset | IterableDataset, args: DTRPOConfig, dropped: int = 0) -> None:
+    """
+    Checks that the rows to train on are enough for one rollout. A stream does not know how many it has.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): the rows.
+        args ([`DTRPOConfig`]): settings of the trainer.
+        dropped (`int`, *optional*, defaults to `0`): groups that were dropped before, for the message.
+
+    Raises:
+        ValueError: if they are fewer; no optimizer step would be made.
+    """
+    wanted = prompts_per_rollout(args)
+    if isinstance(dataset, Dataset) and len(dataset) < wanted:
+        left = f" left ({dropped} have no pair)" if dropped else ""
+        raise ValueError(f"train_dataset has {len(dataset)} rows{left}, but {_what_a_rollout_takes(args)}")
+
+
+def _what_a_rollout_takes(args: DTRPOConfig) -> str:
+    return (
+        f"a rollout takes {prompts_per_rollout(args)} prompts (`per_device_train_batch_size` "
+        f"{args.per_device_train_batch_size} x {args.world_size} processes x {args.steps_per_generation} batches / "
+        f"`num_generations` {args.num_generations}): no step would be made. Lower the batch size, "
+        "`gradient_accumulation_steps` or `steps_per_generation`, raise `num_generations`, or give more rows."
+    )
+
+
+def check_steps_made(steps: int, dataset: Dataset | IterableDataset, args: DTRPOConfig) -> None:
+    """
+    Checks that training made a step.
+
+    Raises:
+        ValueError: if a stream ended before its first rollout.
+    """
+    if steps == 0 and isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"No step was made: the stream of train_dataset ended early, for {_what_a_rollout_takes(args)}"
+        )
+
+
+def check_reference_can_move(args: DTRPOConfig, has_adapter: bool) -> None:
+    """
+    Checks that there is a reference that `sync_ref_model` can move.
+
+    Raises:
+        ValueError: if an adapter is trained; its reference is the model below it, which stays.
+    """
+    if args.sync_ref_model and has_adapter:
+        raise ValueError(
+            "`sync_ref_model=True` moves a reference that is a model of its own; that of an adapter is the model below it. "
+            "Set `sync_ref_model=False`."
+        )
+
+
+def check_order_is_asked_for(args: DTRPOConfig, datasets: list[Any]) -> None:
+    """
+    Checks that `decoding_order`, if it is set, is looked at.
+
+    Raises:
+        ValueError: if no dataset holds preference pairs.
+    """
+    if args.decoding_order != "random" and not any(map(is_preference_dataset, datasets)):
+        raise ValueError(
+            f"`decoding_order={args.decoding_order!r}` is for datasets of preference pairs (`chosen`, `rejected`), of which "
+            "there is none here; leave it at 'random'."
+        )
+
+
+def check_removed_columns(
+    datasets: list[tuple[str, Any]], reward_funcs: Any, kept: list[str], args: DTRPOConfig
+) -> list[str]:
+    """
+    With `remove_unused_columns=True`, checks that no reward function asks for a column that is removed.
+
+    Args:
+        datasets (`list[tuple[str, Dataset]]`): the datasets, each with what it is called.
+        reward_funcs: one reward function or several.
+        kept (`list[str]`): columns that are not removed.
+        args ([`DTRPOConfig`]): settings of the trainer.
+
+    Returns:
+        `list[str]`: columns that are removed; a reward function that takes them as `**kwargs` does not get them.
+
+    Raises:
+        ValueError: naming the function and its columns.
+    """
+    if not args.remove_unused_columns:
+        return []
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    every: set[str] = set()
+    for name, dataset in datasets:
+        removed = set(dataset.column_names or ()) - set(kept)
+        every |= removed
+        for function in functions:
+            if not callable(function) or isinstance(function, nn.Module):
+                continue
+            wanted = sorted(removed & set(_parameters(function)))
+            if wanted:
+                raise ValueError(
+                    f"`remove_unused_columns=True` removes the columns {wanted} of {name}, which the reward function "
+                    f"{getattr(function, '__name__', type(function).__name__)!r} asks for. Set it to False."
+                )
+    return sorted(every)
+
+
+def _parameters(function: Callable) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of a built-in
+        return []
