@@ -23,7 +23,7 @@ from tests.closeness import close_to
 from tests.offline import kill_jobs
 from tests.processes import CONTEXT, HANGS, run_pair
 from trl_diffusion import load_trajectories
-from trl_diffusion.trainer.callbacks import CheckpointMarkCallback, last_complete_checkpoint
+from trl_diffusion.trainer.checkpoints import MARK, last_complete_checkpoint
 
 
 KILLS = int(os.environ.get("TRL_DIFFUSION_KILLS", "5"))
@@ -107,7 +107,7 @@ def test_killed_trainings(jobs, start, collection, tmp_path):
     def done(target):
         """Every checkpoint that is marked as complete can be read, and is the newest that a run would go on from."""
         steps = []
-        for mark in target.glob(f"checkpoint-*/{CheckpointMarkCallback.MARK}"):
+        for mark in target.glob(f"checkpoint-*/{MARK}"):
             checkpoint = mark.parent
             assert load_file(checkpoint / "model.safetensors").keys() == weights.keys()
             for name in ("optimizer.pt", "scheduler.pt", "rollout_0.pt"):

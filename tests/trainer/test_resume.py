@@ -11,7 +11,7 @@ import torch
 from tests.offline.conftest import collection, start  # noqa: F401
 from tests.trainer.conftest import make_dataset
 from trl_diffusion import load_trajectories
-from trl_diffusion.trainer.callbacks import last_complete_checkpoint
+from trl_diffusion.trainer.checkpoints import last_complete_checkpoint
 from trl_diffusion.trainer.resume import Progress
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
-from transformers import ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import ProgressCallback, TrainerCallback
 
 from ..decoding.config import DecodingConfig
 from ..viz.plots import plot_trajectory
@@ -196,59 +195,4 @@ class MetricCallback(TrainerCallback):
         found = {f"eval_{self.name}_{key}": value for key, value in results[0].items()}
         if metrics is not None:
             metrics.update(found)
-        # Not `trainer.log`: TRL's also shows the completions again.
-        Trainer.log(self.trainer, dict(found))
-
-
-class ResumeCallback(TrainerCallback):
-    """
-    Lets a resumed run know where it is. TRL's trainer counts batches from 0 again, so that it would not know which pass
-    over a rollout comes next, and its sampler would repeat the order of the first epoch.
-    """
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._step = state.global_step * args.gradient_accumulation_steps  # until the checkpoint says better
-        self.trainer._buffered_inputs = None
-        if self.trainer.train_sampler is not None:
-            for _ in range(int(state.epoch or 0)):
-                next(iter(self.trainer.train_sampler), None)  # draws the order of an epoch
-
-
-class CheckpointMarkCallback(TrainerCallback):
-    """Marks checkpoints that are complete, so that one a killed run left half-written is not taken for the last one."""
-
-    MARK = "checkpoint_complete"
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """A run that goes back, or starts anew, writes later checkpoints again: they do not count until it has."""
-        if state.is_world_process_zero:
-            for mark in Path(args.output_dir).glob(f"checkpoint-[0-9]*/{self.MARK}"):
-                if int(mark.parent.name.split("-")[1]) > state.global_step:
-                    mark.unlink()
-
-    def on_save(self, args, state, control, **kwargs):
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and checkpoint.is_dir():
-            (checkpoint / self.MARK).touch()
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """
-    The newest checkpoint of a run that was written to its end.
-
-    Args:
-        output_dir (`str` or `Path`): the run's directory.
-
-    Returns:
-        Path of the newest checkpoint that is marked as complete. Of the newest one, if none is marked because another
-        program wrote them; `None` if there is none.
-    """
-    found = [
-        (int(path.name.split("-")[1]), path) for path in Path(output_dir).glob("checkpoint-[0-9]*") if path.is_dir()
-    ]
-    complete = [pair for pair in found if (pair[1] / CheckpointMarkCallback.MARK).exists()]
-    usable = complete or [pair for pair in found if (pair[1] / TRAINER_STATE_NAME).exists()]
-    return str(max(usable)[1]) if usable else None
+        self.trainer.log(dict(found))

@@ -30,7 +30,7 @@ class ThroughputCallback(TrainerCallback):
     - `time/rollout`, `time/reward` and `time/update`: seconds for decoding, for the reward functions, and for everything
       from the rollout's end to the end of the optimizer step. Of the slowest process.
     - `throughput/responses_per_second` and `throughput/tokens_per_second`: responses trained on, and their tokens, over the
-      seconds of the whole step. Of all processes together.
+      seconds of all steps since the last log. Of all processes together.
     - `memory/peak_gib`: most memory of a process so far, in GiB (see [`peak_memory`]). Of the one with the most.
 
     A step that trains on a rollout of an earlier one has 0 seconds of rollout and reward.
@@ -74,12 +74,10 @@ class ThroughputCallback(TrainerCallback):
         gathered = self.trainer.accelerator.gather(torch.tensor([values], device=device))
         responses, tokens = gathered[:, :2].sum(0).tolist()
         whole, rollout, reward, update, memory = gathered[:, 2:].amax(0).tolist()
-        for name, value in (
-            ("time/rollout", rollout),
-            ("time/reward", reward),
-            ("time/update", update),
-            ("throughput/responses_per_second", responses / whole),
-            ("throughput/tokens_per_second", tokens / whole),
-            ("memory/peak_gib", memory),
-        ):
-            self.trainer._record(name, value)
+        tally = self.trainer.tally
+        for name, value in (("time/rollout", rollout), ("time/reward", reward), ("time/update", update)):
+            tally.add(name, value)
+        # Over several steps: all responses over all seconds.
+        tally.add("throughput/responses_per_second", responses / whole, whole)
+        tally.add("throughput/tokens_per_second", tokens / whole, whole)
+        tally.add("memory/peak_gib", memory, how="max")

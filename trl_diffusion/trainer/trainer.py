@@ -43,7 +43,6 @@ from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows, is_tra
 from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
 from ._trl import disable_dropout_in_model, unwrapped_policy, use_adapter
 from .agreement import fail_together, failing_together
-from .callbacks import CheckpointMarkCallback, ResumeCallback, last_complete_checkpoint
 from .checks import (
     check_number_of_rows,
     check_order_is_asked_for,
@@ -53,16 +52,17 @@ from .checks import (
 )
 from .config import DTRPOConfig
 from .data import OfflineData, count_epochs, stored_columns
+from .evaluation import RowwiseEvaluation
+from .metrics import How, Tally, add_over_processes
 from .reference import FILE as REFERENCE
 from .reference import load_reference, save_reference
-from .resume import Progress
+from .resume import ExactResume
 from .throughput import ThroughputCallback
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch.utils.data import Sampler
     from transformers import ProcessorMixin
     from transformers.trainer_utils import TrainOutput
 
@@ -93,7 +93,7 @@ def _leave_no_empty_directory(init):
     return wrapped
 
 
-class DTRPOTrainer(GRPOTrainer):
+class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
     r"""
     Trainer for dTRPO (dLLM Trajectory Reduction Policy Optimization, https://huggingface.co/papers/2603.18806), with the
     constructor, dataset format, reward functions and metrics of [`~trl.GRPOTrainer`].
@@ -245,9 +245,7 @@ class DTRPOTrainer(GRPOTrainer):
         self._unscored: Tensor | None = None
         self._learnt: bool | None = None  # whether a response of this run made a gradient; `None` before a rollout
         self.last_rollouts: TrajectoryBatch | None = None
-        self.train_sampler: Sampler | None = None
-        # For training and evaluation: optimizer step, and rollouts so far in it.
-        self._rollout_clock: dict[int, tuple[int, int]] = {}
+        self._rollout_clock = (-1, 0)  # optimizer step, and rollouts so far in it
         beta = args.beta
         if self._reference_is_recorded:
             args.beta = 0.0  # so that no reference is loaded
@@ -277,8 +275,6 @@ class DTRPOTrainer(GRPOTrainer):
                 "(recipes/accelerate/fsdp2.yaml), or use DDP or DeepSpeed."
             )
 
-        self.add_callback(ResumeCallback(self))
-        self.add_callback(CheckpointMarkCallback())
         self._throughput = ThroughputCallback(self)
         self.add_callback(self._throughput)
         if self.accelerator.num_processes > 1:
@@ -427,15 +423,15 @@ class DTRPOTrainer(GRPOTrainer):
         place in the whole rollout, so it does not depend on the number of processes or on evaluations in between, and
         a resumed run repeats it.
         """
-        stream = _TRAIN if self.model.training else _EVAL
-        step, rollouts = self._rollout_clock.get(stream, (-1, 0))
-        rollouts = rollouts + 1 if step == self.state.global_step else 0
-        self._rollout_clock[stream] = (self.state.global_step, rollouts)
+        step = self.state.global_step
+        if self.evaluation is not None:  # a row's place in the whole evaluation, so batches do not matter either
+            first = self.evaluation.first
+            return [derive_seed(self.args.seed, _EVAL, step, first + row) for row in range(num_rows)]
+        last_step, rollouts = self._rollout_clock
+        rollouts = rollouts + 1 if last_step == step else 0
+        self._rollout_clock = (step, rollouts)
         first = self.accelerator.process_index * num_rows
-        return [
-            derive_seed(self.args.seed, stream, self.state.global_step, rollouts, first + row)
-            for row in range(num_rows)
-        ]
+        return [derive_seed(self.args.seed, _TRAIN, step, rollouts, first + row) for row in range(num_rows)]
 
     def _generate_and_score_completions(self, inputs):
         """TRL's rollout, with the trajectories attached to its output: one row each, so that they are shuffled and
@@ -522,20 +518,18 @@ class DTRPOTrainer(GRPOTrainer):
         batch = from_rows([(row, index) for row, index, _ in self._stored], self.spec)
         return batch.to(self.accelerator.device)
 
+    # ----------------------------------------------------------------------------------------------- checkpoints
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         Trains the policy. With `resume_from_checkpoint=True` it goes on from the newest complete checkpoint in
         `output_dir`, and starts anew if there is none yet, so that a command that may be killed can just be given again.
         The other arguments are those of [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: if another training is going on in `output_dir`, the checkpoint is damaged or lacks something, or a
+                stream ended before its first rollout.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.warning(f"There is no complete checkpoint in {self.args.output_dir}: training starts anew.")
-        if self.args.precompute_ref_log_probs and not self._reference_is_recorded:
-            self._precompute_reference()
-        if resume_from_checkpoint:
-            self._resume_reference(resume_from_checkpoint)
         self._learnt = None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         check_steps_made(self.state.global_step, cast("Dataset | IterableDataset", self.train_dataset), self.args)
@@ -546,7 +540,17 @@ class DTRPOTrainer(GRPOTrainer):
             )
         return result
 
-    def _resume_reference(self, checkpoint: str) -> None:
+    def prepare_run(self) -> None:
+        """Lets the reference score stored responses, if it is to do so before training."""
+        if self.args.precompute_ref_log_probs and not self._reference_is_recorded:
+            self._precompute_reference()
+
+    def save_extra_files(self, checkpoint: Path) -> None:
+        """Adds the reference, if it is one that moves."""
+        if self.args.sync_ref_model:
+            save_reference(unwrap(cast(nn.Module, self.ref_model)), checkpoint, self.args.should_save)
+
+    def load_extra_files(self, checkpoint: Path) -> None:
         """The reference as it was at a checkpoint, if it is one that moves."""
         if self.args.sync_ref_model:
             load_reference(unwrap(cast(nn.Module, self.ref_model)), checkpoint)
@@ -555,30 +559,15 @@ class DTRPOTrainer(GRPOTrainer):
                 f"{checkpoint} holds a reference that had moved; with `sync_ref_model=False` that of the start is used again."
             )
 
-    def _get_train_sampler(self, *args, **kwargs):
-        self.train_sampler = super()._get_train_sampler(*args, **kwargs)
-        return self.train_sampler
+    def extra_state(self) -> dict[str, Any]:
+        """Figures that were not logged yet, and the rollout that callbacks may draw."""
+        rollouts = self.last_rollouts if self.inside_rollout() else None
+        return {"tally": vars(self.tally), "last_rollouts": None if rollouts is None else vars(rollouts)}
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """With the random state, a checkpoint gets the rollout that is still being trained on."""
-        super()._save_rng_state(output_dir)
-        done = self._step % (cast(int, self.args.steps_per_generation) * self.num_iterations) == 0
-        progress = Progress(self._step, self.accelerator.num_processes, None if done else self._buffered_inputs)
-        progress.save(output_dir, self.accelerator.process_index)
-        if self.args.sync_ref_model:
-            save_reference(unwrap(cast(nn.Module, self.ref_model)), output_dir, self.args.should_save)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The random state of a checkpoint, and its rollout."""
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        progress = Progress.load(checkpoint, self.accelerator.process_index, self.accelerator.device)
-        if progress is not None and progress.num_processes == self.accelerator.num_processes:
-            self._step, self._buffered_inputs = progress.batches, progress.rollout
-        else:
-            found = "holds no rollout" if progress is None else f"was written by {progress.num_processes} processes"
-            logger.warning(f"{checkpoint} {found}: what follows is not exactly the uninterrupted run.")
+    def restore_extra_state(self, state: dict[str, Any]) -> None:
+        self.tally = Tally(**state["tally"])
+        if state["last_rollouts"] is not None:
+            self.last_rollouts = TrajectoryBatch(**state["last_rollouts"]).to(self.accelerator.device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not self._load_renamed(resume_from_checkpoint):
@@ -753,25 +742,27 @@ class DTRPOTrainer(GRPOTrainer):
         loss, sums = pairwise_loss(log_ratios, pairs, self.beta, lengths)
 
         self._log_scores(logps.detach())
-        kl = ratio_statistics(reference - logps.detach(), layout.weights)
-        self._record("kl", summarise_ratios(self.accelerator.reduce(kl, reduction="sum"))["kl_to_old"])
+        kl = self.accelerator.reduce(ratio_statistics(reference - logps.detach(), layout.weights), reduction="sum")
+        self._record("kl", summarise_ratios(kl)["kl_to_old"], kl[0].item())
         left_out = {
             "tied_groups": pairs.tied,
             "identical": pairs.identical,
             "unscored_responses": unscored.sum(),
-            "truncated_responses": masked.sum(),
+            "truncated_responses": (masked & self._counted(len(masked))).sum(),
         }
-        counts = torch.tensor([float(value) for value in left_out.values()], device=loss.device)
-        totals = self.accelerator.reduce(torch.cat([torch.stack([*sums.values()]), counts]), reduction="sum").tolist()
+        totals = add_over_processes(self.accelerator, *sums.values(), *left_out.values())
         *values, count = totals[: len(sums)]
         for name, value in zip(("chosen", "rejected", "margins", "accuracies"), values, strict=True):
             if count:
-                self._record(f"rewards/{name}", value / count)
-        self._record("pairs/count", count)
+                self._record(f"rewards/{name}", value / count, count)
+        how: How = "mean" if self.evaluation is None else "sum"  # of a batch, or of all of an evaluation
+        self._record("pairs/count", count, how=how)
         for name, value in zip(left_out, totals[len(sums) :], strict=True):
-            self._record(f"pairs/{name}", value)
+            self._record(f"pairs/{name}", value, how=how)
         if training and count:
             self._learnt = True
+        if self.evaluation is not None:
+            self._tally_loss(loss, inputs)
         return loss / self.current_gradient_accumulation_steps if training else loss
 
     def _reference_estimates(self, inputs: dict[str, Any], layout: PackedLayout, iteration: int) -> Tensor:
@@ -809,15 +800,15 @@ class DTRPOTrainer(GRPOTrainer):
 
     def _log_rollouts(self, rollouts: TrajectoryBatch) -> None:
         """Shape of the trajectories of a rollout."""
-        counted = rollouts.completion_mask
+        rows = self._counted(len(rollouts))
+        counted = rollouts.completion_mask & rows[:, None]
         blocks = response_blocks(self.spec, rollouts.prompt_lengths, rollouts.canvas_ids.shape[1])
         pairs = torch.unique(
             torch.stack([counted.nonzero()[:, 0], blocks[counted], rollouts.steps[counted]]), dim=1
         ).shape[1]
-        totals = torch.tensor([counted.sum(), pairs, len(rollouts)], device=counted.device, dtype=torch.float)
-        tokens, steps, responses = self.accelerator.reduce(totals, reduction="sum").tolist()
-        self._record("diffusion/tokens_per_step", tokens / max(steps, 1))
-        self._record("diffusion/steps_per_response", steps / responses)
+        tokens, steps, responses = add_over_processes(self.accelerator, counted.sum(), pairs, rows.sum())
+        self._record("diffusion/tokens_per_step", tokens / max(steps, 1), steps)
+        self._record("diffusion/steps_per_response", steps / responses, responses)
 
     def _log_scores(self, logps: Tensor) -> None:
         """How the scored log-probabilities compare with the old policy's: those recorded while decoding, for estimators
@@ -826,16 +817,14 @@ class DTRPOTrainer(GRPOTrainer):
         weights = self._layout.weights
         scored, old = weights > 0, logps if self._old is None else self._old
         if self._is_recorded:
-            sums = self.accelerator.reduce(ratio_statistics(logps - old, weights), reduction="sum")
-            for name, value in summarise_ratios(sums).items():
-                self._record(f"diffusion/{name}", value)
+            self._record_ratios(self.accelerator.reduce(ratio_statistics(logps - old, weights), reduction="sum"))
         gap = torch.where(scored, (logps - self._recorded).abs(), 0.0)
-        totals = torch.stack([gap.sum(), scored.sum().float(), torch.tensor(len(gap), device=gap.device).float()])
-        total, tokens, responses = self.accelerator.reduce(totals, reduction="sum").tolist()
-        self._record("diffusion/scored_tokens", tokens / responses)
+        responses = self._counted(len(gap)).sum()
+        total, tokens, responses = add_over_processes(self.accelerator, gap.sum(), scored.sum(), responses)
+        self._record("diffusion/scored_tokens", tokens / responses, responses)
         if self.estimator.recorded and self._is_recorded:
-            self._record("diffusion/recorded_gap/mean", total / max(tokens, 1))
-            self._record("diffusion/recorded_gap/max", self.accelerator.gather(gap.max()).max().item())
+            self._record("diffusion/recorded_gap/mean", total / max(tokens, 1), tokens)
+            self._record("diffusion/recorded_gap/max", self.accelerator.gather(gap.max()).max().item(), how="max")
 
     def _note_gradient(self, responses: Tensor) -> None:
         """Remembers whether responses of this rollout, `(R,)` on this process, make a gradient. Pairs say so themselves."""
@@ -867,9 +856,6 @@ class DTRPOTrainer(GRPOTrainer):
             value = self.accelerator.gather(value).nanmean().item()
             if value == value:
                 self._record(f"diffusion/check/{name}", value)
-
-    def _record(self, name: str, value: float) -> None:
-        self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     # --------------------------------------------------------------------------------------------------- checks
 

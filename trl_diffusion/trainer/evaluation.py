@@ -1,0 +1,386 @@
+"""Evaluation while training, by rows: figures do not depend on how the rows were cut into batches."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import IterableDatasetShard
+from accelerate.logging import get_logger
+from datasets import IterableDataset
+from torch import Tensor
+
+from ..utils import move_into_place
+from ._trl import print_prompt_completions_sample
+from .metrics import How, Tally, add_over_processes, length_figures, reward_figures
+
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as _Base
+else:
+    _Base = object
+
+
+logger = get_logger(__name__)
+
+# How TRL's figures of batches are put together. All others are means.
+_HOW: dict[str, How] = {
+    "num_tokens": "last",
+    "clip_ratio/low_min": "min",
+    "clip_ratio/high_max": "max",
+    "sampling/sampling_logp_difference/max": "max",
+    "sampling/importance_sampling_ratio/min": "min",
+    "sampling/importance_sampling_ratio/max": "max",
+}
+# Means over tokens; those of ratios only if these are ratios of tokens.
+_OF_TOKENS = ("kl", "entropy")
+_OF_RATIOS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
+# What TRL divides a loss by: tokens of the batch, or `num_items_in_batch`. All others are means over responses.
+_LOSS_OF_TOKENS = ("bnpo",)
+_LOSS_OF_ITEMS = ("dapo", "cispo", "vespo")
+
+
+@dataclass
+class Evaluation:
+    """
+    An evaluation in progress.
+
+    Several processes get equally many rows; what is missing for that is filled up with rows of the beginning, which do not
+    count.
+
+    Attributes:
+        expected (`Callable[[], int]`): rows that there are, as far as is known by now.
+        rows (`int`): rows evaluated so far, by all processes together.
+        first (`int`): place of the first row of this process's batch in the whole evaluation.
+        new (`int`): rows of the batch that count, of all processes together.
+        counted (`Tensor` of shape `(R,)`, bool): rows of this process's batch that count.
+        rewards (`list[Tensor]` of shape `(new, F)`): rewards of the rows of each batch, of all processes.
+        lengths (`list[Tensor]` of shape `(new, 2)`): number of tokens, and whether the response was cut off.
+        tally ([`~trainer.metrics.Tally`]): all other figures.
+    """
+
+    expected: Callable[[], int]
+    rows: int = 0
+    first: int = 0
+    new: int = 0
+    counted: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    rewards: list[Tensor] = field(default_factory=list)
+    lengths: list[Tensor] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+
+    def begin_batch(self, size: int, accelerator: Accelerator) -> None:
+        """Finds out which of the `size` rows of this process's next batch count."""
+        place = accelerator.process_index * size
+        self.first = self.rows + place
+        self.new = size * accelerator.num_processes
+        if accelerator.num_processes > 1:
+            self.new = min(self.new, self.expected() - self.rows)
+        self.counted = place + torch.arange(size, device=accelerator.device) < self.new
+        self.rows += self.new
+
+    def take(self, figures: dict[str, list[float]], weight: Callable[[str], tuple[float, float]]) -> None:
+        """
+        Takes away what TRL has noted for a batch.
+
+        Args:
+            figures (`dict[str, list[float]]`): TRL's notes, which are empty afterwards.
+            weight (callable): from a name to the number of things that its mean was taken over, and the number of those
+                that count; the others were 0 in it.
+        """
+        for name, values in figures.items():
+            over, counted = weight(name)
+            how = _HOW.get(name, "mean")
+            for value in values:
+                if how == "mean" and counted:
+                    value = value * over / counted
+                self.tally.add(name, value, counted, how)
+        figures.clear()
+
+    def figures(self, names: list[str], weights: Tensor, group_size: int) -> dict[str, float | None]:
+        """All figures of the evaluation; `None` for those that do not exist."""
+        found: dict[str, float | None] = self.tally.results()
+        if self.rewards:
+            lengths, truncated = torch.cat(self.lengths).unbind(1)
+            found.update(length_figures(lengths, truncated.bool()))
+            found.update(reward_figures(torch.cat(self.rewards), names, weights.cpu(), group_size))
+        return {name: None if value is None or value != value else value for name, value in found.items()}
+
+
+class RowwiseEvaluation(_Base):
+    """
+    Makes evaluations of a [`~trl.GRPOTrainer`] independent of batches, of processes and of training.
+
+    - Each figure is what TRL computes if all rows are in one batch: means over rows (or tokens), extremes over all rows.
+    - Figures have the name of their dataset: `eval_NAME_...` if there are several, `test_...` for `predict`.
+    - Completions go to `completions/PREFIX_STEP.parquet`, with a prefix such as `eval` or `eval_NAME`; those of training
+      stay as they are.
+    - The random state and the mode of the policy are afterwards what they were before, so a run with evaluations trains
+      like one without.
+
+    Use it before the trainer in the list of base classes: `class MyTrainer(RowwiseEvaluation, GRPOTrainer)`.
+    """
+
+    evaluation: Evaluation | None = None  # while there is one
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.tally = Tally()  # figures of training since the last log
+        self._streamed = 0  # rows of the stream that is being evaluated that were read so far
+        super().__init__(*args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------- the loop
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._training_untouched():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any):
+        with self._training_untouched():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _training_untouched(self) -> Iterator[None]:
+        """Random states and the policy's mode are afterwards what they were before."""
+        python, numpy, training = random.getstate(), np.random.get_state(), self.model.training
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for model in (self.model_wrapped, self.model):
+                model.train(training)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """transformers' loop, with figures over rows."""
+        self.evaluation = Evaluation(self._expected_rows(dataloader))
+        logs, self._logs = self._logs, self._empty_logs()
+        self._metrics["eval"].clear()
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            rows = self.evaluation.rows
+            figures = self.evaluation.figures(self.reward_func_names, self.reward_weights, self.num_generations_eval)
+            self._show_completions(metric_key_prefix, rows)
+        finally:
+            self.evaluation, self._logs = None, logs
+            self._metrics["eval"].clear()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output._replace(num_samples=rows)
+
+    def _expected_rows(self, dataloader) -> Callable[[], int]:
+        """How many rows an evaluation has. Those of a stream are counted while they are read."""
+        dataset, size = dataloader.dataset, self.num_generations_eval
+        if isinstance(dataset, IterableDatasetShard):
+            return lambda: self._streamed * size
+        if isinstance(dataset, IterableDataset):  # accelerate deals out its shards, without filling up
+            return lambda: self._streamed * size * self.accelerator.num_processes
+        return lambda: len(dataset) * size
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """TRL's, which counts the rows of a stream, and which is not kept for another dataset if workers persist."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if isinstance(dataset, IterableDataset):
+            self._streamed = 0
+            dataset = eval_dataset = dataset.filter(self._count_row)
+        persistent = self.args.dataloader_persistent_workers
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            self.args.dataloader_persistent_workers = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_persistent_workers = persistent
+
+    def get_test_dataloader(self, test_dataset):
+        """Like that of an evaluation: TRL repeats the prompts of a stream in evaluations only."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def _count_row(self, row: dict[str, Any]) -> bool:
+        self._streamed += 1
+        return True
+
+    # ------------------------------------------------------------------------------------------------- a batch
+
+    def _generate_and_score_completions(self, inputs):
+        if self.evaluation is None:
+            return super()._generate_and_score_completions(inputs)
+        self.evaluation.begin_batch(len(inputs), self.accelerator)
+        output = super()._generate_and_score_completions(inputs)
+        new = self.evaluation.new
+        self.evaluation.take(self._metrics["eval"], lambda name: (new, new))
+        if new < len(inputs) * self.accelerator.num_processes:
+            output = self._leave_out(output, self.evaluation.counted)
+        return output
+
+    def _leave_out(self, output: dict[str, Any], counted: Tensor) -> dict[str, Any]:
+        """A rollout in which rows that do not count have neither tokens nor an advantage."""
+        mask = output["completion_mask"] * counted[:, None]
+        (tokens,) = add_over_processes(self.accelerator, mask.sum())
+        items = torch.as_tensor(output["num_items_in_batch"])
+        return {
+            **output,
+            "completion_mask": mask,
+            "advantages": output["advantages"] * counted,
+            "num_items_in_batch": torch.tensor(tokens, device=mask.device).to(items.dtype),
+        }
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.evaluation is not None:
+            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+            shapes = [[len(ids), ids[-1] not in ends] for ids in completion_ids_list]
+            gathered = self.accelerator.gather(torch.tensor(shapes, device=rewards.device))
+            self.evaluation.rewards.append(rewards[: self.evaluation.new].cpu())
+            self.evaluation.lengths.append(gathered[: self.evaluation.new].cpu())
+            if not self.evaluation.counted.any():
+                self._pending_metrics.clear()  # what reward functions noted about rows that do not count
+        return rewards
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        if self.evaluation is not None:
+            self._tally_loss(loss, inputs)
+        return loss
+
+    def _tally_loss(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+        """Adds the loss of a batch, and what TRL has noted beside it, with the weights that make them figures of rows."""
+        assert self.evaluation is not None
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        share = 1 / self.accelerator.num_processes  # the number of items is that of all processes together
+        over = {"rows": float(len(mask)), "tokens": float(mask.sum())}
+        over["items"] = float(inputs["num_items_in_batch"]) * share
+        of_loss, least = "rows", 1.0  # TRL divides by no less than one token
+        if self.loss_type in _LOSS_OF_TOKENS:
+            of_loss = "tokens"
+        elif self.loss_type in _LOSS_OF_ITEMS:
+            of_loss, least = "items", share
+        total, *sums = add_over_processes(self.accelerator, loss * max(over[of_loss], least), *over.values())
+        overall = dict(zip(over, sums, strict=True))
+        counted = {**overall, "rows": float(self.evaluation.new)}
+        self.evaluation.tally.add("loss", total / (counted[of_loss] or 1.0), counted[of_loss])
+
+        def weight(name: str) -> tuple[float, float]:
+            kind = "rows"
+            if name == "policy_loss":
+                kind = of_loss
+            elif name in _OF_TOKENS or (name in _OF_RATIOS and self.importance_sampling_level == "token"):
+                kind = "tokens"
+            return overall[kind], counted[kind]
+
+        self.evaluation.take(self._metrics["eval"], weight)
+
+    def _counted(self, size: int) -> Tensor:
+        """Which rows of the batch in hand count: all of them, except in an evaluation; shape `(R,)`."""
+        if self.evaluation is None:
+            return torch.ones(size, dtype=torch.bool, device=self.accelerator.device)
+        return self.evaluation.counted
+
+    def _record(self, name: str, value: float, weight: float = 1.0, how: How = "mean") -> None:
+        """
+        Notes a figure of a batch for the next log, or for the evaluation in progress.
+
+        Args:
+            name (`str`): what it is called.
+            value (`float`): the figure, over all processes.
+            weight, how: see [`~trainer.metrics.Tally.add`].
+        """
+        if self.evaluation is not None:
+            self.evaluation.tally.add(name, value, weight, how)
+        elif self.model.training:
+            self.tally.add(name, value, weight, how)
+
+    def _record_ratios(self, sums: Tensor) -> None:
+        """Notes [`~scoring.diagnostics.ratio_statistics`] of a batch, summed over processes."""
+        if self.evaluation is not None:
+            self.evaluation.tally.add_ratios(sums)
+        elif self.model.training:
+            self.tally.add_ratios(sums)
+
+    # ------------------------------------------------------------------------------------------- what is shown
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log, with the figures of training that were noted here. The table of completions is shown with figures of
+        training only: an evaluation has shown its own."""
+        if self.model.training:
+            for name, value in self.tally.results().items():
+                self._metrics["train"][name] = [float("nan") if value is None else value]
+            self.tally = Tally()
+        shown = self.log_completions
+        self.log_completions = shown and self.model.training and len(self._logs["prompt"]) > 0
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.log_completions = shown
+
+    def _empty_logs(self) -> dict[str, Any]:
+        """A table of completions for an evaluation, where one is shown: without TRL's limit of one rollout."""
+
+        def column():
+            return [] if self.log_completions and self.accelerator.is_main_process else deque(maxlen=0)
+
+        return {
+            name: defaultdict(column) if isinstance(value, dict) else column() for name, value in self._logs.items()
+        }
+
+    def _show_completions(self, name: str, rows: int) -> None:
+        """Prints a sample of the completions of an evaluation, and writes them all."""
+        if not (self.log_completions and self.accelerator.is_main_process):
+            return
+        logs, step = self._logs, self.state.global_step
+        whole = {column: values[:rows] for column, values in logs["extra"].items() if len(values) >= rows}
+        for column in sorted(set(logs["extra"]) - set(whole)):
+            logger.warning(f"{name}: reward functions did not log {column!r} for every response. It is left out.")
+        rewards = {column: values[:rows] for column, values in logs["rewards"].items()}
+        prompts, completions, advantages = (logs[key][:rows] for key in ("prompt", "completion", "advantages"))
+        if find_spec("rich") is not None:
+            print(f"{name}:")
+            print_prompt_completions_sample(
+                prompts, completions, rewards, advantages, step, self.num_completions_to_print, extra=whole
+            )
+        table = pd.DataFrame(
+            {"step": [step] * len(prompts), "prompt": prompts, "completion": completions, **rewards, **whole}
+            | {"advantage": advantages}
+        )
+        safe_name = re.sub(r"[^\w.-]", "_", name)
+        path = Path(self.args.output_dir, "completions", f"{safe_name}_{step:05d}.parquet")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}")
+        table.to_parquet(temporary)
+        move_into_place(temporary, path)
+        if self.log_unique_prompts:
+            table = table[~table["prompt"].map(str).duplicated()]
+        track_completions(name, table, list(self.args.report_to or ()))
+
+
+def track_completions(name: str, table: pd.DataFrame, trackers: list[str]) -> None:
+    """
+    Sends a table of completions to the trackers that take tables, Weights & Biases and Trackio.
+
+    Args:
+        name (`str`): what it belongs to, such as `"eval"`; it is sent as `NAME/completions`.
+        table (`pandas.DataFrame`): a row for each response.
+        trackers (`list[str]`): the trackers in use, as in `report_to`.
+    """
+    for tracker in ("wandb", "trackio"):
+        if tracker not in trackers:
+            continue
+        module = import_module(tracker)
+        if tracker == "trackio" or module.run is not None:
+            module.log({f"{name}/completions": module.Table(dataframe=table)})
