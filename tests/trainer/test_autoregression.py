@@ -19,8 +19,8 @@ from trl_diffusion.trainer.trainer import _trajectories
 
 
 TEMPERATURE = 0.8
-LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
-NOT_WITHOUT_WEIGHTS = ("dr_grpo", "luspo")  # refused with weighting="none"
+LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+NOT_WITHOUT_WEIGHTS = ("dr_grpo", "luspo", "vespo")  # refused with weighting="none"
 OPTIONS = {
     "uniform-2": {"num_draws": 2},
     "token": {"step_distribution": "token"},
@@ -74,7 +74,7 @@ def mask_behind_the_prefix(model, spec, batch):
 def two_trainers(make_trainer, tokenizer, tmp_path):
     """Ours and TRL's with the same weights, off policy, and one batch of responses for each."""
 
-    def build(first_token: str, **options):
+    def build(first_token: str, both: dict | None = None, **options):
         spec = blocks_of_one(tokenizer, first_token)
         model = make_policy(
             spec, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, initializer_range=0.1
@@ -82,7 +82,7 @@ def two_trainers(make_trainer, tokenizer, tmp_path):
         model.save_pretrained(tmp_path / "start")
         common = {
             "beta": 0.05, "temperature": TEMPERATURE, "per_device_train_batch_size": 8, "num_generations": 4,
-            "num_iterations": 2,
+            "num_iterations": 2, **(both or {}),
         }  # fmt: skip
         ours = make_trainer(str(tmp_path / "start"), spec=spec, **common, **options)
         inputs = per_row_inputs(ours)

@@ -215,7 +215,6 @@ def test_estimator_check(make_trainer, tmp_path, tokenizer, char_spec, beta):
         ({"estimator_check_steps": 5, "estimator": "elbo"}, "beta"),
         ({"estimator": "elbo", "weighting": "none"}, "weighting"),
         ({"num_scored_blocks": 0}, "num_blocks"),
-        ({"loss_type": "vespo"}, "vespo"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path, options, message):

@@ -21,6 +21,7 @@ OVERRIDDEN = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
     "_compute_loss": ["self", "model", "inputs"],
+    "get_high_entropy_mask": ["self", "entropies", "mask", "threshold"],
 }
 # What a resumed run needs: the order of the epochs, and the rollout beside the random state.
 RESUMING = {

@@ -16,6 +16,7 @@ def score(
     spec: DiffusionSpec,
     temperature: float = 1.0,
     compute_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """
     Estimated log-probabilities of the tokens of a layout, in one forward pass: for each token, the sum of its
@@ -27,10 +28,12 @@ def score(
         spec ([`DiffusionSpec`]): facts about the policy.
         temperature (`float`, *optional*, defaults to `1.0`): the one the tokens were sampled with.
         compute_entropy (`bool`, *optional*, defaults to `False`): whether to return entropies as well.
+        entropy_gradient (`bool`, *optional*, defaults to `False`):
+            whether gradients flow through the entropies. Costs two more tensors of the size of the logits.
 
     Returns:
-        Two float32 tensors of shape `(R, C)`, 0 where nothing is scored: log-probabilities in nats, and entropies (the
-        mean over the states that score the token; no gradient) or `None`.
+        Two float32 tensors of shape `(R, C)`, 0 where nothing is scored: log-probabilities, and the entropies of the
+        distributions they come from (the mean over the states that score the token), or `None`; both in nats.
     """
     logits = policy_logits(model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns)
     log_probs = log_distribution(logits, spec, temperature)  # (M, V)
@@ -40,7 +43,7 @@ def score(
     logps = torch.zeros(shape, device=picked.device).index_put(places, picked, accumulate=True)
     if not compute_entropy:
         return logps, None
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # 0 * -inf is not 0
         entropies = -(finite.exp() * finite).sum(-1)
         sums, counts = (
@@ -48,3 +51,30 @@ def score(
             for values in (entropies, torch.ones_like(entropies))
         )
     return logps, sums / counts.clamp(min=1)
+
+
+def high_entropy(entropies: Tensor, weights: Tensor, pool: tuple[Tensor, Tensor], quantile: float) -> Tensor:
+    """
+    Which scored tokens are among the most uncertain ones of a pool (https://huggingface.co/papers/2506.01939, where every
+    token is scored). A drawn token stands for as many tokens as its weight says: of the weight of the other tokens of the
+    pool, at least the share `quantile` must be on tokens with no higher entropy. With equal weights, these are the tokens
+    above `torch.quantile(entropies, quantile)`.
+
+    Args:
+        entropies (`Tensor` of shape `(R, C)`): entropy of each token, in nats.
+        weights (`Tensor` of shape `(R, C)`): weight of each token, 0 where it is not scored.
+        pool (tuple of two `Tensor` of shape `(N,)`): entropies and weights of all scored tokens, of these rows and others.
+        quantile (`float`): between 0 (every token) and 1 (the token with the highest entropy).
+
+    Returns:
+        Boolean `Tensor` of shape `(R, C)`.
+    """
+    scored = weights > 0
+    if pool[0].numel() == 0:
+        return scored
+    ordered, order = pool[0].sort()
+    cumulated = pool[1][order].double().cumsum(0)
+    below = cumulated[torch.searchsorted(ordered, entropies[scored], right=True) - 1] - weights[scored]
+    others = cumulated[-1] - weights[scored]
+    chosen = below >= quantile * others - 1e-6 * cumulated[-1]  # what rounding takes away
+    return scored.masked_scatter(scored, chosen)

@@ -17,13 +17,11 @@ from ..utils import no_repeated_keys
 from .checks import check_looked_at, check_numbers, check_whole_numbers
 
 
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "dpo")
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo", "dpo")
 
 _NO_ENGINE = "it generates from left to right; a diffusion policy is denoised by this library's own decoder"
 _NO_TRANSFORM = "the distribution that is sampled from would not be the one that is scored"
-_NO_ENTROPY = "entropies are a metric of the scored tokens here, without a gradient"
 _NO_REMOTE_CODE = "the families load without their hub code, which hides its attention masks from this library"
-_NO_VESPO = "it belongs to `loss_type='vespo'`, which needs the ratio of whole sequences"
 # Options of GRPOConfig that mean nothing for a diffusion policy, and why; so do all that begin with `vllm_`.
 _REFUSED = {
     "use_vllm": _NO_ENGINE,
@@ -37,24 +35,10 @@ _REFUSED = {
     "min_p": _NO_TRANSFORM,
     "repetition_penalty": _NO_TRANSFORM,
     "max_tool_calling_iterations": "responses are denoised in one turn, without tools",
-    "log_multimodal": "diffusion policies here take text only",
     "trust_remote_code": _NO_REMOTE_CODE,
-    "cast_lm_head_to_fp32": "log-probabilities are computed in float32 already",
-    "use_liger_kernel": "its fused loss is causal",
+    "use_liger_kernel": "its fused loss, which TRL used to take, is causal, and its layers are not tested here",
     "router_aux_loss_coef": "a packed layout would count its copies in the load balance of the experts",
     "neftune_noise_alpha": "the policy that is scored would not be the one that was sampled from",
-    "top_entropy_quantile": _NO_ENTROPY,
-    "entropy_coef": _NO_ENTROPY,
-    "use_adaptive_entropy": _NO_ENTROPY,
-    "entropy_coef_min": _NO_ENTROPY,
-    "entropy_coef_max": _NO_ENTROPY,
-    "entropy_coef_delta": _NO_ENTROPY,
-    "entropy_target": _NO_ENTROPY,
-    "vespo_k_pos": _NO_VESPO,
-    "vespo_k_neg": _NO_VESPO,
-    "vespo_lambda_pos": _NO_VESPO,
-    "vespo_lambda_neg": _NO_VESPO,
-    "off_policy_mask_threshold": "it averages over all tokens, of which only the scored ones are known",
     "data_seed": "the order of the prompts is drawn from `seed`",
     "train_sampling_strategy": "TRL's sampler decides: it repeats prompts for their groups",
     "label_smoothing_factor": "there are no labels",
@@ -355,10 +339,16 @@ class DTRPOConfig(GRPOConfig):
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
         if not isinstance(self.diffusion_spec, dict | None):
             raise ValueError(f"`diffusion_spec` must be a mapping or a JSON object, got {self.diffusion_spec!r}.")
-        if self.weighting == "none" and self.loss_type in ("dr_grpo", "luspo"):
+        if self.weighting == "none" and self.loss_type in ("dr_grpo", "luspo", "vespo"):
             raise ValueError(
-                f"`loss_type={self.loss_type!r}` divides by a constant, so with `weighting='none'` its size would depend "
-                "on the number of steps. Use `weighting='unbiased'`."
+                f"`loss_type={self.loss_type!r}` sums over the tokens of a response, so with `weighting='none'` its size "
+                "would depend on the number of steps. Use `weighting='unbiased'`."
+            )
+        if not 0.0 <= self.top_entropy_quantile <= 1.0:
+            raise ValueError(f"`top_entropy_quantile` must be between 0 and 1, got {self.top_entropy_quantile}.")
+        if self.off_policy_mask_threshold is not None and not self.off_policy_mask_threshold > 0.0:
+            raise ValueError(
+                f"`off_policy_mask_threshold` must be positive, in nats per token, got {self.off_policy_mask_threshold}."
             )
         self.scoring()  # checks the settings of the estimator
         for name in ("decoding_order", "pair_selection"):
@@ -388,6 +378,13 @@ class DTRPOConfig(GRPOConfig):
     def _check_pairs(self) -> None:
         if self.beta <= 0.0:
             raise ValueError(f"`loss_type='dpo'` needs a reference: set `beta` (0.1 is usual), got {self.beta}.")
+        for name in ("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "off_policy_mask_threshold"):
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"`{name}` is for the group losses, not for `loss_type='dpo'`: leave it at {default!r}, got "
+                    f"{getattr(self, name)!r}."
+                )
         sizes = {
             "per_device_train_batch_size": self.num_generations,
             "per_device_eval_batch_size": self.num_generations_eval or self.num_generations,
@@ -451,7 +448,5 @@ class DTRPOConfig(GRPOConfig):
         if self.model_options().get("trust_remote_code"):
             found["model_init_kwargs"] = f"`trust_remote_code`: {_NO_REMOTE_CODE}"
         if self.loss_type not in LOSS_TYPES:
-            why = "needs the ratio of whole sequences, of which one step per block is scored"
-            why = why if self.loss_type == "vespo" else "is not known"
-            found["loss_type"] = f"{self.loss_type!r} {why}; there are {list(LOSS_TYPES)}"
+            found["loss_type"] = f"{self.loss_type!r} is not known; there are {list(LOSS_TYPES)}"
         return found

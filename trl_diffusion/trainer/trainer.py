@@ -30,14 +30,14 @@ from ..policies.attention import enable_plans
 from ..policies.forward import check_attention, unwrap
 from ..policies.loading import load_config, load_renamed_weights, needs_tokenizer, resolve_spec
 from ..policies.lora import check_targets, empty_model
-from ..policies.quantized import keep_trainable
 from ..policies.prompts import check_visible
+from ..policies.quantized import keep_trainable
 from ..policies.spec import set_spec
 from ..scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
 from ..scoring.draws import expected_weights
 from ..scoring.estimators import ESTIMATORS
 from ..scoring.layout import PackedLayout, pack
-from ..scoring.score import score
+from ..scoring.score import high_entropy, score
 from ..seeds import derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows, is_trajectory_dataset
 from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
@@ -184,7 +184,7 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
             raise TypeError(f"`args` must be a DTRPOConfig, got {type(args).__name__}.")
         offline = is_trajectory_dataset(train_dataset) or is_preference_dataset(train_dataset)
         if not reward_funcs and not offline:
-            raise ValueError("No reward function was given. Pass at least one as `reward_funcs`.")
+            raise ValueError("No reward source provided: pass at least one reward function as `reward_funcs`.")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             _check_columns(name, dataset)
         check_order_is_asked_for(args, [dataset for _, dataset in _named_datasets(train_dataset, eval_dataset)])
@@ -664,13 +664,32 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
         TRL calls this during a rollout for the old policy, whose log-probabilities are the recorded ones.
         """
         if self._layout is None:
-            assert self._rollouts is not None  # it is what is being scored
+            if self._rollouts is None:
+                raise RuntimeError(
+                    "Token ids alone have no log-probability under a diffusion policy: it depends on the order in which "
+                    "they were unmasked. Use `trl_diffusion.scoring.score.score` on the states of a trajectory."
+                )
             return _fit(self._rollouts.logps, logits_to_keep), None, None
-        logps, entropies = score(model, self._layout, self.spec, self.temperature, compute_entropy)
+        gradient = self.args.entropy_coef != 0.0 or self.args.use_adaptive_entropy
+        logps, entropies = score(model, self._layout, self.spec, self.temperature, compute_entropy, gradient)
         if compute_entropy:  # the policy's own pass, not the reference's
             self._log_scores(logps.detach())
         entropies = None if entropies is None else _fit(entropies, logits_to_keep)
         return _fit(logps, logits_to_keep), entropies, None
+
+    def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
+        """
+        The scored tokens that `top_entropy_quantile` keeps, of the tokens of all processes. `mask` holds the weights of
+        the tokens, which TRL takes for 0 and 1.
+        """
+        entropies, weights = entropies.detach().float(), mask.float()
+        local = (values[weights > 0] for values in (entropies, weights))
+        pool = [
+            self.accelerator.gather(self.accelerator.pad_across_processes(values, dim=0, pad_index=-1.0))
+            for values in local
+        ]
+        real = pool[1] > 0
+        return high_entropy(entropies, weights, (pool[0][real], pool[1][real]), threshold)
 
     def _compute_loss(self, model, inputs):
         """TRL's loss with the weights of the scored tokens as its mask (docs/method.md, sections 2 and 5)."""
@@ -693,6 +712,8 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
             inputs.pop("old_per_token_logps", None)
             if self._old is not None:
                 inputs["old_per_token_logps"] = _fit(self._old, width)
+            if not self.estimator.recorded:  # what was recorded is of other states: nothing to compare the policy with
+                inputs.pop("sampling_per_token_logps", None)
             return self._finite(super()._compute_loss(model, inputs))
 
     def _finite(self, loss: Tensor) -> Tensor:
