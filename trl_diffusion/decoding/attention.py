@@ -90,7 +90,8 @@ def _sees_everything(spans: Spans, members: np.ndarray, spec: DiffusionSpec, wid
     if (spans.key_ends[members] != width).any():
         return False
     # With block attention: nothing that is run is in a block before the last one looked at.
-    last_block = spans.heads[members] + (width - 1 - spans.heads[members]) // spec.block_size * spec.block_size
+    heads = spans.heads[members]
+    last_block = spec.block_start(spec.block_of(width - 1, heads), heads)
     return spec.attention == "full" or bool((spans.begins[members] >= last_block).all())
 
 
@@ -101,12 +102,8 @@ def _allowed(heads: Tensor, begins: Tensor, key_ends: Tensor, length: int, width
     if spec.attention == "full":
         return allowed.contiguous()
     queries = begins[:, None] + torch.arange(length, device=heads.device)
-
-    def block(positions: Tensor) -> Tensor:  # with block_origin="response" the prompt is one block
-        blocks = (positions - heads[:, None]).div(spec.block_size, rounding_mode="floor")
-        return blocks.clamp(min=-1) if spec.block_origin == "response" else blocks
-
-    return allowed & (block(keys)[:, None, None, :] <= block(queries)[:, None, :, None])
+    of_keys, of_queries = (spec.block_of(positions, heads[:, None]) for positions in (keys, queries))
+    return allowed & (of_keys[:, None, None, :] <= of_queries[:, None, :, None])
 
 
 def _tensor(values: np.ndarray, device) -> Tensor:

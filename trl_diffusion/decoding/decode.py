@@ -120,8 +120,7 @@ def check_prompts(prompts: list[list[int]], spec: DiffusionSpec, config, max_new
             )
         if context is None:
             continue
-        tail = spec.prompt_tail(len(prompt))
-        needed = len(prompt) - tail + -(-(tail + max_new_tokens) // spec.block_size) * spec.block_size
+        needed = spec.canvas_end(len(prompt), max_new_tokens)
         if needed > context:
             raise ValueError(
                 f"Prompt {row} has {len(prompt)} tokens. With up to {max_new_tokens} new tokens in whole blocks of "

@@ -100,9 +100,9 @@ class DenoisingLoop:
 
         self.lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         self.tails = spec.prompt_tail(self.lengths)
-        self.heads = self.lengths - self.tails  # tokens of the prompt before block 0
-        self.num_blocks = -(-(self.tails + config.max_new_tokens) // spec.block_size)
-        self.canvas_ends = self.heads + self.num_blocks * spec.block_size
+        self.heads = spec.head(self.lengths)  # tokens of the prompt before block 0
+        self.num_blocks = spec.num_blocks(self.lengths, config.max_new_tokens)
+        self.canvas_ends = spec.canvas_end(self.lengths, config.max_new_tokens)
         width = int(self.canvas_ends.max(initial=0))
 
         # Row by row, at its position: no padding before the prompt.
@@ -154,7 +154,7 @@ class DenoisingLoop:
         lane.block, lane.step, lane.taken, lane.part = lane.block + 1, 0, 0, -1
         if self.spec.attention == "full":
             lane.cached = 0  # everything has changed for everybody
-        start = self.heads[lane.row] + lane.block * self.spec.block_size
+        start = self.spec.block_start(lane.block, self.lengths[lane.row])
         masked = self.masked[lane.row, start : start + self.spec.block_size]
         lane.total = int(masked.sum()) - int(self.spec.first_token == "autoregressive" and masked[0])
         if self.generators is not None:
@@ -190,7 +190,7 @@ class DenoisingLoop:
 
     def canvas(self, row: int) -> list[tuple[int, bool]]:
         """Token of each position of a response up to the end of its active block, and whether it is masked."""
-        positions = slice(self.lengths[row], self.heads[row] + self.reached[row] * self.spec.block_size)
+        positions = slice(self.lengths[row], self.spec.block_start(self.reached[row], self.lengths[row]))
         return list(zip(self.ids[row, positions].tolist(), self.masked[row, positions].tolist(), strict=True))
 
     # ----------------------------------------------------------------------------------------------------- step

@@ -291,8 +291,7 @@ class DiffusionLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, window by window where they are longer than the context."""
-        block = self.policy.spec.block_size
-        window = max((self.max_length // block - 1) * block, 1)  # in whole blocks, with room for the prefix
+        window = self.policy.spec.longest_window(self.max_length)
         totals = []
         for request in requests:
             (text,) = request.args

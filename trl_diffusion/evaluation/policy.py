@@ -79,11 +79,7 @@ class Policy:
         context = context or self.context
         if context is None:
             return prompts
-        block = self.spec.block_size
-        if self.spec.block_origin == "sequence":
-            room = context // block * block - new_tokens
-        else:
-            room = context - -(-new_tokens // block) * block
+        room = self.spec.longest_prompt(context, new_tokens)
         if room < 1:
             raise ValueError(
                 f"{new_tokens} new tokens leave no room for a prompt in a context of {context}. Lower the number of new "

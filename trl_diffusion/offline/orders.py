@@ -13,6 +13,7 @@ from ..scoring.layout import pack
 from ..scoring.score import score
 from ..scoring.states import States
 from ..seeds import derive_seed
+from ..trajectories.by_block import has_in_block, rank_in_block
 from ..trajectories.trajectory import NEVER, TrajectoryBatch, autoregressive_positions, response_blocks
 
 
@@ -26,9 +27,8 @@ def finished_batch(prompts: list[list[int]], responses: list[list[int]], spec: D
     never unmasked; `steps` are all 0.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    tails = spec.prompt_tail(lengths)
     sizes = torch.tensor([len(response) for response in responses])
-    canvas_lengths = -((tails + sizes) // -spec.block_size) * spec.block_size - tails
+    canvas_lengths = spec.canvas_end(lengths, sizes) - lengths
     width, prompt_width = int(canvas_lengths.max()), int(lengths.max())
     batch = TrajectoryBatch(
         prompt_ids=torch.zeros(len(prompts), prompt_width, dtype=torch.long),
@@ -74,8 +74,8 @@ def given_order(
             keys[row, :length] = torch.rand(length, generator=generator, dtype=torch.float64)
     elif order != "left_to_right":
         raise ValueError(f"`order` must be 'random' or 'left_to_right', got {order!r}.")
-    rank = _ranks(keys, blocks, movable)
-    steps = rank // tokens_per_step + _has(first, blocks).long()
+    rank = rank_in_block(blocks, keys, movable)
+    steps = rank // tokens_per_step + has_in_block(blocks, first).long()
     return replace(batch, steps=torch.where(movable, steps, torch.where(first, 0, NEVER)))
 
 
@@ -105,7 +105,7 @@ def replay_confidence(
     device = next(model.parameters()).device
     batch = batch.to(device)
     blocks, movable, first = _parts(batch, spec)
-    later = _has(first, blocks).long()  # where a block's step 0 is its autoregressive token
+    later = has_in_block(blocks, first).long()  # where a block's step 0 is its autoregressive token
     steps = torch.where(first, 0, torch.full_like(batch.steps, NEVER))
     logps = torch.zeros_like(batch.logps)
     counter = torch.zeros_like(batch.steps)
@@ -122,10 +122,10 @@ def replay_confidence(
         values, _ = score(model, pack(batch, spec, states), spec, temperature)
         logps = torch.where(unread, values, logps)
         seen |= unread
-        picked = active & (_ranks(-values.double(), blocks, active) < tokens_per_step)
+        picked = active & (rank_in_block(blocks, -values.double(), active) < tokens_per_step)
         logps = torch.where(picked, values, logps)
         steps = torch.where(picked, counter + later, steps)
-        counter += _has(picked, blocks).long()
+        counter += has_in_block(blocks, picked).long()
         waiting &= ~picked
     return replace(batch, steps=steps, logps=logps)
 
@@ -135,23 +135,3 @@ def _parts(batch: TrajectoryBatch, spec: DiffusionSpec) -> tuple[Tensor, Tensor,
     width, lengths = batch.canvas_ids.shape[1], batch.prompt_lengths
     first = autoregressive_positions(spec, lengths, width) & batch.completion_mask
     return response_blocks(spec, lengths, width), batch.completion_mask & ~first, first
-
-
-def _has(hits: Tensor, blocks: Tensor) -> Tensor:
-    """For each position, whether its block has a hit; `(R, C)`."""
-    counts = torch.zeros(len(blocks), int(blocks.max()) + 1, dtype=torch.long, device=blocks.device)
-    return counts.scatter_add_(1, blocks, hits.long()).gather(1, blocks) > 0
-
-
-def _ranks(keys: Tensor, blocks: Tensor, taking_part: Tensor) -> Tensor:
-    """Rank of a position's key among those of its block that take part, smallest first; `(R, C)`."""
-    order = torch.where(taking_part, keys, torch.inf).argsort(dim=1, stable=True)
-    ordered_blocks = blocks.gather(1, order)
-    by_block = ordered_blocks.argsort(dim=1, stable=True)
-    order = order.gather(1, by_block)  # sorted by block, then by key
-    sizes = torch.zeros(len(blocks), int(blocks.max()) + 1, dtype=torch.long, device=blocks.device)
-    sizes.scatter_add_(1, blocks, torch.ones_like(blocks))
-    starts = sizes.cumsum(1) - sizes
-    places = torch.arange(blocks.shape[1], device=blocks.device).expand_as(blocks)
-    rank = torch.zeros_like(blocks).scatter(1, order, places)
-    return rank - starts.gather(1, blocks)

@@ -65,21 +65,20 @@ def rollout_cost(
     text = config.get_text_config()
     heads = text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    tail = int(spec.prompt_tail(work.prompt_length))
-    head = work.prompt_length - tail
-    size = spec.block_size
-    blocks = -(-(tail + (answer_length or work.completion_length)) // size)
-    canvas = -(-(tail + work.completion_length) // size) * size
+    prompt, size = work.prompt_length, spec.block_size
+    tail, head = spec.prompt_tail(prompt), spec.head(prompt)
+    blocks = spec.num_blocks(prompt, answer_length or work.completion_length)
+    end = spec.canvas_end(prompt, work.completion_length)
     passes = logits = tokens = pairs = 0
     for block in range(blocks):
         left = size - tail * (block == 0)
         first = True
         while left > 0:
             if spec.attention == "full":
-                queries = keys = head + canvas
+                queries = keys = end
             else:
                 queries = size + first * (size if block else head)
-                keys = head + (block + 1) * size
+                keys = spec.block_start(block + 1, prompt)
             passes, logits, tokens, pairs = passes + 1, logits + left, tokens + queries, pairs + queries * keys
             left, first = left - work.tokens_per_step, False
     flops = 2 * footprint.linear * tokens + 2 * text.hidden_size * text.vocab_size * logits

@@ -261,11 +261,11 @@ def _layers(model: nn.Module) -> nn.ModuleList:
 
 def _batch(spec: DiffusionSpec, work: Workload) -> TrajectoryBatch:
     """Responses of full length, unmasked from left to right."""
-    rows, tail = work.batch_size, int(spec.prompt_tail(work.prompt_length))
-    blocks = -(-(tail + work.completion_length) // spec.block_size)
-    length = blocks * spec.block_size - tail
-    steps = (torch.arange(length) + tail) % spec.block_size
-    steps = (steps - tail * (torch.arange(length) < spec.block_size - tail)) // work.tokens_per_step
+    rows, tail = work.batch_size, spec.prompt_tail(work.prompt_length)
+    length = spec.canvas_end(work.prompt_length, work.completion_length) - work.prompt_length
+    positions = work.prompt_length + torch.arange(length)
+    steps = spec.place_of(positions, work.prompt_length)
+    steps = (steps - tail * (spec.block_of(positions, work.prompt_length) == 0)) // work.tokens_per_step
     token = 0 if spec.mask_token_id else 1
     prompts = torch.full((rows, work.prompt_length), token)
     if not (work.share_prompts and spec.attention == "block"):

@@ -109,9 +109,55 @@ class DiffusionSpec:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
+    # Where blocks are. Arguments are ints, NumPy arrays or integer tensors, and broadcast. Positions count from 0 at the first
+    # token of the sequence without padding; block 0 holds the first response token.
+
     def prompt_tail(self, prompt_length):
-        """Number of prompt tokens that share a block with the first response token (int or integer tensor)."""
+        """Number of prompt tokens that share block 0 with the first response token."""
         return prompt_length % self.block_size if self.block_origin == "sequence" else prompt_length * 0
+
+    def head(self, prompt_length):
+        """Position of the first token of block 0."""
+        return prompt_length - self.prompt_tail(prompt_length)
+
+    def block_of(self, position, prompt_length):
+        """
+        Block of a position. Blocks of the prompt are negative; with `block_origin="response"` the prompt is one block, -1.
+        `head(prompt_length)` gives the same as `prompt_length`.
+        """
+        block = (position - self.head(prompt_length)) // self.block_size
+        return block if self.block_origin == "sequence" else block - (block + 1) * (block < -1)
+
+    def place_of(self, position, prompt_length):
+        """Place of a position in its block, from 0 to `block_size - 1`."""
+        return (position - self.head(prompt_length)) % self.block_size
+
+    def block_start(self, block, prompt_length):
+        """Position of the first token of a block."""
+        return self.head(prompt_length) + block * self.block_size
+
+    def num_blocks(self, prompt_length, new_tokens):
+        """Number of blocks that hold `new_tokens` tokens after the prompt."""
+        return -(-(self.prompt_tail(prompt_length) + new_tokens) // self.block_size)
+
+    def canvas_end(self, prompt_length, new_tokens):
+        """Position after the last one of the canvas, which fills whole blocks."""
+        return self.block_start(self.num_blocks(prompt_length, new_tokens), prompt_length)
+
+    def longest_window(self, context: int) -> int:
+        """Most tokens, in whole blocks, that leave a block of `context` positions for what comes before them; at least 1."""
+        return max((context // self.block_size - 1) * self.block_size, 1)
+
+    def longest_prompt(self, context: int, new_tokens: int) -> int:
+        """Most prompt tokens whose canvas ends within `context` positions; less than 1 if there is no room."""
+        whole = context if self.block_origin == "response" else context // self.block_size * self.block_size
+        blocks = -(-new_tokens // self.block_size) * self.block_size
+        return whole - (blocks if self.block_origin == "response" else new_tokens)
+
+
+def sequence_blocks(positions, block_size: int):
+    """Block of each position of a sequence whose response is not told apart from its prompt, counted from position 0."""
+    return positions // block_size
 
 
 def family_fields(config: PretrainedConfig) -> dict[str, Any]:

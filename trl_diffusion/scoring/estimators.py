@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..policies.spec import DiffusionSpec
 from ..seeds import derive_seed
+from ..trajectories.by_block import at_block, rank_in_block, sum_by_block
 from ..trajectories.trajectory import NEVER, TrajectoryBatch, token_states
 from .draws import draw_steps
 from .states import States, all_states, drawn_states
@@ -146,11 +147,12 @@ def elbo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: 
     """
     groups, autoregressive, drawn, counted = _tokens(batch, spec)
     keys = _uniforms(batch, seeds, config.num_draws)  # (R, V, C)
-    sizes = _group_sums(groups, drawn[:, None].float())  # (R, 1, C): N of the token's group
+    sizes = at_block(groups, sum_by_block(groups, drawn[:, None].float()))  # (R, 1, C): N of the token's group
     sizes = sizes.expand(-1, config.num_draws, -1)
-    numbers = _per_group(groups, _uniforms(batch, [derive_seed(seed, 1) for seed in seeds], config.num_draws))
+    # Group `g` takes number `g`, the same for all its positions.
+    numbers = at_block(groups, _uniforms(batch, [derive_seed(seed, 1) for seed in seeds], config.num_draws))
     num_masked = (numbers * sizes).floor() + 1  # m, uniform in 1 to N
-    masked = drawn[:, None] & (_ranks(groups, keys, drawn) < num_masked)
+    masked = drawn[:, None] & (rank_in_block(groups, keys, drawn[:, None]) < num_masked)
     shares = (masked & counted[:, None]) * sizes / num_masked / config.num_draws
     weights = shares.sum(1)
     coefficients = shares / weights.clamp(min=torch.finfo(weights.dtype).tiny)[:, None]
@@ -241,25 +243,3 @@ def _uniforms(batch: TrajectoryBatch, seeds: list[int], num: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         values[row, :, :length] = torch.rand(num, length, generator=generator, dtype=torch.float64)
     return values.to(batch.canvas_ids.device)
-
-
-def _group_sums(groups: Tensor, values: Tensor) -> Tensor:
-    """Sum of `values` (R, V, C) over the group of each position, shape `(R, V, C)`."""
-    index = groups[:, None].expand_as(values)
-    sums = torch.zeros(*values.shape[:2], int(groups.max()) + 1, dtype=values.dtype, device=values.device)
-    return sums.scatter_add_(2, index, values).gather(2, index)
-
-
-def _per_group(groups: Tensor, values: Tensor) -> Tensor:
-    """One of the `values` (R, V, C) for each group, the same for all its positions."""
-    index = groups[:, None].expand_as(values)
-    return values.gather(2, index)  # group `g` takes the number of position `g`
-
-
-def _ranks(groups: Tensor, keys: Tensor, drawn: Tensor) -> Tensor:
-    """Rank of each position's key among the `drawn` positions of its group, from 0; shape `(R, V, C)`."""
-    ordered = torch.where(drawn[:, None], groups[:, None] + keys, torch.inf).argsort(-1).argsort(-1)
-    before = (drawn.long().cumsum(1) - drawn.long()).masked_fill(~drawn, torch.iinfo(torch.long).max)
-    starts = torch.full((len(groups), int(groups.max()) + 1), torch.iinfo(torch.long).max, device=groups.device)
-    starts = starts.scatter_reduce(1, groups, before, reduce="amin").gather(1, groups)  # groups are contiguous
-    return ordered - starts[:, None]

@@ -133,7 +133,7 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
     device = batch.canvas_ids.device
     num_rows, canvas_width = batch.canvas_ids.shape
     prompt_lengths = batch.prompt_lengths
-    starts = prompt_lengths - spec.prompt_tail(prompt_lengths)  # position of the first token of block 0
+    starts = spec.head(prompt_lengths)
     token_blocks = response_blocks(spec, prompt_lengths, canvas_width)
     sequence, canvas_columns = _unpad(batch, prompt_lengths)
     members = shared_prompts(batch) if share_prompts else None
@@ -148,7 +148,7 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
     # Clean part: up to the start of the last block that is scored, and from where no prompt is shared.
     first = starts if members is not None else torch.zeros_like(starts)
     last_block = torch.full((num_rows,), -1, device=device).scatter_reduce(0, responses, blocks, reduce="amax")
-    clean_lengths = torch.where(last_block >= 0, starts + last_block * block_size - first, 0)
+    clean_lengths = torch.where(last_block >= 0, spec.block_start(last_block, starts) - first, 0)
     clean_width = max(int(clean_lengths.max()), 1) if num_rows else 1  # a part without tokens is no part
     clean_columns = torch.arange(clean_width, device=device)
     clean_positions = first[:, None] + clean_columns
@@ -162,7 +162,7 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
     order = (~needed).long().sort(dim=1, stable=True).indices[:, : int(needed.sum(1).max()) if num_rows else 0]
     drawn = needed.gather(1, order)  # (R, D)
     copy_views, copy_blocks = order // num_blocks, order % num_blocks
-    noisy_positions = starts[:, None] + copy_blocks * block_size
+    noisy_positions = spec.block_start(copy_blocks, starts[:, None])
     noisy_positions = (noisy_positions[..., None] + torch.arange(block_size, device=device)).flatten(1)
     noisy_valid = drawn.repeat_interleave(block_size, 1)
     in_sequence = noisy_positions.clamp(max=sequence.shape[1] - 1)
@@ -183,7 +183,7 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
         copies=torch.cat([torch.zeros_like(clean_columns), copies]),
     )
 
-    slot = (prompt_lengths[responses] + columns - starts[responses]) % block_size - int(spec.token_shift)
+    slot = spec.place_of(prompt_lengths[responses] + columns, starts[responses]) - int(spec.token_shift)
     in_copy = clean_width + copy_of[responses, views * num_blocks + blocks] * block_size + slot
     before = prompt_lengths[responses] + columns - 1  # position of the last clean token
     in_clean = before - first[responses]
@@ -224,8 +224,7 @@ class _Part:
 
     def blocks(self, spec: DiffusionSpec, starts: Tensor) -> Tensor:
         """Attention block of each token: blocks of the response count from 0, those of the prompt are negative."""
-        blocks = torch.div(self.positions - starts[:, None], spec.block_size, rounding_mode="floor")
-        return blocks if spec.block_origin == "sequence" else blocks.clamp(min=-1)
+        return spec.block_of(self.positions, starts[:, None])
 
 
 def shared_prompts(batch: TrajectoryBatch) -> Tensor | None:

@@ -224,12 +224,12 @@ def _check_row(row, number, spec, vocab_size, tokenizer_fingerprint, rewards) ->
         for index, value in enumerate(row[column]):
             if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
                 refuse(column, f"is {value!r}; a reward is a finite number, or null where it does not apply.", index)
-    tail = spec.prompt_tail(len(row["prompt_ids"]))
+    prompt_length = len(row["prompt_ids"])
     for index in range(count):
-        _check_response(row, index, spec, vocab_size, tail, refuse)
+        _check_response(row, index, spec, vocab_size, prompt_length, refuse)
 
 
-def _check_response(row, index, spec, vocab_size, tail, refuse) -> None:
+def _check_response(row, index, spec, vocab_size, prompt_length, refuse) -> None:
     length, counted = row["canvas_lengths"][index], row["completion_lengths"][index]
     steps, positions, tokens = (np.asarray(row[name][index], dtype=np.int64) for name in EVENTS[:3])
     for column, values in (("event_steps", steps), ("event_tokens", tokens)):
@@ -253,7 +253,7 @@ def _check_response(row, index, spec, vocab_size, tail, refuse) -> None:
         refuse("event_tokens", f"holds token {bad}, but the model's vocabulary has {vocab_size} tokens.", index)
     if (steps < 0).any():
         refuse("event_steps", f"holds the step {int(steps.min())}.", index)
-    blocks = (tail + positions) // spec.block_size
+    blocks = spec.block_of(prompt_length + positions, prompt_length)
     for block in np.unique(blocks):
         own = np.unique(steps[blocks == block])
         if own[0] != 0 or own[-1] != len(own) - 1:

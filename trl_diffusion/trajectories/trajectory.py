@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..policies.spec import DiffusionSpec
+from .by_block import at_block, max_by_block
 
 
 NEVER = -1  # step of a position that was never unmasked
@@ -130,7 +131,7 @@ def response_blocks(spec: DiffusionSpec, prompt_lengths: Tensor, width: int) -> 
         `Tensor` of shape `(R, C)`: 0 for the block that holds the first response token, 1 for the next, and so on.
     """
     columns = torch.arange(width, device=prompt_lengths.device)
-    return (spec.prompt_tail(prompt_lengths)[:, None] + columns) // spec.block_size
+    return spec.block_of(prompt_lengths[:, None] + columns, prompt_lengths[:, None])
 
 
 def autoregressive_positions(spec: DiffusionSpec, prompt_lengths: Tensor, width: int) -> Tensor:
@@ -141,7 +142,7 @@ def autoregressive_positions(spec: DiffusionSpec, prompt_lengths: Tensor, width:
         Boolean `Tensor` of shape `(R, C)`.
     """
     columns = torch.arange(width, device=prompt_lengths.device)
-    first = (spec.prompt_tail(prompt_lengths)[:, None] + columns) % spec.block_size == 0
+    first = spec.place_of(prompt_lengths[:, None] + columns, prompt_lengths[:, None]) == 0
     return first & (spec.first_token == "autoregressive")
 
 
@@ -196,8 +197,6 @@ def global_steps(blocks: Tensor, steps: Tensor) -> Tensor:
     Returns:
         `Tensor` of shape `(R, C)`, -1 for never.
     """
-    num_blocks = int(blocks.max()) + 1 if blocks.numel() else 1
-    lengths = torch.zeros(len(blocks), num_blocks, dtype=torch.long, device=blocks.device)
-    lengths.scatter_reduce_(1, blocks, steps + 1, reduce="amax")  # number of steps of each block
+    lengths = max_by_block(blocks, steps + 1)  # number of steps of each block
     before = lengths.cumsum(1) - lengths
-    return torch.where(steps == NEVER, NEVER, steps + before.gather(1, blocks))
+    return torch.where(steps == NEVER, NEVER, steps + at_block(blocks, before))

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ..forward import attention_mask
-from ..spec import spec_fields
+from ..spec import sequence_blocks, spec_fields
 from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
 
 
@@ -45,7 +45,7 @@ def allowed_attention(fields: dict[str, Any], valid: Tensor, queries: int) -> Te
     keys = (valid | ~valid.any(1, keepdim=True))[:, None, None]
     if fields["attention"] == "full":
         return keys
-    blocks = token_positions(valid) // fields["block_size"]
+    blocks = sequence_blocks(token_positions(valid), fields["block_size"])
     return keys & (blocks[:, None, None, :] <= blocks[:, None, -queries:, None])
 
 
