@@ -39,8 +39,8 @@ def hold(): time.sleep(SECONDS)
 """
 
 
-def be_nobody_in_particular() -> None:
-    """Gives up capabilities, for programs run from here on too: root has no more rights to such a process than its user."""
+def give_up_capabilities() -> None:
+    """Gives up capabilities, in programs that are run next as well: what has none is within the reach of what has none."""
     pr_set_securebits, secbit_noroot = 28, 1
     confine._libc.prctl(pr_set_securebits, secbit_noroot)
     confine._drop_capabilities()
@@ -59,7 +59,7 @@ class World:
         os.set_inheritable(self.secret, True)
         self.temporary = folder / "temporary"
         self.temporary.mkdir()
-        self.process = subprocess.Popen(["sleep", "100000"], preexec_fn=be_nobody_in_particular)
+        self.process = subprocess.Popen(["sleep", "100000"], preexec_fn=give_up_capabilities)
         self.tcp = socket.create_server(("127.0.0.1", 0))
         self.port = self.tcp.getsockname()[1]
         self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
