@@ -22,7 +22,6 @@ LIMITS = SandboxLimits(
     wall_time=300, cpu_time=60, memory=256 * 2**20, disk=4 * 2**20, files=64, file_size=2**20, output=4096
 )
 PATIENT = SandboxLimits(wall_time=300, cpu_time=60)
-NONE = SandboxLimits(300, 60, memory=2**40, file_size=2**40, disk=2**40, files=10**6, output=2**20)
 SECRET = "swordfish"
 TESTS = """
 def check(candidate):
