@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipes import dtrpo_loop as loop
+from tests.closeness import assert_close
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
 from trl_diffusion import DiffusionSpec, tiny_policy_path
 from trl_diffusion.rewards import sudoku
@@ -179,7 +180,7 @@ def test_what_denoising_remembers(name):
     drawn, num_steps = loop.draw(found, torch.Generator().manual_seed(1))
     scored = loop.weigh(found, drawn, num_steps) > 0
     logps = loop.score(policy, spec, found, drawn)
-    torch.testing.assert_close(logps[scored], found.logps[scored], atol=1e-5, rtol=1e-5)
+    assert_close(logps[scored], found.logps[scored])
     loss = loop.grpo_loss(logps, found.logps, scored.float(), torch.linspace(-1, 1, len(prompts)))
     loss.backward()
     assert all(p.grad.isfinite().all() for p in policy.parameters())  # padding has log-probability -inf

@@ -22,7 +22,6 @@ LIMITS = SandboxLimits(
     wall_time=300, cpu_time=60, memory=256 * 2**20, disk=4 * 2**20, files=64, file_size=2**20, output=4096
 )
 PATIENT = SandboxLimits(wall_time=300, cpu_time=60)
-NONE = SandboxLimits(300, 60, memory=2**40, file_size=2**40, disk=2**40, files=10**6, output=2**20)
 SECRET = "swordfish"
 TESTS = """
 def check(candidate):
@@ -39,8 +38,8 @@ def hold(): time.sleep(SECONDS)
 """
 
 
-def be_nobody_in_particular() -> None:
-    """Gives up capabilities, for programs run from here on too: root has no more rights to such a process than its user."""
+def give_up_capabilities() -> None:
+    """Gives up capabilities, in programs that are run next as well: what has none is within the reach of what has none."""
     pr_set_securebits, secbit_noroot = 28, 1
     confine._libc.prctl(pr_set_securebits, secbit_noroot)
     confine._drop_capabilities()
@@ -59,7 +58,7 @@ class World:
         os.set_inheritable(self.secret, True)
         self.temporary = folder / "temporary"
         self.temporary.mkdir()
-        self.process = subprocess.Popen(["sleep", "100000"], preexec_fn=be_nobody_in_particular)
+        self.process = subprocess.Popen(["sleep", "100000"], preexec_fn=give_up_capabilities)
         self.tcp = socket.create_server(("127.0.0.1", 0))
         self.port = self.tcp.getsockname()[1]
         self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

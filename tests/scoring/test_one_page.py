@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import dtrpo_loop as loop
+from tests.closeness import assert_close, assert_close_gradients
 from tests.conftest import SPECS, STOP, make_policy, make_prompts, shared
 from tests.scoring.test_oracles import another
 from tests.trainer.conftest import codes, make_dataset
@@ -32,7 +33,6 @@ DECODINGS = {
         max_new_tokens=22, temperature=1.0, strategy="entropy_bound", entropy_bound=1.5, stop_rule="token"
     ),
 }
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(params=[*BLOCK_SPECS, *FAMILIES])
@@ -103,7 +103,7 @@ def test_denoising_is_the_decoders(policy, spec, per_step):
         place = slice(len(prompt), len(prompt) + length)
         assert found.tokens[row, place].tolist() == batch.completions()[row]
         assert torch.equal(found.steps[row, place], batch.steps[row, :length])
-        torch.testing.assert_close(found.logps[row, place], batch.logps[row, :length], **CLOSE)
+        assert_close(found.logps[row, place], batch.logps[row, :length])
         assert found.counted[row, place].all()
         stopped = int(found.tokens[row, place][-1]) in spec.stop_token_ids
         assert int(found.counted[row].sum()) == length or not stopped
@@ -130,13 +130,13 @@ def test_packed_scores_weights_and_gradients(policy, spec, decoding):
         found = score(moved, pack(batch, spec, states), spec)[0]
         wanted = loop.score(moved, spec, trajectories, drawn)
         scored = weights > 0
-        torch.testing.assert_close(found[states.weights > 0], wanted[scored], **CLOSE)
+        assert_close(found[states.weights > 0], wanted[scored])
         gradients = []
         for total in ((found * states.weights).sum(), (wanted[scored] * weights[scored]).sum()):
             moved.zero_grad()
             total.backward()
             gradients.append(torch.cat([p.grad.flatten() for p in moved.parameters() if p.grad is not None]))
-        torch.testing.assert_close(*gradients, atol=1e-4 * gradients[1].abs().max().item(), rtol=1e-4)
+        assert_close_gradients(*gradients)
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def test_draws_are_unbiased(policy, spec):
         here = trajectories.counted & ((trajectories.steps == step) | trajectories.autoregressive)
         ratio = torch.sub(*(loop.score(p, spec, trajectories, drawn) for p in policies))
         ratios = torch.where(here, ratio, ratios)
-    torch.testing.assert_close(ratios.sum(1), exact, atol=1e-4, rtol=1e-5)
+    assert_close(ratios.sum(1), exact)
 
     repeats = 2000
     many = loop.Trajectories(*(values.repeat(repeats, 1) for values in trajectories))
@@ -198,7 +198,7 @@ def test_an_update_of_the_trainer(name, tmp_path):
     advantages = loop.advantages_of(
         torch.tensor(codes(tokenizer.batch_decode(batch.completions(), skip_special_tokens=True))), 4
     )
-    torch.testing.assert_close(inputs["advantages"].flatten(), advantages, **CLOSE)
+    assert_close(inputs["advantages"].flatten(), advantages)
 
     seeds = [derive_seed(seed, 0) for seed in inputs["draw_seeds"].flatten().tolist()]
     drawn = drawn_at_positions(draw_steps(token_states(spec, batch), seeds).steps, trajectories.blocks)
@@ -211,11 +211,11 @@ def test_an_update_of_the_trainer(name, tmp_path):
 
     trainer.current_gradient_accumulation_steps = 1
     found = trainer._compute_loss(trainer.model, inputs)
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert_close(found, wanted)
     gradients = []
     for loss in (found, wanted):
         model.zero_grad()
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert gradients[1].abs().max() > 1e-3
-    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    assert_close_gradients(*gradients)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.distributions import Categorical
 from trl import GRPOTrainer
 
+from tests.closeness import assert_close, assert_close_gradients, close_to
 from tests.conftest import make_policy
 from tests.trainer.test_autoregression import loss_and_gradient, two_trainers  # noqa: F401
 from tests.trainer.test_trainer import per_row_inputs, slice_rows
@@ -43,12 +44,12 @@ def test_o8_blocks_of_one_give_trl_own_loss(two_trainers, name):  # noqa: F811
             results[kind, call] = loss_and_gradient(trainer, batch, both["loss_type"], "token", 0.05)
     for call in range(2):
         (loss, gradient), (wanted_loss, wanted_gradient) = results["ours", call], results["theirs", call]
-        torch.testing.assert_close(loss, wanted_loss, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(gradient, wanted_gradient, atol=1e-5, rtol=1e-4)
+        assert_close(loss, wanted_loss)
+        assert_close_gradients(gradient, wanted_gradient)
     assert ours.entropy_coef == pytest.approx(theirs.entropy_coef, rel=1e-6)
     for metric in ("policy_loss", "entropy", "vespo/phi_seq_mean"):
         found, wanted = (trainer._metrics["train"][metric] for trainer in (ours, theirs))
-        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6), metric
+        assert found == close_to(wanted), metric
     # Without the option TRL's gradient is another one, so the equality says something.
     theirs.top_entropy_quantile, theirs.off_policy_mask_threshold, theirs._entropy_bonus_enabled = 1.0, None, False
     loss_type = "dapo" if name == "vespo" else both["loss_type"]
@@ -89,16 +90,15 @@ def test_gradient_of_entropies(policy, spec, moved):
     model, spec, temperature = trainer.model, trainer.spec, 0.7
     _, entropies = score(model, layout, spec, temperature, compute_entropy=True, entropy_gradient=True)
     (entropies * layout.weights).sum().backward()
-    found = [p.grad.clone() for p in model.parameters()]
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
     logits = policy_logits(model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns)
     kept = [token for token in range(logits.shape[1]) if token != spec.mask_token_id]
     wanted = Categorical(logits=logits[:, kept].double() / temperature).entropy()
     places = (layout.responses, layout.canvas_columns)
-    torch.testing.assert_close(entropies[places].double(), wanted, atol=1e-5, rtol=1e-5)
+    assert_close(entropies[places].double(), wanted)
     (wanted * layout.weights[places]).sum().backward()
-    for gradient, parameter in zip(found, model.parameters(), strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, atol=1e-4, rtol=1e-4)
+    assert_close_gradients(found, torch.cat([p.grad.flatten() for p in model.parameters()]))
 
 
 def test_entropies_have_no_gradient_unless_it_is_asked_for(moved):
@@ -191,7 +191,7 @@ def test_the_loss_is_that_of_the_most_uncertain_tokens(moved):
     advantages = inputs["advantages"][:, None]
     terms = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
     wanted = (terms * layout.weights * chosen).sum() / inputs["num_items_in_batch"]
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-6)
+    assert loss.item() == close_to(wanted.item())
 
 
 # ----------------------------------------------------------------------------------------- off-policy mask, whole sequences
@@ -224,7 +224,8 @@ def test_nothing_is_off_policy_before_the_first_update(make_trainer, estimator):
         trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
         results.append(loss_and_gradient(trainer, inputs, "dapo", "token", 0.0))
     assert results[0][1].abs().max() > 1e-4
-    torch.testing.assert_close(results[1], results[0], atol=1e-7, rtol=1e-6)
+    assert_close(results[1][0], results[0][0])
+    assert_close_gradients(results[1][1], results[0][1])
 
 
 def test_vespo_takes_the_estimated_ratio_of_the_whole_response(moved):
@@ -238,7 +239,7 @@ def test_vespo_takes_the_estimated_ratio_of_the_whole_response(moved):
     phi = (scale + k * log_w - scale * log_w.exp()).exp()
     terms = -(phi * inputs["advantages"])[:, None] * logps * layout.weights
     wanted = terms.sum() / inputs["num_items_in_batch"]
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-6)
+    assert loss.item() == close_to(wanted.item())
 
 
 # --------------------------------------------------------------------------------------------------------------- others

@@ -10,6 +10,7 @@ from datasets import concatenate_datasets
 from peft import LoraConfig
 from trl.trainer.utils import RepeatSampler
 
+from tests.closeness import close_to
 from tests.conftest import make_policy
 from tests.offline.conftest import collection, prompt_dataset, run_collect, start  # noqa: F401
 from tests.trainer.conftest import make_dataset
@@ -78,12 +79,13 @@ def test_epochs_are_counted_as_they_are_run(num_rows, prompts, iterations, batch
 def test_an_incomplete_last_rollout(make_trainer, trajectories, other):
     """Of 7 rows, 4 at a time, each epoch leaves 3 out, so that there are more epochs than the rows alone say."""
     options = {**PAIRS, "dataset": trajectories.select(range(7)), "per_device_train_batch_size": 16, "max_steps": 6}
+    options["optim"] = "sgd"  # Adam makes whole steps of what rounding leaves of a gradient of 0
     plain = make_trainer(other, **options)
     plain.train()
     early = make_trainer(other, precompute_ref_log_probs=True, **options)
     early.train()
     assert early.state.global_step == 6 and early.ref_model is None
-    assert logs_of(early) == pytest.approx(logs_of(plain), rel=1e-4, abs=1e-6)
+    assert logs_of(early) == close_to(logs_of(plain))
 
 
 @pytest.fixture
