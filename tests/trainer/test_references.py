@@ -16,7 +16,7 @@ from tests.offline.conftest import collection, prompt_dataset, run_collect, star
 from tests.trainer.conftest import make_dataset
 from trl_diffusion import load_trajectories
 from trl_diffusion.trainer.data import count_epochs
-from trl_diffusion.trainer.reference import FILE
+from trl_diffusion.trainer.reference import FILE, load_reference
 
 
 PAIRS = {"loss_type": "dpo", "beta": 0.1, "learning_rate": 1e-2, "reward_funcs": None}
@@ -175,23 +175,26 @@ def test_a_resumed_run_has_the_reference_of_the_uninterrupted_one(make_trainer, 
 
 
 def test_a_checkpoint_without_its_reference(make_trainer, start, tmp_path):  # noqa: F811
-    train_moved(make_trainer, start, tmp_path, max_steps=3)
+    trainer = train_moved(make_trainer, start, tmp_path, max_steps=3)
     checkpoint = tmp_path / "run" / "checkpoint-3"
     file = checkpoint / FILE
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=f"{FILE} cannot be read"):
+    with pytest.raises(ValueError, match=rf"checkpoint-3 cannot be resumed: {FILE} has \d+ bytes, not the {len(whole)}"):
         train_moved(make_trainer, start, tmp_path, str(checkpoint))
+    # A checkpoint that says nothing of its files:
+    with pytest.raises(ValueError, match=f"{FILE} cannot be read"):
+        load_reference(trainer.ref_model, checkpoint)
     torch.save({"weight": torch.zeros(2)}, file)
     with pytest.raises(
         ValueError, match=f"{FILE} holds the weights of another model than the reference, Qwen3ForCausalLM"
     ):
-        train_moved(make_trainer, start, tmp_path, str(checkpoint))
+        load_reference(trainer.ref_model, checkpoint)
     file.unlink()
     with pytest.raises(
         ValueError, match=f"checkpoint-3 has no {FILE}, the reference that `sync_ref_model=True` had moved"
     ):
-        train_moved(make_trainer, start, tmp_path, str(checkpoint))
+        load_reference(trainer.ref_model, checkpoint)
 
 
 def test_a_checkpoint_of_a_reference_that_stays(make_trainer, start, tmp_path):  # noqa: F811

@@ -92,6 +92,23 @@ def draw_steps(
 
     Returns:
         [`StepDraw`]
+
+    Example: block 0 has two tokens and two steps, block 1 four tokens and three steps.
+
+    ```python
+    >>> import torch
+    >>> from trl_diffusion.scoring.draws import draw_steps
+    >>> from trl_diffusion.trajectories.trajectory import TokenStates
+    >>> blocks = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    >>> steps = torch.tensor([[1, 0, 0, 2, 1, 0]])  # the step at which each token was unmasked
+    >>> all_count = torch.ones_like(steps, dtype=torch.bool)
+    >>> draw = draw_steps(TokenStates(blocks, steps, all_count, all_count), seeds=[0])
+    >>> draw.steps.tolist()  # of both blocks, step 1
+    [[[1], [1]]]
+    >>> draw.weights.tolist()  # it was one of two steps in block 0, and one of three in block 1
+    [[[2.0], [3.0]]]
+
+    ```
     """
     if num_draws < 1:
         raise ValueError(f"`num_draws` must be at least 1, got {num_draws}.")

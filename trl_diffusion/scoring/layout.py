@@ -88,6 +88,40 @@ def pack(
         share_prompts (`bool`, *optional*, defaults to `False`):
             Block attention: whether responses share their prompt as above. Needs
             [`~policies.attention.enable_plans`] on the model.
+
+    Example: the states of the example of [`drawn_states`]. The clean part ends with block 0, since nothing looks back to
+    block 1.
+
+    ```python
+    >>> import torch
+    >>> from trl_diffusion import DiffusionSpec, TrajectoryBatch
+    >>> from trl_diffusion.scoring.draws import StepDraw
+    >>> from trl_diffusion.scoring.layout import pack
+    >>> from trl_diffusion.scoring.states import drawn_states
+    >>> spec = DiffusionSpec(mask_token_id=0, block_size=4)
+    >>> batch = TrajectoryBatch(
+    ...     prompt_ids=torch.tensor([[7, 8]]),
+    ...     prompt_mask=torch.tensor([[1, 1]]),
+    ...     canvas_ids=torch.tensor([[11, 12, 13, 14, 15, 16]]),
+    ...     steps=torch.tensor([[1, 0, 0, 2, 1, 0]]),
+    ...     logps=torch.zeros(1, 6),
+    ...     canvas_lengths=torch.tensor([6]),
+    ...     completion_lengths=torch.tensor([6]),
+    ... )
+    >>> draw = StepDraw(torch.tensor([[[0], [1]]]), torch.tensor([[[2.0], [3.0]]]), torch.ones(1, 2))
+    >>> layout = pack(batch, spec, drawn_states(batch, spec, draw))
+    >>> layout.input_ids.tolist()  # clean block 0, noisy block 0 (with the prompt), noisy block 1
+    [[7, 8, 11, 12, 7, 8, 0, 0, 13, 0, 0, 16]]
+    >>> layout.position_ids.tolist()
+    [[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]]
+    >>> layout.allowed.dense()[0, 0, [0, 4, 8]].int()  # what the first token of each of these three sees
+    tensor([[1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
+            [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1]], dtype=torch.int32)
+    >>> layout.columns.tolist(), layout.targets.tolist()  # where which token is scored
+    ([7, 10], [12, 15])
+
+    ```
     """
     if states.prompt_hidden is not None:
         hidden = states.prompt_hidden & (batch.prompt_mask > 0)

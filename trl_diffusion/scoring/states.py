@@ -63,6 +63,35 @@ def drawn_states(batch: TrajectoryBatch, spec: DiffusionSpec, draw: StepDraw, co
         spec ([`DiffusionSpec`]): facts about the policy.
         draw ([`StepDraw`]): groups and steps are those of [`token_states`].
         counted (boolean `Tensor` of shape `(R, C)`, *optional*): tokens that may be scored. Defaults to the completions.
+
+    Example: a prompt of two tokens, and blocks of four. So block 0 has the prompt and two tokens of the canvas, and
+    block 1 the other four.
+
+    ```python
+    >>> import torch
+    >>> from trl_diffusion import DiffusionSpec, TrajectoryBatch
+    >>> from trl_diffusion.scoring.draws import StepDraw
+    >>> from trl_diffusion.scoring.states import drawn_states
+    >>> spec = DiffusionSpec(mask_token_id=0, block_size=4)
+    >>> batch = TrajectoryBatch(
+    ...     prompt_ids=torch.tensor([[7, 8]]),
+    ...     prompt_mask=torch.tensor([[1, 1]]),
+    ...     canvas_ids=torch.tensor([[11, 12, 13, 14, 15, 16]]),
+    ...     steps=torch.tensor([[1, 0, 0, 2, 1, 0]]),
+    ...     logps=torch.zeros(1, 6),
+    ...     canvas_lengths=torch.tensor([6]),
+    ...     completion_lengths=torch.tensor([6]),
+    ... )
+    >>> draw = StepDraw(torch.tensor([[[0], [1]]]), torch.tensor([[[2.0], [3.0]]]), torch.ones(1, 2))
+    >>> states = drawn_states(batch, spec, draw)
+    >>> states.hidden.int().tolist()  # what steps 0 and 1 of the two blocks, and later ones, unmasked
+    [[[1, 1, 0, 1, 1, 0]]]
+    >>> states.coefficients.tolist()  # what these two steps unmasked is scored
+    [[[0.0, 1.0, 0.0, 0.0, 1.0, 0.0]]]
+    >>> states.weights.tolist()
+    [[0.0, 2.0, 0.0, 0.0, 3.0, 0.0]]
+
+    ```
     """
     groups, steps, drawable, counted = token_states(spec, batch, counted)
     num_groups, num_draws = draw.steps.shape[1:]
