@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from tests.conftest import make_policy
@@ -60,7 +60,9 @@ def test_a_mean_over_nine_rows_is_a_ninth(make_trainer):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, tokenizer, char_spec):
     path = tmp_path_factory.mktemp("start")
-    policy = make_policy(char_spec, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=1)
+    policy = make_policy(
+        char_spec, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=1
+    )
     policy.save_pretrained(path)
     return str(path)
 
@@ -111,7 +113,11 @@ def test_figures_are_those_of_trl_for_a_single_batch(make_trainer, start, case):
     trainer._metrics["eval"].clear()
     del trainer._row_seeds
     assert {"kl", "entropy", "reward", "rewards/number/std", "completions/mean_length", "loss"} <= set(expected)
-    assert abs(expected["loss"]) > 1e-3 and expected["kl"] > 1e-3 and expected["rewards/number/mean"] == pytest.approx(7 / 3)
+    assert (
+        abs(expected["loss"]) > 1e-3
+        and expected["kl"] > 1e-3
+        and expected["rewards/number/mean"] == pytest.approx(7 / 3)
+    )
     if case not in ("cispo", "luspo by sequences"):
         assert 0 < expected["clip_ratio/region_mean"] < 1
     assert {name: ours[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -229,7 +235,7 @@ def test_training_is_the_same_with_evaluations(make_trainer):
         options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4} if evaluated else {}
         trainer = make_trainer(
             kwargs={"eval_dataset": make_dataset(3)} if evaluated else None,
-            num_iterations=2, steps_per_generation=2, per_device_train_batch_size=2, **options,
+            steps_per_generation=2, per_device_train_batch_size=2, **options,
         )  # fmt: skip
         torch.manual_seed(5)
         trainer.train()
