@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -12,7 +12,6 @@ from tests.offline.conftest import collection, start  # noqa: F401
 from tests.trainer.conftest import make_dataset
 from trl_diffusion import load_trajectories
 from trl_diffusion.trainer.checkpoints import last_complete_checkpoint
-from trl_diffusion.trainer.resume import Progress
 
 
 # Settings, optimizer steps and checkpoint of a run over 6 prompts, two groups of four at a time.
@@ -28,6 +27,9 @@ CASES = {
     "a short last step": ({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, 5, 3),
     "without groups in a batch": ({"num_iterations": 2, "per_device_train_batch_size": 2, "steps_per_generation": 4}, 8, 5),
     "pairs": ({"loss_type": "dpo", "num_iterations": 2, "steps_per_generation": 2}, 9, 6),
+    "evaluated after it was saved": (
+        {"eval_strategy": "epoch", "per_device_train_batch_size": 2, "steps_per_generation": 4}, 14, 12,
+    ),
 }  # fmt: skip
 RUNS = [("online", case) for case in CASES] + [
     ("offline", case) for case in ("second epoch", "between both", "rollouts across steps", "pairs")
@@ -56,6 +58,8 @@ def test_resume_repeats_the_uninterrupted_run(make_trainer, start, collection, t
         "per_device_train_batch_size": 8, "max_steps": steps, "save_strategy": "steps", "save_steps": checkpoint,
         "output_dir": str(tmp_path), "beta": 0.05, **changes,
     }  # fmt: skip
+    if "eval_strategy" in options:
+        options["kwargs"] = {"eval_dataset": make_dataset(2)}
     if source == "online":
         options["dataset"] = make_dataset(6)
     else:
@@ -77,32 +81,46 @@ def test_resume_repeats_the_uninterrupted_run(make_trainer, start, collection, t
         assert torch.equal(expected, found), name
 
 
-@pytest.mark.slow
-def test_a_checkpoint_without_a_rollout(make_trainer, start, tmp_path, caplog):  # noqa: F811
-    """One of another program, or of another number of processes, still serves; a damaged file is named."""
+@pytest.mark.parametrize("logging_steps", [4, 5])
+def test_the_log_goes_on_where_it_was(make_trainer, start, tmp_path, logging_steps):  # noqa: F811
+    """Figures of the steps before the checkpoint that were not logged yet are part of the next entry; also the table of
+    completions, and the rollout that callbacks may draw."""
     options = {
-        "max_steps": 4,
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "num_iterations": 2,
-        "output_dir": str(tmp_path),
-    }
-    make_trainer(str(start), **options).train()
-    checkpoint = tmp_path / "checkpoint-3"
-    progress = Progress.load(checkpoint, 0, torch.device("cpu", 0))
-    assert progress.batches == 3 and len(progress.rollout) == 1
-    for change in (
-        lambda: replace(progress, num_processes=2).save(checkpoint, 0),
-        lambda: Progress.path(checkpoint, 0).unlink(),
-    ):
-        change()
-        trainer = make_trainer(str(start), **options)
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-        assert trainer.state.global_step == 4 and trainer._step == 4
-    assert "was written by 2 processes" in caplog.text and "holds no rollout" in caplog.text
-    Progress.path(checkpoint, 0).write_bytes(b"half a fi")
-    with pytest.raises(ValueError, match="rollout_0.pt cannot be read"):
-        make_trainer(str(start), **options).train(resume_from_checkpoint=str(checkpoint))
+        "max_steps": 6, "num_iterations": 4, "logging_steps": logging_steps, "save_strategy": "steps", "save_steps": 3,
+        "log_completions": True, "num_completions_to_print": 1,
+    }  # fmt: skip
+    whole = make_trainer(str(start), output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    part = make_trainer(str(start), output_dir=str(tmp_path / "part"), **options)
+    part.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+
+    def logged(trainer) -> list[dict]:
+        clocked = ("time", "throughput/", "memory/", "per_second", "total_flos")
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return [{k: v for k, v in entry.items() if not any(part in k for part in clocked)} for entry in history]
+
+    assert logged(whole) == logged(part) and len(logged(whole)) == 1
+    name = f"completions_0000{logging_steps}.parquet"
+    tables = [pd.read_parquet(tmp_path / run / "completions" / name) for run in ("whole", "part")]
+    assert len(tables[0]) == 4
+    pd.testing.assert_frame_equal(*tables)
+    for expected, found in zip(*(vars(t.last_rollouts).values() for t in (whole, part)), strict=True):
+        assert torch.equal(expected, found) if isinstance(expected, torch.Tensor) else expected == found
+
+
+@pytest.mark.slow
+def test_train_loss_is_that_of_this_call(make_trainer, start, tmp_path):  # noqa: F811
+    """Losses before the checkpoint are part of the log's next entry, but not of the mean that `train` returns."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    each, whole, part = (make_trainer(str(start), **options, logging_steps=steps) for steps in (1, 3, 3))
+    each.train()
+    losses = [entry["loss"] for entry in each.state.log_history if "loss" in entry]
+    whole.train()
+    mean = part.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).metrics["train_loss"]
+    (entry,) = [entry["loss"] for entry in part.state.log_history if "loss" in entry]
+    assert entry == pytest.approx(sum(losses[:3]) / 3, rel=1e-5, abs=1e-6)
+    # Older versions of transformers divide by all steps of the run.
+    assert any(mean * steps == pytest.approx(losses[2] + losses[3], rel=1e-4, abs=1e-5) for steps in (2, 4))
 
 
 def test_later_checkpoints_do_not_count_once_a_run_goes_back(make_trainer, start, tmp_path):  # noqa: F811
@@ -112,3 +130,15 @@ def test_later_checkpoints_do_not_count_once_a_run_goes_back(make_trainer, start
     again = make_trainer(str(start), **{**options, "max_steps": 3})
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+
+
+def test_a_run_that_starts_anew_does_not_go_on_from_the_one_before(make_trainer, start, tmp_path):  # noqa: F811
+    """Killed before it has saved anything, it starts anew again."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path)}
+    make_trainer(str(start), **options).train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    killed = make_trainer(str(start), **options)
+    killed.training_step = None  # the first step fails
+    with pytest.raises(TypeError):
+        killed.train()
+    assert last_complete_checkpoint(tmp_path) is None and (tmp_path / "checkpoint-2").exists()

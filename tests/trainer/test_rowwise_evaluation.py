@@ -237,7 +237,7 @@ def test_training_is_the_same_with_evaluations(make_trainer):
         options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4} if evaluated else {}
         trainer = make_trainer(
             kwargs={"eval_dataset": make_dataset(3)} if evaluated else None,
-            num_iterations=2, steps_per_generation=2, per_device_train_batch_size=2, **options,
+            steps_per_generation=2, per_device_train_batch_size=2, **options,
         )  # fmt: skip
         torch.manual_seed(5)
         trainer.train()

@@ -10,10 +10,13 @@ import textwrap
 
 import pytest
 import torch
+from transformers import Trainer
 from trl import GRPOTrainer
 
 from tests.trainer.test_trainer import per_row_inputs
 from trl_diffusion import DTRPOTrainer
+from trl_diffusion.trainer.evaluation import RowwiseEvaluation
+from trl_diffusion.trainer.resume import ExactResume
 
 
 OVERRIDDEN = {
@@ -23,21 +26,37 @@ OVERRIDDEN = {
     "_compute_loss": ["self", "model", "inputs"],
     "get_high_entropy_mask": ["self", "entropies", "mask", "threshold"],
 }
-# What a resumed run needs: the order of the epochs, and the rollout beside the random state.
+# What a resumed run needs: the place in the data, and the rollout beside the random state.
 RESUMING = {
     "_get_train_sampler": ["self"],
+    "_init_training_state": [
+        *("self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"),
+    ],
     "_save_rng_state": ["self", "output_dir"],
-    "_load_rng_state": ["self", "checkpoint"],
+    "_save_checkpoint": ["self", "model", "trial"],
     # A family's own weight names.
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_load_best_model": ["self"],
 }
+# What figures over rows need.
+EVALUATING = {
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "evaluation_loop": [
+        *("self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
+    ],
+    "evaluate": ["self", "eval_dataset"],
+    "predict": ["self", "test_dataset"],
+    "get_eval_dataloader": ["self", "eval_dataset"],
+    "get_test_dataloader": ["self", "test_dataset"],
+    "log": ["self", "logs", "start_time"],
+}
+METHODS = {**OVERRIDDEN, **RESUMING, **EVALUATING}
 
 
-@pytest.mark.parametrize("method", [*OVERRIDDEN, *RESUMING])
+@pytest.mark.parametrize("method", METHODS)
 def test_signatures_of_overridden_methods(method):
     parameters = list(inspect.signature(getattr(GRPOTrainer, method)).parameters)
-    expected = {**OVERRIDDEN, **RESUMING}[method]
+    expected = METHODS[method]
     assert parameters[: len(expected)] == expected or parameters[:1] + ["*"] == ["self", "*"], (
         f"GRPOTrainer.{method} now takes {parameters}; DTRPOTrainer overrides it expecting {expected} first."
     )
@@ -82,9 +101,22 @@ def test_where_a_run_is_inside_a_rollout():
         assert name in source, f"GRPOTrainer._prepare_inputs no longer goes by `{name}`, which checkpoints keep."
 
 
+def test_what_is_kept_between_steps(make_trainer):
+    """What a checkpoint keeps of TRL's and transformers' trainers is there."""
+    trainer = make_trainer(max_steps=1)
+    assert trainer._step == 0 and trainer._buffered_inputs is None
+    assert set(trainer._metrics) == {"train", "eval"}
+    assert set(trainer._logs) == {"images", "prompt", "completion", "rewards", "advantages", "extra"}
+    source = inspect.getsource(Trainer._inner_training_loop)
+    begun = source.index("on_train_begin")
+    for name in ("self._tr_loss", "self._total_loss_scalar", "self._globalstep_last_logged"):
+        assert f"{name} = " in source[:begun], f"transformers no longer sets `{name}` before a run begins."
+
+
 def test_only_these_methods_are_overridden():
-    shared = {name for name in vars(DTRPOTrainer) if not name.startswith("__")} & set(dir(GRPOTrainer))
-    assert shared - {"_tag_names", "_name", "_abc_impl"} == {*OVERRIDDEN, *RESUMING, "_calculate_rewards", "train"}, (
+    ours = {name for part in (DTRPOTrainer, ExactResume, RowwiseEvaluation) for name in vars(part)}
+    shared = {name for name in ours if not name.startswith("__")} & set(dir(GRPOTrainer))
+    assert shared - {"_tag_names", "_name", "_abc_impl"} == {*METHODS, "train"}, (
         f"DTRPOTrainer hides {sorted(shared)} of GRPOTrainer: a name of ours collides with one of TRL's."
     )
 
