@@ -50,7 +50,9 @@ EVALUATING = {
     "get_test_dataloader": ["self", "test_dataset"],
     "log": ["self", "logs", "start_time"],
 }
-METHODS = {**OVERRIDDEN, **RESUMING, **EVALUATING}
+# What stored responses need: their columns, with `remove_unused_columns=True`.
+READING = {"_set_signature_columns_if_needed": ["self"]}
+METHODS = {**OVERRIDDEN, **RESUMING, **EVALUATING, **READING}
 
 
 @pytest.mark.parametrize("method", METHODS)
