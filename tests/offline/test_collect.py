@@ -222,3 +222,18 @@ def test_fingerprints(start, tokenizer, char_spec, tmp_path):
     assert fingerprint_tokenizer(other) == fingerprint_tokenizer(tokenizer)
     other.add_tokens(["another"])
     assert fingerprint_tokenizer(other) != fingerprint_tokenizer(tokenizer)
+
+
+async def later(completions, **kwargs) -> list[float | None]:
+    """Asynchronous, and not always applicable."""
+    return [None if len(text) % 2 else float("nan") if len(text) % 3 else float(len(text)) for text in completions]
+
+
+def test_every_kind_of_reward_that_trains_is_collected(start, tmp_path, tokenizer):
+    path = run_collect(start, tmp_path / "out", tokenizer, prompt_dataset(2), reward_funcs=[later, codes])
+    rows = table_of(path)
+    assert {name for name in rows[0] if name.startswith("reward_")} == {"reward_later", "reward_codes"}
+    for row in rows:
+        for index, reward in enumerate(row["reward_later"]):
+            number = row["completion_lengths"][index]
+            assert reward is None or (reward % 6 == 0 and reward <= number)

@@ -139,7 +139,7 @@ def test_collected_rewards(start, tokenizer, tmp_path):  # noqa: F811
 
     stored = load_trajectories(run_collect(start, tmp_path / "nan", tokenizer, reward_funcs=sometimes))
     assert stored[0]["reward_sometimes"] == [0.0, None, 2.0, 3.0]
-    with pytest.raises(ValueError, match="The reward function `infinite` returned inf for a response to row 1"):
+    with pytest.raises(ValueError, match="The reward function 'infinite' returned inf for a response to row 1"):
         run_collect(start, tmp_path / "inf", tokenizer, reward_funcs=infinite)
     assert not list((tmp_path / "inf").glob("data/*.parquet"))
 

@@ -180,7 +180,9 @@ def test_a_checkpoint_without_its_reference(make_trainer, start, tmp_path):  # n
     file = checkpoint / FILE
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=rf"checkpoint-3 cannot be resumed: {FILE} has \d+ bytes, not the {len(whole)}"):
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-3 cannot be resumed: {FILE} has \d+ bytes, not the {len(whole)}"
+    ):
         train_moved(make_trainer, start, tmp_path, str(checkpoint))
     # A checkpoint that says nothing of its files:
     with pytest.raises(ValueError, match=f"{FILE} cannot be read"):

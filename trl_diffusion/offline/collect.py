@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
 from ..policies.prompts import check_visible, tokenize_prompts
 from ..policies.spec import DiffusionSpec, get_spec
+from ..rewards.call import RewardCaller, RewardFunc, as_stored
 from ..seeds import derive_seed
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
@@ -45,7 +44,7 @@ def collect(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
-    reward_funcs: Callable | list[Callable],
+    reward_funcs: RewardFunc | list[RewardFunc] | RewardCaller,
     output_dir: str | Path,
     decoding: DecodingConfig,
     num_responses: int = 8,
@@ -69,8 +68,9 @@ def collect(
             Its tokenizer.
         prompts ([`~datasets.Dataset`]):
             A `prompt` column, standard or conversational; the other columns reach the reward functions and are kept.
-        reward_funcs (callable or list of callables):
-            With TRL's signature; each gives a column `reward_NAME`.
+        reward_funcs (`RewardFunc`, `list[RewardFunc]` or [`~rewards.call.RewardCaller`]):
+            As for [`~trl.GRPOTrainer`]: functions, asynchronous ones too, and reward models. Each gives a column
+            `reward_NAME`, which holds null where it returned `None` or NaN.
         output_dir (`str` or `Path`):
             A new directory, or that of an interrupted collection.
         decoding ([`DecodingConfig`]):
@@ -97,8 +97,7 @@ def collect(
             differences are named). Later, if a reward function gives something else than one finite number or `None` for
             each response; the shard is then not written.
     """
-    reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-    names = [_name(function) for function in reward_funcs]
+    caller = reward_funcs if isinstance(reward_funcs, RewardCaller) else RewardCaller(reward_funcs)
     output_dir = Path(output_dir)
     spec = get_spec(model.config) if spec is None else spec
     for what, value in (
@@ -108,68 +107,51 @@ def collect(
     ):
         if value < 1:
             raise ValueError(f"`{what}` must be at least 1, got {value}.")
-    prompt_ids = _check_source(prompts, tokenizer, names, spec, model.config, decoding.max_new_tokens)
+    prompt_ids = _check_source(prompts, tokenizer, caller.names, spec, model.config, decoding.max_new_tokens)
     provenance = Provenance(
         fingerprint_policy(model), fingerprint_tokenizer(tokenizer), spec, {"decoder": "loop", **decoding.to_dict()}
     )
-    num_shards = -(-len(prompts) // rows_per_shard)
     plan = {
         "format_version": FORMAT_VERSION,
         "policy_fingerprint": provenance.policy_fingerprint,
         "tokenizer_fingerprint": provenance.tokenizer_fingerprint,
         "spec": spec.to_dict(),
         "decoding": provenance.decoding,
-        "rewards": names,
+        "rewards": caller.names,
         "num_responses": num_responses,
         "num_prompts": len(prompts),
         "prompts_fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(prompt_ids).encode()),
         "rows_per_shard": rows_per_shard,
-        "num_shards": num_shards,
+        "num_shards": -(-len(prompts) // rows_per_shard),
         "seed": seed,
         "policy": getattr(model.config, "_name_or_path", ""),
         "tokenizer": tokenizer.name_or_path,
     }
     state = PartialState()
-    with state.main_process_first():  # the plan is there, and rubbish is gone, before anyone looks
-        if state.is_main_process:
-            _prepare(output_dir, plan)
-    missing = [shard for shard in range(num_shards) if not _shard_path(output_dir, shard).exists()]
-    state.wait_for_everyone()
-    own = missing[state.process_index :: state.num_processes]
-
+    own = _own_shards(output_dir, plan, state)
     was_training = model.training
     model.eval()
-    bar = tqdm(
-        total=sum(min(rows_per_shard, len(prompts) - shard * rows_per_shard) for shard in own) * num_responses,
-        desc="collecting",
-        unit="response",
-        disable=disable_tqdm or not state.is_main_process,
-    )
-    started, tokens = time.perf_counter(), 0
+    total = sum(len(_rows_of(shard, plan)) for shard in own) * num_responses
+    progress = _Progress(total, disable_tqdm or not state.is_main_process)
     try:
         for shard in own:
-            rows = range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, len(prompts)))
+            jobs = [(row, response) for row in _rows_of(shard, plan) for response in range(num_responses)]
             batches = []
-            jobs = [(row, response) for row in rows for response in range(num_responses)]
             for begin in range(0, len(jobs), batch_size):
                 part = jobs[begin : begin + batch_size]
                 seeds = [derive_seed(seed, row, response) for row, response in part]
                 batches.append(decode(model, [prompt_ids[row] for row, _ in part], decoding, spec, seeds).to("cpu"))
-                tokens += int(batches[-1].completion_lengths.sum())
-                bar.update(len(part))
-                bar.set_postfix({"tokens/s": f"{tokens / (time.perf_counter() - started):.0f}"})
+                progress.add(batches[-1])
             batch = TrajectoryBatch.concatenate(batches)
             table = to_rows(batch, spec, num_responses, provenance)
-            rewards = _score(batch, prompts, rows, num_responses, tokenizer, reward_funcs, names)
-            source = prompts.select(rows).to_list()
-            for offset, row in enumerate(rows):
-                table[offset] = {**source[offset], "row": row, **table[offset]}
-                for name in names:
-                    here = slice(offset * num_responses, (offset + 1) * num_responses)
-                    table[offset][REWARD_PREFIX + name] = rewards[name][here]
-            _write(_shard_path(output_dir, shard), table, names)
+            rewards = _score(batch, prompts, [row for row, _ in jobs], tokenizer, caller)
+            _write(
+                _shard_path(output_dir, shard),
+                _with_source(table, prompts, _rows_of(shard, plan), rewards),
+                caller.names,
+            )
     finally:
-        bar.close()
+        progress.bar.close()
         model.train(was_training)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -178,8 +160,51 @@ def collect(
     return output_dir
 
 
-def _name(function: Callable) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+def _own_shards(output_dir: Path, plan: dict[str, Any], state: PartialState) -> list[int]:
+    """The shards that are missing and are for this process to make."""
+    with state.main_process_first():  # the plan is there, and rubbish is gone, before anyone looks
+        if state.is_main_process:
+            _prepare(output_dir, plan)
+    missing = [shard for shard in range(plan["num_shards"]) if not _shard_path(output_dir, shard).exists()]
+    state.wait_for_everyone()
+    return missing[state.process_index :: state.num_processes]
+
+
+def _rows_of(shard: int, plan: dict[str, Any]) -> range:
+    """The prompts of a shard."""
+    size = plan["rows_per_shard"]
+    return range(shard * size, min((shard + 1) * size, plan["num_prompts"]))
+
+
+class _Progress:
+    """A progress bar of responses, with tokens per second over the whole run."""
+
+    def __init__(self, total: int, disable: bool):
+        self.bar = tqdm(total=total, desc="collecting", unit="response", disable=disable)
+        self.started, self.tokens = time.perf_counter(), 0
+
+    def add(self, batch: TrajectoryBatch) -> None:
+        self.tokens += int(batch.completion_lengths.sum())
+        self.bar.update(len(batch))
+        self.bar.set_postfix({"tokens/s": f"{self.tokens / (time.perf_counter() - self.started):.0f}"})
+
+
+def _with_source(
+    table: list[dict[str, Any]], prompts: Dataset, rows: range, rewards: dict[str, list[float | None]]
+) -> list[dict[str, Any]]:
+    """Rows of trajectories with the columns of their prompts and the rewards of their responses."""
+    size = len(next(iter(rewards.values()))) // len(rows)
+    return [
+        {
+            **source,
+            "row": row,
+            **trajectories,
+            **{REWARD_PREFIX + name: values[place * size : (place + 1) * size] for name, values in rewards.items()},
+        }
+        for place, (row, source, trajectories) in enumerate(
+            zip(rows, prompts.select(rows).to_list(), table, strict=True)
+        )
+    ]
 
 
 def _check_source(prompts, tokenizer, names, spec, config, max_new_tokens) -> list[list[int]]:
@@ -188,10 +213,6 @@ def _check_source(prompts, tokenizer, names, spec, config, max_new_tokens) -> li
         raise ValueError(f"The dataset has no `prompt` column; it has {sorted(prompts.column_names)}.")
     if len(prompts) == 0:
         raise ValueError("The dataset is empty.")
-    if not names:
-        raise ValueError("No reward function was given.")
-    if len(set(names)) != len(names):
-        raise ValueError(f"Reward functions need different names, got {names}.")
     taken = sorted(
         name for name in prompts.column_names if name in OWN_COLUMNS or name.startswith(REWARD_PREFIX)
     )  # `reward_...` would be read as a stored reward
@@ -248,42 +269,23 @@ def _shard_path(output_dir: Path, shard: int) -> Path:
 def _score(
     batch: TrajectoryBatch,
     prompts: Dataset,
-    rows: range,
-    num_responses: int,
+    rows: list[int],
     tokenizer: PreTrainedTokenizerBase,
-    reward_funcs: list[Callable],
-    names: list[str],
+    caller: RewardCaller,
 ) -> dict[str, list[float | None]]:
-    """Calls the reward functions as TRL does."""
+    """The rewards of responses to the prompts at `rows`, as they are stored."""
     completion_ids = batch.completions()
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    source = prompts.select([row for row in rows for _ in range(num_responses)])
+    source = prompts.select(rows)
     columns = {name: list(source[name]) for name in source.column_names}
-    completions: list[str] | list[list[dict[str, str]]]
+    completions: list[str] | list[list[dict[str, str]]] = texts
     if is_conversational({"prompt": columns["prompt"][0]}):
         completions = [[{"role": "assistant", "content": text}] for text in texts]
-    else:
-        completions = texts
-    column = columns.pop("prompt")
-    rewards = {}
-    for name, function in zip(names, reward_funcs, strict=True):
-        values = function(prompts=column, completions=completions, completion_ids=completion_ids, **columns)
-        if len(values) != len(texts):
-            raise ValueError(
-                f"The reward function `{name}` returned {len(values)} rewards for {len(texts)} responses."
-            )
-        rewards[name] = [_reward(value, name, rows[place // num_responses]) for place, value in enumerate(values)]
-    return rewards
-
-
-def _reward(value: Any, name: str, row: int) -> float | None:
-    """A reward as it is stored: `None` for not applicable, which TRL takes NaN for, too."""
-    reward = math.nan if value is None else float(value)
-    if abs(reward) > torch.finfo(torch.float32).max:
-        raise ValueError(
-            f"The reward function `{name}` returned {reward} for a response to row {row}; rewards must be finite in float32."
-        )
-    return None if math.isnan(reward) else reward
+    rewards = caller(columns.pop("prompt"), completions, completion_ids, columns)
+    return {
+        name: [as_stored(value, name, f"a response to row {row}") for row, value in zip(rows, values, strict=True)]
+        for name, values in rewards.items()
+    }
 
 
 def _write(path: Path, table: list[dict[str, Any]], names: list[str]) -> None:

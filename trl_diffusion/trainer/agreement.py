@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+
+from ..rewards.call import check_rewards, is_asynchronous
 
 
 def fail_together(accelerator: Accelerator, error: Exception | None, what: str) -> None:
@@ -44,18 +45,11 @@ def failing_together(reward_func: Callable, name: str, accelerator: Accelerator)
     """
     what = f"The reward function {name!r}"
 
-    def check(rewards, completions) -> None:
-        if len(rewards) != len(completions):
-            raise ValueError(f"{what} returned {len(rewards)} rewards for {len(completions)} completions.")
-        for reward in rewards:
-            if reward is not None:
-                float(reward)
-
     def call(completions, **kwargs):
         rewards, failure = None, None
         try:
             rewards = reward_func(completions=completions, **kwargs)
-            check(rewards, completions)
+            check_rewards(rewards, len(completions), name)
         except Exception as error:
             failure = error
         fail_together(accelerator, failure, what)
@@ -65,13 +59,10 @@ def failing_together(reward_func: Callable, name: str, accelerator: Accelerator)
         rewards, failure = None, None
         try:
             rewards = await reward_func(completions=completions, **kwargs)
-            check(rewards, completions)
+            check_rewards(rewards, len(completions), name)
         except Exception as error:
             failure = error
         fail_together(accelerator, failure, what)
         return rewards
 
-    asynchronous = inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(
-        getattr(reward_func, "__call__", None)  # noqa: B004
-    )
-    return call_async if asynchronous else call
+    return call_async if is_asynchronous(reward_func) else call
