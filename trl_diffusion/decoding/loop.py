@@ -306,13 +306,14 @@ class DenoisingLoop:
         places = (self._to_device(row_of), self._to_device(column_of))
         uniforms = self._uniforms(lanes, window)
         noise = uniforms[0][places] if uniforms is not None and self.config.temperature > 0 else None
-        tokens, logps, log_probs = propose(logits, self.spec, self.config, noise)
+        proposal = propose(logits, self.spec, self.config, noise)
+        tokens = proposal.tokens
         candidates = torch.from_numpy(window.candidates).to(self.device)
         view = StepView(
             candidates=candidates,
             quota=self._to_device(window.quota),
-            token_logps=torch.zeros(candidates.shape, device=self.device).index_put(places, logps),
-            log_probs=log_probs,
+            token_logps=torch.zeros(candidates.shape, device=self.device).index_put(places, proposal.seen_logps),
+            log_probs=proposal.seen,
             places=places,
             config=self.config,
             uniforms=uniforms[1] if uniforms is not None and self._strategy_is_random else None,
@@ -330,7 +331,7 @@ class DenoisingLoop:
             chosen = chosen & (tokens != self.spec.mask_token_id)
         where = (self._to_device(rows[row_of]), self._to_device(window.positions[row_of, column_of]))
         self.ids[where] = torch.where(chosen, tokens, self.spec.mask_token_id)
-        self.logps[where] = torch.where(chosen, logps, 0.0)
+        self.logps[where] = torch.where(chosen, proposal.logps, 0.0)
         return tokens, chosen
 
     def _uniforms(self, lanes: list[Lane], window: Window) -> Tensor | None:

@@ -61,7 +61,7 @@ def from_preferences(
         tokens_per_step (`int`, *optional*, defaults to `1`):
             Tokens unmasked at a step.
         temperature (`float`, *optional*, defaults to `1.0`):
-            What `"confidence"` divides logits by.
+            What `"confidence"` divides logits by for the log-probabilities that it records.
         model (`nn.Module`, *optional*):
             The policy that `"confidence"` asks. What it says is kept in the cache of `datasets` and read from there
             when the same policy is asked about the same responses with the same settings again.
@@ -108,6 +108,7 @@ def from_preferences(
             "order": decoding_order,
             "tokens_per_step": tokens_per_step,
             "temperature": temperature if recorded else None,
+            **({"tempered_confidence": False} if recorded else {}),  # which probabilities gave the order
         },
     )
     size = max(batch_size // 2, 1) * 2
