@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..policies.forward import policy_logits
+from ..policies.forward import NON_FINITE_ADVICE, NonFiniteLogits, policy_logits
 from ..policies.spec import DiffusionSpec
 from ..scoring.layout import pack
 from ..scoring.score import score_logits
@@ -102,6 +102,9 @@ def replay_confidence(
         spec ([`DiffusionSpec`]): facts about the policy.
         tokens_per_step (`int`, *optional*, defaults to `1`): tokens unmasked at a step.
         temperature (`float`, *optional*, defaults to `1.0`): what logits are divided by for what is recorded.
+
+    Raises:
+        NonFiniteLogits: a `FloatingPointError`, if a log-probability is NaN or infinite.
     """
     device = next(model.parameters()).device
     batch = batch.to(device)
@@ -126,6 +129,10 @@ def replay_confidence(
         )
         values, _ = score_logits(logits, layout, spec, temperature)
         sure = values if temperature in (0.0, 1.0) else score_logits(logits, layout, spec)[0]
+        broken = ~values.isfinite().all(1)
+        if broken.any():
+            reason = f"the policy's log-probabilities of the response are NaN or infinite. {NON_FINITE_ADVICE}"
+            raise NonFiniteLogits(int(broken.nonzero()[0]), reason)
         logps = torch.where(unread, values, logps)
         seen |= unread
         picked = active & (_ranks(-sure.double(), blocks, active) < tokens_per_step)

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
@@ -29,7 +35,7 @@ from ..objectives.pairwise import make_pairs, pairwise_loss
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
 from ..policies.forward import check_attention, unwrap
-from ..policies.loading import load_config, load_renamed_weights, needs_tokenizer, resolve_spec
+from ..policies.loading import load_config, load_renamed_weights, resolve_spec
 from ..policies.lora import check_targets, empty_model
 from ..policies.spec import set_spec
 from ..scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
@@ -53,7 +59,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch.utils.data import Sampler
-    from transformers import ProcessorMixin
     from transformers.trainer_utils import TrainOutput
 
 
@@ -179,9 +184,11 @@ class DTRPOTrainer(GRPOTrainer):
             _check_columns(name, dataset)
         # All that can be known before the weights are loaded.
         config = _load_config(model, args)
-        if processing_class is None and needs_tokenizer(config, args.spec_overrides()):
+        if processing_class is None:
             processing_class = _load_tokenizer(model)
-        spec = resolve_spec(config, args.spec_overrides(), processing_class)
+        is_processor = isinstance(processing_class, ProcessorMixin)
+        tokenizer = processing_class.tokenizer if is_processor else processing_class
+        spec = resolve_spec(config, args.spec_overrides(), tokenizer)
         if kwargs.get("peft_config") is not None:
             check_targets(empty_model(config) if isinstance(model, str) else model, kwargs["peft_config"])
 
@@ -191,9 +198,8 @@ class DTRPOTrainer(GRPOTrainer):
                 raise ValueError(
                     "`rescore_old_log_probs=True` is for fresh responses: another policy may have made stored ones."
                 )
-            processing_class = processing_class or _load_tokenizer(model)
             changed = kwargs.get("quantization_config") is not None
-            store = OfflineData(model, config, args, spec, processing_class, reward_funcs, changed)
+            store = OfflineData(model, config, args, spec, tokenizer, reward_funcs, changed)
             train_dataset, eval_dataset = store.prepare(train_dataset, eval_dataset)
             reward_funcs = reward_funcs or store.reward_funcs
         elif args.precompute_ref_log_probs:
