@@ -14,8 +14,8 @@ import yaml
 from accelerate import PartialState
 
 
-# What a user can set right: options, files, data, what is installed.
-USER_ERRORS = (ImportError, OSError, OverflowError, ValueError, yaml.YAMLError)
+# What a user can set right: options, files, data, what is installed, a policy whose numbers are not finite.
+USER_ERRORS = (FloatingPointError, ImportError, OSError, OverflowError, ValueError, yaml.YAMLError)
 
 
 def exit_code(work: Callable[[], object]) -> int:

@@ -28,17 +28,19 @@ CASES = {
     ),
     "dream": (
         {"block_size": 24},
-        DecodingConfig(24, steps_per_block=24, schedule="linear", top_k=50, allow_mask_token=True),
+        DecodingConfig(
+            24, steps_per_block=24, schedule="linear", top_k=50, allow_mask_token=True, tempered_confidence=True
+        ),
         "prompt",
         "gen_maskgit_plus",
     ),
     "fast_dllm_v2": (
         {"mask_token_id": 300},
-        DecodingConfig(77, strategy="threshold", threshold=1.0, sub_block_size=8),
+        DecodingConfig(77, strategy="threshold", threshold=1.0, sub_block_size=8, tempered_confidence=True),
         "prompt_20",
         "gen_20_thr1.0",
     ),
-    "sdar": ({}, DecodingConfig(22, tokens_per_step=1), "prompt", "gen_static4"),
+    "sdar": ({}, DecodingConfig(22, tokens_per_step=1, tempered_confidence=True), "prompt", "gen_static4"),
 }
 
 

@@ -76,6 +76,7 @@ def test_dream(alg, length, steps, top_k):
         top_k=top_k,
         allow_mask_token=True,
         stop_token_ids=(),
+        tempered_confidence=True,
     )
     check(
         model, prompts, config, lambda x: published.dream(model, x, length, steps, MASK, alg, top_k), block_size=length
@@ -96,6 +97,7 @@ def test_fast_dllm_v2(threshold, seed):
             sub_block_size=8,
             stop_token_ids=() if stop < 0 else (stop,),
             stop_rule="token",
+            tempered_confidence=True,
         )
 
         def loop(x, stop=stop):
@@ -121,7 +123,7 @@ STRATEGIES = {
 def test_sdar(name, block, tokens):
     model = make("sdar", 3, block_size=block, head_dim=16)
     prompts = [make_prompt(length, 3) for length in (1, 4, 10, 19)]
-    config = DecodingConfig(25, tokens_per_step=tokens, **STRATEGIES[name])
+    config = DecodingConfig(25, tokens_per_step=tokens, tempered_confidence=True, **STRATEGIES[name])
     threshold = config.entropy_bound if name == "entropy_bounded" else config.threshold
     taken = set()
 

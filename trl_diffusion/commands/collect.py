@@ -55,6 +55,10 @@ class CollectArguments:
         default=0.9, metadata={"help": "Probability above which 'threshold' unmasks a position."}
     )
     sub_block_size: int | None = field(default=None, metadata={"help": "Parts of a block, from left to right."})
+    tempered_confidence: bool = field(
+        default=False,
+        metadata={"help": "Whether `decoding_strategy` looks at the distribution after `temperature`."},
+    )
 
 
 # Options of `trl.ModelConfig` that are for loading a model; the others are for training it.
@@ -80,6 +84,7 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
         tokens_per_step=args.tokens_per_step,
         threshold=args.confidence_threshold,
         sub_block_size=args.sub_block_size,
+        tempered_confidence=args.tempered_confidence,
     )
     path = model_args.model_name_or_path or tiny_policy_path()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or path, padding_side="left")

@@ -30,6 +30,7 @@ CHOICES = {
     "approximate_cache": APPROXIMATE_CACHES,
 }
 FLOATS = ("temperature", "threshold", "top_p", "entropy_bound")
+SWITCHES = ("allow_mask_token", "tempered_confidence")
 LISTS = ("suppress_tokens", "stop_token_ids")
 
 
@@ -127,7 +128,7 @@ def _settings() -> dict[str, str]:
 
 def _kind(name: str) -> dict[str, Any]:
     """How argparse is to read a setting."""
-    if name == "allow_mask_token":
+    if name in SWITCHES:
         return {"action": "store_true", "default": None}
     if name in LISTS:
         return {"type": int, "nargs": "*", "metavar": "ID"}

@@ -30,7 +30,8 @@ class DecodingConfig:
             `"random"`, `"left_to_right"`. As many as the distributions allow: `"threshold"` (every position whose
             sampled token has a probability above `threshold`, at least as many as the schedule says),
             `"entropy_bound"` (lowest entropy, as long as they add up to less than `entropy_bound`, at least one). Or a
-            function of your own, see [`decoding.strategies`].
+            function of your own, see [`decoding.strategies`]. Which distributions they look at, `tempered_confidence`
+            says.
         tokens_per_step (`int`, *optional*, defaults to `1`):
             Positions unmasked at a step, unless `steps_per_block` is set.
         threshold (`float`, *optional*, defaults to `0.9`):
@@ -70,6 +71,12 @@ class DecodingConfig:
             Whether the mask token may be proposed, with full attention and temperature 0. A position for which it is
             chosen stays masked and competes with those of later blocks for their steps; what is left in the end stays
             masked. This is LLaDA's published loop, token for token; its trajectories are no use for training.
+        tempered_confidence (`bool`, *optional*, defaults to `False`):
+            Which distribution `strategy` reads probabilities, entropies and margins from. `False`: the policy's own, at
+            temperature 1 and without `suppress_tokens`, `top_k` and `top_p`, so that a threshold means the same at
+            every temperature (LLaDA, Fast-dLLM). `True`: the one that tokens are sampled from, after all of these
+            (Dream, SDAR, Fast-dLLM v2). With a low temperature every token then looks sure. The two are the same at
+            temperatures 0 and 1 without `suppress_tokens`, `top_k` and `top_p`.
 
     Log-probabilities are recorded under the distribution that was sampled from: after temperature, `suppress_tokens`,
     `top_k` and `top_p`. Scoring knows the temperature only, so training refuses the other three.
@@ -94,6 +101,7 @@ class DecodingConfig:
     stop_token_ids: tuple[int, ...] | None = None
     stop_rule: str = "block"
     approximate_cache: str | None = None
+    tempered_confidence: bool = False
 
     def __post_init__(self):
         for name in ("max_new_tokens", "tokens_per_step", "steps_per_block", "sub_block_size", "top_k"):
@@ -107,6 +115,9 @@ class DecodingConfig:
                 if not isinstance(value, list | tuple) or any(type(token) is not int or token < 0 for token in value):
                     raise ValueError(f"`{name}` must be a list of token ids, got {value!r}.")
                 object.__setattr__(self, name, tuple(value))
+        for name in ("allow_mask_token", "tempered_confidence"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be finite and not negative, got {self.temperature}.")
         if not callable(self.strategy) and self.strategy not in STRATEGIES:
@@ -137,6 +148,11 @@ class DecodingConfig:
             raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}.")
         if not 0 < self.entropy_bound < float("inf"):
             raise ValueError(f"`entropy_bound` must be positive and finite, got {self.entropy_bound}.")
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether some tokens are never sampled although the policy gives them a share."""
+        return bool(self.suppress_tokens) or self.top_k is not None or self.top_p is not None
 
     @property
     def is_random(self) -> bool:

@@ -61,6 +61,8 @@ def decode(
         ValueError: if there is no prompt, or one is empty, holds the mask token, or leaves no room for the response in
             the model's context; if the response is random and there is not one seed per prompt; or if a setting means
             nothing for this policy.
+        NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite; its message names the prompt
+            and the step.
         PeerFailed: with `keep_pace`, if decoding failed on another process.
     """
     base = unwrap(model)
@@ -97,6 +99,12 @@ def _check_settings(config: DecodingConfig, spec: DiffusionSpec, vocab_size: int
         outside = [token for token in getattr(config, name) or () if token >= vocab_size]
         if outside:
             raise ValueError(f"`{name}` holds {outside[0]}, but the model's vocabulary has {vocab_size} tokens.")
+    absent = [token for token in config.stop_token_ids or () if spec.is_absent(token)]
+    if absent:
+        raise ValueError(
+            f"`stop_token_ids` holds {absent[0]}, which the tokenizer does not have (`absent_token_ids` of the policy's "
+            "spec), so no response would end with it."
+        )
 
 
 def check_prompts(prompts: list[list[int]], spec: DiffusionSpec, config, max_new_tokens: int) -> None:
@@ -117,6 +125,12 @@ def check_prompts(prompts: list[list[int]], spec: DiffusionSpec, config, max_new
             raise ValueError(
                 f"Prompt {row} holds token {outside[0]}, but the model's vocabulary has {vocab_size} tokens. Is this "
                 "the model's own tokenizer?"
+            )
+        absent = [token for token in prompt if spec.is_absent(token)]
+        if absent:
+            raise ValueError(
+                f"Prompt {row} holds token {absent[0]}, which the tokenizer does not have (`absent_token_ids` of the "
+                "policy's spec)."
             )
         if context is None:
             continue

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..policies.forward import unwrap
-from ..policies.loading import resolve_spec
+from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.spec import DiffusionSpec
 from ..seeds import derive_seed
 from ..trajectories.trajectory import TrajectoryBatch
@@ -65,8 +65,8 @@ def generate(
         batch_size (`int`, *optional*): most responses decoded at once. All of them if `None`.
         streamer (`bool` or callable, *optional*, defaults to `False`): `True` shows the canvas being denoised in the terminal
             (see [`TerminalStreamer`]); a function is called after each step with the [`DenoisingLoop`].
-        spec ([`DiffusionSpec`], *optional*): facts about the policy. Defaults to those of the model's config, the mask token
-            to the tokenizer's.
+        spec ([`DiffusionSpec`], *optional*): facts about the policy. Defaults to those of the model's config. What
+            is left open (mask token, tokens that do not exist) comes from the tokenizer.
         settings: fields of [`DecodingConfig`], instead of `config`.
 
     Returns:
@@ -84,7 +84,8 @@ def generate(
         prompts = [prompts]
     if not prompts:
         raise ValueError("There is no prompt to answer.")
-    spec = spec or resolve_spec(unwrap(model).config, None, tokenizer)
+    model_config = unwrap(model).config
+    spec = with_absent_tokens(spec, model_config, tokenizer) if spec else resolve_spec(model_config, None, tokenizer)
     prompt_ids = tokenize_prompts(tokenizer, list(prompts))
     seeds = [derive_seed(seed, row) for row in range(len(prompts))]
     was_training = model.training

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..policies.attention import plans_enabled
-from ..policies.forward import policy_logits, unwrap
+from ..policies.forward import NON_FINITE_ADVICE, NonFiniteLogits, policy_logits, unwrap
 from ..policies.spec import DiffusionSpec
 from ..trajectories.trajectory import NEVER, TrajectoryBatch
 from .attention import Spans, ragged_mask
@@ -205,9 +205,13 @@ class DenoisingLoop:
         row_of, column_of = np.nonzero(window.candidates)
         logits = self._forward(spans, row_of, window.positions[row_of, column_of] - int(self.spec.token_shift))
 
-        tokens, chosen = self._unmask(lanes, rows, window, row_of, column_of, logits)
+        tokens, chosen, broken = self._unmask(lanes, rows, window, row_of, column_of, logits)
         stops = torch.isin(tokens, self.stops) & chosen
-        chosen, stops = torch.stack([chosen, stops]).cpu().numpy()  # the one time that the device is waited for
+        flags = torch.stack([chosen, stops, broken])
+        chosen, stops, broken = flags.cpu().numpy()  # the one time that the device is waited for
+        if broken.any():
+            candidate = int(broken.argmax())
+            raise self._broken(lanes[row_of[candidate]], logits[candidate])
         self._remember(lanes, rows, window, row_of[chosen], column_of[chosen], stops[chosen])
         if self.on_step is not None:
             self.on_step(self)
@@ -300,19 +304,20 @@ class DenoisingLoop:
             cache=self.cache,
         )
 
-    def _unmask(self, lanes, rows, window: Window, row_of, column_of, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Proposes a token for each candidate and unmasks those that the strategy picks; returns tokens and a boolean
-        mask, `(M,)` each."""
+    def _unmask(self, lanes, rows, window: Window, row_of, column_of, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Proposes a token for each candidate and unmasks those that the strategy picks; returns tokens, a boolean mask of
+        what was unmasked, and one of candidates that no token can be proposed for, `(M,)` each."""
         places = (self._to_device(row_of), self._to_device(column_of))
         uniforms = self._uniforms(lanes, window)
         noise = uniforms[0][places] if uniforms is not None and self.config.temperature > 0 else None
-        tokens, logps, log_probs = propose(logits, self.spec, self.config, noise)
+        proposal = propose(logits, self.spec, self.config, noise)
+        tokens = proposal.tokens
         candidates = torch.from_numpy(window.candidates).to(self.device)
         view = StepView(
             candidates=candidates,
             quota=self._to_device(window.quota),
-            token_logps=torch.zeros(candidates.shape, device=self.device).index_put(places, logps),
-            log_probs=log_probs,
+            token_logps=torch.zeros(candidates.shape, device=self.device).index_put(places, proposal.seen_logps),
+            log_probs=proposal.seen,
             places=places,
             config=self.config,
             uniforms=uniforms[1] if uniforms is not None and self._strategy_is_random else None,
@@ -330,8 +335,25 @@ class DenoisingLoop:
             chosen = chosen & (tokens != self.spec.mask_token_id)
         where = (self._to_device(rows[row_of]), self._to_device(window.positions[row_of, column_of]))
         self.ids[where] = torch.where(chosen, tokens, self.spec.mask_token_id)
-        self.logps[where] = torch.where(chosen, logps, 0.0)
-        return tokens, chosen
+        self.logps[where] = torch.where(chosen, proposal.logps, 0.0)
+        return tokens, chosen, ~proposal.logps.isfinite()
+
+    def _broken(self, lane: Lane, logits: Tensor) -> NonFiniteLogits:
+        """The error for a candidate of a lane whose logits, `(V,)`, leave no token to propose."""
+        advice = NON_FINITE_ADVICE
+        tempered = logits.float() / (self.config.temperature or 1.0)
+        if logits.isnan().any():
+            found = "hold NaN"
+        elif (logits == torch.inf).any():
+            found = "hold infinity"
+        elif (tempered == torch.inf).any():
+            found = f"overflow when they are divided by the temperature, {self.config.temperature}"
+            advice = "Raise it, or set it to 0 for the likeliest token."
+        else:
+            found = "give every token that may be proposed probability 0"
+            advice = "Are all of them among `suppress_tokens`?" if self.config.suppress_tokens else advice
+        where = f"at step {lane.taken} of block {lane.block} of its response (counted from 0)"
+        return NonFiniteLogits(lane.row, f"the policy's logits {found}, {where}. {advice}")
 
     def _uniforms(self, lanes: list[Lane], window: Window) -> Tensor | None:
         """Random numbers of this step, `(D, L, B)`."""

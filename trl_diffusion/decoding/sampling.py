@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..policies.forward import log_distribution
 from ..policies.spec import DiffusionSpec
 from .config import DecodingConfig
+
+
+class Proposal(NamedTuple):
+    """
+    A token for each of `M` candidates, and how likely it is. All log-probabilities are float32, in nats.
+
+    Attributes:
+        tokens (`Tensor` of shape `(M,)`): the tokens.
+        logps (`Tensor` of shape `(M,)`): their log-probabilities under the distributions they were sampled from. This is
+            what a trajectory records.
+        seen_logps (`Tensor` of shape `(M,)`): their log-probabilities under `seen`.
+        seen (`Tensor` of shape `(M, V)`): the log-distributions that a strategy looks at, see
+            `DecodingConfig.tempered_confidence`.
+    """
+
+    tokens: Tensor
+    logps: Tensor
+    seen_logps: Tensor
+    seen: Tensor
 
 
 def sampled_distribution(logits: Tensor, spec: DiffusionSpec, config: DecodingConfig) -> Tensor:
@@ -23,10 +44,13 @@ def sampled_distribution(logits: Tensor, spec: DiffusionSpec, config: DecodingCo
         float32 `Tensor` of shape `(M, V)`, a fresh one.
     """
     log_probs = log_distribution(logits, spec, config.temperature)
-    if not config.suppress_tokens and config.top_k is None and config.top_p is None:
+    if not config.is_truncated:
         return log_probs
     if config.suppress_tokens:
         log_probs[:, list(config.suppress_tokens)] = -torch.inf
+    if (config.top_k is not None or config.top_p is not None) and not config.allow_mask_token:
+        # Or it might be all that is kept, and nothing would be left to propose.
+        log_probs[:, spec.mask_token_id] = -torch.inf
     if config.top_k is not None and config.top_k < log_probs.shape[-1]:
         log_probs = log_probs.masked_fill(log_probs < log_probs.topk(config.top_k).values[:, -1:], -torch.inf)
     if config.top_p is not None:
@@ -38,9 +62,7 @@ def sampled_distribution(logits: Tensor, spec: DiffusionSpec, config: DecodingCo
     return log_probs.log_softmax(-1)
 
 
-def propose(
-    logits: Tensor, spec: DiffusionSpec, config: DecodingConfig, uniforms: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def propose(logits: Tensor, spec: DiffusionSpec, config: DecodingConfig, uniforms: Tensor | None) -> Proposal:
     """
     One token for each row of logits.
 
@@ -52,19 +74,41 @@ def propose(
             most likely one is taken.
 
     Returns:
-        Tokens and their log-probabilities, of shape `(M,)`, and the distributions they come from, `(M, V)`.
+        [`Proposal`]. A row whose logits hold NaN or `+inf`, or that leaves no token to propose, has a `logps` that is NaN
+        or `-inf`; a row that does not has a finite one.
     """
     log_probs = sampled_distribution(logits, spec, config)
     never = spec.mask_token_id if spec.predicts_mask_token and not config.allow_mask_token else None
-    if never is not None:  # it has a share of the distribution, yet it is no answer
+    if never is None:
+        tokens = _pick(log_probs, log_probs, uniforms)
+        logps = _at(log_probs, tokens)
+    else:  # it has a share of the distribution, yet it is no answer
         share = log_probs[:, never].clone()
         log_probs[:, never] = -torch.inf
-    if uniforms is None:
-        tokens = log_probs.argmax(-1)
-    else:
-        cumulative = log_probs.exp().cumsum(-1)
-        tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    if never is not None:
+        # Without it the rest may be too small for float32 before it is scaled up.
+        scaled = log_probs if uniforms is None else log_probs - log_probs.amax(-1, keepdim=True)
+        tokens = _pick(log_probs, scaled, uniforms)
+        logps = _at(log_probs, tokens)
         log_probs[:, never] = share
-    return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1), log_probs
+    if config.tempered_confidence or (config.temperature in (0.0, 1.0) and not config.is_truncated):
+        return Proposal(tokens, logps, logps, log_probs)
+    seen = log_distribution(logits, spec)
+    return Proposal(tokens, logps, _at(seen, tokens), seen)
+
+
+def _pick(log_probs: Tensor, scaled: Tensor, uniforms: Tensor | None) -> Tensor:
+    """A token of each row, `(M,)`: the most likely one, or, with `uniforms`, a sample from `scaled`, which is `log_probs`
+    up to a constant for each row."""
+    best = log_probs.argmax(-1)
+    if uniforms is None:
+        return best
+    cumulative = scaled.exp().cumsum(-1)
+    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
+    tokens = tokens.clamp(max=log_probs.shape[-1] - 1)
+    # A sum in parallel may rise by rounding where a token of probability 0 stands: such a token is not taken.
+    return torch.where(_at(log_probs, tokens) == -torch.inf, best, tokens)
+
+
+def _at(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """The entry of each row at its token, `(M,)`."""
+    return log_probs.gather(-1, tokens[:, None]).squeeze(-1)

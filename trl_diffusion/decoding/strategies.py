@@ -24,6 +24,9 @@ class StepView:
     What a strategy sees: `R` responses, the `B` positions of the active block of each, and a proposal for each of the
     `M` candidates. Every strategy works row by row, so a response does not depend on its neighbours.
 
+    Distributions are those of the policy at temperature 1, whatever tokens are sampled from; with
+    `config.tempered_confidence` those that tokens are sampled from.
+
     Attributes:
         candidates (boolean `Tensor` of shape `(R, B)`): positions that may be unmasked.
         quota (integer `Tensor` of shape `(R,)`): how many the schedule wants unmasked, at least 1, never more than

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import decode
 from ..decoding.loop import DenoisingLoop
+from ..policies.forward import NonFiniteLogits
 from .policy import Policy
 
 
@@ -74,6 +75,7 @@ def generate(
 
     Raises:
         ValueError: if the batch size is not positive, or a prompt cannot be answered (see [`decode`]).
+        NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -90,15 +92,18 @@ def generate(
             rows = order[begin : begin + _CHUNK * batch_size]
             _synchronize()
             start = time.perf_counter()
-            batch = decode(
-                policy.model,
-                [prompts[row] for row in rows],
-                decoding,
-                policy.spec,
-                None if seeds is None else [seeds[row] for row in rows],
-                batch_size=batch_size,
-                on_step=count,
-            )
+            try:
+                batch = decode(
+                    policy.model,
+                    [prompts[row] for row in rows],
+                    decoding,
+                    policy.spec,
+                    None if seeds is None else [seeds[row] for row in rows],
+                    batch_size=batch_size,
+                    on_step=count,
+                )
+            except NonFiniteLogits as error:  # under the caller's number
+                raise NonFiniteLogits(rows[error.row], error.reason) from error
             _synchronize()
             usage.seconds += time.perf_counter() - start
             for row, completion in zip(rows, batch.completions(), strict=True):

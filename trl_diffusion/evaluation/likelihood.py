@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..offline.orders import finished_batch, given_order
-from ..policies.forward import log_distribution, policy_logits
-from ..policies.spec import DiffusionSpec
+from ..policies.forward import NON_FINITE_ADVICE, log_distribution, policy_logits, unwrap
+from ..policies.spec import DiffusionSpec, impossible_token
 from ..scoring.estimators import EstimatorConfig, elbo
 from ..scoring.layout import pack
 from ..scoring.score import score
@@ -52,8 +53,15 @@ def chain_likelihoods(
         policy ([`Policy`]): the policy.
         prompts, continuations (`list[list[int]]`): token ids. No prompt may be empty.
         batch_size (`int`, *optional*, defaults to `32`): rows of a forward pass.
+
+    Raises:
+        ValueError: naming the prompt or continuation, if it holds the mask token or a token that does not exist.
+        FloatingPointError: naming the continuation, if its likelihood is NaN or infinite.
     """
-    return [_chain(policy, *pair, batch_size) for pair in zip(prompts, continuations, strict=True)]
+    _check_tokens(policy, prompts, continuations)
+    found = [_chain(policy, *pair, batch_size) for pair in zip(prompts, continuations, strict=True)]
+    _check_finite([likelihood.value for likelihood in found])
+    return found
 
 
 def _chain(policy: Policy, prompt: list[int], continuation: list[int], batch_size: int) -> Likelihood:
@@ -111,10 +119,13 @@ def elbo_likelihoods(
         `list[float]`: the estimates, in nats.
 
     Raises:
-        ValueError: if `num_draws` is not positive.
+        ValueError: if `num_draws` is not positive, or, naming it, if a prompt or continuation holds the mask token or a
+            token that does not exist.
+        FloatingPointError: naming the continuation, if its estimate is NaN or infinite.
     """
     if num_draws < 1:
         raise ValueError(f"`num_draws` must be at least 1, got {num_draws}.")
+    _check_tokens(policy, prompts, continuations)
     seeds = [derive_seed(seed, draw) for draw in range(num_draws)]
     jobs = [(row, draw_seed) for row, text in enumerate(continuations) if text for draw_seed in seeds]
     totals = [0.0] * len(prompts)
@@ -128,7 +139,26 @@ def elbo_likelihoods(
         log_probs, _ = score(policy.model, layout, policy.spec)
         for row, value in zip(rows, (layout.weights * log_probs).double().sum(1).tolist(), strict=True):
             totals[row] += value / num_draws
+    _check_finite(totals)
     return totals
+
+
+def _check_tokens(policy: Policy, prompts: list[list[int]], continuations: list[list[int]]) -> None:
+    """Raises a `ValueError` that names the first text that cannot have been written."""
+    vocab_size = unwrap(policy.model).config.get_text_config().vocab_size
+    for name, texts in (("Prompt", prompts), ("Continuation", continuations)):
+        for number, text in enumerate(texts):
+            found = impossible_token(text, policy.spec, vocab_size)
+            if found is not None:
+                raise ValueError(f"{name} {number}, position {found[0]}, holds {found[1]}: it has no likelihood.")
+
+
+def _check_finite(values: list[float]) -> None:
+    for number, value in enumerate(values):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"Continuation {number}: the policy's log-likelihood of it is {value}. {NON_FINITE_ADVICE}"
+            )
 
 
 def _finished(prompts: list[list[int]], continuations: list[list[int]], spec: DiffusionSpec) -> TrajectoryBatch:

@@ -22,8 +22,10 @@ from trl import is_conversational
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
+from ..policies.forward import NonFiniteLogits
+from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.prompts import check_visible, tokenize_prompts
-from ..policies.spec import DiffusionSpec, get_spec
+from ..policies.spec import DiffusionSpec
 from ..rewards.call import RewardCaller, RewardFunc, as_stored
 from ..seeds import derive_seed
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
@@ -78,7 +80,8 @@ def collect(
         num_responses (`int`, *optional*, defaults to `8`):
             Responses to each prompt.
         spec ([`DiffusionSpec`], *optional*):
-            Facts about the policy. Defaults to the ones stored in the model's config.
+            Facts about the policy. Defaults to the ones stored in the model's config. What is left open (mask token,
+            tokens that do not exist) comes from the tokenizer.
         batch_size (`int`, *optional*, defaults to `64`):
             Responses decoded at once on each process.
         rows_per_shard (`int`, *optional*, defaults to `64`):
@@ -96,10 +99,15 @@ def collect(
             needs, or an `output_dir` that holds something else, such as a collection with other settings (the
             differences are named). Later, if a reward function gives something else than one finite number or `None` for
             each response; the shard is then not written.
+        NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite. Shards that are whole stay; the
+            one in work is not written.
     """
     caller = reward_funcs if isinstance(reward_funcs, RewardCaller) else RewardCaller(reward_funcs)
     output_dir = Path(output_dir)
-    spec = get_spec(model.config) if spec is None else spec
+    spec = resolve_spec(model.config, None, tokenizer) if spec is None else spec
+    spec = with_absent_tokens(spec, model.config, tokenizer)
+    if decoding.allow_mask_token:
+        raise ValueError("`allow_mask_token=True` leaves mask tokens in responses, which cannot be trained on.")
     for what, value in (
         ("num_responses", num_responses),
         ("batch_size", batch_size),
@@ -139,8 +147,7 @@ def collect(
             batches = []
             for begin in range(0, len(jobs), batch_size):
                 part = jobs[begin : begin + batch_size]
-                seeds = [derive_seed(seed, row, response) for row, response in part]
-                batches.append(decode(model, [prompt_ids[row] for row, _ in part], decoding, spec, seeds).to("cpu"))
+                batches.append(_decode(model, prompt_ids, part, decoding, spec, seed))
                 progress.add(batches[-1])
             batch = TrajectoryBatch.concatenate(batches)
             table = to_rows(batch, spec, num_responses, provenance)
@@ -158,6 +165,22 @@ def collect(
         _write_text(output_dir / "README.md", _card(output_dir, plan))
     state.wait_for_everyone()
     return output_dir
+
+
+def _decode(
+    model: PreTrainedModel,
+    prompt_ids: list[list[int]],
+    jobs: list[tuple[int, int]],
+    decoding: DecodingConfig,
+    spec: DiffusionSpec,
+    seed: int,
+) -> TrajectoryBatch:
+    """The responses of `jobs`: row of the prompt, and number of the response."""
+    seeds = [derive_seed(seed, row, response) for row, response in jobs]
+    try:
+        return decode(model, [prompt_ids[row] for row, _ in jobs], decoding, spec, seeds).to("cpu")
+    except NonFiniteLogits as error:  # under the row of the dataset
+        raise NonFiniteLogits(jobs[error.row][0], error.reason) from error
 
 
 def _own_shards(output_dir: Path, plan: dict[str, Any], state: PartialState) -> list[int]:

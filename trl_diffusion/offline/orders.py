@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..policies.forward import NON_FINITE_ADVICE, NonFiniteLogits, policy_logits
 from ..policies.spec import DiffusionSpec
 from ..scoring.layout import pack
-from ..scoring.score import score
+from ..scoring.score import score_logits
 from ..scoring.states import States
 from ..seeds import derive_seed
 from ..trajectories.by_block import has_in_block, rank_in_block
@@ -89,8 +90,8 @@ def replay_confidence(
 ) -> TrajectoryBatch:
     """
     The batch in the order in which a policy would have unmasked these tokens, had it chosen them: at every state, those
-    of a block whose log-probability is highest, `tokens_per_step` of them. The log-probabilities seen on the way are
-    recorded.
+    of a block whose probability is highest, `tokens_per_step` of them. As in [`decode`], the policy's own probability
+    decides, at temperature 1; what is recorded is the log-probability at `temperature`.
 
     Costs one pass for each step: of the block with the most (block attention, all blocks go on at once), or of the whole
     response (full attention).
@@ -100,7 +101,10 @@ def replay_confidence(
         batch ([`TrajectoryBatch`]): finished responses.
         spec ([`DiffusionSpec`]): facts about the policy.
         tokens_per_step (`int`, *optional*, defaults to `1`): tokens unmasked at a step.
-        temperature (`float`, *optional*, defaults to `1.0`): what logits are divided by.
+        temperature (`float`, *optional*, defaults to `1.0`): what logits are divided by for what is recorded.
+
+    Raises:
+        NonFiniteLogits: a `FloatingPointError`, if a log-probability is NaN or infinite.
     """
     device = next(model.parameters()).device
     batch = batch.to(device)
@@ -119,10 +123,19 @@ def replay_confidence(
         unread = first & ~seen
         weights = (active | unread).float()
         states = States((waiting | ~(movable | first))[:, None], weights[:, None], weights)
-        values, _ = score(model, pack(batch, spec, states), spec, temperature)
+        layout = pack(batch, spec, states)
+        logits = policy_logits(
+            model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns
+        )
+        values, _ = score_logits(logits, layout, spec, temperature)
+        sure = values if temperature in (0.0, 1.0) else score_logits(logits, layout, spec)[0]
+        broken = ~values.isfinite().all(1)
+        if broken.any():
+            reason = f"the policy's log-probabilities of the response are NaN or infinite. {NON_FINITE_ADVICE}"
+            raise NonFiniteLogits(int(broken.nonzero()[0]), reason)
         logps = torch.where(unread, values, logps)
         seen |= unread
-        picked = active & (rank_in_block(blocks, -values.double(), active) < tokens_per_step)
+        picked = active & (rank_in_block(blocks, -sure.double(), active) < tokens_per_step)
         logps = torch.where(picked, values, logps)
         steps = torch.where(picked, counter + later, steps)
         counter += has_in_block(blocks, picked).long()

@@ -17,8 +17,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..policies.forward import NonFiniteLogits, unwrap
+from ..policies.loading import with_absent_tokens
 from ..policies.prompts import tokenize_preference
-from ..policies.spec import DiffusionSpec
+from ..policies.spec import DiffusionSpec, impossible_token
 from ..seeds import derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
@@ -54,14 +56,14 @@ def from_preferences(
         tokenizer (`PreTrainedTokenizerBase`):
             The policy's.
         spec ([`DiffusionSpec`]):
-            Facts about the policy.
+            Facts about the policy. With a `model`, tokens that do not exist come from the tokenizer if it does not say.
         decoding_order (`str`, *optional*, defaults to `"random"`):
             The order that responses are given: `"random"`, `"left_to_right"` or `"confidence"` (see [`orders`]). With the
             last one, log-probabilities are recorded.
         tokens_per_step (`int`, *optional*, defaults to `1`):
             Tokens unmasked at a step.
         temperature (`float`, *optional*, defaults to `1.0`):
-            What `"confidence"` divides logits by.
+            What `"confidence"` divides logits by for the log-probabilities that it records.
         model (`nn.Module`, *optional*):
             The policy that `"confidence"` asks. What it says is kept in the cache of `datasets` and read from there
             when the same policy is asked about the same responses with the same settings again.
@@ -73,8 +75,9 @@ def from_preferences(
             For `"random"`.
 
     Raises:
-        ValueError: naming the row, for an empty prompt or response, a response that is too long or holds the mask token;
-            or for a column whose name a trajectory dataset needs.
+        ValueError: naming the row, for an empty prompt or response, a response that is too long, or a mask token or a
+            token that does not exist in either; or for a column whose name a trajectory dataset needs.
+        FloatingPointError: naming the row, if what the policy says of it is NaN or infinite.
     """
     if decoding_order not in ORDERS:
         raise ValueError(f"`decoding_order` must be one of {list(ORDERS)}, got {decoding_order!r}.")
@@ -84,6 +87,10 @@ def from_preferences(
     taken = sorted(name for name in kept if name in OWN_COLUMNS or name.startswith(REWARD_PREFIX))
     if taken:
         raise ValueError(f"The dataset has columns that trajectories need for themselves: {taken}. Rename them.")
+    vocab_size = None
+    if model is not None:
+        spec = with_absent_tokens(spec, unwrap(model).config, tokenizer)
+        vocab_size = unwrap(model).config.get_text_config().vocab_size
     prompts, ids, responses = [], [], []
     for number, example in enumerate(dataset):
         for column in ("chosen", "rejected"):
@@ -92,9 +99,13 @@ def from_preferences(
         prompt, prompt_ids, pair = tokenize_preference(tokenizer, example, spec)
         if not prompt_ids:
             raise ValueError(f"Row {number} has an empty prompt.")
+        found = impossible_token(prompt_ids, spec, vocab_size)
+        if found is not None:
+            raise ValueError(f"Row {number}: the prompt holds {found[1]}.")
         for column, response in zip(("chosen", "rejected"), pair, strict=True):
-            if spec.mask_token_id in response:
-                raise ValueError(f"Row {number}, column `{column}` holds the mask token ({spec.mask_token_id}).")
+            found = impossible_token(response, spec, vocab_size)
+            if found is not None:
+                raise ValueError(f"Row {number}, column `{column}` holds {found[1]}.")
             if max_completion_length is not None and len(response) > max_completion_length:
                 raise ValueError(
                     f"Row {number}, column `{column}` has {len(response)} tokens, more than `max_completion_length="
@@ -113,6 +124,7 @@ def from_preferences(
             "order": decoding_order,
             "tokens_per_step": tokens_per_step,
             "temperature": temperature if recorded else None,
+            **({"tempered_confidence": False} if recorded else {}),  # which probabilities gave the order
         },
     )
     size = max(batch_size // 2, 1) * 2
@@ -153,10 +165,14 @@ def _replay(
         except (OSError, KeyError, SafetensorError):
             pass  # damaged: made anew
     tokens_per_step, temperature = provenance.decoding["tokens_per_step"], provenance.decoding["temperature"]
-    replayed = [
-        replay_confidence(model, batch, spec, tokens_per_step, temperature).to("cpu")
-        for batch in tqdm(batches, desc="replaying", unit="batch")
-    ]
+    replayed: list[TrajectoryBatch] = []
+    for batch in tqdm(batches, desc="replaying", unit="batch"):
+        try:
+            replayed.append(replay_confidence(model, batch, spec, tokens_per_step, temperature).to("cpu"))
+        except NonFiniteLogits as error:  # under the row of the dataset
+            row, response = divmod(sum(map(len, replayed)) + error.row, 2)
+            column = ("chosen", "rejected")[response]
+            raise FloatingPointError(f"Row {row}, column `{column}`: {error.reason}") from error
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{os.getpid()}-{path.name}")

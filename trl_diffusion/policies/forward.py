@@ -18,6 +18,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+NON_FINITE_ADVICE = (
+    "Look for NaN and infinity in its weights (a training run that diverged, a damaged checkpoint), or load it in bfloat16 or "
+    "float32 instead of float16."
+)
+
+
+class NonFiniteLogits(FloatingPointError):
+    """
+    A policy whose logits are NaN or infinite, so that what it says is nothing.
+
+    Args:
+        row (`int`): which prompt, of those that it was asked about together.
+        reason (`str`): what was found, where, and what to do.
+    """
+
+    def __init__(self, row: int, reason: str):
+        super().__init__(f"Prompt {row}: {reason}")
+        self.row, self.reason = row, reason
+
+
 def policy_logits(
     model: nn.Module,
     input_ids: Tensor,
@@ -129,6 +149,8 @@ def _few_rows(head: nn.Linear, hidden: Tensor) -> Tensor:
 def log_distribution(logits: Tensor, spec: DiffusionSpec, temperature: float = 1.0) -> Tensor:
     """
     The policy's log-distribution over tokens, in float32 (docs/method.md, section 3.6). Decoding and scoring both use it.
+    Tokens that are no answer have no share: those that the tokenizer does not have, and the mask token (see
+    [`DiffusionSpec`]).
 
     Args:
         logits (`Tensor` of shape `(..., V)`): logits of the model.
@@ -142,9 +164,12 @@ def log_distribution(logits: Tensor, spec: DiffusionSpec, temperature: float = 1
     logits = logits.float()
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
-    if not spec.predicts_mask_token:
-        # Out of place, and by index: autograd keeps no extra copy of the logits.
-        mask = torch.zeros(logits.shape[-1], device=logits.device)
-        mask[spec.mask_token_id] = -torch.inf
-        logits = logits + mask
+    if spec.absent_token_ids or not spec.predicts_mask_token:
+        # A vector that is added, out of place: autograd keeps no extra copy of the logits.
+        removed = torch.zeros(logits.shape[-1], device=logits.device)
+        if not spec.predicts_mask_token:
+            removed[spec.mask_token_id] = -torch.inf
+        for first, end in spec.absent_token_ids or ():
+            removed[first:end] = -torch.inf
+        logits = logits + removed
     return logits.log_softmax(-1)

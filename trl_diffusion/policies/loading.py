@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -102,15 +103,53 @@ def resolve_spec(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> DiffusionSpec:
     """
-    The policy's spec: what its config says, completed and overridden, with the mask token from the tokenizer where a
-    family's config does not know it.
+    The policy's spec: what its config says, completed and overridden. The tokenizer says which tokens there are
+    (`absent_token_ids`), whatever is stored, and which is the mask token where a family's config does not know it.
 
     Raises:
-        ValueError: if nothing says which token is the mask, or the spec names tokens that the model does not have.
+        ValueError: if nothing says which token is the mask, the spec names tokens that the model does not have, or the
+            tokenizer has none of the model's tokens.
     """
     overrides = dict(overrides or {})
-    if tokenizer is not None and needs_tokenizer(config, overrides):
-        overrides["mask_token_id"] = resolve_mask_token(config, tokenizer)
+    if tokenizer is not None:
+        if needs_tokenizer(config, overrides):
+            overrides["mask_token_id"] = resolve_mask_token(config, tokenizer)
+        if "absent_token_ids" in spec_fields(config):
+            overrides.setdefault("absent_token_ids", None)
     spec = get_spec(config, overrides)
+    if tokenizer is not None:
+        spec = with_absent_tokens(spec, config, tokenizer)
     check_spec(spec, config)
     return spec
+
+
+def with_absent_tokens(
+    spec: DiffusionSpec, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> DiffusionSpec:
+    """
+    The spec with `absent_token_ids` from the tokenizer, if it does not say: the ids of the model's vocabulary that the
+    tokenizer has no token for. Tokens that the spec names (mask, stop tokens) are there in any case. A spec for which
+    nothing is absent is returned as it is.
+
+    Raises:
+        ValueError: if the tokenizer has none of the model's tokens.
+    """
+    if spec.absent_token_ids is not None:
+        return spec
+    size = config.get_text_config().vocab_size
+    known = np.zeros(size + 2, dtype=bool)  # id `i` at `i + 1`
+    known[[0, -1]] = True
+    ids = np.fromiter(tokenizer.get_vocab().values(), dtype=np.int64)
+    ids = ids[(ids >= 0) & (ids < size)]
+    if len(ids) == 0:
+        raise ValueError(
+            f"The tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) has none of the {size} tokens of the "
+            "model. Pass the model's own tokenizer."
+        )
+    named = [spec.mask_token_id, *spec.stop_token_ids]
+    known[ids + 1] = True
+    known[[token + 1 for token in named if 0 <= token < size]] = True
+    edges = np.flatnonzero(known[1:] != known[:-1])
+    if len(edges) == 0:
+        return spec
+    return spec.replace(absent_token_ids=tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PretrainedConfig
 
 
@@ -41,6 +42,11 @@ class DiffusionSpec:
             sampled either way, so with `True` a recorded or scored log-probability is lower than that of the
             distribution sampled from by `-log(1 - p(mask))`, which is next to nothing for a trained policy. `False`
             removes the mask token from the softmax, in decoding and in scoring alike.
+        absent_token_ids (`tuple[tuple[int, int], ...]`, *optional*):
+            Ids that the tokenizer has no token for, although the model has rows for them: ranges `(first, end)`, `end`
+            not included, in rising order. Vocabularies are padded to round numbers, and some tokenizers leave holes.
+            These ids are removed from the softmax, in decoding and in scoring alike, so they are never sampled and never
+            trained. `None` if nobody has said: [`resolve_spec`] then fills it from the tokenizer; `()` for none.
 
     Raises:
         ValueError: if a field has a value that is not listed above, or two fields contradict each other.
@@ -54,6 +60,7 @@ class DiffusionSpec:
     first_token: Literal["diffusion", "autoregressive"] = "diffusion"
     stop_token_ids: tuple[int, ...] = ()
     predicts_mask_token: bool = False
+    absent_token_ids: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self):
         if type(self.mask_token_id) is not int or self.mask_token_id < 0:
@@ -89,6 +96,30 @@ class DiffusionSpec:
         if self.mask_token_id in stops:
             raise ValueError(f"`stop_token_ids` holds the mask token ({self.mask_token_id}).")
         object.__setattr__(self, "stop_token_ids", tuple(stops))
+        self._check_absent()
+
+    def _check_absent(self) -> None:
+        ranges = self.absent_token_ids
+        if ranges is None:
+            return
+        form = "`absent_token_ids` must be a list of ranges [first, end) of token ids, in rising order"
+        if not isinstance(ranges, list | tuple):
+            raise ValueError(f"{form}, got {ranges!r}.")
+        after = 0
+        for pair in ranges:
+            if not isinstance(pair, list | tuple) or [type(token) for token in pair] != [int, int]:
+                raise ValueError(f"{form}, got {ranges!r}.")
+            if not after <= pair[0] < pair[1]:
+                raise ValueError(f"{form}, got {ranges!r}.")
+            after = pair[1]
+        object.__setattr__(self, "absent_token_ids", tuple((first, end) for first, end in ranges))
+        for name, token in self._named_tokens():
+            if self.is_absent(token):
+                raise ValueError(f"`absent_token_ids` holds {token}, which is in `{name}`.")
+
+    def _named_tokens(self) -> list[tuple[str, int]]:
+        """The tokens that fields name, each with the field."""
+        return [("mask_token_id", self.mask_token_id), *(("stop_token_ids", token) for token in self.stop_token_ids)]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionSpec:
@@ -102,12 +133,21 @@ class DiffusionSpec:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain JSON types."""
-        return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+        """The spec as plain JSON types; without `absent_token_ids` if nobody has said."""
+        values = {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+        absent = values.pop("absent_token_ids")
+        return values if absent is None else {**values, "absent_token_ids": [list(pair) for pair in absent]}
 
     def replace(self, **changes: Any) -> DiffusionSpec:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    def is_absent(self, tokens):
+        """Whether token ids are among `absent_token_ids` (int, or integer array or tensor)."""
+        found = tokens != tokens
+        for first, end in self.absent_token_ids or ():
+            found = found | ((tokens >= first) & (tokens < end))
+        return found
 
     # Where blocks are. Arguments are ints, NumPy arrays or integer tensors, and broadcast. Positions count from 0 at the first
     # token of the sequence without padding; block 0 holds the first response token.
@@ -204,9 +244,33 @@ def get_spec(config: PretrainedConfig, overrides: Mapping[str, Any] | None = Non
 def check_spec(spec: DiffusionSpec, config: PretrainedConfig) -> None:
     """Raises a `ValueError` if `spec` names tokens that the model of this config does not have."""
     vocab_size = config.get_text_config().vocab_size
-    for name, token in [("mask_token_id", spec.mask_token_id), *(("stop_token_ids", t) for t in spec.stop_token_ids)]:
+    last = [("absent_token_ids", end - 1) for _, end in spec.absent_token_ids or ()]
+    for name, token in [*spec._named_tokens(), *last]:
         if not 0 <= token < vocab_size:
             raise ValueError(f"`{name}` holds {token}, but the model's vocabulary has {vocab_size} tokens.")
+
+
+def impossible_token(
+    tokens: Sequence[int] | np.ndarray, spec: DiffusionSpec, vocab_size: int | None = None
+) -> tuple[int, str] | None:
+    """
+    A token that can be in no prompt and no response: the mask token, one outside the model's vocabulary (of `vocab_size`
+    tokens, if that is known), or one that the tokenizer does not have.
+
+    Returns:
+        Its place and what it is, in words, or `None` if there is none.
+    """
+    ids = np.asarray(tokens, dtype=np.int64)
+    outside = (ids < 0) | (ids >= vocab_size) if vocab_size is not None else ids < 0
+    for wrong, what in (
+        (ids == spec.mask_token_id, "the mask token ({})"),
+        (outside, f"token {{}}, but the model's vocabulary has {vocab_size} tokens"),
+        (spec.is_absent(ids), "token {}, which the tokenizer does not have (`absent_token_ids` of the policy's spec)"),
+    ):
+        if wrong.any():
+            place = int(wrong.argmax())
+            return place, what.format(int(ids[place]))
+    return None
 
 
 def set_spec(config: PretrainedConfig, spec: DiffusionSpec) -> None:

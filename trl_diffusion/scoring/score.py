@@ -36,6 +36,18 @@ def score(
         distributions they come from (the mean over the states that score the token), or `None`; both in nats.
     """
     logits = policy_logits(model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns)
+    return score_logits(logits, layout, spec, temperature, compute_entropy, entropy_gradient)
+
+
+def score_logits(
+    logits: Tensor,
+    layout: PackedLayout,
+    spec: DiffusionSpec,
+    temperature: float = 1.0,
+    compute_entropy: bool = False,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """[`score`] for logits that are there already, of shape `(M, V)`: those at the scored places of the layout."""
     log_probs = log_distribution(logits, spec, temperature)  # (M, V)
     picked = log_probs.gather(1, layout.targets[:, None]).squeeze(1) * layout.coefficients
     shape, places = layout.weights.shape, (layout.responses, layout.canvas_columns)

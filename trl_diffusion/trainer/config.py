@@ -79,6 +79,10 @@ class DTRPOConfig(GRPOConfig):
             Probability above which `"threshold"` unmasks a position.
         entropy_bound (`float`, *optional*, defaults to `0.1`):
             Bound of `"entropy_bound"`, in nats.
+        tempered_confidence (`bool`, *optional*, defaults to `False`):
+            Whether `decoding_strategy` looks at the distribution after `temperature`, as the published loops of Dream,
+            SDAR and Fast-dLLM v2 do, instead of the policy's own, as those of LLaDA and Fast-dLLM do. Log-probabilities
+            are recorded after `temperature` either way.
         steps_per_block (`int`, *optional*):
             Number of steps over which a block is spread, instead of `tokens_per_step`.
         step_schedule (`str`, *optional*, defaults to `"even"`):
@@ -175,6 +179,13 @@ class DTRPOConfig(GRPOConfig):
     )
     entropy_bound: float = field(
         default=0.1, metadata={"help": "Bound of decoding_strategy='entropy_bound', in nats."}
+    )
+    tempered_confidence: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether `decoding_strategy` looks at the distribution after `temperature` (Dream, SDAR, Fast-dLLM "
+            "v2) instead of the policy's own (LLaDA, Fast-dLLM)."
+        },
     )
     steps_per_block: int | None = field(
         default=None,
@@ -413,6 +424,7 @@ class DTRPOConfig(GRPOConfig):
             entropy_bound=self.entropy_bound,
             stop_rule=self.stop_rule,
             approximate_cache=self.approximate_cache,
+            tempered_confidence=self.tempered_confidence,
         )
 
     def scoring(self) -> EstimatorConfig:

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
@@ -28,7 +34,7 @@ from ..objectives.pairwise import make_pairs, pairwise_loss, same_responses
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
 from ..policies.forward import check_attention, unwrap
-from ..policies.loading import load_config, load_renamed_weights, needs_tokenizer, resolve_spec
+from ..policies.loading import load_config, load_renamed_weights, resolve_spec
 from ..policies.lora import check_targets, empty_model
 from ..policies.prompts import check_visible
 from ..policies.quantized import keep_trainable
@@ -63,7 +69,6 @@ from .throughput import ThroughputCallback
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import ProcessorMixin
     from transformers.trainer_utils import TrainOutput
 
 
@@ -190,9 +195,11 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
         check_order_is_asked_for(args, [dataset for _, dataset in _named_datasets(train_dataset, eval_dataset)])
         # All that can be known before the weights are loaded.
         config = _load_config(model, args)
-        if processing_class is None and needs_tokenizer(config, args.spec_overrides()):
+        if processing_class is None:
             processing_class = _load_tokenizer(model)
-        spec = resolve_spec(config, args.spec_overrides(), processing_class)
+        is_processor = isinstance(processing_class, ProcessorMixin)
+        tokenizer = processing_class.tokenizer if is_processor else processing_class
+        spec = resolve_spec(config, args.spec_overrides(), tokenizer)
         has_adapter = isinstance(model, PeftModel) or kwargs.get("peft_config") is not None
         check_reference_can_move(args, has_adapter)
         if kwargs.get("peft_config") is not None:
@@ -204,9 +211,8 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
                 raise ValueError(
                     "`rescore_old_log_probs=True` is for fresh responses: another policy may have made stored ones."
                 )
-            processing_class = processing_class or _load_tokenizer(model)
             changed = kwargs.get("quantization_config") is not None
-            store = OfflineData(model, config, args, spec, processing_class, reward_funcs, changed)
+            store = OfflineData(model, config, args, spec, tokenizer, reward_funcs, changed)
             train_dataset, eval_dataset = store.prepare(train_dataset, eval_dataset)
             reward_funcs = reward_funcs or store.reward_funcs
         elif args.precompute_ref_log_probs:

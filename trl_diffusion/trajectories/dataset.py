@@ -33,7 +33,7 @@ import pyarrow.parquet as parquet
 import torch
 from datasets import Dataset, IterableDataset
 
-from ..policies.spec import DiffusionSpec
+from ..policies.spec import DiffusionSpec, impossible_token
 from .trajectory import NEVER, TrajectoryBatch, response_blocks
 
 
@@ -168,9 +168,9 @@ def check_trajectories(
     Raises:
         ValueError: naming the row and the column, if a column is missing, the format version is unknown, the tokenizer
             was another one, the policy denoised in another way (mask token, block size, ...), lengths disagree, events do
-            not cover a response or do it twice, steps of a block are not counted from 0, a token is the mask token or
-            outside the vocabulary, a log-probability is positive, infinite or NaN, or a reward is neither a finite number
-            nor null.
+            not cover a response or do it twice, steps of a block are not counted from 0, a token is the mask token, outside
+            the vocabulary or unknown to the tokenizer, log-probabilities were recorded with other tokens in the softmax, a
+            log-probability is positive, infinite or NaN, or a reward is neither a finite number nor null.
     """
     missing = sorted(set(OWN_COLUMNS) - {"row"} - set(dataset.column_names))
     if missing:
@@ -208,8 +208,19 @@ def _check_row(row, number, spec, vocab_size, tokenizer_fingerprint, rewards) ->
                 "spec",
                 f"`{name}` was {getattr(stored, name)!r} when this was made; now it is {getattr(spec, name)!r}.",
             )
+    for name in ("predicts_mask_token", "absent_token_ids"):
+        then, now = (getattr(facts, name) or () for facts in (stored, spec))
+        if row["event_logps"] is not None and then != now:
+            refuse(
+                "spec",
+                f"`{name}` was {then!r} when these log-probabilities were recorded; now it is {now!r}, and other tokens "
+                f"share the softmax. Collect again, or set it as it was with `diffusion_spec`.",
+            )
     if not row["prompt_ids"]:
         refuse("prompt_ids", "is empty.")
+    found = impossible_token(row["prompt_ids"], spec, vocab_size)
+    if found is not None:
+        refuse("prompt_ids", f"position {found[0]} holds {found[1]}.")
     count = len(row["canvas_lengths"] or ())
     if count == 0:
         refuse("canvas_lengths", "holds no response.")
@@ -245,12 +256,9 @@ def _check_response(row, index, spec, vocab_size, prompt_length, refuse) -> None
     if (covered[:counted] == 0).any():
         where = int((covered[:counted] == 0).argmax())
         refuse("event_positions", f"leaves position {where} of the response masked; {counted} tokens count.", index)
-    if (tokens == spec.mask_token_id).any():
-        where = int(positions[(tokens == spec.mask_token_id).argmax()])
-        refuse("event_tokens", f"position {where} holds the mask token ({spec.mask_token_id}).", index)
-    if ((tokens < 0) | (tokens >= vocab_size)).any():
-        bad = int(tokens[((tokens < 0) | (tokens >= vocab_size)).argmax()])
-        refuse("event_tokens", f"holds token {bad}, but the model's vocabulary has {vocab_size} tokens.", index)
+    found = impossible_token(tokens, spec, vocab_size)
+    if found is not None:
+        refuse("event_tokens", f"position {int(positions[found[0]])} holds {found[1]}.", index)
     if (steps < 0).any():
         refuse("event_steps", f"holds the step {int(steps.min())}.", index)
     blocks = spec.block_of(prompt_length + positions, prompt_length)
