@@ -144,7 +144,9 @@ def test_draws_are_unbiased(policy, spec):
     """The mean of the page's estimates over its draws is the whole log-ratio that the package's `exact` finds."""
     batch = rollout(policy, DECODINGS["threshold"])
     trajectories, _ = as_trajectories(batch, spec)
-    layout = pack(batch, spec, ESTIMATORS["exact"].states(batch, spec, list(range(len(batch))), EstimatorConfig("exact")))
+    layout = pack(
+        batch, spec, ESTIMATORS["exact"].states(batch, spec, list(range(len(batch))), EstimatorConfig("exact"))
+    )
     policies = (another(policy), policy)
     exact = torch.sub(*((score(p, layout, spec)[0] * layout.weights).sum(1) for p in policies))
 
