@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trl_diffusion.objectives.pairwise import make_pairs, same_responses
+from trl_diffusion.objectives.pairwise import differing_groups, make_pairs, same_responses
 
 
 NAN = float("nan")
@@ -44,3 +44,20 @@ def test_groups_without_two_scores_are_not_tied(which):
     found, pairs = pairs_of([[NAN, NAN, 1.0, NAN], [NAN, 2.0, NAN, 5.0]], which)
     assert found == [(7, 5)] and pairs.tied == pairs.identical == 0
     assert pairs_of([[NAN] * 4, [1.0, NAN, 1.0, NAN]], which)[1].tied == 1
+
+
+@pytest.mark.parametrize(
+    ("rewards", "differ"),
+    [
+        ([[0.1], [0.1], [0.1]], False),
+        ([[0.1], [0.2], [0.1]], True),
+        ([[NAN], [NAN], [NAN]], False),
+        ([[NAN], [0.5], [NAN]], False),  # the only one that is scored
+        ([[NAN], [0.5], [0.6]], True),
+        ([[NAN, 1.0], [NAN, 1.0], [NAN, 1.0]], False),
+        ([[NAN, 1.0], [0.0, 1.0], [NAN, 1.0]], True),
+    ],
+)
+def test_groups_that_differ(rewards, differ):
+    padded = torch.tensor([[0.3] * len(rewards[0])] * 3 + rewards)  # a group of equal ones before
+    assert differing_groups(padded, 3).tolist() == [False] * 3 + [differ] * 3

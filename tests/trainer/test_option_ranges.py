@@ -41,10 +41,15 @@ OUTSIDE = {
     "save_steps": [0, -1, NAN],
     "logging_steps": [-1, NAN],
     "seed": [-1, 1.5],
+    "top_entropy_quantile": [NAN, -0.1, 1.1],
+    "entropy_coef": [NAN, INF],
+    "off_policy_mask_threshold": [NAN, 0.0, -1.0],
 }
 WITH = {
     "sapo_temperature_neg": ({"loss_type": "sapo"}, [NAN, 0.0, -1.0]),
     "sapo_temperature_pos": ({"loss_type": "sapo"}, [NAN, 0.0, -1.0]),
+    "vespo_k_pos": ({"loss_type": "vespo"}, [NAN, INF, -1.0]),
+    "entropy_coef_delta": ({"use_adaptive_entropy": True}, [NAN, -0.1]),
     "epsilon_high": ({"loss_type": "cispo"}, [0.0]),  # the ratio itself is cut off there
     "ref_model_mixup_alpha": ({"sync_ref_model": True, "beta": 0.1}, [NAN, 0.0, 1.5]),
     "ref_model_sync_steps": ({"sync_ref_model": True, "beta": 0.1}, [0, -1, 2.5]),
@@ -91,6 +96,9 @@ def test_values_inside_their_range(tmp_path, options):
         ({"delta": 2.0, "loss_type": "cispo"}, "`delta` is for `loss_type` 'grpo' or 'dr_grpo'"),
         ({"sapo_temperature_pos": 2.0}, "`sapo_temperature_pos` is for `loss_type` 'sapo'"),
         ({"epsilon": 0.1, "loss_type": "dpo", "beta": 0.1}, "`epsilon` is for"),
+        ({"entropy_coef": 0.1, "loss_type": "dpo", "beta": 0.1}, "`entropy_coef` is for `loss_type`"),
+        ({"vespo_k_pos": 1.0}, "`vespo_k_pos` is for `loss_type` 'vespo'"),
+        ({"entropy_target": 0.5}, "`entropy_target` is for `use_adaptive_entropy=True`"),
         ({"data_seed": 3}, "`data_seed`: the order of the prompts is drawn from `seed`"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor`: there are no labels"),
         ({"train_sampling_strategy": "sequential"}, "`train_sampling_strategy`: TRL's sampler decides"),

@@ -89,6 +89,25 @@ def same_responses(ids: Tensor, mask: Tensor, size: int) -> Tensor:
     return (tokens[:, :, None] == tokens[:, None, :]).all(3)
 
 
+def differing_groups(rewards: Tensor, size: int) -> Tensor:
+    """
+    Which responses are in a group whose rewards are not all the same. Without one, a rollout teaches nothing.
+
+    Args:
+        rewards (`Tensor` of shape `(R, F)`): what each of `F` functions gave each response, NaN for nothing; groups of `size`
+            neighbours one after another.
+        size (`int`): responses `G` of a group.
+
+    Returns:
+        Boolean `Tensor` of shape `(R,)`. Responses to which no function applies do not make a difference.
+    """
+    groups = rewards.view(-1, size, rewards.shape[1])
+    scored = ~groups.isnan().all(2)
+    same = (groups[:, :, None] == groups[:, None]) | (groups[:, :, None].isnan() & groups[:, None].isnan())
+    differ = ~same.all(3) & scored[:, :, None] & scored[:, None]
+    return differ.any(2).any(1).repeat_interleave(size)
+
+
 def pairwise_loss(
     log_ratios: Tensor, pairs: Pairs, beta: float, lengths: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -53,9 +53,22 @@ _INTERVALS = {
     "delta": "(1, inf)",  # a ratio starts at 1: clipped from there on, it has no gradient
     "sapo_temperature_neg": "(0, inf)",
     "sapo_temperature_pos": "(0, inf)",
+    "vespo_k_pos": "[0, inf)",
+    "vespo_k_neg": "[0, inf)",
+    "vespo_lambda_pos": "[0, inf)",
+    "vespo_lambda_neg": "[0, inf)",
+    "top_entropy_quantile": "[0, 1]",
+    "entropy_coef": "(-inf, inf)",
+    "entropy_coef_min": "(-inf, inf)",
+    "entropy_coef_max": "(-inf, inf)",
+    "entropy_coef_delta": "[0, inf)",
+    "entropy_target": "(-inf, inf)",
+    "off_policy_mask_threshold": "(0, inf]",
     "ref_model_mixup_alpha": "(0, 1]",
 }
 _CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")
+_ENTROPY = ("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy")
+_ADAPTIVE = ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")
 # Options that only some losses look at.
 _LOOKED_AT_BY = {
     "epsilon": (*_CLIPPED, "cispo"),
@@ -63,8 +76,11 @@ _LOOKED_AT_BY = {
     "delta": _CLIPPED,
     "sapo_temperature_neg": ("sapo",),
     "sapo_temperature_pos": ("sapo",),
+    **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"), ("vespo",)),
     "importance_sampling_level": (*_CLIPPED, "cispo", "sapo"),
-    "use_bias_correction_kl": (*_CLIPPED, "cispo", "sapo"),
+    "use_bias_correction_kl": (*_CLIPPED, "cispo", "sapo", "vespo"),
+    **dict.fromkeys(_ENTROPY, (*_CLIPPED, "cispo", "sapo", "vespo")),
+    "off_policy_mask_threshold": (*_CLIPPED, "cispo", "sapo", "vespo"),
     "pair_selection": ("dpo",),
     "dpo_length_normalization": ("dpo",),
 }
@@ -132,6 +148,10 @@ def check_looked_at(args: DTRPOConfig) -> None:
                 f"`{name}` is for `loss_type` {' or '.join(map(repr, losses))}, not for {args.loss_type!r}; leave it at "
                 f"{default!r}."
             )
+    for name in _ADAPTIVE:
+        default = type(args).__dataclass_fields__[name].default
+        if not args.use_adaptive_entropy and getattr(args, name) != default:
+            raise ValueError(f"`{name}` is for `use_adaptive_entropy=True`; leave it at {default!r}.")
 
 
 def _is_left_open(args: DTRPOConfig, name: str) -> bool:
@@ -155,6 +175,8 @@ def _is_inside(value: float, interval: str) -> bool:
 
 def _in_words(interval: str) -> str:
     low, high = _ends(interval)
+    if low == -math.inf:
+        return "that is finite"
     text = f"above {low:g}" if interval[0] == "(" else f"of at least {low:g}"
     if math.isfinite(high):
         return f"{text} and {'below' if interval[-1] == ')' else 'at most'} {high:g}"

@@ -355,12 +355,6 @@ class DTRPOConfig(GRPOConfig):
                 f"`loss_type={self.loss_type!r}` sums over the tokens of a response, so with `weighting='none'` its size "
                 "would depend on the number of steps. Use `weighting='unbiased'`."
             )
-        if not 0.0 <= self.top_entropy_quantile <= 1.0:
-            raise ValueError(f"`top_entropy_quantile` must be between 0 and 1, got {self.top_entropy_quantile}.")
-        if self.off_policy_mask_threshold is not None and not self.off_policy_mask_threshold > 0.0:
-            raise ValueError(
-                f"`off_policy_mask_threshold` must be positive, in nats per token, got {self.off_policy_mask_threshold}."
-            )
         self.scoring()  # checks the settings of the estimator
         for name in ("decoding_order", "pair_selection"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
@@ -389,13 +383,6 @@ class DTRPOConfig(GRPOConfig):
     def _check_pairs(self) -> None:
         if self.beta <= 0.0:
             raise ValueError(f"`loss_type='dpo'` needs a reference: set `beta` (0.1 is usual), got {self.beta}.")
-        for name in ("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "off_policy_mask_threshold"):
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default:
-                raise ValueError(
-                    f"`{name}` is for the group losses, not for `loss_type='dpo'`: leave it at {default!r}, got "
-                    f"{getattr(self, name)!r}."
-                )
         sizes = {
             "per_device_train_batch_size": self.num_generations,
             "per_device_eval_batch_size": self.num_generations_eval or self.num_generations,

@@ -30,7 +30,7 @@ from trl import GRPOTrainer
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
 from ..decoding.pace import PeerFailed
-from ..objectives.pairwise import make_pairs, pairwise_loss, same_responses
+from ..objectives.pairwise import differing_groups, make_pairs, pairwise_loss, same_responses
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
 from ..policies.forward import check_attention, unwrap
@@ -192,7 +192,9 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
             raise ValueError("No reward source provided: pass at least one reward function as `reward_funcs`.")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             _check_columns(name, dataset)
-        check_order_is_asked_for(args, [dataset for _, dataset in _named_datasets(train_dataset, eval_dataset)])
+        named = _named_datasets(train_dataset, eval_dataset)
+        check_order_is_asked_for(args, [dataset for _, dataset in named])
+        check_number_of_rows(train_dataset, args)
         # All that can be known before the weights are loaded.
         config = _load_config(model, args)
         if processing_class is None:
@@ -248,7 +250,8 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
         self._recorded: Tensor | None = None
         self._stored: list[tuple[dict[str, Any], int, int]] | None = None  # rows of this rollout, responses, epoch
         self._rollouts: TrajectoryBatch | None = None
-        self._unscored: Tensor | None = None
+        self._unscored: Tensor | None = None  # responses of this rollout that no function scored
+        self._differing: Tensor | None = None  # those of groups in which not all rewards are the same
         self._learnt: bool | None = None  # whether a response of this run made a gradient; `None` before a rollout
         self.last_rollouts: TrajectoryBatch | None = None
         self._rollout_clock = (-1, 0)  # optimizer step, and rollouts so far in it
@@ -353,11 +356,13 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
                 row, function = own.isinf().nonzero()[0].tolist()
                 failure = ValueError(
                     f"The reward function {self.reward_func_names[function]!r} returned {own[row, function].item()} for the "
-                    f"answer {completions[row]!r} to {prompts[row]!r}. A reward must be finite, or None where it does not "
-                    "apply."
+                    f"answer {completions[row]!r:.200} to {prompts[row]!r:.200}. A reward must be finite, or None where it "
+                    "does not apply."
                 )
             fail_together(self.accelerator, failure, "A reward function")
         self._unscored = own.isnan().all(1)
+        if self.model.training:
+            self._differing = differing_groups(rewards, self.num_generations)[first : first + len(prompts)]
         return rewards
 
     def _decode(self, prompt_ids: list[list[int]], decoding: DecodingConfig, seeds: list[int]) -> TrajectoryBatch:
@@ -477,7 +482,8 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
                 pad_sequence([row.T for row in rows], batch_first=True).transpose(1, 2).to(rollouts.logps.device)
             )
         self._log_rollouts(rollouts)
-        self._note_gradient((output["advantages"] != 0) & output["completion_mask"].any(1))
+        if self.model.training:
+            self._note_gradient(output["completion_mask"].any(1))
         return self._group(output)
 
     # ------------------------------------------------------------------------------------------ stored responses
@@ -853,11 +859,12 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
             self._record("diffusion/recorded_gap/mean", total / max(tokens, 1), tokens)
             self._record("diffusion/recorded_gap/max", self.accelerator.gather(gap.max()).max().item(), how="max")
 
-    def _note_gradient(self, responses: Tensor) -> None:
-        """Remembers whether responses of this rollout, `(R,)` on this process, make a gradient. Pairs say so themselves."""
-        if self.model.training:
-            any_does = self.loss_type != "dpo" and self.accelerator.reduce(responses.sum(), reduction="sum").item() > 0
-            self._learnt = bool(self._learnt) or any_does
+    def _note_gradient(self, counted: Tensor) -> None:
+        """Remembers whether a response of this rollout makes a gradient; pairs say so themselves. `counted`, `(R,)`: those
+        of this process that are not masked."""
+        assert self._differing is not None  # TRL has called `_calculate_rewards`
+        number = self.accelerator.reduce((self._differing & counted).sum(), reduction="sum").item()
+        self._learnt = bool(self._learnt) or (number > 0 and self.loss_type != "dpo")
 
     def _check_is_due(self) -> bool:
         """Whether this is the first batch of an optimizer step at which the estimator is to be checked."""
