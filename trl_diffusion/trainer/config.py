@@ -19,7 +19,7 @@ from .checks import check_looked_at, check_numbers, check_whole_numbers
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo", "dpo")
 
-_NO_ENGINE = "it generates from left to right; a diffusion policy is denoised by this library's own decoder"
+_NO_ENGINE = "generation would be from left to right; a diffusion policy is denoised by this library's own decoder"
 _NO_TRANSFORM = "the distribution that is sampled from would not be the one that is scored"
 _NO_REMOTE_CODE = "the families load without their hub code, which hides its attention masks from this library"
 # Options of GRPOConfig that mean nothing for a diffusion policy, and why; so do all that begin with `vllm_`.
