@@ -42,6 +42,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -262,7 +263,8 @@ def tests(size: Size) -> Iterator[Row]:
     ]  # fmt: skip
 
     def run() -> dict:
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
+        several = ["-n", "8"] if DEVICE == "cuda" and find_spec("xdist") else []
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *several, *files]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         lines = result.stdout.strip().splitlines()
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
