@@ -43,6 +43,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -280,7 +281,7 @@ def gap(size: Size) -> Iterator[Row]:
         size.gap_answer, temperature=1.0, strategy="threshold", threshold=0.9, tokens_per_step=2, sub_block_size=8
     )
     prompts = make_prompts(size.gap_rows, shape, size.prompt)
-    seeds = list(range(len(prompts)))
+    seeds, few = list(range(len(prompts))), size.gap_rows // 4
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         model = make_policy(shape, dtype, sharp=True)
@@ -301,10 +302,13 @@ def gap(size: Size) -> Iterator[Row]:
             }
 
         def alone(model=model, batch=batch) -> dict:
-            one_by_one = decode(model, prompts, config, spec, seeds, batch_size=1).completions()
-            together = batch.completions()
-            same = [ours == theirs for ours, theirs in zip(one_by_one, together, strict=True)]
-            return {"answers": len(same), "same": sum(same)}
+            one_by_one = decode(model, prompts[:few], config, spec, seeds[:few], batch_size=1).completions()
+            return same(one_by_one, batch.completions()[:few])
+
+        def loop(model=model) -> dict:
+            greedy = replace(config, temperature=0.0, threshold=1.0, tokens_per_step=1)
+            ours = decode(model, prompts[:few], greedy, spec).completions()
+            return same(ours, [published_answer(model, prompt, spec, size.gap_answer) for prompt in prompts[:few]])
 
         def flex(model=model, gaps=gaps) -> dict:
             use(model, "flex_attention")
@@ -312,9 +316,28 @@ def gap(size: Size) -> Iterator[Row]:
 
         yield f"{name}, sdpa", gaps
         yield f"{name}, alone and in a batch", alone
+        yield f"{name}, our decoding and the published loop", loop
         yield f"{name}, flex", cuda_only(flex)
-        del model, batch, gaps, alone, flex
+        del model, batch, gaps, alone, loop, flex
         clear()
+
+
+def same(ours: list[list[int]], theirs: list[list[int]]) -> dict:
+    """How many answers are the same, token by token, and how long they are so on average."""
+    lengths = [
+        next((at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+        for one, other in zip(ours, theirs, strict=True)
+    ]
+    equal = sum(one == other for one, other in zip(ours, theirs, strict=True))
+    return {"answers": len(ours), "same": equal, "same_tokens_in_front": statistics.mean(lengths)}
+
+
+def published_answer(model, prompt: list[int], spec: DiffusionSpec, length: int) -> list[int]:
+    """By the loop that Fast-dLLM v2 published."""
+    ids = torch.tensor([prompt], device=DEVICE)
+    return published.fast_dllm_v2(model, ids, length, mask=spec.mask_token_id, stop=-1)[0, len(prompt) :].tolist()[
+        :length
+    ]
 
 
 METRICS = ("loss", "grad_norm", "diffusion/recorded_gap/mean", "diffusion/recorded_gap/max", "diffusion/tokens_per_step",
@@ -466,22 +489,9 @@ def rollouts(size: Size) -> Iterator[Row]:
     def theirs(count: int) -> dict:
         prompts = make_prompts(count, shape, size.prompt)
 
-        def loop() -> list[list[int]]:
-            found = []
-            for prompt in prompts:
-                ids = torch.tensor([prompt], device=DEVICE)
-                response = published.fast_dllm_v2(model, ids, answer, mask=spec.mask_token_id, stop=-1)[0]
-                found.append(response[len(prompt) :].tolist()[:answer])
-            return found
-
         reset_peak()
-        seconds, found = timed(loop)
-        pairs = [(a, b) for ours, theirs in zip(kept[count], found, strict=True) for a, b in zip(ours, theirs)]  # noqa: B905
-        return {
-            "tokens_per_second": sum(map(len, found)) / seconds,
-            "same_tokens_as_ours": sum(a == b for a, b in pairs) / len(pairs),
-            **peak(),
-        }
+        seconds, found = timed(lambda: [published_answer(model, prompt, spec, answer) for prompt in prompts])
+        return {"tokens_per_second": sum(map(len, found)) / seconds, **same(kept[count], found), **peak()}
 
     @torch.no_grad()
     def bare(count: int) -> dict:
@@ -512,22 +522,15 @@ def recipe_options() -> dict:
     """Options of `recipes/fast_dllm_v2.yaml` for the trainer, without the model's and the task's."""
     values = yaml.safe_load((ROOT / "recipes" / "fast_dllm_v2.yaml").read_text())
     known = DTRPOConfig.__dataclass_fields__
-    left_out = ("output_dir", "save_steps", "log_completions", "report_to")
+    left_out = ("output_dir", "max_steps", "save_steps", "log_completions", "report_to")
     return {name: value for name, value in values.items() if name in known and name not in left_out}
 
 
 def recipe(size: Size) -> Iterator[Row]:
     from peft import LoraConfig
 
-    options = {
-        **recipe_options(),
-        **dict(size.recipe),
-        "bf16": True,
-        "max_steps": 1,
-        "diffusion_spec": {"stop_token_ids": []},
-    }
+    options = {**recipe_options(), **dict(size.recipe), "bf16": True, "diffusion_spec": {"stop_token_ids": []}}
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(LAYERS), task_type="CAUSAL_LM")
-    options.pop("max_steps")
 
     def run() -> dict:
         return trained(make_policy(size.large, sharp=True), 1, size.prompt, lora, **options)[0]
@@ -556,20 +559,24 @@ def plan(size: Size) -> Iterator[Row]:
     def of(work: Workload, rank: int | None) -> dict:
         return gib(simulate(config, spec, work, torch.bfloat16, lora_rank=rank))
 
+    def of_rollout(work: Workload) -> dict:  # without an optimizer
+        footprint = simulate(config, spec, work, torch.bfloat16)
+        return {"rollout_gib": (footprint.weights + footprint.rollout + footprint.cache) / 2**30}
+
     yield "dtrpo, LoRA", partial(of, step, RANK)
     yield "dtrpo, every weight", partial(of, step, None)
     for count in size.batches:
         work = replace(
             step, prompt_length=size.prompt * 3 // 2, completion_length=size.answer, rollout_batch_size=count
         )
-        yield f"rollout, batch {count}", partial(of, work, RANK)
+        yield f"rollout, batch {count}", partial(of_rollout, work)
     yield "recipes/fast_dllm_v2.yaml", partial(of, of_recipe, RANK)
 
 
 # A function, and the most seconds that it may take.
 SECTIONS: dict[str, tuple[Callable[[Size], Iterator[Row]], int]] = {
-    "tests": (tests, 75),
-    "gap": (gap, 75),
+    "tests": (tests, 100),
+    "gap": (gap, 90),
     "trainer": (trainer, 75),
     "training": (training, 100),
     "decoding": (rollouts, 100),
@@ -653,7 +660,7 @@ def run_all(names: list[str], size: str, seconds: float) -> Iterator[tuple[str, 
         yield from ((name, {"status": "skipped: needs a CUDA device; try `--size tiny`"}) for name in waiting)
         waiting = []
     coming = Section(waiting[0], size) if waiting else None
-    for name, following in zip(waiting, [*waiting[1:], None], strict=True):
+    for name, following in zip_longest(waiting, waiting[1:]):
         if end - time.perf_counter() < 10:
             yield name, {"status": "skipped: no time was left"}
             continue

@@ -13,7 +13,7 @@ from tests.scoring.test_estimators import group_rollout, states_of
 from tests.scoring.test_oracles import DECODINGS, rollout
 from tests.trainer.conftest import char_spec, make_trainer, tokenizer  # noqa: F401  (fixtures)
 from trl_diffusion.decoding.decode import decode
-from trl_diffusion.policies.attention import enable_plans
+from trl_diffusion.policies.attention import PackedMask, enable_plans
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
@@ -135,3 +135,20 @@ def test_the_clock_of_an_update_waits_for_the_device(make_trainer):  # noqa: F81
     end.synchronize()
     seconds = begin.elapsed_time(end) / 1000
     assert trainer._metrics["train"]["time/update"][-1] >= 0.9 * seconds
+
+
+def test_rows_of_a_bucket_share_a_kernel():
+    """Whether something is added to a row to fill its bucket, or nothing: compiling takes seconds."""
+
+    def run(length: int) -> None:
+        states = [
+            torch.randn(2, length, heads, 16, device=DEVICE).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)
+        ]
+        blocks = (torch.arange(length, device=DEVICE) // 8).expand(2, -1)
+        valid = torch.ones(2, length, dtype=torch.bool, device=DEVICE)
+        PackedMask(blocks, torch.zeros_like(blocks[0]), valid).attend_flex(None, *states).sum().backward()
+
+    run(200)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run(256)
+        run(250)
