@@ -88,6 +88,14 @@ def make_policy(spec: DiffusionSpec, seed: int = 0, backbone: str = "qwen3", **c
         return AutoModelForCausalLM.from_config(config).eval()
 
 
+@torch.no_grad()
+def disturb(model: torch.nn.Module, scale: float = 0.02) -> None:
+    """Adds noise to every weight, the same on every device."""
+    for index, parameter in enumerate(model.parameters()):
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+        parameter.add_(scale * noise.to(parameter.device))
+
+
 def make_prompts(lengths=(3, 8, 13, 21, 24, 1), seed: int = 0) -> list[list[int]]:
     """Prompts of unequal lengths: shorter than a block, ending inside one, ending with one."""
     generator = torch.Generator().manual_seed(seed)

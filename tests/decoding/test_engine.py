@@ -332,8 +332,10 @@ def test_processes_keep_pace():
 @pytest.mark.parametrize("capacity", [None, 16])
 @pytest.mark.parametrize("lanes", [(0, 1, 2), (1, 2, 3), (2, 0, 1)])
 @pytest.mark.parametrize("ends", [(8, 8, 8), (8, 12, 8), (8, 12, 16)])
-def test_attention_in_groups_is_that_of_the_whole_mask(capacity, lanes, ends):
-    """Lanes side by side are looked at where they are, others are gathered: what comes out is the same."""
+@pytest.mark.parametrize("sharing", [1, 3])
+def test_attention_in_groups_is_that_of_the_whole_mask(capacity, lanes, ends, sharing):
+    """Lanes side by side are looked at where they are, others are gathered: what comes out is the same. Also where several
+    query heads share keys."""
     spec = SPECS["block-from-sequence" if capacity else "full"].replace(block_size=4)
     ends = np.array(ends)
     begins = ends - 4 if capacity else np.zeros(3, dtype=np.int64)
@@ -345,10 +347,10 @@ def test_attention_in_groups_is_that_of_the_whole_mask(capacity, lanes, ends):
         (group,) = mask.groups
         assert group.queries.run is not None and (group.keys.run is not None) == together
     query, key, value = (
-        torch.randn(1, 2, size, 8, generator=torch.Generator().manual_seed(seed))
-        for seed, size in enumerate((number, mask.num_keys, mask.num_keys))
+        torch.randn(1, heads, size, 8, generator=torch.Generator().manual_seed(seed))
+        for seed, (heads, size) in enumerate(((2 * sharing, number), (2, mask.num_keys), (2, mask.num_keys)))
     )
-    layer = torch.nn.Module()
-    layer.num_key_value_groups = 1
-    expected = F.scaled_dot_product_attention(query, key, value, mask.dense())
-    assert_close(mask.attend(layer, query, key, value), expected.transpose(1, 2))
+    copied = (values.repeat_interleave(sharing, 1) for values in (key, value))
+    expected = F.scaled_dot_product_attention(query, *copied, mask.dense(), scale=0.3)
+    found = mask.attend(torch.nn.Module(), query, key, value, scaling=0.3)
+    assert_close(found, expected.transpose(1, 2))

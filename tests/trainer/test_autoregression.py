@@ -10,7 +10,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.closeness import assert_close, assert_close_gradients
-from tests.conftest import make_policy
+from tests.conftest import disturb, make_policy
 from tests.trainer.conftest import codes, make_dataset
 from tests.trainer.test_trainer import causal_logps, per_row_inputs, slice_rows
 from trl_diffusion import DiffusionSpec
@@ -86,9 +86,7 @@ def two_trainers(make_trainer, tokenizer, tmp_path):
         }  # fmt: skip
         ours = make_trainer(str(tmp_path / "start"), spec=spec, **common, **options)
         inputs = per_row_inputs(ours)
-        with torch.no_grad():  # so that ratios, clipping and KL all matter
-            for index, parameter in enumerate(ours.model.parameters()):
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+        disturb(ours.model)  # so that ratios, clipping and KL all matter
         theirs = (GRPOTrainer if first_token == "autoregressive" else PlainTrainer)(
             model=str(tmp_path / "start"),
             reward_funcs=codes,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.closeness import ROUNDING, assert_close, assert_close_gradients, close_to
-from tests.conftest import make_policy
+from tests.conftest import disturb, make_policy
 from tests.trainer.test_trainer import per_row_inputs, slice_rows
 from trl_diffusion import DTRPOConfig
 from trl_diffusion.policies.attention import PLANNED
@@ -88,9 +88,8 @@ def test_every_group_loss_is_the_weighted_one(make_trainer, estimator, loss_type
     )
     inputs = per_row_inputs(trainer, 4)
     trainer.current_gradient_accumulation_steps = 1
+    disturb(trainer.model)
     with torch.no_grad():
-        for index, parameter in enumerate(trainer.model.parameters()):
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
         loss = trainer._compute_loss(trainer.model, inputs)
         with trainer._scoring(inputs) as layout:
             new = trainer._get_per_token_logps_and_entropies(trainer.model, None, None, layout.weights.shape[1])[0]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from tests.closeness import ROUNDING, assert_close, assert_close_gradients, close_to
-from tests.conftest import make_policy
+from tests.conftest import disturb, make_policy
 from tests.offline.conftest import codes, collection, length, prompt_dataset, run_collect, start  # noqa: F401
 from trl_diffusion import DiffusionSpec, from_preferences, load_trajectories
 
@@ -410,9 +410,7 @@ def test_blocks_of_one_give_trl_own_dpo_loss(make_trainer, tokenizer, tmp_path, 
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )  # fmt: skip
-    with torch.no_grad():
-        for index, parameter in enumerate(ours.model.parameters()):
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    disturb(ours.model, 0.05)
     theirs.model.load_state_dict(ours.model.state_dict())
     for trainer in (ours, theirs):
         trainer.model.train()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
 from tests.closeness import ROUNDING, assert_close, assert_close_gradients, close_to
-from tests.conftest import make_policy
+from tests.conftest import disturb, make_policy
 from tests.trainer.conftest import codes, make_dataset
 from trl_diffusion import DiffusionSpec, DTRPOConfig, DTRPOTrainer, get_spec, tiny_policy_path
 from trl_diffusion.scoring.draws import StepDraw
@@ -195,9 +195,7 @@ def test_o8_blocks_of_one_give_trl_own_loss(make_trainer, tokenizer, tmp_path, l
     }
     ours = make_trainer(str(tmp_path / "start"), spec=spec, **options)
     inputs = per_row_inputs(ours)
-    with torch.no_grad():  # off policy, so that ratios, clipping and KL all matter
-        for index, parameter in enumerate(ours.model.parameters()):
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    disturb(ours.model)  # off policy, so that ratios, clipping and KL all matter
     theirs = GRPOTrainer(
         model=str(tmp_path / "start"),
         reward_funcs=codes,
@@ -278,9 +276,8 @@ def test_expected_loss_is_the_loss_over_all_tokens(make_trainer):
     trainer = make_trainer(per_device_train_batch_size=8, loss_type="dapo", tokens_per_step=2, beta=0.0)
     inputs = per_row_inputs(trainer)
     trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
+    disturb(trainer.model)
     with torch.no_grad():
-        for index, parameter in enumerate(trainer.model.parameters()):
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
         losses = []
         for seed in range(600):
             inputs["draw_seeds"] = torch.arange(8) + 8 * seed
@@ -436,7 +433,7 @@ def test_truncated_responses_are_masked(make_trainer, tokenizer):
     inputs = per_row_inputs(trainer)
     with trainer._scoring(inputs) as layout:
         scored = (layout.weights > 0).any(1)
-    stops = torch.tensor(trainer.spec.stop_token_ids)
+    stops = torch.tensor(trainer.spec.stop_token_ids, device=scored.device)
     ended = torch.isin(inputs["canvas_ids"][:, :6], stops).any(1)
     ended |= inputs["completion_ids"][:, -1] == tokenizer.pad_token_id  # TRL takes padding for an end, too
     assert ended.any() and not ended.all()
@@ -735,7 +732,7 @@ def test_bad_options_are_refused(tmp_path, option):
 
 def test_every_option_has_a_help_text_and_a_line_in_the_docstring():
     own = set(DTRPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
-    assert len(own) == 25
+    assert len(own) == 26
     for name in own:
         assert DTRPOConfig.__dataclass_fields__[name].metadata["help"]
         assert f"\n        {name} (" in DTRPOConfig.__doc__

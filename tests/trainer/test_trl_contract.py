@@ -165,9 +165,9 @@ def test_loss_uses_the_completion_mask_as_weights(make_trainer):
     inputs = per_row_inputs(trainer)
     trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
     width = inputs["completion_ids"].shape[1]
-    logps = torch.randn(8, width)
+    logps = torch.randn(8, width, device=inputs["completion_ids"].device)
     trainer._get_per_token_logps_and_entropies = lambda *a, **k: (logps, torch.zeros_like(logps), None)
-    weights = torch.rand(8, width)
+    weights = torch.rand_like(logps)
     plain = dict(inputs, completion_mask=weights, old_per_token_logps=logps)
     loss = GRPOTrainer._compute_loss(trainer, trainer.model, plain)
     expected = -(weights * inputs["advantages"][:, None]).sum() / inputs["num_items_in_batch"]

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin
+
+
+@dataclass
+class _Slots:
+    """
+    What a cache and its layers share. (A layer that held the cache itself would be in a cycle with it, and keys and values
+    would stay on the GPU until Python looks for cycles, which it does by the number of objects, not by their size.)
+
+    Attributes:
+        number (`int`): slots of a layer.
+        write (`Tensor` of shape `(N,)`, *optional*): where the tokens of the next pass go.
+    """
+
+    number: int
+    write: Tensor | None = None
 
 
 class _LaneLayer(CacheLayerMixin):
@@ -13,43 +30,43 @@ class _LaneLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, owner: LaneCache):
+    def __init__(self, slots: _Slots):
         super().__init__()
-        self.owner = owner
+        self.slots = slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         _, heads, _, size = key_states.shape
         # Zeros, since what nobody has written is masked, and a masked NaN is still a NaN.
-        self.keys = key_states.new_zeros(1, heads, self.owner.num_slots, size)
-        self.values = value_states.new_zeros(1, heads, self.owner.num_slots, value_states.shape[-1])
+        self.keys = key_states.new_zeros(1, heads, self.slots.number, size)
+        self.values = value_states.new_zeros(1, heads, self.slots.number, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.owner.write_slots is not None
-        self.keys.index_copy_(2, self.owner.write_slots, key_states)
-        self.values.index_copy_(2, self.owner.write_slots, value_states)
+        assert self.slots.write is not None
+        self.keys.index_copy_(2, self.slots.write, key_states)
+        self.values.index_copy_(2, self.slots.write, value_states)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return 0
 
     def get_max_length(self) -> int:
-        return self.owner.num_slots
+        return self.slots.number
 
     def get_max_cache_shape(self) -> int:  # the name before transformers 5.2x
-        return self.owner.num_slots
+        return self.slots.number
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.owner.num_slots, 0
+        return self.slots.number, 0
 
 
 class LaneCache(Cache):
     """
     Keys and values of several sequences in *lanes*: lane `l` owns the slots from `l * capacity` on, and its token at
     position `p` is in slot `l * capacity + p`. A forward pass takes one row that holds tokens of any lanes and writes
-    them to `write_slots`, over what is there; which slots a token then looks at, the attention plan says. What is out of
+    them to `slots.write`, over what is there; which slots a token then looks at, the attention plan says. What is out of
     date is overwritten or not looked at, so nothing has to be cleared.
 
     Args:
@@ -59,9 +76,8 @@ class LaneCache(Cache):
     """
 
     def __init__(self, num_layers: int, num_lanes: int, capacity: int):
-        self.num_slots = num_lanes * capacity
-        self.write_slots: Tensor | None = None
-        super().__init__(layers=[_LaneLayer(self) for _ in range(num_layers)])
+        self.slots = _Slots(num_lanes * capacity)
+        super().__init__(layers=[_LaneLayer(self.slots) for _ in range(num_layers)])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -290,8 +290,8 @@ class DenoisingLoop:
         sequence, position = spans.tokens()
         num_keys = len(position)
         if self.cache is not None:
-            num_keys = self.cache.num_slots
-            self.cache.write_slots = self._to_device(spans.lanes[sequence] * self.capacity + position)
+            num_keys = self.cache.slots.number
+            self.cache.slots.write = self._to_device(spans.lanes[sequence] * self.capacity + position)
         position_ids = self._to_device(position)[None]
         columns = self._to_device(spans.offsets[sequences] + positions - spans.begins[sequences])
         return policy_logits(

@@ -67,7 +67,10 @@ class ThroughputCallback(TrainerCallback):
         self._reset()
 
     def on_step_end(self, args, state, control, **kwargs):
-        whole, device = time.perf_counter() - self.begin, self.trainer.accelerator.device
+        device = self.trainer.accelerator.device
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)  # the backward pass and the optimizer's kernels may still be running
+        whole = time.perf_counter() - self.begin
         update = whole - self.seconds["sampling"]
         values = [float(self.responses), float(self.tokens), whole, self.seconds["rollout"], self.seconds["reward"],
                   update, peak_memory(device) / 2**30]  # fmt: skip
