@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def collect(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
-    reward_funcs: RewardFunc | list[RewardFunc] | RewardCaller,
+    reward_funcs: RewardFunc | Sequence[RewardFunc] | RewardCaller,
     output_dir: str | Path,
     decoding: DecodingConfig,
     num_responses: int = 8,

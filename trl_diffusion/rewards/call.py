@@ -69,7 +69,7 @@ class RewardCaller:
     """
 
     reward_funcs: Any
-    tokenizers: list[PreTrainedTokenizerBase | None] | None = None
+    tokenizers: list[PreTrainedTokenizerBase | None] = field(default_factory=list)
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -77,7 +77,7 @@ class RewardCaller:
         self.reward_funcs = list(self.reward_funcs) if several else [self.reward_funcs]
         if not self.reward_funcs:
             raise ValueError("No reward function was given.")
-        self.tokenizers = self.tokenizers or [None] * len(self.reward_funcs)
+        self.tokenizers = list(self.tokenizers) or [None] * len(self.reward_funcs)
         if len(self.tokenizers) != len(self.reward_funcs):
             raise ValueError(
                 f"There are {len(self.reward_funcs)} reward functions but {len(self.tokenizers)} tokenizers."
@@ -135,7 +135,7 @@ class RewardCaller:
         }  # fmt: skip
         rewards: dict[str, Any] = {}
         waiting = {}
-        for name, function, tokenizer in zip(self.names, self.reward_funcs, self.tokenizers or [], strict=True):
+        for name, function, tokenizer in zip(self.names, self.reward_funcs, self.tokenizers, strict=True):
             if isinstance(function, nn.Module):
                 rewards[name] = self._ask_model(function, tokenizer, prompts, completions)
             elif is_asynchronous(function):

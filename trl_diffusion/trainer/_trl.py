@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import disable_dropout_in_model, print_prompt_completions_sample, use_adapter
 
 
-__all__ = ["disable_dropout_in_model", "print_prompt_completions_sample", "unwrapped_policy", "use_adapter"]
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+    from trl import GRPOTrainer
+
+    class TrainerMixin(GRPOTrainer):
+        """What is mixed with a [`~trl.GRPOTrainer`]: narrowed types of inherited attributes."""
+
+        args: Any
+        eval_dataset: Any
+        model: PreTrainedModel
+        model_wrapped: nn.Module
+        num_completions_to_print: int
+        num_generations_eval: int
+        state: Any
+        train_dataset: Any
+        _buffered_inputs: list[dict[str, Any]] | None  # type: ignore[assignment]  # TRL infers `None`
+        _logs: dict[str, Any]
+else:
+    TrainerMixin = object
+
+__all__ = [
+    "TrainerMixin",
+    "disable_dropout_in_model",
+    "print_prompt_completions_sample",
+    "unwrapped_policy",
+    "use_adapter",
+]
 
 
 @contextmanager

@@ -204,7 +204,7 @@ def last_usable_checkpoint(output_dir: str | Path, engine: Engine = "plain") -> 
     Raises:
         ValueError: if there are checkpoints, but not one from which training can go on.
     """
-    faults = []
+    faults: list[str] = []
     for checkpoint in reversed(_candidates(output_dir)):
         fault = find_fault(checkpoint, engine)
         if fault is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -23,14 +23,8 @@ from datasets import IterableDataset
 from torch import Tensor
 
 from ..utils import move_into_place
-from ._trl import print_prompt_completions_sample
+from ._trl import TrainerMixin, print_prompt_completions_sample
 from .metrics import How, Tally, add_over_processes, length_figures, reward_figures
-
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _Base
-else:
-    _Base = object
 
 
 logger = get_logger(__name__)
@@ -118,7 +112,7 @@ class Evaluation:
         return {name: None if value is None or value != value else value for name, value in found.items()}
 
 
-class RowwiseEvaluation(_Base):
+class RowwiseEvaluation(TrainerMixin):
     """
     Makes evaluations of a [`~trl.GRPOTrainer`] independent of batches, of processes and of training.
 
@@ -180,7 +174,8 @@ class RowwiseEvaluation(_Base):
         finally:
             self.evaluation, self._logs = None, logs
             self._metrics["eval"].clear()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        metrics = cast("dict[str, float | None]", output.metrics)
+        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output._replace(num_samples=rows)
 
     def _expected_rows(self, dataloader) -> Callable[[], int]:

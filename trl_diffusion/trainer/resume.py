@@ -18,15 +18,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.trainer_callback import ExportableState
 
 from . import checkpoints
+from ._trl import TrainerMixin
 from .agreement import fail_together
 
 
 if TYPE_CHECKING:
     from torch.utils.data import Sampler
     from transformers.trainer_utils import TrainOutput
-    from trl import GRPOTrainer as _Base
-else:
-    _Base = object
 
 
 logger = get_logger(__name__)
@@ -105,7 +103,7 @@ class Progress:
         return progress
 
 
-class ExactResume(_Base):
+class ExactResume(TrainerMixin):
     """
     Makes training with a [`~trl.GRPOTrainer`] that goes on from a checkpoint equal, to the bit, to training that was never
     interrupted, also in the middle of a rollout.

@@ -852,8 +852,8 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
         if self._is_recorded:
             self._record_ratios(self.accelerator.reduce(ratio_statistics(logps - old, weights), reduction="sum"))
         gap = torch.where(scored, (logps - self._recorded).abs(), 0.0)
-        responses = self._counted(len(gap)).sum()
-        total, tokens, responses = add_over_processes(self.accelerator, gap.sum(), scored.sum(), responses)
+        rows = self._counted(len(gap)).sum()
+        total, tokens, responses = add_over_processes(self.accelerator, gap.sum(), scored.sum(), rows)
         self._record("diffusion/scored_tokens", tokens / responses, responses)
         if self.estimator.recorded and self._is_recorded:
             self._record("diffusion/recorded_gap/mean", total / max(tokens, 1), tokens)
@@ -896,7 +896,8 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
     def _set_signature_columns_if_needed(self):
         """TRL's columns, and those of stored responses; what else there is, is unused."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self._kept_columns if name not in self._signature_columns]
+        columns = cast("list[str]", self._signature_columns)
+        columns += [name for name in self._kept_columns if name not in columns]
 
     def _check_prompts(self, name: str, dataset: Dataset | IterableDataset) -> None:
         """Finds prompts that the policy cannot take before anything is trained. A stream is checked as it comes."""
@@ -918,7 +919,9 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
             except ValueError as error:
                 raise ValueError(f"{name}, rows {begin} to {begin + len(prompts) - 1}: {error}") from error
             try:
-                check_visible(self._tokenizer, prompts, prompt_ids, begin, forms, **self.chat_template_kwargs)
+                check_visible(
+                    self._tokenizer, prompts, prompt_ids, begin, forms, **cast(dict, self.chat_template_kwargs)
+                )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 

@@ -229,8 +229,7 @@ def _check_row(row, number, spec, vocab_size, tokenizer_fingerprint, rewards) ->
         if values is None and column == "event_logps":
             continue
         if values is None or len(values) != count:
-            found = "nothing" if values is None else len(values)
-            refuse(column, f"holds {found} for {count} responses.")
+            refuse(column, f"holds {'nothing' if values is None else len(values)} for {count} responses.")
     for column in rewards:
         for index, value in enumerate(row[column]):
             if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
