@@ -193,8 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer.step()
         print(f"update {update + 1}: {solved.mean():.1%} solved, {units.mean():.1%} of rows, columns and boxes right")
     after = sudoku.sudoku_solved(answer(policy, spec, tokenizer, unseen, None)[1], unseen)
-    rates = (f"{torch.tensor(rewards).mean():.1%}" for rewards in (before, after))
-    print(f"solve rate {' -> '.join(rates)} ({len(unseen)} puzzles)")
+    print(f"solve rate {torch.tensor(before).mean():.1%} -> {torch.tensor(after).mean():.1%} ({len(unseen)} puzzles)")
 
 
 if __name__ == "__main__":
