@@ -169,7 +169,7 @@ def answer(policy, spec, tokenizer, puzzles: list[str], rng: Generator | None) -
 def main(arguments: list[str] | None = None) -> None:
     """Trains the embedded policy, and measures it before and after on puzzles that training never sees."""
     parser = argparse.ArgumentParser(description="dTRPO on one page: the embedded policy learns 4x4 sudoku.")
-    for name, default in (("seed", 0), ("updates", 24), ("puzzles", 16), ("answers", 16)):
+    for name, default in (("seed", 0), ("updates", 20), ("puzzles", 16), ("answers", 16)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     args = parser.parse_args(arguments)
     policy = AutoModelForCausalLM.from_pretrained(tiny_policy_path())
