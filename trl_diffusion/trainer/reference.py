@@ -11,8 +11,6 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..utils import move_into_place
-
 
 FILE = "reference.pt"
 
@@ -33,10 +31,7 @@ def save_reference(model: nn.Module, checkpoint: str | Path, write: bool) -> Non
             if write:
                 weights[name] = value.detach().cpu().clone()
     if write:
-        path = Path(checkpoint) / FILE
-        temporary = path.with_name(f".unfinished-{FILE}")
-        torch.save(weights, temporary)
-        move_into_place(temporary, path)
+        torch.save(weights, Path(checkpoint) / FILE)
 
 
 @torch.no_grad()
