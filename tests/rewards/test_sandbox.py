@@ -12,11 +12,13 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.rewards.hostile import ATTEMPTS, PROGRAMS, REFUSED_CALLS, Attempt
 from tests.rewards.world import LIMITS, PATIENT, SECRET, TESTS, World, limits_of, program_of_attempt, skip_elsewhere
+from trl_diffusion.rewards import sandbox
 from trl_diffusion.rewards.code import check_code, code_of_prompt, code_reward, program_of
 from trl_diffusion.rewards.confined import confine
 from trl_diffusion.rewards.sandbox import SandboxError, SandboxLimits, run_tests
@@ -190,6 +192,15 @@ def test_no_interpreter(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with pytest.raises(SandboxError, match="/no/such/python"):
         run_tests("", "")
+
+
+def test_files_that_cannot_be_counted(world, monkeypatch):
+    """The kernel has no more records of files to give."""
+    libc = SimpleNamespace(inotify_init1=lambda flags: -1)
+    monkeypatch.setattr(sandbox.ctypes, "CDLL", lambda *_, **options: libc)
+    with pytest.raises(SandboxError, match="could not be set up: inotify_init1 failed"):
+        run_tests("", "")
+    assert world.is_untouched()
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 6])
