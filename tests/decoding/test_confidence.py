@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tests.closeness import assert_close
 from tests.conftest import MASK, SPECS, make_policy, make_prompts
 from tests.scoring.test_oracles import plain_forward_logps
 from trl_diffusion import DecodingConfig, DTRPOConfig, decode
@@ -67,7 +68,7 @@ def test_a_threshold_means_the_same_at_every_temperature(hand_made, temperature)
         config = DecodingConfig(4, temperature, strategy="threshold", threshold=0.9)
         batch = decode(hand_made, [PROMPT], config, SPEC, seeds=[seed])
         tokens, steps = batch.canvas_ids[0], batch.steps[0].tolist()
-        torch.testing.assert_close(batch.logps[0], as_sampled(tokens, temperature), rtol=1e-4, atol=1e-5)
+        assert_close(batch.logps[0], as_sampled(tokens, temperature))
         assert steps.count(steps[0]) == steps.count(steps[1]) == 1
         if tokens[2] == tokens[3] == 10 and steps[2] == 0:
             assert steps[3] in (0, 1)  # 1: where its first proposal was the other token
@@ -242,7 +243,7 @@ def test_a_replay_has_the_same_order_at_every_temperature(name):
     assert torch.equal(cold.steps, plain.steps)
     expected = plain_forward_logps(policy, spec, cold, 0.3)
     counted = cold.completion_mask
-    torch.testing.assert_close(cold.logps[counted], expected[counted], rtol=1e-5, atol=1e-5)
+    assert_close(cold.logps[counted], expected[counted])
     assert not torch.allclose(cold.logps, plain.logps)
 
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
+from tests.closeness import ROUNDING, assert_close
 from tests.conftest import MASK, SPECS, make_policy, make_prompts, shared
 from tests.offline.conftest import prompt_dataset, run_collect
 from tests.trainer.conftest import codes
@@ -190,7 +191,7 @@ def test_decoding_and_scoring_share_one_distribution(name):
             layout = pack(batch, spec, all_states(batch, spec))
             logps, _ = score(policy, layout, spec, config.temperature)
             counted = batch.completion_mask
-            torch.testing.assert_close(batch.logps[counted], logps[counted].detach(), rtol=1e-5, atol=1e-5)
+            assert_close(batch.logps[counted], logps[counted].detach())
 
 
 def make_prompts_of(tokens) -> list[list[int]]:
@@ -212,7 +213,7 @@ def test_answers_are_those_of_the_policy_without_padding(padded, tokenizer):
         plain, other = found.values()
         assert torch.equal(other.trajectories.canvas_ids, plain.trajectories.canvas_ids)
         assert torch.equal(other.trajectories.steps, plain.trajectories.steps)
-        torch.testing.assert_close(other.trajectories.logps, plain.trajectories.logps, rtol=1e-5, atol=1e-5)
+        assert_close(other.trajectories.logps, plain.trajectories.logps)
     plain, other = load_policy(tiny_policy_path()), load_policy(str(padded))
     assert other.spec.absent_token_ids == ((SIZE, PADDED),) and plain.spec.absent_token_ids is None
     ids = plain.encode(PROMPTS)
@@ -269,7 +270,7 @@ def test_training_is_that_of_the_policy_without_padding(padded, tmp_path):
     assert torch.equal(other.last_rollouts.canvas_ids, plain.last_rollouts.canvas_ids)
     for name in ("loss", "kl", "entropy", "grad_norm", "diffusion/recorded_gap/max"):
         logged = [[line[name] for line in run.state.log_history if name in line] for run in (plain, other)]
-        assert len(logged[0]) == 2 and logged[1] == pytest.approx(logged[0], rel=1e-3, abs=1e-5)
+        assert len(logged[0]) == 2 and logged[1] == pytest.approx(logged[0], rel=1e-3, abs=ROUNDING)
     other.save_model(str(tmp_path / "saved"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert get_spec(again.config) == other.spec
