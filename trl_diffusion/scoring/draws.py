@@ -49,26 +49,39 @@ def count_tokens(token_blocks: Tensor, token_steps: Tensor, counted: Tensor) -> 
     return counts.view(-1, num_blocks, num_steps)
 
 
+StepDistribution = Literal["uniform", "token", "importance"]
+STEP_DISTRIBUTIONS: tuple[StepDistribution, ...] = ("uniform", "token", "importance")
+UNIFORM_SHARE = 0.1  # of an importance draw: it draws no step ten times more rarely than a uniform one
+
+
 def draw_steps(
     tokens: TokenStates,
     seeds: list[int],
-    distribution: Literal["uniform", "token"] = "uniform",
+    distribution: StepDistribution = "uniform",
     num_draws: int = 1,
     weighting: Literal["unbiased", "none"] = "unbiased",
     num_blocks: int | None = None,
+    surprises: Tensor | None = None,
 ) -> StepDraw:
     r"""
     Draws `num_draws` decoding steps per block, independently for each block (docs/method.md, section 2).
 
     A step takes part if it unmasked at least one drawable token; the others contribute nothing to the log-ratio. With
     `d[t]` the log-ratio of the tokens unmasked at step `t` of a block with `T` such steps and `n` drawable tokens, and
-    `weighting="unbiased"`, the expectation of `sum_draws weight * d[step]` is `sum_t d[t]`:
+    `weighting="unbiased"`, the expectation of `sum_draws weight * d[step]` is `sum_t d[t]`. `K = min(num_draws, T)`
+    different steps are drawn, step `t` with probability `p_t` and weight `1 / p_t`:
 
-    - `"uniform"`: `K = min(num_draws, T)` different steps, each with weight `T / K`;
-    - `"token"`: `K` different steps, step `t` with probability `p_t = K * n_t / n` and weight `1 / p_t`. Steps for which
-      that is 1 or more are always drawn, with weight 1, and the rest of the draws is shared among the others likewise.
+    - `"uniform"`: `p_t = K / T`;
+    - `"token"`: `p_t` is proportional to the number `n_t` of tokens that the step unmasked;
+    - `"importance"`: `p_t` is proportional to `0.9 * m_t / m + 0.1 / T`. Here `m_t` is the sum of `1 - p` over the tokens of
+      the step, for the probability `p` that was recorded when a token was unmasked, and `m` that of the block. A step whose
+      tokens were certain has hardly any gradient, and is rarely drawn. A weight is at most `max(1, 10 * T / K)`. In a block
+      without surprises the draw is uniform, as it is where nothing was recorded.
 
-    If every step unmasked the same number of tokens the two are the same, and with `num_draws >= T` either is exact.
+    Where the share of a step in the `K` draws would be 1 or more, it is always drawn, with weight 1, and the rest is shared
+    among the others likewise. The steps are laid end to end in a random order, each as long as it is probable, and a grid
+    of spacing 1 with a random start picks them: Madow's systematic sampling with probabilities proportional to size. With
+    `num_draws >= T` every distribution is exact.
 
     With `num_blocks`, only `m = min(num_blocks, S)` of a response's `S` blocks are drawn from, without replacement, all
     equally likely, and weights grow by `S / m`.
@@ -81,7 +94,7 @@ def draw_steps(
             One seed per response. A response's draw depends on its own seed and steps alone: not on its neighbours in
             the batch, and not on the global random state.
         distribution (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"` over steps, or `"token"` for proportional to the number of tokens a step unmasked.
+            `"uniform"`, `"token"` or `"importance"`, as above.
         num_draws (`int`, *optional*, defaults to `1`):
             Draws per block.
         weighting (`str`, *optional*, defaults to `"unbiased"`):
@@ -89,9 +102,15 @@ def draw_steps(
             paper's figure, up to a factor that beta absorbs when all blocks have the same number of steps).
         num_blocks (`int`, *optional*):
             Blocks drawn from. All if `None`.
+        surprises (`Tensor` of shape `(R, C)`, *optional*):
+            `1 - p` of each token, between 0 and 1; `"importance"` needs it.
 
     Returns:
         [`StepDraw`]
+
+    Raises:
+        ValueError: for an option that is not listed, a number below 1, too few seeds, `"importance"` without `surprises`, or
+            with `weighting="none"`, which would count surprising steps more.
 
     Example: block 0 has two tokens and two steps, block 1 four tokens and three steps.
 
@@ -118,58 +137,90 @@ def draw_steps(
         raise ValueError(f"`seeds` must hold one seed per response: got {len(seeds)} for {len(tokens.states)}.")
     if weighting not in ("unbiased", "none"):
         raise ValueError(f"`weighting` must be 'unbiased' or 'none', got {weighting!r}.")
+    if distribution not in STEP_DISTRIBUTIONS:
+        raise ValueError(f"`distribution` must be one of {STEP_DISTRIBUTIONS}, got {distribution!r}.")
+    if distribution == "importance" and (surprises is None or weighting == "none"):
+        raise ValueError("`distribution='importance'` needs `surprises` and `weighting='unbiased'`.")
     device = tokens.states.device
-    in_block, counts = _count(TokenStates(*(values.cpu() for values in tokens)))
+    tokens = TokenStates(*(values.cpu() for values in tokens))
+    in_block, counts = _count(tokens)
+    sizes = step_sizes(tokens, counts, distribution, surprises)
     block_weights = _pick_blocks(in_block > 0, seeds, num_blocks)
-    picks = _pick(counts, seeds, distribution, num_draws)  # (R, S, K), -1 for none
+    picks = _pick(sizes, seeds, distribution, num_draws)  # (R, S, K), -1 for none
     picks = torch.where(block_weights[..., None] > 0, picks, -1)
     valid = picks >= 0
 
     if weighting == "none":
         weights, block_weights = 1.0 / valid.sum(-1, keepdim=True), (block_weights > 0).float()
     else:
-        chances = inclusion(counts, distribution, num_draws).gather(2, picks.clamp(min=0))
+        chances = inclusion(sizes, num_draws).gather(2, picks.clamp(min=0))
         weights = block_weights[..., None] / chances
     weights = torch.where(valid, weights.expand_as(picks).float(), 0.0)
     return StepDraw(picks.to(device), weights.to(device), block_weights.to(device))
 
 
-def inclusion(counts: Tensor, distribution: Literal["uniform", "token"], num_draws: int) -> Tensor:
+def step_sizes(
+    tokens: TokenStates, counts: Tensor, distribution: StepDistribution, surprises: Tensor | None = None
+) -> Tensor:
+    """
+    What the probability of drawing a step is proportional to; 0 for a step that does not take part.
+
+    Args:
+        tokens ([`TokenStates`]): see [`draw_steps`].
+        counts (`Tensor` of shape `(R, S, T)`): drawable tokens that each step unmasked.
+        distribution, surprises: see [`draw_steps`].
+
+    Returns:
+        float64 `Tensor` of shape `(R, S, T)`.
+    """
+    if distribution == "token":
+        return counts.double()
+    uniform = (counts > 0).double()
+    if distribution == "uniform" or surprises is None:
+        return uniform
+    taking_part = tokens.drawable & (tokens.states >= 0)
+    values = torch.where(taking_part, surprises.cpu().double().clamp(0.0, 1.0), 0.0)
+    cells = tokens.groups.clamp(0, counts.shape[1] - 1) * counts.shape[2] + tokens.states.clamp(0, counts.shape[2] - 1)
+    masses = torch.zeros(len(counts), counts.shape[1] * counts.shape[2], dtype=torch.float64)
+    masses = masses.scatter_add_(1, cells, values).view_as(uniform)
+    total, number = masses.sum(-1, keepdim=True), uniform.sum(-1, keepdim=True)
+    shares = (1 - UNIFORM_SHARE) * masses / total + UNIFORM_SHARE * uniform / number
+    return torch.where(total > 0, shares, uniform)
+
+
+def inclusion(sizes: Tensor, num_draws: int) -> Tensor:
     """
     Probability with which each step is among those drawn in its block.
 
     Args:
-        counts (`Tensor` of shape `(R, S, T)`): drawable tokens that the step unmasked.
-        distribution (`str`): see [`draw_steps`].
+        sizes (float64 `Tensor` of shape `(R, S, T)`): see [`step_sizes`].
         num_draws (`int`): draws per block.
 
     Returns:
         float64 `Tensor` of shape `(R, S, T)`; its sum over the steps of a block is the number of different steps drawn.
     """
-    support = counts > 0
+    support = sizes > 0
     number = support.sum(-1, keepdim=True).clamp(max=num_draws)  # K
-    if distribution == "uniform":
-        return support * number / support.sum(-1, keepdim=True).clamp(min=1).double()
     certain = torch.zeros_like(support)
     while True:
-        rest = counts.masked_fill(certain, 0)
-        share = rest * (number - certain.sum(-1, keepdim=True))  # p_t times what is left of n
+        rest = sizes.masked_fill(certain, 0.0)
+        share = rest * (number - certain.sum(-1, keepdim=True))  # p_t times what is left of the sum of sizes
         total = rest.sum(-1, keepdim=True)
-        more = (rest > 0) & (share >= total)
+        more = (rest > 0) & (share >= total * (1 - 1e-12))  # sums of fractions are rounded
         if not more.any():
-            return torch.where(certain, 1.0, share / total.clamp(min=1).double())
+            return torch.where(certain, 1.0, share / torch.where(total > 0, total, 1.0))
         certain |= more
 
 
 def expected_weights(
     tokens: TokenStates,
-    distribution: Literal["uniform", "token"] = "uniform",
+    distribution: StepDistribution = "uniform",
     num_draws: int = 1,
     num_blocks: int | None = None,
 ) -> Tensor:
     """What the token weights of each response sum to, on average over [`draw_steps`] with `weighting="none"`, `(R,)`."""
     in_block, counts = _count(tokens)
-    chances = inclusion(counts, distribution, num_draws).float()
+    chances = inclusion(step_sizes(tokens, counts, distribution), num_draws).float()
     chances = chances / chances.sum(-1, keepdim=True).clamp(min=1)
     counts = counts.float()
     always = in_block - counts.sum(-1)  # in every pass over the block
@@ -200,22 +251,20 @@ def _pick_blocks(support: Tensor, seeds: list[int], num_blocks: int | None) -> T
     return weights
 
 
-def _pick(counts: Tensor, seeds: list[int], distribution: Literal["uniform", "token"], num_draws: int) -> Tensor:
+def _pick(sizes: Tensor, seeds: list[int], distribution: StepDistribution, num_draws: int) -> Tensor:
     """Steps drawn in each block, shape `(R, S, K)`, -1 where there is nothing (more) to draw."""
-    if distribution not in ("uniform", "token"):
-        raise ValueError(f"`distribution` must be 'uniform' or 'token', got {distribution!r}.")
-    support = counts > 0
-    width = min(num_draws, counts.shape[-1])
+    support = sizes > 0
+    width = min(num_draws, sizes.shape[-1])
     keys, starts = _row_uniforms(support, seeds)
     keys = keys.masked_fill(~support, torch.inf)
-    if distribution == "token":
+    if distribution != "uniform":
         # The steps in a random order, each as long as it is probable, on a line whose whole numbers, shifted by a
         # random start, are the draws: no step is longer than 1, so none is drawn twice.
         order = keys.argsort(-1)
-        ends = inclusion(counts, distribution, num_draws).gather(-1, order).cumsum(-1)
+        ends = inclusion(sizes, num_draws).gather(-1, order).cumsum(-1)
         marks = (ends - starts[..., None]).ceil().long().clamp(min=0)  # draws before each end
         marked = marks.diff(dim=-1, prepend=torch.zeros_like(marks[..., :1])) > 0
-        drawn = torch.zeros_like(support).scatter(-1, order, marked)
+        drawn = torch.zeros_like(support).scatter(-1, order, marked) & support
         keys = torch.where(drawn, keys, torch.inf)
     smallest = keys.topk(width, dim=-1, largest=False)
     return torch.where(torch.isinf(smallest.values), -1, smallest.indices)

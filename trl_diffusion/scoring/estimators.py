@@ -13,7 +13,7 @@ from ..policies.spec import DiffusionSpec
 from ..seeds import derive_seed
 from ..trajectories.by_block import at_block, rank_in_block, sum_by_block
 from ..trajectories.trajectory import NEVER, TrajectoryBatch, token_states
-from .draws import draw_steps
+from .draws import STEP_DISTRIBUTIONS, StepDistribution, draw_steps
 from .states import States, all_states, drawn_states
 
 
@@ -31,7 +31,7 @@ class EstimatorConfig:
         num_draws (`int`, *optional*, defaults to `1`):
             `"dtrpo"`: steps drawn per block. `"elbo"`: random masks per response.
         step_distribution (`str`, *optional*, defaults to `"uniform"`):
-            `"dtrpo"`: how a step is drawn, `"uniform"` or `"token"` (see [`draw_steps`]).
+            `"dtrpo"`: how a step is drawn, `"uniform"`, `"token"` or `"importance"` (see [`draw_steps`]).
         weighting (`str`, *optional*, defaults to `"unbiased"`):
             `"dtrpo"`: `"unbiased"` or `"none"` (see [`draw_steps`]).
         num_blocks (`int`, *optional*):
@@ -45,7 +45,7 @@ class EstimatorConfig:
 
     name: str = "dtrpo"
     num_draws: int = 1
-    step_distribution: Literal["uniform", "token"] = "uniform"
+    step_distribution: StepDistribution = "uniform"
     weighting: Literal["unbiased", "none"] = "unbiased"
     num_blocks: int | None = None
     prompt_mask_probability: float = 0.15
@@ -53,12 +53,17 @@ class EstimatorConfig:
     def __post_init__(self):
         for name, choices in (
             ("name", tuple(ESTIMATORS)),
-            ("step_distribution", ("uniform", "token")),
+            ("step_distribution", STEP_DISTRIBUTIONS),
             ("weighting", ("unbiased", "none")),
         ):
             if getattr(self, name) not in choices:
                 what = "estimator" if name == "name" else name
                 raise ValueError(f"`{what}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
+        if self.weighting == "none" and self.step_distribution == "importance":
+            raise ValueError(
+                "`step_distribution='importance'` needs `weighting='unbiased'`: without weights it would count surprising "
+                "steps more."
+            )
         for name in ("num_draws", "num_blocks"):
             value = getattr(self, name)
             if not (name == "num_blocks" and value is None) and (type(value) is not int or value < 1):
@@ -119,6 +124,7 @@ def dtrpo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config:
         num_draws=config.num_draws,
         weighting=config.weighting,
         num_blocks=config.num_blocks,
+        surprises=-torch.expm1(batch.logps),
     )
     return drawn_states(batch, spec, draw)
 

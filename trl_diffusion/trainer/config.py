@@ -12,6 +12,7 @@ from trl import GRPOConfig
 from ..decoding.config import APPROXIMATE_CACHES, SCHEDULES, STOP_RULES, DecodingConfig
 from ..decoding.strategies import STRATEGIES
 from ..offline.orders import ORDERS
+from ..scoring.draws import STEP_DISTRIBUTIONS, StepDistribution
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from ..utils import no_repeated_keys
 from .checks import check_looked_at, check_numbers, check_whole_numbers
@@ -108,8 +109,9 @@ class DTRPOConfig(GRPOConfig):
             Steps drawn per block (`"dtrpo"`; with full attention, per response), or random masks per response
             (`"elbo"`). More draws shrink the variance of the estimate and lengthen the pass.
         step_distribution (`str`, *optional*, defaults to `"uniform"`):
-            How `"dtrpo"` draws the scored step of a block: `"uniform"` over its steps, or `"token"` for proportional to
-            the number of tokens a step unmasked.
+            How `"dtrpo"` draws the scored step of a block: `"uniform"` over its steps, `"token"` for proportional to the
+            number of tokens a step unmasked, or `"importance"` for nearly proportional to how surprised the policy was by
+            them when it unmasked them (the sum of `1 - p`, as recorded), which makes the estimate far less noisy.
         weighting (`str`, *optional*, defaults to `"unbiased"`):
             `"unbiased"` weighs a drawn step by the inverse of its probability; `"none"` gives all the same weight.
         num_scored_blocks (`int`, *optional*):
@@ -249,9 +251,10 @@ class DTRPOConfig(GRPOConfig):
     step_distribution: str = field(
         default="uniform",
         metadata={
-            "help": "How 'dtrpo' draws the scored step of a block: 'uniform' over its steps, or 'token' for "
-            "proportional to the number of tokens a step unmasked.",
-            "choices": ["uniform", "token"],
+            "help": "How 'dtrpo' draws the scored step of a block: 'uniform' over its steps, 'token' for proportional to "
+            "the number of tokens a step unmasked, or 'importance' for nearly proportional to how surprised the policy was "
+            "by them, which makes the estimate far less noisy.",
+            "choices": list(STEP_DISTRIBUTIONS),
         },
     )
     weighting: str = field(
@@ -419,7 +422,7 @@ class DTRPOConfig(GRPOConfig):
         return EstimatorConfig(
             name=self.estimator,
             num_draws=self.num_draws,
-            step_distribution=cast(Literal["uniform", "token"], self.step_distribution),
+            step_distribution=cast("StepDistribution", self.step_distribution),
             weighting=cast(Literal["unbiased", "none"], self.weighting),
             num_blocks=self.num_scored_blocks,
             prompt_mask_probability=self.prompt_mask_probability,
