@@ -245,10 +245,12 @@ def test_vespo_takes_the_estimated_ratio_of_the_whole_response(moved):
 # --------------------------------------------------------------------------------------------------------------- others
 
 
-@pytest.mark.parametrize("backbone", ["qwen3", "gemma2"])  # untied and tied embeddings
-def test_head_in_float32(make_trainer, char_spec, tokenizer, backbone):
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_in_float32(make_trainer, char_spec, tokenizer, tied):
     """With a bfloat16 policy, logits of rollouts and updates are products of float32."""
-    model = make_policy(char_spec, backbone=backbone, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    model = make_policy(
+        char_spec, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=tied
+    )
     trainer = make_trainer(model.bfloat16(), cast_lm_head_to_fp32=True, max_steps=1)
     found = []
     trainer.model.lm_head.register_forward_hook(
@@ -288,3 +290,22 @@ def test_token_ids_alone_have_no_log_probability(make_trainer):
     ids = torch.arange(6)[None]
     with pytest.raises(RuntimeError, match="depends on the order"):
         trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 4)
+
+
+def test_the_adaptive_coefficient_is_resumed(make_trainer, tmp_path):
+    """A run that goes on from a checkpoint has the same coefficient, losses and weights as the uninterrupted one."""
+    options = {
+        "entropy_coef": 0.1, "use_adaptive_entropy": True, "entropy_target": 9.0, "save_strategy": "steps",
+        "save_steps": 2, "max_steps": 4, "output_dir": str(tmp_path),
+    }  # fmt: skip
+    whole = make_trainer(**options)
+    whole.train()
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.entropy_coef == whole.entropy_coef == pytest.approx(0.12)
+    losses = [
+        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (whole, resumed)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
