@@ -631,8 +631,9 @@ class Section:
         return self
 
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def result(self, seconds: float) -> dict:
         """What was found, after waiting for this long at most."""
@@ -652,23 +653,35 @@ class Section:
 
 
 def run_all(names: list[str], size: str, seconds: float) -> Iterator[tuple[str, dict]]:
-    """The sections one after another, in the order given; the next one imports meanwhile. `plan` runs beside them."""
+    """The sections one after another, in the order given; the next one imports meanwhile. `plan` runs beside them. None is
+    left behind when this ends early."""
+    running: list[Section] = []
+    try:
+        yield from run_in_turn(names, size, seconds, running)
+    finally:
+        for section in running:
+            section.stop()
+
+
+def run_in_turn(names: list[str], size: str, seconds: float, running: list[Section]) -> Iterator[tuple[str, dict]]:
+    def section_of(name: str) -> Section:
+        running.append(Section(name, size))
+        return running[-1]
+
     end, patience = time.perf_counter() + seconds, 1 if DEVICE == "cuda" else 10
-    planning = Section("plan", size).start() if "plan" in names else None
+    planning = section_of("plan").start() if "plan" in names else None
     waiting = [name for name in names if name != "plan"]
     if DEVICE == "cpu" and size != "tiny":
         yield from ((name, {"status": "skipped: needs a CUDA device; try `--size tiny`"}) for name in waiting)
         waiting = []
-    coming = Section(waiting[0], size) if waiting else None
+    coming = section_of(waiting[0]) if waiting else None
     for name, following in zip_longest(waiting, waiting[1:]):
         if end - time.perf_counter() < 10:
             yield name, {"status": "skipped: no time was left"}
             continue
         section = coming.start()
-        coming = Section(following, size) if following else None
+        coming = section_of(following) if following else None
         yield name, section.result(min(end - time.perf_counter(), patience * SECTIONS[name][1]))
-    if coming:
-        coming.stop()
     if planning:
         yield "plan", planning.result(end - time.perf_counter())
 
@@ -735,6 +748,7 @@ def main() -> None:
     if args.section:
         run_section(args.section, SIZES[args.size])
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and stop the sections
     results: dict = {"machine": machine(), "size": {"name": args.size, **asdict(SIZES[args.size])}, "sections": {}}
     for name, found in run_all(args.only, args.size, args.seconds):
         results["sections"][name] = found

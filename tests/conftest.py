@@ -22,6 +22,12 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+def pytest_configure(config):
+    """A GPU is seen by the tests that ask for one (`-m gpu`). All others are about what is the same on every machine."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of a test with many cases, the first is fast; the others are slow, as they add up."""

@@ -229,6 +229,21 @@ def check_steps_made(steps: int, dataset: Dataset | IterableDataset, args: DTRPO
         )
 
 
+def check_one_gpu(args: DTRPOConfig) -> None:
+    """
+    Checks that this process has one GPU at most.
+
+    Raises:
+        ValueError: if it sees several, among which transformers would split the rows of each batch, whatever is in them.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, and transformers would split each batch among them (`nn.DataParallel`), "
+            "which packed rows and their attention do not survive. Start with `accelerate launch`, which gives each process "
+            "one GPU, or set CUDA_VISIBLE_DEVICES=0 for one of them."
+        )
+
+
 def check_reference_can_move(args: DTRPOConfig, has_adapter: bool) -> None:
     """
     Checks that there is a reference that `sync_ref_model` can move.

@@ -51,6 +51,7 @@ from ._trl import disable_dropout_in_model, unwrapped_policy, use_adapter
 from .agreement import fail_together, failing_together
 from .checks import (
     check_number_of_rows,
+    check_one_gpu,
     check_order_is_asked_for,
     check_reference_can_move,
     check_removed_columns,
@@ -196,6 +197,7 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
         check_order_is_asked_for(args, [dataset for _, dataset in named])
         check_number_of_rows(train_dataset, args)
         # All that can be known before the weights are loaded.
+        check_one_gpu(args)
         config = _load_config(model, args)
         if processing_class is None:
             processing_class = _load_tokenizer(model)
