@@ -63,6 +63,16 @@ def test_rows_that_are_left_after_ties(make_trainer, start, trajectories):  # no
                      per_device_train_batch_size=16)  # fmt: skip
 
 
+def test_pairs_are_not_replayed_for_nothing(make_trainer, start, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("trl_diffusion.trainer.data.from_preferences", None)
+    rows = [{"prompt": row["prompt"], "chosen": row["solution"], "rejected": row["puzzle"]} for row in make_dataset(3)]
+    with pytest.raises(ValueError, match="train_dataset has 3 rows, but a rollout takes 4 prompts"):
+        make_trainer(
+            str(start), reward_funcs=None, dataset=Dataset.from_list(rows), decoding_order="confidence", loss_type="dpo",
+            beta=0.1, num_generations=2, per_device_train_batch_size=8,
+        )  # fmt: skip
+
+
 def test_a_stream_that_ends_early(make_trainer):
     def stream():
         yield from make_dataset(3)

@@ -30,7 +30,7 @@ from ..trajectories.dataset import (
     reward_columns,
 )
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
-from .checks import prompts_per_rollout
+from .checks import check_number_of_rows, prompts_per_rollout
 from .config import DTRPOConfig
 
 
@@ -159,6 +159,8 @@ class OfflineData:
             raise ValueError(f"{name} holds pairs, so `num_generations` must be 2, got {self.args.num_generations}.")
         model: PreTrainedModel | PeftModel | None = None
         if self.args.decoding_order == "confidence":
+            if name == "train_dataset":
+                check_number_of_rows(dataset, self.args)  # before it is replayed
             if is_deepspeed_zero3_enabled():
                 raise ValueError(
                     f"{name}: `decoding_order='confidence'` asks the whole reference, which ZeRO-3 shares among processes. "

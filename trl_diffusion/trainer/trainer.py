@@ -193,9 +193,7 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
             raise ValueError("No reward source provided: pass at least one reward function as `reward_funcs`.")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             _check_columns(name, dataset)
-        named = _named_datasets(train_dataset, eval_dataset)
-        check_order_is_asked_for(args, [dataset for _, dataset in named])
-        check_number_of_rows(train_dataset, args)
+        check_order_is_asked_for(args, [dataset for _, dataset in _named_datasets(train_dataset, eval_dataset)])
         # All that can be known before the weights are loaded.
         check_one_gpu(args)
         config = _load_config(model, args)
