@@ -127,6 +127,7 @@ class RowwiseEvaluation(TrainerMixin):
     """
 
     evaluation: Evaluation | None = None  # while there is one
+    eos_token_ids: list[int] | None = None  # set by TRL, from 1.16 on
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.tally = Tally()  # figures of training since the last log
@@ -239,7 +240,7 @@ class RowwiseEvaluation(TrainerMixin):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.evaluation is not None:
-            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+            ends = {*(self.eos_token_ids or [self._tokenizer.eos_token_id]), self._tokenizer.pad_token_id}
             shapes = [[len(ids), ids[-1] not in ends] for ids in completion_ids_list]
             gathered = self.accelerator.gather(torch.tensor(shapes, device=rewards.device))
             self.evaluation.rewards.append(rewards[: self.evaluation.new].cpu())
