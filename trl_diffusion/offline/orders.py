@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..policies.spec import DiffusionSpec
+from ..policies.trial import try_policy
 from ..scoring.layout import pack
 from ..scoring.score import score
 from ..scoring.states import States
@@ -102,6 +103,7 @@ def replay_confidence(
         tokens_per_step (`int`, *optional*, defaults to `1`): tokens unmasked at a step.
         temperature (`float`, *optional*, defaults to `1.0`): what logits are divided by.
     """
+    try_policy(model, spec)
     device = next(model.parameters()).device
     batch = batch.to(device)
     blocks, movable, first = _parts(batch, spec)

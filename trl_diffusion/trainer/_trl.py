@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import disable_dropout_in_model, use_adapter
+from trl.trainer.utils import use_adapter
 
 
-__all__ = ["disable_dropout_in_model", "unwrapped_policy", "use_adapter"]
+__all__ = ["unwrapped_policy", "use_adapter"]
 
 
 @contextmanager

@@ -21,6 +21,7 @@ _NO_ENGINE = "it generates from left to right; a diffusion policy is denoised by
 _NO_TRANSFORM = "the distribution that is sampled from would not be the one that is scored"
 _NO_ENTROPY = "entropies are a metric of the scored tokens here, without a gradient"
 _NO_REMOTE_CODE = "the families load without their hub code, which hides its attention masks from this library"
+_NO_DROPOUT = "log-probabilities that decoding records are compared with those that an update computes"
 _NO_VESPO = "it belongs to `loss_type='vespo'`, which needs the ratio of whole sequences"
 # Options of GRPOConfig that mean nothing for a diffusion policy, and why; so do all that begin with `vllm_`.
 _REFUSED = {
@@ -37,6 +38,7 @@ _REFUSED = {
     "max_tool_calling_iterations": "responses are denoised in one turn, without tools",
     "log_multimodal": "diffusion policies here take text only",
     "trust_remote_code": _NO_REMOTE_CODE,
+    "disable_dropout": _NO_DROPOUT,
     "cast_lm_head_to_fp32": "log-probabilities are computed in float32 already",
     "use_liger_kernel": "its fused loss is causal",
     "router_aux_loss_coef": "a packed layout would count its copies in the load balance of the experts",
@@ -76,6 +78,9 @@ class DTRPOConfig(GRPOConfig):
         diffusion_spec (`dict[str, Any]` or `str`, *optional*):
             Fields of [`DiffusionSpec`] that complete or override the ones stored in the model's config, as a mapping or
             a JSON string. This is how a model that says nothing about diffusion becomes a policy.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether dropout is off, of the model and of an adapter. Log-probabilities that decoding records are compared with
+            those that an update computes, so `False` is refused.
 
         > Parameters that control decoding
 
@@ -166,6 +171,13 @@ class DTRPOConfig(GRPOConfig):
         metadata={
             "help": "Fields of `DiffusionSpec` (mask_token_id, attention, block_size, ...) that complete or override "
             "the ones stored in the model's config, as a mapping or a JSON string."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether dropout is off, of the model and of an adapter. Log-probabilities that decoding records are "
+            "compared with those that an update computes, so False is refused."
         },
     )
 

@@ -29,9 +29,12 @@ from ..objectives.pairwise import make_pairs, pairwise_loss
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
 from ..policies.forward import check_attention, unwrap
+from ..policies.limits import check_layers
 from ..policies.loading import load_config, load_renamed_weights, needs_tokenizer, resolve_spec
-from ..policies.lora import check_targets, empty_model
+from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
 from ..policies.spec import set_spec
+from ..policies.training import DROPS, check_trainable, random_settings, switch_off_dropout, train_padding_token
+from ..policies.trial import try_policy
 from ..scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
 from ..scoring.draws import expected_weights
 from ..scoring.estimators import ESTIMATORS
@@ -40,7 +43,7 @@ from ..scoring.score import score
 from ..seeds import derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows, is_trajectory_dataset
 from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
-from ._trl import disable_dropout_in_model, unwrapped_policy, use_adapter
+from ._trl import unwrapped_policy, use_adapter
 from .agreement import fail_together, failing_together
 from .callbacks import CheckpointMarkCallback, ResumeCallback, last_complete_checkpoint
 from .config import DTRPOConfig
@@ -52,9 +55,12 @@ from .throughput import ThroughputCallback
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch.optim import Optimizer
     from torch.utils.data import Sampler
     from transformers import ProcessorMixin
     from transformers.trainer_utils import TrainOutput
+
+    from ..policies.spec import DiffusionSpec
 
 
 logger = get_logger(__name__)
@@ -183,7 +189,11 @@ class DTRPOTrainer(GRPOTrainer):
             processing_class = _load_tokenizer(model)
         spec = resolve_spec(config, args.spec_overrides(), processing_class)
         if kwargs.get("peft_config") is not None:
+            check_adapter(kwargs["peft_config"])
             check_targets(empty_model(config) if isinstance(model, str) else model, kwargs["peft_config"])
+        if not isinstance(model, str):
+            check_adapters(model)
+        check_layers(config)
 
         store = None
         if offline:
@@ -276,10 +286,9 @@ class DTRPOTrainer(GRPOTrainer):
                 "masks are on one of them. Start with `accelerate launch`, which gives each process one GPU, or load the "
                 "model with device_map=None. A policy that does not fit on one GPU trains with ZeRO-3 or FSDP."
             )
+        self._check_policies(spec, kwargs.get("optimizers", (None, None))[0])
         planned = [enable_plans(unwrap(policy)) for policy in (self.model, self.ref_model) if policy is not None]
         self._share_prompts = args.share_prompts and spec.attention == "block" and all(planned)
-        # Recorded and re-scored log-probabilities are compared: no dropout between them.
-        disable_dropout_in_model(self.model)
         # What ends a response here is what TRL calls terminated (before TRL 1.16 it knew the tokenizer's token only).
         self.eos_token_ids = list(spec.stop_token_ids)
         if self._tokenizer.eos_token_id not in spec.stop_token_ids:
@@ -297,6 +306,34 @@ class DTRPOTrainer(GRPOTrainer):
             self._check_prompts(name, dataset)
         if store is not None:
             store.report()
+
+    def _check_policies(self, spec: DiffusionSpec, optimizer: Optimizer | None) -> None:
+        """
+        Makes policy and reference ready to be scored, and tries them on a few tokens. Where parameters will be shared among
+        processes, they cannot be used yet, and are tried at the first pass.
+        """
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        # Recorded and re-scored log-probabilities are compared: no dropout between them.
+        dropout = random_settings(self.model, DROPS)
+        if dropout:
+            logger.warning(
+                f"Dropout is switched off ({', '.join(f'{name}={value}' for name, value in dropout.items())}): the log-"
+                "probabilities that decoding records are compared with those that an update computes."
+            )
+        for policy in (self.model, self.ref_model):
+            if policy is not None:
+                switch_off_dropout(policy)
+        train_padding_token(self.model)
+        check_trainable(self.model, optimizer, run=whole)
+        if whole:
+            self._try(self.model, spec, training=True)
+            if self.ref_model is not None:
+                self._try(self.ref_model, spec)
+
+    def _try(self, policy: nn.Module, spec: DiffusionSpec, training: bool = False) -> None:
+        """Tries a policy in the ways in which this trainer runs it; done once."""
+        cached = spec.attention == "block" or self.args.approximate_cache is not None
+        try_policy(policy, spec, cached, training)
 
     # ------------------------------------------------------------------------------------------------- rollouts
 
@@ -659,6 +696,7 @@ class DTRPOTrainer(GRPOTrainer):
         Draws the states that this pass over a rollout scores, and lays them out. Policy, old policy and reference share
         them. `self._old` is what the old policy estimates there, `None` if that is the policy as it is now.
         """
+        self._try(self.model, self.spec, training=True)
         batch = _trajectories(inputs)
         seeds = [derive_seed(seed, iteration) for seed in inputs["draw_seeds"].tolist()]
         states = self.estimator.states(batch, self.spec, seeds, self.scoring_config)
@@ -709,6 +747,7 @@ class DTRPOTrainer(GRPOTrainer):
     def _reference_logps(self, layout: PackedLayout) -> Tensor:
         """The reference's log-probabilities of the scored tokens: one forward pass on the policy's own states."""
         if self.ref_model is not None:
+            self._try(self.ref_model, self.spec)
             return score(self.ref_model, layout, self.spec, self.temperature)[0]
         model = self.accelerator.unwrap_model(self.model)
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
