@@ -15,7 +15,8 @@ from trl_diffusion import DecodingConfig, TrajectoryBatch, decode
 from trl_diffusion.decoding.attention import Spans, ragged_mask
 from trl_diffusion.decoding.pace import PeerFailed
 from trl_diffusion.policies.attention import PLANNED
-from trl_diffusion.policies.spec import DiffusionSpec
+from trl_diffusion.policies.spec import DiffusionSpec, get_spec
+from trl_diffusion.policies.trial import try_policy
 from trl_diffusion.trajectories.trajectory import NEVER
 
 
@@ -23,6 +24,7 @@ class Passes:
     """Counts what a policy runs: tokens of each forward pass, and positions whose logits are computed."""
 
     def __init__(self, policy):
+        try_policy(policy, get_spec(policy.config), cached=True)  # or the first decoding would
         self.tokens, self.logits = [], []
         self.handles = [
             policy.register_forward_pre_hook(self._count, with_kwargs=True),

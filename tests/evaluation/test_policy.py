@@ -59,11 +59,12 @@ def test_usage_is_what_decoding_one_by_one_costs(policy, spec, batch_size):
         nonlocal forwards
         forwards += 1
 
+    answering = Policy(policy, None, spec)  # tries the policy
     handle = policy.register_forward_hook(count)
     for prompt, seed in zip(prompts, (1, 2, 3, 4), strict=True):
         expected += decode(policy, [prompt], config, spec, [seed]).completions()
     handle.remove()
-    answers, usage = generate(Policy(policy, None, spec), prompts, config, [1, 2, 3, 4], batch_size)
+    answers, usage = generate(answering, prompts, config, [1, 2, 3, 4], batch_size)
     assert answers == expected
     assert usage.forwards == forwards
     assert (usage.answers, usage.tokens) == (4, sum(map(len, expected)))

@@ -678,7 +678,7 @@ def test_bfloat16_is_the_default_where_a_gpu_has_it(tmp_path, monkeypatch, gpu, 
 
 # Every other option of GRPOConfig, and what the tests show of it or why it works as in TRL.
 MEANINGFUL = {
-    *("model_init_kwargs", "disable_dropout", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+    *("model_init_kwargs", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     *("num_generations", "num_generations_eval", "generation_batch_size", "steps_per_generation", "num_iterations"),
     *("max_completion_length", "temperature", "ds3_gather_for_generation", "shuffle_dataset", "pad_to_multiple_of"),
     *("beta", "epsilon", "epsilon_high", "delta", "use_bias_correction_kl", "importance_sampling_level", "loss_type"),

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from ..policies.forward import unwrap
+from ..policies.limits import CONTEXT, context_length
 from ..policies.spec import DiffusionSpec, get_spec
+from ..policies.trial import try_policy
 from ..trajectories.trajectory import TrajectoryBatch
 from .config import DecodingConfig
 from .loop import DenoisingLoop
@@ -80,6 +82,7 @@ def decode(
     if config.stop_token_ids is not None:
         spec = spec.replace(stop_token_ids=config.stop_token_ids)
     check_prompts(prompts, spec, base.config, config.max_new_tokens)
+    try_policy(model, spec, cached=spec.attention == "block" or config.approximate_cache is not None)
     pace = SharedPace(next(base.parameters()).device) if keep_pace else None
     return DenoisingLoop(model, prompts, config, spec, seeds, batch_size, pace, on_step).run()
 
@@ -109,8 +112,7 @@ def _check_settings(config: DecodingConfig, spec: DiffusionSpec, vocab_size: int
 
 def check_prompts(prompts: list[list[int]], spec: DiffusionSpec, config, max_new_tokens: int) -> None:
     """Raises a `ValueError` that names the first prompt that the policy cannot take, and why."""
-    config = config.get_text_config()
-    context, vocab_size = getattr(config, "max_position_embeddings", None), config.vocab_size
+    (context, limit), vocab_size = context_length(config), config.get_text_config().vocab_size
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"Prompt {row} is empty.")
@@ -139,5 +141,10 @@ def check_prompts(prompts: list[list[int]], spec: DiffusionSpec, config, max_new
             raise ValueError(
                 f"Prompt {row} has {len(prompt)} tokens. With up to {max_new_tokens} new tokens in whole blocks of "
                 f"{spec.block_size} that makes {needed} positions, more than the policy's context of {context} "
-                "(`max_position_embeddings`). Shorten or drop long prompts, or lower the number of new tokens."
+                f"(`{limit}`). Shorten or drop long prompts, or lower the number of new tokens."
+                + (
+                    ""
+                    if limit == CONTEXT
+                    else f" A policy that was trained without this window has `{limit}: null` in its config."
+                )
             )

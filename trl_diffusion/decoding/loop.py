@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..policies.attention import plans_enabled
+from ..policies.cache import lane_cache
 from ..policies.forward import NON_FINITE_ADVICE, NonFiniteLogits, policy_logits, unwrap
 from ..policies.spec import DiffusionSpec
 from ..trajectories.trajectory import NEVER, TrajectoryBatch
 from .attention import Spans, ragged_mask
-from .cache import lane_cache
 from .config import DecodingConfig
 from .pace import Pace
 from .sampling import propose

@@ -14,9 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..policies.forward import check_attention, unwrap
+from ..policies.limits import context_length
 from ..policies.loading import load_config, resolve_spec
-from ..policies.lora import check_targets
+from ..policies.lora import check_adapter, check_targets
 from ..policies.spec import DiffusionSpec
+from ..policies.trial import try_policy
 
 
 if TYPE_CHECKING:
@@ -35,11 +37,17 @@ class Policy:
         model (`nn.Module`): the model, with its adapter if there is one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
         spec ([`DiffusionSpec`]): facts about it.
+
+    Raises:
+        ValueError: if the model computes something else under the attention of a diffusion policy (see [`try_policy`]).
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     spec: DiffusionSpec
+
+    def __post_init__(self):
+        try_policy(self.model, self.spec)
 
     @property
     def device(self) -> torch.device:
@@ -49,7 +57,7 @@ class Policy:
     @property
     def context(self) -> int | None:
         """Most positions that the model takes, if its config says."""
-        return getattr(unwrap(self.model).config.get_text_config(), "max_position_embeddings", None)
+        return context_length(unwrap(self.model).config)[0]
 
     def encode(self, prompts: list[str | list[dict[str, str]]]) -> list[list[int]]:
         """Token ids of prompts, standard or conversational, as training tokenizes them."""
@@ -122,10 +130,13 @@ def load_policy(
         diffusion_spec (`Mapping[str, Any]`, *optional*): fields of [`DiffusionSpec`] that complete those of the model.
 
     Raises:
-        ValueError: if neither a model nor an adapter is given, the adapter does not fit the model, or nothing says how
-            the model is denoised.
+        ValueError: if neither a model nor an adapter is given, the adapter does not fit the model or is of a kind that a
+            diffusion policy cannot have, nothing says how the model is denoised, or it cannot be a policy (see
+            [`try_policy`]).
     """
     adapter = None if peft is None else PeftConfig.from_pretrained(peft)
+    if adapter is not None:
+        check_adapter(adapter)
     pretrained = pretrained or (adapter and adapter.base_model_name_or_path)
     if not pretrained:
         raise ValueError(

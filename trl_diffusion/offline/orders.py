@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..policies.forward import NON_FINITE_ADVICE, NonFiniteLogits, policy_logits
 from ..policies.spec import DiffusionSpec
+from ..policies.trial import try_policy
 from ..scoring.layout import pack
 from ..scoring.score import score_logits
 from ..scoring.states import States
@@ -106,6 +107,7 @@ def replay_confidence(
     Raises:
         NonFiniteLogits: a `FloatingPointError`, if a log-probability is NaN or infinite.
     """
+    try_policy(model, spec)
     device = next(model.parameters()).device
     batch = batch.to(device)
     blocks, movable, first = _parts(batch, spec)

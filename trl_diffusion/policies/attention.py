@@ -11,19 +11,16 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 PLANNED = "trl_diffusion_planned"
@@ -350,30 +347,58 @@ def _attend_by_key_heads(
     return out.unflatten(2, (sharing, -1)).flatten(1, 2).transpose(1, 2)
 
 
-def enable_plans(model: PreTrainedModel) -> bool:
+_WITHOUT_PLANS: WeakSet[PreTrainedModel] = WeakSet()
+
+
+def backbone(model: nn.Module) -> PreTrainedModel:
+    """
+    The model of transformers inside all wrappers (DDP, DeepSpeed, PEFT).
+
+    Raises:
+        TypeError: if there is none.
+    """
+    found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if found is None:
+        raise TypeError(f"A policy must be a model of transformers, or hold one; got {type(model).__name__}.")
+    return found
+
+
+def enable_plans(model: nn.Module) -> bool:
     """
     Lets a model that runs on `sdpa` or `flex_attention` take an [`AttentionPlan`]; anything else it computes with SDPA.
 
     Returns:
-        `bool`: whether the model can.
+        `bool`: whether the model can. If not, it is given masks, as [`AttentionPlan.dense`] makes them.
     """
-    implementation = model.config._attn_implementation
+    base = backbone(model)
+    implementation = base.config._attn_implementation
+    if base in _WITHOUT_PLANS:
+        if implementation in ("flex_attention", *PLANNED_FOR.values()):
+            base.set_attn_implementation("sdpa")
+        return False
     if implementation in PLANNED_FOR:
-        model.set_attn_implementation(PLANNED_FOR[implementation])
-        implementation = model.config._attn_implementation
+        base.set_attn_implementation(PLANNED_FOR[implementation])
+        implementation = base.config._attn_implementation
     return implementation in PLANNED_FOR.values()
 
 
+def refuse_plans(model: nn.Module) -> None:
+    """Has [`enable_plans`] give this model masks from now on: its layers do not pass a plan on to their attention."""
+    _WITHOUT_PLANS.add(backbone(model))
+
+
 @contextmanager
-def plans_enabled(model: PreTrainedModel):
+def plans_enabled(model: nn.Module):
     """As [`enable_plans`], inside this context only."""
-    before = model.config._attn_implementation
+    base = backbone(model)
+    before = base.config._attn_implementation
     enable_plans(model)
     try:
         yield
     finally:
-        if model.config._attn_implementation != before:
-            model.set_attn_implementation(before)
+        refused = base in _WITHOUT_PLANS and before in PLANNED_FOR.values()
+        if base.config._attn_implementation != before and not refused:
+            base.set_attn_implementation(before)
 
 
 def planned_attention(
@@ -391,7 +416,7 @@ def planned_attention(
     packed row on a GPU goes through FlexAttention, whose heads have 16 numbers or more.
 
     Raises:
-        ValueError: for a model whose attention is more than that.
+        ValueError: for a model whose attention is more than that, or that does not pass the plan on to its layers.
     """
     more = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if more:
@@ -400,6 +425,8 @@ def planned_attention(
             "out. Load the model with attn_implementation='eager'."
         )
     if attention_plan is None:
+        if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) != (1, 1, query.shape[2], key.shape[2]):
+            raise ValueError(f"{type(module).__name__} was not given the attention plan of this pass.")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if (
         flex

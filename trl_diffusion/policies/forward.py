@@ -55,7 +55,7 @@ def policy_logits(
             The policy, wrapped (DDP, DeepSpeed, PEFT) or not.
         input_ids (`Tensor` of shape `(R, N)`): token ids.
         position_ids (`Tensor` of shape `(R, N)`): position of each token.
-        allowed (boolean `Tensor` of shape `(R, 1, N, K)`, or [`AttentionPlan`]): who may look at whom; `K > N` with a
+        allowed (boolean `Tensor` of shape `(R, 1, N or 1, K)`, or [`AttentionPlan`]): who may look at whom; `K > N` with a
             cache.
         rows, columns (`Tensor` of shape `(M,)`): the places whose logits are wanted.
         cache ([`~transformers.Cache`], *optional*): keys and values of what came before.
@@ -63,6 +63,8 @@ def policy_logits(
     Returns:
         `Tensor` of shape `(M, V)`.
     """
+    if isinstance(allowed, Tensor):
+        allowed = allowed.expand(-1, -1, input_ids.shape[1], -1)  # a view; some backbones look at the shape
     with logits_at(model, rows, columns):
         output = model(
             input_ids=input_ids,

@@ -38,7 +38,8 @@ def load_config(path: str, **options) -> PretrainedConfig:
         if model_type is None:
             raise ValueError(
                 f"There is no checkpoint at {path}: no `config.json` there that has a `model_type`. A LoRA adapter is "
-                "opened with `peft.AutoPeftModelForCausalLM` and passed as a model."
+                "opened with `peft.AutoPeftModelForCausalLM.from_pretrained(path)`, to be trained with `is_trainable=True`, and "
+                "passed as a model."
             ) from error
         known = ", ".join(f"{name} (`{config.model_type}`)" for name, (config, *_) in FAMILIES.items())
         raise ValueError(

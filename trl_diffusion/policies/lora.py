@@ -1,17 +1,16 @@
-"""Names of LoRA targets that match nothing are an error, not half an adapter."""
+"""Adapters: which of them a policy can have, and whether they fit it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
 import torch
-from peft import PeftConfig
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from peft import PeftConfig
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -23,6 +22,34 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """A model of this config without memory for its weights. Under ZeRO-3, too, which `from_config` would shard it for."""
     with torch.device("meta"):
         return cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
+
+
+def check_adapter(peft_config: PeftConfig) -> None:
+    """
+    Raises a `ValueError` for an adapter that puts tokens of its own before the prompt, or keys and values into the cache:
+    positions, masks and the cache are this library's own.
+    """
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} cannot be used with a diffusion policy: {peft_config.peft_type} puts virtual tokens "
+            "before the prompt, for which its positions and attention masks have no place. Use LoRA, or another adapter of "
+            "the weights."
+        )
+
+
+def adapters(model: nn.Module) -> dict[str, PeftConfig]:
+    """The adapters that a model was opened with, by their names."""
+    if isinstance(model, PreTrainedModel):
+        return {}
+    from peft import PeftModel  # here: decoding without an adapter does not need it
+
+    return model.peft_config if isinstance(model, PeftModel) else {}
+
+
+def check_adapters(model: nn.Module) -> None:
+    """As [`check_adapter`], for all that a model has."""
+    for peft_config in adapters(model).values():
+        check_adapter(peft_config)
 
 
 def check_targets(model: nn.Module, peft_config: PeftConfig) -> None:

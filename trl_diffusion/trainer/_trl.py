@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import disable_dropout_in_model, print_prompt_completions_sample, use_adapter
+from trl.trainer.utils import print_prompt_completions_sample, use_adapter
 
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ else:
 
 __all__ = [
     "TrainerMixin",
-    "disable_dropout_in_model",
     "print_prompt_completions_sample",
     "unwrapped_policy",
     "use_adapter",

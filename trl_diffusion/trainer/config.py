@@ -23,6 +23,7 @@ LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vesp
 _NO_ENGINE = "generation would be from left to right; a diffusion policy is denoised by this library's own decoder"
 _NO_TRANSFORM = "the distribution that is sampled from would not be the one that is scored"
 _NO_REMOTE_CODE = "the families load without their hub code, which hides its attention masks from this library"
+_NO_DROPOUT = "log-probabilities that decoding records are compared with those that an update computes"
 # Options of GRPOConfig that mean nothing for a diffusion policy, and why; so do all that begin with `vllm_`.
 _REFUSED = {
     "use_vllm": _NO_ENGINE,
@@ -37,6 +38,7 @@ _REFUSED = {
     "repetition_penalty": _NO_TRANSFORM,
     "max_tool_calling_iterations": "responses are denoised in one turn, without tools",
     "trust_remote_code": _NO_REMOTE_CODE,
+    "disable_dropout": _NO_DROPOUT,
     "use_liger_kernel": "its fused loss, which TRL used to take, is causal, and its layers are not tested here",
     "router_aux_loss_coef": "a packed layout would count its copies in the load balance of the experts",
     "neftune_noise_alpha": "the policy that is scored would not be the one that was sampled from",
@@ -66,6 +68,9 @@ class DTRPOConfig(GRPOConfig):
         diffusion_spec (`dict[str, Any]` or `str`, *optional*):
             Fields of [`DiffusionSpec`] that complete or override the ones stored in the model's config, as a mapping or
             a JSON string. This is how a model that says nothing about diffusion becomes a policy.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether dropout is off, of the model and of an adapter. Log-probabilities that decoding records are compared with
+            those that an update computes, so `False` is refused.
 
         > Parameters that control decoding
 
@@ -161,6 +166,13 @@ class DTRPOConfig(GRPOConfig):
         metadata={
             "help": "Fields of `DiffusionSpec` (mask_token_id, attention, block_size, ...) that complete or override "
             "the ones stored in the model's config, as a mapping or a JSON string."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether dropout is off, of the model and of an adapter. Log-probabilities that decoding records are "
+            "compared with those that an update computes, so False is refused."
         },
     )
 

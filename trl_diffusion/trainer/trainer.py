@@ -34,11 +34,14 @@ from ..objectives.pairwise import differing_groups, make_pairs, pairwise_loss, s
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
 from ..policies.forward import check_attention, unwrap
+from ..policies.limits import check_layers
 from ..policies.loading import load_config, load_renamed_weights, resolve_spec
-from ..policies.lora import check_targets, empty_model
+from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
 from ..policies.prompts import check_visible
 from ..policies.quantized import keep_trainable
 from ..policies.spec import set_spec
+from ..policies.training import DROPS, check_trainable, random_settings, switch_off_dropout, train_padding_token
+from ..policies.trial import try_policy
 from ..scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
 from ..scoring.draws import expected_weights
 from ..scoring.estimators import ESTIMATORS
@@ -47,7 +50,7 @@ from ..scoring.score import high_entropy, score
 from ..seeds import derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows, is_trajectory_dataset
 from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
-from ._trl import disable_dropout_in_model, unwrapped_policy, use_adapter
+from ._trl import unwrapped_policy, use_adapter
 from .agreement import fail_together, failing_together
 from .checks import (
     check_number_of_rows,
@@ -70,7 +73,10 @@ from .throughput import ThroughputCallback
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch.optim import Optimizer
     from transformers.trainer_utils import TrainOutput
+
+    from ..policies.spec import DiffusionSpec
 
 
 logger = get_logger(__name__)
@@ -205,7 +211,11 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
         has_adapter = isinstance(model, PeftModel) or kwargs.get("peft_config") is not None
         check_reference_can_move(args, has_adapter)
         if kwargs.get("peft_config") is not None:
+            check_adapter(kwargs["peft_config"])
             check_targets(empty_model(config) if isinstance(model, str) else model, kwargs["peft_config"])
+        if not isinstance(model, str):
+            check_adapters(model)
+        check_layers(config)
 
         store = None
         if offline:
@@ -304,10 +314,9 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
         policies = [policy for policy in (self.model, self.ref_model) if policy is not None]
         for policy in policies:
             keep_trainable(policy)
+        self._check_policies(spec, kwargs.get("optimizers", (None, None))[0])
         planned = [enable_plans(unwrap(policy)) for policy in policies]
         self._share_prompts = args.share_prompts and spec.attention == "block" and all(planned)
-        # Recorded and re-scored log-probabilities are compared: no dropout between them.
-        disable_dropout_in_model(self.model)
         # What ends a response here is what TRL calls terminated (before TRL 1.16 it knew the tokenizer's token only).
         self.eos_token_ids = list(spec.stop_token_ids)
         if self._tokenizer.eos_token_id not in spec.stop_token_ids:
@@ -330,6 +339,34 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
             )
         if store is not None:
             store.report()
+
+    def _check_policies(self, spec: DiffusionSpec, optimizer: Optimizer | None) -> None:
+        """
+        Makes policy and reference ready to be scored, and tries them on a few tokens. Where parameters will be shared among
+        processes, they cannot be used yet, and are tried at the first pass.
+        """
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        # Recorded and re-scored log-probabilities are compared: no dropout between them.
+        dropout = random_settings(self.model, DROPS)
+        if dropout:
+            logger.warning(
+                f"Dropout is switched off ({', '.join(f'{name}={value}' for name, value in dropout.items())}): the log-"
+                "probabilities that decoding records are compared with those that an update computes."
+            )
+        for policy in (self.model, self.ref_model):
+            if policy is not None:
+                switch_off_dropout(policy)
+        train_padding_token(self.model)
+        check_trainable(self.model, optimizer, run=whole)
+        if whole:
+            self._try(self.model, spec, training=True)
+            if self.ref_model is not None:
+                self._try(self.ref_model, spec)
+
+    def _try(self, policy: nn.Module, spec: DiffusionSpec, training: bool = False) -> None:
+        """Tries a policy in the ways in which this trainer runs it; done once."""
+        cached = spec.attention == "block" or self.args.approximate_cache is not None
+        try_policy(policy, spec, cached, training)
 
     # ------------------------------------------------------------------------------------------------- rollouts
 
@@ -746,6 +783,7 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
         Draws the states that this pass over a rollout scores, and lays them out. Policy, old policy and reference share
         them. `self._old` is what the old policy estimates there, `None` if that is the policy as it is now.
         """
+        self._try(self.model, self.spec, training=True)
         batch = _trajectories(inputs)
         seeds = [derive_seed(seed, iteration) for seed in inputs["draw_seeds"].tolist()]
         states = self.estimator.states(batch, self.spec, seeds, self.scoring_config)
@@ -811,6 +849,7 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
     def _reference_logps(self, layout: PackedLayout) -> Tensor:
         """The reference's log-probabilities of the scored tokens: one forward pass on the policy's own states."""
         if self.ref_model is not None:
+            self._try(self.ref_model, self.spec)
             return score(self.ref_model, layout, self.spec, self.temperature)[0]
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, PeftModel):

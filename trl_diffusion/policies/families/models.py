@@ -19,6 +19,7 @@ from transformers import (
 
 from ..forward import attention_mask
 from ..spec import sequence_blocks, spec_fields
+from ..training import train_padding_token
 from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
 
 
@@ -80,11 +81,12 @@ def own_attention(backbone: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
 
 
 class OwnAttention(_Backbone):
-    """Mixin for a model of a family: see [`own_attention`]."""
+    """Mixin for a model of a family: see [`own_attention`] and [`~policies.training.train_padding_token`]."""
 
     def __init__(self, config):
         super().__init__(config)
         self.base_model.register_forward_pre_hook(own_attention, with_kwargs=True)
+        train_padding_token(self)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code that lies beside a checkpoint goes along, for the family's own tools."""
@@ -98,11 +100,6 @@ class OwnAttention(_Backbone):
 
 class LLaDAModelLM(OwnAttention, LlamaForCausalLM):
     config_class = LLaDAConfig
-
-    def __init__(self, config: LLaDAConfig):
-        super().__init__(config)
-        # LLaDA pads with its end of text, which has an embedding that is trained like any other.
-        self.model.embed_tokens.padding_idx = None
 
 
 class DreamModel(OwnAttention, Qwen2ForCausalLM):
