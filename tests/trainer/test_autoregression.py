@@ -14,6 +14,7 @@ from tests.conftest import disturb, make_policy
 from tests.trainer.conftest import codes, make_dataset
 from tests.trainer.test_trainer import causal_logps, per_row_inputs, slice_rows
 from trl_diffusion import DiffusionSpec
+from trl_diffusion.policies.training import train_padding_token
 from trl_diffusion.seeds import derive_seed
 from trl_diffusion.trainer.trainer import _trajectories
 
@@ -98,6 +99,7 @@ def two_trainers(make_trainer, tokenizer, tmp_path):
             processing_class=tokenizer,
         )  # fmt: skip
         theirs.model.load_state_dict(ours.model.state_dict())
+        train_padding_token(theirs.model)  # of which transformers drops the gradient
 
         width = inputs["completion_ids"].shape[1]
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")

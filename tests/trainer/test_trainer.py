@@ -18,6 +18,7 @@ from tests.closeness import ROUNDING, assert_close, assert_close_gradients, clos
 from tests.conftest import disturb, make_policy
 from tests.trainer.conftest import codes, make_dataset
 from trl_diffusion import DiffusionSpec, DTRPOConfig, DTRPOTrainer, get_spec, tiny_policy_path
+from trl_diffusion.policies.training import train_padding_token
 from trl_diffusion.scoring.draws import StepDraw
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
@@ -211,6 +212,7 @@ def test_o8_blocks_of_one_give_trl_own_loss(make_trainer, tokenizer, tmp_path, l
         processing_class=tokenizer,
     )
     theirs.model.load_state_dict(ours.model.state_dict())
+    train_padding_token(theirs.model)  # of which transformers drops the gradient
 
     width = inputs["completion_ids"].shape[1]
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)

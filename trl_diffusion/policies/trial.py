@@ -316,7 +316,7 @@ class _Trial:
         places = torch.arange(LENGTH, device=self.device)
 
         def run(begin: int, end: int) -> Tensor:
-            cache.write_slots = places[begin:end]
+            cache.slots.write = places[begin:end]
             allowed = rows.allowed[row : row + 1, :, begin:end, :end]
             group = RaggedGroup(Places(places[None, : end - begin]), Places(places[None, :end]), allowed)
             plan = RaggedMask([group], end - begin, LENGTH)
