@@ -50,6 +50,21 @@ def random_settings(model: nn.Module, parts: tuple[str, ...] = RANDOM) -> dict[s
     }
 
 
+def switch_off_router_loss(model: nn.Module) -> float:
+    """
+    Has a mixture of experts return no router logits, of which its load-balancing loss is made: that loss would count the
+    noisy copies of a packed row, and it cannot read a mask of our own.
+
+    Returns:
+        `float`: the coefficient that the config has for the loss; 0 if the policy is no mixture of experts.
+    """
+    config = backbone(model).config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        return 0.0
+    config.output_router_logits = False
+    return getattr(config, "router_aux_loss_coef", None) or 0.0
+
+
 def train_padding_token(model: nn.Module) -> None:
     """
     Lets the embedding of the padding token have a gradient, which transformers takes from it (`padding_idx`). A diffusion

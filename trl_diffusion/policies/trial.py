@@ -24,7 +24,7 @@ from .forward import attention_mask, check_attention, policy_logits, unwrap
 from .limits import check_layers
 from .lora import check_adapters
 from .spec import DiffusionSpec, family_fields
-from .training import random_settings
+from .training import random_settings, switch_off_router_loss
 
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def try_policy(model: nn.Module, spec: DiffusionSpec, cached: bool | None = None
         what == others and cached <= with_cache and training <= in_training for others, with_cache, in_training in done
     ):
         return
+    switch_off_router_loss(model)
     with plans_enabled(model):
         check_attention(model)
     check_layers(base.config)

@@ -457,6 +457,8 @@ class DTRPOConfig(GRPOConfig):
             if name not in fields:
                 continue
             neutral = fields[name].default
+            if name == "router_aux_loss_coef" and getattr(self, name) == 0.0:
+                continue  # asks for what is done
             if getattr(self, name) not in (neutral, None):
                 found[name] = f"{why} (got {getattr(self, name)!r}, leave it at {neutral!r})"
         if self.model_options().get("trust_remote_code"):

@@ -40,7 +40,14 @@ from ..policies.lora import check_adapter, check_adapters, check_targets, empty_
 from ..policies.prompts import check_visible
 from ..policies.quantized import keep_trainable
 from ..policies.spec import set_spec
-from ..policies.training import DROPS, check_trainable, random_settings, switch_off_dropout, train_padding_token
+from ..policies.training import (
+    DROPS,
+    check_trainable,
+    random_settings,
+    switch_off_dropout,
+    switch_off_router_loss,
+    train_padding_token,
+)
 from ..policies.trial import try_policy
 from ..scoring.diagnostics import estimate_quality, ratio_statistics, summarise_ratios
 from ..scoring.draws import expected_weights
@@ -325,7 +332,7 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
                 f"{self._tokenizer.eos_token_id}. `clipped_ratio` and `mask_truncated_completions` may take finished "
                 "responses for truncated ones."
             )
-        self.aux_loss_enabled = False  # the load balance of a packed layout would count its copies
+        self.aux_loss_enabled = False  # see `switch_off_router_loss`
         set_spec(self.model.config, spec)
         if self.ref_model is not None:
             set_spec(unwrap(self.ref_model).config, spec)  # an engine of DeepSpeed has a config of its own
@@ -353,9 +360,16 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
                 f"Dropout is switched off ({', '.join(f'{name}={value}' for name, value in dropout.items())}): the log-"
                 "probabilities that decoding records are compared with those that an update computes."
             )
+        balance = switch_off_router_loss(self.model)
+        if balance:
+            logger.warning(
+                f"The load-balancing loss of the experts is off (the model's config has router_aux_loss_coef={balance}): it "
+                "would count the copies of a packed row. In a long run, look at how evenly the experts are used."
+            )
         for policy in (self.model, self.ref_model):
             if policy is not None:
                 switch_off_dropout(policy)
+                switch_off_router_loss(policy)
         train_padding_token(self.model)
         check_trainable(self.model, optimizer, run=whole)
         if whole:
