@@ -340,3 +340,9 @@ def test_mask_tokens_are_not_collected(padded, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="`allow_mask_token=True` leaves mask tokens in responses"):
         run_collect(padded, tmp_path / "run", tokenizer, prompt_dataset(2), decoding=decoding)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trainer_that_cannot_know_the_tokenizer(tmp_path):
+    args = DTRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    with pytest.raises(ValueError, match="its tokenizer is unknown: pass `processing_class`"):
+        DTRPOTrainer(make_policy(SPECS["block-from-sequence"]), codes, args, prompt_dataset(8))

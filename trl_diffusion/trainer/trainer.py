@@ -1054,6 +1054,10 @@ def _check_columns(name: str, dataset: Any) -> None:
 
 def _load_tokenizer(model: str | PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
     path = model if isinstance(model, str) else model.config._name_or_path
+    if not path:
+        raise ValueError(
+            "The model was not loaded from anywhere, so its tokenizer is unknown: pass `processing_class`."
+        )
     return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
 
 
