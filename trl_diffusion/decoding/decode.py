@@ -47,7 +47,8 @@ def decode(
             Facts about the policy. Defaults to the ones stored in the model's config.
         seeds (`list[int]`, *optional*):
             One seed for each prompt; needed if `config.temperature > 0` and for `strategy="random"`. A response depends on
-            its own prompt and seed alone, not on its neighbours in the batch, and not on the global random state.
+            its own prompt and seed alone, not on its neighbours in the batch, and not on the global random state. (But for
+            rounding: on a GPU, kernels depend on the shape of the batch.)
         batch_size (`int`, *optional*):
             Most responses decoded at once; the others wait until there is room. All of them if `None`.
         keep_pace (`bool`, *optional*, defaults to `False`):
