@@ -145,12 +145,14 @@ class DTRPOConfig(GRPOConfig):
             `"random"`, `"left_to_right"` or `"confidence"` (what the reference is surest of first; asked once, before
             training).
         pair_selection (`str`, *optional*, defaults to `"best_worst"`):
-            Pairs that `loss_type="dpo"` makes of a group: its best and its worst response, or `"all"` ordered pairs.
+            Pairs that `loss_type="dpo"` makes of a group: its best and its worst response, or `"all"` ordered pairs. Responses
+            without a reward, or masked ones (`mask_truncated_completions`), are in no pair; two of the same tokens make none.
         dpo_length_normalization (`bool`, *optional*, defaults to `False`):
             Whether `loss_type="dpo"` divides the log-ratio of a response by its number of tokens.
         precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
             Whether the reference scores all stored responses before training, in exactly the states that training will
-            draw, instead of at every step. It then leaves memory, unless there is an evaluation dataset.
+            draw, instead of at every step. It then leaves memory, unless there is an evaluation dataset. Not for a reference
+            that moves (`sync_ref_model`).
 
     `loss_type="dpo"` is the pairwise loss of dTRPO (docs/method.md, section 5); it needs `beta > 0`.
 

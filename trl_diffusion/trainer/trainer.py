@@ -161,8 +161,10 @@ class DTRPOTrainer(ExactResume, RowwiseEvaluation, GRPOTrainer):
 
     Raises:
         TypeError: if the model, the arguments or a dataset are of another type.
-        ValueError: before anything is trained, if there is no reward function, a dataset is empty or has no `prompt`
-            column, the policy has no mask token, or a prompt holds the mask token or is too long for the policy.
+        ValueError: before anything is trained, if there is no reward function, a dataset is empty, has no `prompt`
+            column, or fewer rows than a rollout takes, the stored rewards of each group are all the same, the policy has no
+            mask token, or a prompt holds the mask token, is too long for the policy, made of unknown tokens alone, or dropped
+            by the chat template.
     """
 
     _tag_names = ["trl", "trl-diffusion", "dtrpo"]
