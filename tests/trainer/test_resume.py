@@ -11,7 +11,7 @@ import torch
 from tests.offline.conftest import collection, start  # noqa: F401
 from tests.trainer.conftest import make_dataset
 from trl_diffusion import load_trajectories
-from trl_diffusion.trainer.checkpoints import last_complete_checkpoint
+from trl_diffusion.trainer.checkpoints import is_complete, last_complete_checkpoint
 
 
 # Settings, optimizer steps and checkpoint of a run over 6 prompts, two groups of four at a time.
@@ -132,13 +132,15 @@ def test_later_checkpoints_do_not_count_once_a_run_goes_back(make_trainer, start
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
-def test_a_run_that_starts_anew_does_not_go_on_from_the_one_before(make_trainer, start, tmp_path):  # noqa: F811
-    """Killed before it has saved anything, it starts anew again."""
-    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path)}
+def test_a_run_that_starts_anew_leaves_checkpoints_until_it_has_one(make_trainer, start, tmp_path):  # noqa: F811
+    """A command that was given without `resume_from_checkpoint` by mistake, and stopped at once, costs nothing."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path)}
     make_trainer(str(start), **options).train()
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    killed = make_trainer(str(start), **options)
-    killed.training_step = None  # the first step fails
+    stopped = make_trainer(str(start), **options)
+    stopped.training_step = None  # the first step fails
     with pytest.raises(TypeError):
-        killed.train()
-    assert last_complete_checkpoint(tmp_path) is None and (tmp_path / "checkpoint-2").exists()
+        stopped.train()
+    assert is_complete(tmp_path / "checkpoint-1") and is_complete(tmp_path / "checkpoint-2")
+    make_trainer(str(start), **{**options, "max_steps": 1}).train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert (tmp_path / "checkpoint-2").exists() and not is_complete(tmp_path / "checkpoint-2")

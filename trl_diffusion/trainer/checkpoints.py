@@ -85,7 +85,8 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def unmark_later(run_dir: str | Path, step: int) -> None:
-    """A run that goes back, or starts anew, writes later checkpoints again: they do not count until it has."""
+    """Once a run that went back, or started anew, has a checkpoint of its own, later ones do not count: they are those of a
+    run that was given up."""
     for checkpoint in checkpoints_in(run_dir):
         if step_of(checkpoint) > step:
             (checkpoint / MARK).unlink(missing_ok=True)

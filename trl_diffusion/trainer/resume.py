@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,8 +222,6 @@ class ExactResume(TrainerMixin):
         )
         self._step, self._buffered_inputs, self._resumed = 0, None, None
         self._metrics["train"].clear()
-        if self.args.should_save:
-            checkpoints.unmark_later(self._get_output_dir(trial), self.state.global_step)
         if resume_from_checkpoint is not None:
             self._resumed = (Path(resume_from_checkpoint), torch.zeros(()), 0)
             self._restore_callbacks()
@@ -324,9 +323,9 @@ class ExactResume(TrainerMixin):
     def _place_in_stream(progress: Progress, now: Mapping[str, str]) -> int:
         """Batches, with the settings of this run, in which as many prompts were asked as in those of the checkpoint's."""
 
-        def prompts_per_batch(settings: Mapping[str, str]) -> float:
-            rollout = int(settings["generation_batch_size"]) / int(settings["num_generations"])
-            return rollout / (int(settings["num_iterations"]) * int(settings["steps_per_generation"]))
+        def prompts_per_batch(settings: Mapping[str, str]) -> Fraction:
+            prompts = Fraction(int(settings["generation_batch_size"]), int(settings["num_generations"]))
+            return prompts / int(settings["num_iterations"]) / int(settings["steps_per_generation"])
 
         batches = int(progress.batches_in_epoch * prompts_per_batch(progress.settings) / prompts_per_batch(now))
         return batches - batches % int(now["gradient_accumulation_steps"])
@@ -369,6 +368,7 @@ class ExactResume(TrainerMixin):
             checkpoints.make_durable(checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            checkpoints.unmark_later(run_dir, self.state.global_step)
             checkpoints.mark_complete(checkpoint)
             checkpoints.rotate(run_dir, limit, keep=[checkpoint, self.state.best_model_checkpoint])
 
