@@ -11,6 +11,7 @@ from tests.closeness import ROUNDING
 from tests.conftest import SPECS, make_policy, make_prompts
 from tests.processes import run_pair
 from trl_diffusion import DecodingConfig, decode
+from trl_diffusion.policies.trial import try_policy
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
@@ -31,6 +32,7 @@ def compare(name: str, rank: int) -> dict:
     held = sum(p.to_local().numel() for p in sharded.parameters())
     prompts = make_prompts((3, 21, 8) if rank == 0 else (5,))
     decoding, seeds = DecodingConfig(28 if rank == 0 else 12, 1.0), list(range(len(prompts)))
+    try_policy(sharded, spec)  # its passes are not those of a rollout
     passes = []
     sharded.register_forward_pre_hook(lambda *_: passes.append(1))
     batch = decode(sharded, prompts, decoding, spec, seeds, keep_pace=True)

@@ -14,6 +14,7 @@ from trl_diffusion.commands.plan import main
 from trl_diffusion.plan.cost import Machine, RolloutCost, rollout_cost
 from trl_diffusion.plan.simulate import LiveBytes, Workload, _batch, simulate
 from trl_diffusion.plan.strategies import make_plans
+from trl_diffusion.policies.trial import try_policy
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
@@ -91,6 +92,7 @@ def test_operations_are_those_of_the_real_passes(attention, prompt_length):
     model = make_policy(spec).train()
     found = simulate(model.config, spec, work)
     rollout = rollout_cost(model.config, spec, work, found)
+    try_policy(model, spec)  # its passes are not those of a rollout
     with count_flops() as counter:
         decode(model, [[1] * prompt_length] * 8, DecodingConfig(max_new_tokens=32, tokens_per_step=3), spec)
     assert rollout.flops == counter.get_total_flops()

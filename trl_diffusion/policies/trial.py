@@ -127,7 +127,7 @@ class _Trial:
         """Compares, and raises what [`try_policy`] raises."""
         try:
             rows = self._alone()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
             raise self._refusal(f"it fails under an attention mask of its own ({_line(error)})") from error
@@ -226,7 +226,7 @@ class _Trial:
             for name, compare in passes.items():
                 try:
                     ours, right = compare(rows)
-                except torch.OutOfMemoryError:
+                except (torch.OutOfMemoryError, MemoryError):
                     raise
                 except Exception as error:
                     return f"{name} fails ({_line(error)})"
