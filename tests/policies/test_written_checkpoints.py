@@ -263,7 +263,7 @@ def test_a_path_is_all_that_the_trainer_needs(family, checkpoint, tmp_path, beta
     """The policy, its reference, its tokenizer and its spec, from a directory as the hub has it."""
     trainer = DTRPOTrainer(
         model=str(checkpoint),
-        reward_funcs=lambda completions, **kwargs: [float(len(set(text))) for text in completions],
+        reward_funcs=lambda completions, **kwargs: [float(sum(map(ord, text))) for text in completions],
         args=DTRPOConfig(
             str(tmp_path / "run"), per_device_train_batch_size=4, num_generations=4, max_completion_length=9, max_steps=1,
             learning_rate=1e-2, beta=beta, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
@@ -281,7 +281,8 @@ def test_a_path_is_all_that_the_trainer_needs(family, checkpoint, tmp_path, beta
     trainer.save_model(tmp_path / "trained")
     before, after = stored(checkpoint), stored(tmp_path / "trained")
     assert before.keys() == after.keys()
-    assert not any(torch.equal(before[name], after[name]) for name in before)
+    same = [name for name in before if torch.equal(before[name], after[name])]
+    assert not same, same
 
 
 def test_the_familys_own_code_is_found_beside_what_is_saved(family, checkpoint, tmp_path):
