@@ -26,7 +26,7 @@ def switch_off_dropout(model: nn.Module) -> None:
     """
     for module in model.modules():
         if "drop" in type(module).__name__.lower() and isinstance(getattr(module, "p", None), float):
-            module.p = 0.0
+            vars(module)["p"] = 0.0
         for name, value in vars(module).items():
             if not any(part in name for part in DROPS):
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -137,10 +138,12 @@ class RowwiseEvaluation(TrainerMixin):
     # ------------------------------------------------------------------------------------------------- the loop
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates the policy, see [`~transformers.Trainer.evaluate`]."""
         with self._training_untouched():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any):
+        """Evaluates the policy on another dataset, without a log, see [`~transformers.Trainer.predict`]."""
         with self._training_untouched():
             return super().predict(*args, **kwargs)
 
@@ -184,8 +187,8 @@ class RowwiseEvaluation(TrainerMixin):
         dataset, size = dataloader.dataset, self.num_generations_eval
         if isinstance(dataset, IterableDatasetShard):
             return lambda: self._streamed * size
-        if isinstance(dataset, IterableDataset):  # accelerate deals out its shards, without filling up
-            return lambda: self._streamed * size * self.accelerator.num_processes
+        if isinstance(dataset, IterableDataset):  # accelerate gives each process shards of its own: nothing is filled up
+            return lambda: sys.maxsize
         return lambda: len(dataset) * size
 
     def get_eval_dataloader(self, eval_dataset=None):
