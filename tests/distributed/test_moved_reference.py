@@ -52,7 +52,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, engine):
     }  # fmt: skip
     cell = {"name": "whole", "rows": 8, "options": options}
     resumed = {**cell, "name": "resumed", "resume": str(tmp_path / "whole" / "checkpoint-3")}
-    directories = run_cells(engine, [cell, resumed], tmp_path, timeout=420)
+    directories = run_cells(engine, [cell, resumed], tmp_path)
     logs = [json.loads((directories[name] / "logs.json").read_text()) for name in ("whole", "resumed")]
     kls, again = ([entry["kl"] for entry in log if "kl" in entry] for log in logs)
     assert again == pytest.approx(kls, rel=1e-5, abs=1e-9) and max(kls) > 1e-4

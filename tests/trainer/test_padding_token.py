@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from transformers import AutoModelForCausalLM
 
+from tests.closeness import assert_close_gradients
 from tests.conftest import make_policy
 from tests.policies.backbones import tiny_backbone
 from trl_diffusion.offline.orders import finished_batch, given_order
@@ -74,8 +75,8 @@ def check_embedding(model, spec, token: int) -> None:
     right = gradient(model, spec, token, embedding.weight)
     handle.remove()
     assert right[token].abs().max() > 1e-3
-    torch.testing.assert_close(ours[token], right[token], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+    assert_close_gradients(ours[token], right[token])
+    assert_close_gradients(ours, right)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -132,4 +133,4 @@ def test_of_an_adapter_of_low_rank(make_trainer, tokenizer, char_spec):
     right = gradient(model, char_spec, token, first)
     handle.remove()
     assert right[:, token].abs().max() > 1e-3
-    torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+    assert_close_gradients(ours, right)
