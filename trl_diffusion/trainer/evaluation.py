@@ -187,7 +187,7 @@ class RowwiseEvaluation(TrainerMixin):
         dataset, size = dataloader.dataset, self.num_generations_eval
         if isinstance(dataset, IterableDatasetShard):
             return lambda: self._streamed * size
-        if isinstance(dataset, IterableDataset):  # accelerate gives each process shards of its own: nothing is filled up
+        if isinstance(dataset, IterableDataset):  # each process reads shards of its own, and nothing is filled up
             return lambda: sys.maxsize
         return lambda: len(dataset) * size
 
