@@ -307,7 +307,8 @@ def test_options_in_the_table_exist_and_none_is_missing():
 
 
 def test_tasks_in_the_table_exist():
-    rows = re.findall(r"^\| (`[a-z0-9_`, ]+`) \|", text_of("docs/evaluation.md"), re.MULTILINE)
+    # Behind the names stands the number of questions; another table of this page has figures of a training.
+    rows = re.findall(r"^\| (`[a-z0-9_`, ]+`) \| \d", text_of("docs/evaluation.md"), re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`([a-z0-9_]+)`", row)}
     assert named == set(TASK_NAMES)
 
