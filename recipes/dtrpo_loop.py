@@ -150,7 +150,7 @@ def advantages_of(rewards: Tensor, group_size: int) -> Tensor:
 
 def grpo_loss(logps: Tensor, old_logps: Tensor, weights: Tensor, advantages: Tensor, epsilon: float = 0.2) -> Tensor:
     """
-    The clipped loss of GRPO, weighted in its sum and in its normaliser (section 5). Three tensors (R, P + C), one (R,).
+    From logps, old_logps and weights (R, P + C) and advantages (R,): the clipped loss of GRPO, weighted (section 5).
     Ratio reduction (section 2): in the ratio of two policies the choice of positions cancels, and the tokens remain.
     """
     ratios = torch.where(weights > 0, logps - old_logps, 0.0).exp()
