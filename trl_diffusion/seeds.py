@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 
+# Random streams of a training run.
+TRAINING, EVALUATION, DRAWS, CHECKS, STORED, CHOICE = range(6)
+
 _MASK64 = (1 << 64) - 1
 
 

@@ -16,7 +16,7 @@ from tests.trainer.test_trainer import causal_logps, per_row_inputs, slice_rows
 from trl_diffusion import DiffusionSpec
 from trl_diffusion.policies.training import train_padding_token
 from trl_diffusion.seeds import derive_seed
-from trl_diffusion.trainer.trainer import _trajectories
+from trl_diffusion.trainer.batches import trajectories_of
 
 
 TEMPERATURE = 0.8
@@ -110,7 +110,7 @@ def two_trainers(make_trainer, tokenizer, tmp_path):
             mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
             plain["ref_per_token_logps"] = causal_logps(theirs.ref_model, ids, mask, width, TEMPERATURE)
         else:
-            batch = _trajectories(inputs)
+            batch = trajectories_of(inputs)
             theirs.logps_of = lambda model: mask_behind_the_prefix(model, spec, batch)
             with torch.no_grad():
                 plain["ref_per_token_logps"] = theirs.logps_of(theirs.ref_model)[:, :width]
@@ -165,7 +165,8 @@ def test_o8_blocks_of_one_give_trl_own_loss(two_trainers, name):
 def test_o8_denoised_blocks_of_one_give_trl_own_loss(two_trainers, name):
     """Denoised tokens: a block has one step, which any draw draws, with weight 1."""
     ours, inputs, theirs, plain = two_trainers("diffusion", **OPTIONS[name])
-    with ours._scoring(inputs) as layout:
+    with ours.scoring(inputs) as scored:
+        layout = scored.layout
         weights = layout.weights[:, : inputs["completion_mask"].shape[1]]
         torch.testing.assert_close(weights, inputs["completion_mask"].float())
     assert_equal_losses(ours, inputs, theirs, plain, ["grpo", "dapo"])
@@ -184,7 +185,8 @@ def test_o8_one_token_of_a_response_gives_trl_own_loss_on_average(two_trainers, 
 
     seeds = {}  # one for each token that can be drawn
     for seed in range(60 * lengths[row]):
-        with ours._scoring({**one, "draw_seeds": torch.tensor([derive_seed(seed)])}) as layout:
+        with ours.scoring({**one, "draw_seeds": torch.tensor([derive_seed(seed)])}) as scored:
+            layout = scored.layout
             (place,) = layout.weights[0].nonzero().flatten().tolist()
             assert layout.weights[0, place] == lengths[row]
             seeds.setdefault(place, derive_seed(seed))

@@ -18,7 +18,7 @@ def trajectories(collection):  # noqa: F811
 
 def trained(make_trainer, start, dataset, **options):  # noqa: F811
     trainer = make_trainer(str(start), dataset=dataset, **options)
-    trainer._decode = None  # nothing is to be generated
+    trainer.decode = None  # nothing is to be generated
     trainer.train()
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
@@ -37,7 +37,7 @@ def test_stored_responses_are_read_in_an_evaluation(make_trainer, start, traject
         str(start), reward_funcs=None, dataset=trajectories, kwargs={"eval_dataset": trajectories.select([0, 1])},
         per_device_eval_batch_size=4, remove_unused_columns=True,
     )  # fmt: skip
-    trainer._decode = None
+    trainer.decode = None
     given = [value for row in trajectories.select([0, 1])["reward_codes"] for value in row]
     assert trainer.evaluate()["eval_rewards/codes/mean"] == pytest.approx(sum(given) / len(given), rel=1e-5)
 

@@ -58,8 +58,8 @@ def test_the_old_policy_sees_the_same_masks(make_trainer, estimator):
     compute = trainer._get_per_token_logps_and_entropies
 
     def spy(*args, **kwargs):
-        if trainer._layout is not None:
-            masks.append(trainer._layout.input_ids.clone())
+        if trainer.scored is not None:
+            masks.append(trainer.scored.layout.input_ids.clone())
         return compute(*args, **kwargs)
 
     trainer._get_per_token_logps_and_entropies = spy
@@ -91,9 +91,10 @@ def test_every_group_loss_is_the_weighted_one(make_trainer, estimator, loss_type
     disturb(trainer.model)
     with torch.no_grad():
         loss = trainer._compute_loss(trainer.model, inputs)
-        with trainer._scoring(inputs) as layout:
+        with trainer.scoring(inputs) as scored:
+            layout = scored.layout
             new = trainer._get_per_token_logps_and_entropies(trainer.model, None, None, layout.weights.shape[1])[0]
-            old, weights = trainer._old, layout.weights
+            old, weights = scored.old, layout.weights
     advantages = inputs["advantages"][:, None]
     log_ratio = new - old
     if level == "sequence":
@@ -126,7 +127,8 @@ def test_shared_prompts_give_the_same_loss_and_gradient(make_trainer):
         trainer = make_trainer(per_device_train_batch_size=8, share_prompts=share, beta=0.0)
         inputs = per_row_inputs(trainer)
         trainer.current_gradient_accumulation_steps = 1
-        with trainer._scoring(inputs) as layout:
+        with trainer.scoring(inputs) as scored:
+            layout = scored.layout
             assert (layout.allowed.count > 1) == share
         loss = trainer._compute_loss(trainer.model, inputs)
         loss.backward()
@@ -158,8 +160,8 @@ def test_groups_stay_together(make_trainer, tmp_path):
     compute = trainer._get_per_token_logps_and_entropies
 
     def spy(*args, **kwargs):
-        if trainer._layout is not None:
-            layouts.append(trainer._layout)
+        if trainer.scored is not None:
+            layouts.append(trainer.scored.layout)
         return compute(*args, **kwargs)
 
     trainer._get_per_token_logps_and_entropies = spy

@@ -76,7 +76,8 @@ def moved(make_trainer):
             for index, parameter in enumerate(trainer.model.parameters()):
                 parameter.add_(0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
         trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
-        with trainer._scoring(inputs) as layout:
+        with trainer.scoring(inputs) as scored:
+            layout = scored.layout
             weights = layout.weights
             assert weights[weights > 0].unique().numel() > 1  # tokens stand for different numbers of tokens
         return trainer, inputs, layout

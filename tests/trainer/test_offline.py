@@ -136,19 +136,17 @@ def test_epochs_draw_afresh(offline):
     compute = trainer._get_per_token_logps_and_entropies
 
     def spy(*args, **kwargs):
-        if trainer._layout is not None:
-            key = tuple(trainer._layout.targets[:2].tolist()), trainer._current_row
-            draws.setdefault(trainer._current_row, []).append(trainer._layout.weights.clone())
-            assert key
+        if trainer.scored is not None:
+            draws.setdefault(row[0], []).append(trainer.scored.layout.weights.clone())
         return compute(*args, **kwargs)
 
-    choose = trainer._choose
+    row, begin = [], trainer._generate_and_score_completions
 
     def spy_on_rows(inputs):
-        trainer._current_row = inputs[0]["row"]
-        return choose(inputs)
+        row[:] = [inputs[0]["row"]]
+        return begin(inputs)
 
-    trainer._get_per_token_logps_and_entropies, trainer._choose = spy, spy_on_rows
+    trainer._get_per_token_logps_and_entropies, trainer._generate_and_score_completions = spy, spy_on_rows
     trainer.train()
     assert sorted(draws) == list(range(10)) and all(len(weights) == 3 for weights in draws.values())
     differing = [not torch.equal(a[0], a[1]) or not torch.equal(a[1], a[2]) for a in draws.values()]
@@ -160,14 +158,14 @@ def test_epochs_draw_afresh(offline):
 def test_a_larger_group_gives_others_in_every_epoch(offline):
     trainer = offline(num_train_epochs=4, max_steps=-1, num_generations=2, per_device_train_batch_size=2)
     seen = {}
-    take = trainer._take
+    respond = trainer._generate_single_turn
 
-    def spy(prompt_ids):
-        row, _, epoch = trainer._stored[0]
-        seen[row["row"], epoch] = tuple(index for _, index, _ in trainer._stored)
-        return take(prompt_ids)
+    def spy(*args, **kwargs):
+        stored = trainer.rollout.stored
+        seen[stored[0].row["row"], stored[0].epoch] = tuple(response.place for response in stored)
+        return respond(*args, **kwargs)
 
-    trainer._take = spy
+    trainer._generate_single_turn = spy
     trainer.train()
     assert len(seen) == 40
     assert all(len(set(pair)) == 2 for pair in seen.values())
@@ -182,17 +180,17 @@ def test_groups_stay_together(offline, loss_type):
         max_steps=4,
     )  # fmt: skip
     rollouts, batches = [], []
-    take, scoring = trainer._take, trainer._scoring
+    respond, scoring = trainer._generate_single_turn, trainer.scoring
 
-    def spy_on_rollout(prompt_ids):
-        rollouts.append([row["row"] for row, _, _ in trainer._stored])
-        return take(prompt_ids)
+    def spy_on_rollout(*args, **kwargs):
+        rollouts.append([response.row["row"] for response in trainer.rollout.stored])
+        return respond(*args, **kwargs)
 
     def spy_on_batch(inputs, iteration):
         batches.append((inputs["prompt_ids"].clone(), inputs["advantages"].clone()))
         return scoring(inputs, iteration)
 
-    trainer._take, trainer._scoring = spy_on_rollout, spy_on_batch
+    trainer._generate_single_turn, trainer.scoring = spy_on_rollout, spy_on_batch
     trainer.train()
     assert len(batches) == 8 and all(len(set(rows)) == 4 for rows in rollouts)
     for prompts, advantages in batches:
@@ -431,7 +429,7 @@ def test_lora_on_stored_responses(offline):
     from peft import LoraConfig
 
     trainer = offline(beta=0.1, max_steps=1)  # the reference is the base model: what was recorded
-    assert trainer._reference_is_recorded
+    assert trainer.reference.recorded
     model = AutoModelForCausalLM.from_pretrained(trainer.model.config._name_or_path)
     assert model is not None
     from tests.trainer.conftest import make_dataset  # noqa: F401
@@ -443,7 +441,7 @@ def test_lora_on_stored_responses(offline):
         processing_class=trainer.processing_class,
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
-    assert adapted._reference_is_recorded
+    assert adapted.reference.recorded
     counts = count_forwards(adapted)
     adapted.train()
     assert counts == {"grad": 1, "no_grad": 0}

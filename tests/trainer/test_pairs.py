@@ -68,7 +68,7 @@ def test_truncated_responses(make_trainer, start, which):  # noqa: F811
         diffusion_spec={"stop_token_ids": list(range(40, 60))}, **PAIRS,
     )  # fmt: skip
     ended = []
-    decode = trainer._decode
+    decode = trainer.decode
 
     def spy(*args, **kwargs):
         batch = decode(*args, **kwargs)
@@ -77,7 +77,7 @@ def test_truncated_responses(make_trainer, start, which):  # noqa: F811
         ended.extend(token in {*range(40, 60), trainer.processing_class.pad_token_id} for token in last)
         return batch
 
-    trainer._decode = spy
+    trainer.decode = spy
     trainer.train()
     assert any(ended) and not all(ended)
     known = [score if end else None for score, end in zip(scores, ended, strict=True)]
@@ -94,8 +94,8 @@ def test_fresh_responses_that_say_the_same(make_trainer, start, which, caplog): 
     trainer = make_trainer(
         str(start), pair_selection=which, reward_funcs=rewards([0.0, 1.0, 2.0, 3.0]), learning_rate=0.0, **PAIRS
     )
-    decode = trainer._decode
-    trainer._decode = lambda *args: decode(*args).select(torch.zeros(4, dtype=torch.long))
+    decode = trainer.decode
+    trainer.decode = lambda *args: decode(*args).select(torch.zeros(4, dtype=torch.long))
     trainer.train()
     logs = logs_of(trainer)[0]
     assert logs["pairs/count"] == 0 and logs["grad_norm"] == 0

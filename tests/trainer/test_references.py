@@ -103,7 +103,7 @@ def test_collections_that_were_put_together(make_trainer, two_collections, other
     trainer = make_trainer(other, precompute_ref_log_probs=True, **options)
     trainer.train()
     assert logs_of(trainer, "kl")[0] < 1e-6
-    assert sorted({row for _, row in trainer._ref_estimates}) == list(range(8))
+    assert sorted({row for _, row in trainer.reference.estimates}) == list(range(8))
 
 
 def test_numbers_of_rows(make_trainer, trajectories, two_collections, other):
@@ -128,7 +128,7 @@ def test_evaluation_rows_have_their_own_reference(make_trainer, trajectories, ot
         other, dataset=trajectories.select(range(4)), kwargs={"eval_dataset": evaluation}, precompute_ref_log_probs=True,
         per_device_eval_batch_size=4, max_steps=1, **PAIRS,
     )  # fmt: skip
-    trainer._precompute_reference()
+    trainer.reference.precompute()
     assert trainer.evaluate()["eval_kl"] < 1e-6
 
 

@@ -39,15 +39,16 @@ RUNS = [("online", case) for case in CASES] + [
 def record(trainer):
     """Everything that is drawn: responses, and how each of their tokens is weighed."""
     draws = []
-    scoring = trainer._scoring
+    scoring = trainer.scoring
 
     @contextmanager
     def spy(inputs, *args):
-        with scoring(inputs, *args) as layout:
-            draws.append((inputs["canvas_ids"].clone(), inputs["draw_seeds"].clone(), layout.weights.clone()))
-            yield layout
+        with scoring(inputs, *args) as scored:
+            weights = scored.layout.weights.clone()
+            draws.append((inputs["canvas_ids"].clone(), inputs["draw_seeds"].clone(), weights))
+            yield scored
 
-    trainer._scoring = spy
+    trainer.scoring = spy
     return draws
 
 

@@ -70,7 +70,7 @@ def start(tmp_path_factory, tokenizer, char_spec):
 
 def drifted(trainer) -> None:
     """Recorded log-probabilities and the reference differ from the policy, so that no figure is trivially 0."""
-    decode = trainer._decode
+    decode = trainer.decode
 
     def noisy(*args):
         batch = decode(*args)
@@ -78,7 +78,7 @@ def drifted(trainer) -> None:
         batch.logps = torch.where(batch.steps >= 0, batch.logps + noise, batch.logps)
         return batch
 
-    trainer._decode = noisy
+    trainer.decode = noisy
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.mul_(1.05)
@@ -106,13 +106,13 @@ def test_figures_are_those_of_trl_for_a_single_batch(make_trainer, start, case):
     drifted(trainer)
     ours = figures(trainer.evaluate())
 
-    trainer._row_seeds = lambda size: [derive_seed(trainer.args.seed, 1, 0, row) for row in range(size)]
+    trainer.row_seeds = lambda size: [derive_seed(trainer.args.seed, 1, 0, row) for row in range(size)]
     with torch.random.fork_rng():
         output = Trainer.evaluation_loop(trainer, trainer.get_eval_dataloader(), "TRL's")
     expected = {name: values[0] for name, values in trainer._metrics["eval"].items()}
     expected["loss"] = output.metrics["eval_loss"]
     trainer._metrics["eval"].clear()
-    del trainer._row_seeds
+    del trainer.row_seeds
     assert {"kl", "entropy", "reward", "rewards/number/std", "completions/mean_length", "loss"} <= set(expected)
     assert (
         abs(expected["loss"]) > 1e-3

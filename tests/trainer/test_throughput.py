@@ -34,7 +34,7 @@ def test_seconds_are_where_they_were_spent(make_trainer, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(throughput, "time", clock)
     trainer = make_trainer(reward_funcs=clock.before(codes, 4.0), max_steps=2, gradient_accumulation_steps=2)
-    trainer._decode = clock.before(trainer._decode, 7.0)
+    trainer.decode = clock.before(trainer.decode, 7.0)
     trainer.create_optimizer()
     trainer.optimizer.step = clock.before(trainer.optimizer.step, 10.0)
     trainer.train()

@@ -23,6 +23,8 @@ from trl_diffusion.scoring.draws import StepDraw
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
 from trl_diffusion.scoring.states import drawn_states
+from trl_diffusion.trainer.batches import ungroup
+from trl_diffusion.trajectories.trajectory import TrajectoryBatch, response_blocks
 
 
 USUAL_METRICS = [
@@ -105,8 +107,8 @@ def test_several_iterations_draw_afresh(make_trainer):
     compute = trainer._get_per_token_logps_and_entropies
 
     def spy(*args, **kwargs):
-        if trainer._layout is not None:
-            draws.append(trainer._layout.weights.clone())
+        if trainer.scored is not None:
+            draws.append(trainer.scored.layout.weights.clone())
         return compute(*args, **kwargs)
 
     trainer._get_per_token_logps_and_entropies = spy
@@ -144,14 +146,14 @@ def test_old_logps_come_from_the_recording(make_trainer):
 def test_old_logps_can_be_scored_again(make_trainer):
     """With a falsified recording, the ratio is 1 for a policy that does not move, on the first pass and on later ones."""
     trainer = make_trainer(rescore_old_log_probs=True, num_iterations=2, learning_rate=0.0, max_steps=2)
-    decode = trainer._decode
+    decode = trainer.decode
 
     def falsify(*args):
         batch = decode(*args)
         batch.logps = batch.logps - 0.5 * (batch.steps >= 0)
         return batch
 
-    trainer._decode = falsify
+    trainer.decode = falsify
     trainer.train()
     for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
         assert entry["diffusion/log_ratio_std"] < ROUNDING and entry["diffusion/kl_to_old"] < 1e-5
@@ -162,7 +164,7 @@ def per_row_inputs(trainer, row_count=8):
     """The local batch that the trainer makes from its first rows."""
     rows = [trainer.train_dataset[i // 4] for i in range(row_count)]
     trainer.model.train()
-    return trainer._ungroup(trainer._generate_and_score_completions(rows))
+    return ungroup(trainer._generate_and_score_completions(rows))
 
 
 def slice_rows(inputs, rows):
@@ -292,10 +294,8 @@ def test_expected_loss_is_the_loss_over_all_tokens(make_trainer):
 
 def exact_dapo_loss(trainer, inputs):
     """Clipped policy-gradient loss over every token, each scored at the step that unmasked it."""
-    with trainer._scoring(inputs):
+    with trainer.scoring(inputs):
         pass
-    from trl_diffusion.trajectories.trajectory import TrajectoryBatch, response_blocks
-
     batch = TrajectoryBatch(
         inputs["prompt_ids"], inputs["prompt_mask"], inputs["canvas_ids"], inputs["canvas_steps"],
         inputs["canvas_logps"], inputs["canvas_lengths"], inputs["completion_mask"].sum(1),
@@ -324,7 +324,8 @@ def test_weighting_none_is_normalised_by_what_it_sums(make_trainer, distribution
     with torch.no_grad():
         for seed in range(200):
             inputs["draw_seeds"] = torch.arange(8) + 8 * seed
-            with trainer._scoring(inputs) as layout:
+            with trainer.scoring(inputs) as scored:
+                layout = scored.layout
                 assert set(layout.weights.unique().tolist()) == {0.0, 1.0}
                 totals.append(layout.weights.sum())
         totals = torch.stack(totals)
@@ -360,14 +361,14 @@ def test_bf16_computes_in_bf16_and_scores_in_float32(make_trainer, checkpointing
     head = trainer.model.get_output_embeddings()
     trainer.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda m, a, out: inputs.add(out.dtype))
     head.register_forward_hook(lambda m, a, out: outputs.append(out.detach()) if torch.is_grad_enabled() else None)
-    log_scores = trainer._log_scores
+    log_scores = trainer.log_scores
 
     def spy(logps):
-        layout = trainer._layout
+        layout = trainer.scored.layout
         scores.append((logps, layout.targets, layout.responses, layout.canvas_columns))
         log_scores(logps)
 
-    trainer._log_scores = spy
+    trainer.log_scores = spy
     trainer.train()
     assert inputs == {torch.bfloat16} and all(p.dtype == torch.float32 for p in trainer.model.parameters())
     logps, targets, responses, columns = scores[0]
@@ -433,7 +434,8 @@ def test_truncated_responses_are_masked(make_trainer, tokenizer):
         tokens_per_step=1,
     )
     inputs = per_row_inputs(trainer)
-    with trainer._scoring(inputs) as layout:
+    with trainer.scoring(inputs) as scored:
+        layout = scored.layout
         scored = (layout.weights > 0).any(1)
     stops = torch.tensor(trainer.spec.stop_token_ids, device=scored.device)
     ended = torch.isin(inputs["canvas_ids"][:, :6], stops).any(1)
@@ -591,18 +593,6 @@ def test_a_policy_spread_over_devices_is_refused(make_trainer):
     policy.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1}
     with pytest.raises(ValueError, match="spread over 2 devices \\(0, 1\\).*accelerate launch"):
         make_trainer(model=policy)
-
-
-def test_bad_input_leaves_nothing_behind(make_trainer, tmp_path):
-    target = tmp_path / "never"
-    with pytest.raises(ValueError, match="mask token"):
-        make_trainer(dataset=Dataset.from_list([{"prompt": "a <mask>"}]), output_dir=str(target / "run"))
-    assert not target.exists()
-    target.mkdir()
-    (target / "mine").write_text("kept")
-    with pytest.raises(ValueError, match="mask token"):
-        make_trainer(dataset=Dataset.from_list([{"prompt": "a <mask>"}]), output_dir=str(target))
-    assert [path.name for path in target.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(

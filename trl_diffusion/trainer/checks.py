@@ -189,6 +189,64 @@ def prompts_per_rollout(args: DTRPOConfig) -> int:
     return args.generation_batch_size // args.num_generations
 
 
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
+    """The datasets that there are, each with what messages call it."""
+    named = [("train_dataset", train_dataset)]
+    if isinstance(eval_dataset, dict):
+        named += [(f"eval_dataset[{name!r}]", dataset) for name, dataset in eval_dataset.items()]
+    elif eval_dataset is not None:
+        named.append(("eval_dataset", eval_dataset))
+    return named
+
+
+def check_columns(name: str, dataset: Any) -> None:
+    """
+    Checks that a dataset can be one of prompts.
+
+    Raises:
+        TypeError: if it is no dataset.
+        ValueError: if it is not there, empty, without prompts, or has columns that a reward function cannot get.
+    """
+    if dataset is None:
+        raise ValueError(f"`{name}` is required.")
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(f"`{name}` must be a Dataset or an IterableDataset, got {type(dataset).__name__}.")
+    columns = dataset.column_names
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    if columns is None:  # a stream that does not know its columns
+        return
+    if is_preference_dataset(dataset):
+        return
+    if "prompt" not in columns:
+        raise ValueError(f"`{name}` has no `prompt` column; it has {sorted(columns)}.")
+    images = sorted({"image", "images"} & set(columns))
+    if images:
+        raise ValueError(f"`{name}` has {images}: diffusion policies here take text only. Remove these columns.")
+    taken = sorted({"prompts", "completions", "trainer_state", "log_extra", "log_metric"} & set(columns))
+    if taken:
+        raise ValueError(
+            f"`{name}` has {taken}: reward functions get something else under these names. Rename the columns."
+        )
+
+
+def check_form(where: str, prompt: Any) -> None:
+    """Raises a `ValueError` if a prompt is neither text nor a list of messages with text."""
+    if not prompt and not isinstance(prompt, int | float):
+        raise ValueError(f"{where} has no prompt (it is {prompt!r}).")
+    if isinstance(prompt, str):
+        return
+    messages = prompt if isinstance(prompt, list) else [prompt]
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(prompt, list):
+            raise ValueError(f"{where}: a prompt must be text or a list of messages, got {prompt!r}.")
+        content = message.get("content")
+        if message.get("role") is None or not isinstance(content, str | list):
+            raise ValueError(f"{where}: a message must have a `role` and a `content`, got {message!r}.")
+        if isinstance(content, list) and any(part.get("type") != "text" for part in content):
+            raise ValueError(f"{where}: diffusion policies here take text only, got {message!r}.")
+
+
 def check_number_of_rows(dataset: Dataset | IterableDataset, args: DTRPOConfig, dropped: int = 0) -> None:
     """
     Checks that the rows to train on are enough for one rollout. A stream does not know how many it has.

@@ -1,18 +1,121 @@
-"""A reference that `sync_ref_model` moves, in a checkpoint."""
+"""The reference policy: where its log-probabilities come from, and how one that moves is kept in a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..scoring.score import score
+from ..seeds import DRAWS, derive_seed
+from ..trajectories.dataset import from_rows
+from ._trl import use_adapter
+from .data import count_epochs
+from .rollouts import StoredResponse
+from .scored import fit
+
+
+if TYPE_CHECKING:
+    from ..scoring.layout import PackedLayout
+    from .trainer import DTRPOTrainer
 
 
 FILE = "reference.pt"
+
+
+class Reference:
+    """
+    The log-probabilities of the reference: recorded with stored responses, computed for all of them before training, or
+    computed by a pass of its own.
+
+    Args:
+        trainer ([`DTRPOTrainer`]): the trainer that it belongs to.
+        recorded (`bool`): whether the reference made the stored responses, so that their log-probabilities are its own.
+    """
+
+    def __init__(self, trainer: DTRPOTrainer, recorded: bool):
+        self.trainer, self.recorded = trainer, recorded
+        self.estimates: dict[tuple[int, int], Tensor] = {}  # by epoch and row, shape (responses, iterations, C)
+        self._epochs = 0  # of `estimates`
+
+    def of_batch(self, inputs: dict[str, Any], layout: PackedLayout, iteration: int) -> Tensor:
+        """
+        The reference's log-probabilities of the tokens that a pass scores, `(R, C)`.
+
+        Args:
+            inputs (`dict[str, Any]`): a batch of a rollout, a row for each response.
+            layout ([`PackedLayout`]): what the pass scores.
+            iteration (`int`): number of passes over the rollout before this one.
+        """
+        if self.recorded:
+            return torch.where(layout.weights > 0, inputs["canvas_logps"], 0.0)
+        if "ref_estimates" in inputs:
+            return fit(inputs["ref_estimates"][:, iteration], layout.weights.shape[1])
+        return self.logps(layout)
+
+    @torch.no_grad()
+    def logps(self, layout: PackedLayout) -> Tensor:
+        """The reference's log-probabilities of the tokens that a layout scores, `(R, C)`: one forward pass."""
+        trainer = self.trainer
+        if trainer.ref_model is not None:
+            trainer.try_policy(trainer.ref_model)
+            return score(trainer.ref_model, layout, trainer.spec, trainer.temperature)[0]
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                "The reference left memory when `precompute_ref_log_probs=True` had asked it about the rows of train_dataset. "
+                "Give the trainer the other rows as `eval_dataset` when it is made, or make a new one for more epochs."
+            )
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            return score(trainer.model, layout, trainer.spec, trainer.temperature)[0]
+
+    @torch.no_grad()
+    def precompute(self) -> None:
+        """Scores every stored response of the training dataset, for every draw that training will make of it."""
+        trainer = self.trainer
+        rows = cast(Dataset, trainer.train_dataset)
+        epochs = count_epochs(len(rows), trainer.args)
+        if epochs <= self._epochs:  # `train` was called before
+            return
+        processes, process = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        # Every process scores the same number of rows, since the passes of sharded models must match; the last rows repeat.
+        own = [(process + turn * processes) % len(rows) for turn in range(-(-len(rows) // processes))]
+        bar = tqdm(own, desc="reference", unit="prompt", disable=not trainer.accelerator.is_main_process)
+        found = []
+        for row in (rows[number] for number in bar):
+            responses = range(len(row["canvas_lengths"]))
+            batch = from_rows([(row, index) for index in responses], trainer.spec).to(trainer.accelerator.device)
+            for epoch in range(epochs):
+                stored = [StoredResponse(row, index, epoch) for index in responses]
+                seeds = [derive_seed(response.seed(trainer.args.seed), DRAWS) for response in stored]
+                passes = [
+                    self.logps(trainer.layout(batch, seeds, iteration)[0])
+                    for iteration in range(trainer.num_iterations)
+                ]
+                found.append(((epoch, row["row"]), torch.stack(passes, 1).cpu()))
+        self.estimates, self._epochs = dict(gather_object(found)), epochs
+        if trainer.eval_dataset is None:
+            trainer.ref_model = None
+
+    def precomputed(self, stored: list[StoredResponse] | None) -> dict[str, Tensor]:
+        """What was precomputed for the responses of a rollout, as the entry `ref_estimates` of a batch, `(R, I, C)` for `I`
+        iterations; no entry if nothing was."""
+        if stored is None or not self.estimates:
+            return {}
+        rows = [self.estimates[epoch, row["row"]][index] for row, index, epoch in stored]
+        padded = pad_sequence([row.T for row in rows], batch_first=True).transpose(1, 2)
+        return {"ref_estimates": padded.to(self.trainer.accelerator.device)}
 
 
 def save_reference(model: nn.Module, checkpoint: str | Path, write: bool) -> None:

@@ -1,0 +1,34 @@
+"""The batches that TRL hands to the loss: a rollout, shuffled and split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..trajectories.trajectory import TrajectoryBatch
+
+
+def is_rows(value: Any) -> bool:
+    """Whether this entry of a batch has a row for each response (or group)."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def ungroup(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch with a row for each response, whether TRL was given groups or not; always a copy."""
+    if inputs["prompt_ids"].dim() == 2:
+        return dict(inputs)
+    return {key: value.flatten(0, 1) if is_rows(value) else value for key, value in inputs.items()}
+
+
+def trajectories_of(inputs: dict[str, Any]) -> TrajectoryBatch:
+    """The trajectories of a batch."""
+    return TrajectoryBatch(
+        prompt_ids=inputs["prompt_ids"],
+        prompt_mask=inputs["prompt_mask"],
+        canvas_ids=inputs["canvas_ids"],
+        steps=inputs["canvas_steps"],
+        logps=inputs["canvas_logps"],
+        canvas_lengths=inputs["canvas_lengths"],
+        completion_lengths=inputs["completion_mask"].long().sum(1),
+    )

@@ -1,0 +1,333 @@
+"""Rollouts: fresh responses that the policy denoises, or stored ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..decoding.config import DecodingConfig
+from ..decoding.decode import decode
+from ..decoding.pace import PeerFailed
+from ..objectives.pairwise import differing_groups
+from ..scoring.draws import expected_weights
+from ..seeds import CHOICE, DRAWS, EVALUATION, STORED, TRAINING, derive_seed
+from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows
+from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
+from ._trl import unwrapped_policy
+from .agreement import fail_together
+from .batches import is_rows, trajectories_of
+from .metrics import add_over_processes
+from .scored import DiffusionScoring
+
+
+if TYPE_CHECKING:
+    from .throughput import ThroughputCallback
+
+
+class StoredResponse(NamedTuple):
+    """
+    A response of a trajectory dataset that a rollout takes.
+
+    Attributes:
+        row (`dict[str, Any]`): row of the dataset.
+        place (`int`): place of the response in the row.
+        epoch (`int`): number of times that training went through the dataset before.
+    """
+
+    row: dict[str, Any]
+    place: int
+    epoch: int
+
+    def seed(self, seed: int) -> int:
+        """Seed of the draws of this response, from that of the run: another one in every epoch, the same in a resumed run."""
+        return derive_seed(seed, STORED, self.epoch, self.row["row"], self.place)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    The rollout that is being made. TRL's hooks fill it in, one after the other.
+
+    Attributes:
+        stored (`list[StoredResponse]`, *optional*): the stored responses that it consists of; `None` for fresh ones.
+        seeds (`list[int]` of length `R`): source of randomness of each response.
+        trajectories ([`TrajectoryBatch`], *optional*): the responses, once they are there.
+        unscored (bool `Tensor` of shape `(R,)`, *optional*): responses that no reward function scored, once they are scored.
+        differing (bool `Tensor` of shape `(R,)`, *optional*): responses of groups whose rewards are not all the same.
+    """
+
+    stored: list[StoredResponse] | None = None
+    seeds: tuple[int, ...] = ()
+    trajectories: TrajectoryBatch | None = None
+    unscored: Tensor | None = None
+    differing: Tensor | None = None
+
+
+class DiffusionRollouts(DiffusionScoring):
+    """
+    The rollouts of a [`~trl.GRPOTrainer`] whose policy writes by denoising. Each response is a row of every tensor of a
+    rollout, so TRL shuffles and splits trajectories as it does its own tensors.
+
+    Attributes:
+        rollout ([`Rollout`], *optional*): the rollout that is being made; `None` otherwise.
+        last_rollouts ([`TrajectoryBatch`], *optional*): the last rollout of training, of this process.
+    """
+
+    rollout: Rollout | None = None
+    last_rollouts: TrajectoryBatch | None = None
+
+    num_generations: int
+    _throughput: ThroughputCallback
+    _rollout_clock: tuple[int, int] = (-1, 0)  # optimizer step, and rollouts so far in it
+    _learnt: bool | None = None  # whether a response of this run made a gradient; `None` before a rollout
+
+    # ---------------------------------------------------------------------------------------------- TRL's hooks
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's rollout, with the trajectories in its output, one row for each response."""
+        beta, self.beta = self.beta, 0.0  # the reference scores the states that are drawn later
+        try:
+            self.rollout = Rollout()
+            if "event_steps" in inputs[0]:
+                inputs = self._choose(inputs)
+            with self._throughput.timed("sampling"):
+                output = super()._generate_and_score_completions(inputs)
+            rollout = self.rollout
+        finally:
+            self.beta, self.rollout = beta, None
+        trajectories = rollout.trajectories
+        assert trajectories is not None and rollout.unscored is not None  # TRL has called the hooks below
+        output.update(
+            canvas_ids=trajectories.canvas_ids,
+            canvas_steps=trajectories.steps,
+            canvas_logps=trajectories.logps,
+            canvas_lengths=trajectories.canvas_lengths,
+            draw_seeds=torch.tensor(
+                [derive_seed(seed, DRAWS) for seed in rollout.seeds], device=trajectories.canvas_ids.device
+            ),
+        )
+        if self.args.weighting == "none":
+            output["expected_weight"] = self._expected_weight(output)
+        if "old_per_token_logps" in output and not self._old_is_recorded:
+            output["old_estimates"] = self.old_estimates(output)
+        if self.loss_type == "dpo":  # where nobody scored, TRL's advantage is 0
+            output["pair_scores"] = torch.where(rollout.unscored, torch.nan, output["advantages"])
+        self._log_trajectories(trajectories)
+        if self.model.training:
+            self.last_rollouts = trajectories
+            output.update(self.reference.precomputed(rollout.stored))
+            self._note_gradient(rollout, output["completion_mask"].any(1))
+        return self._group(output)
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        """A response to each prompt: denoised, or the stored one."""
+        assert self.rollout is not None  # `_generate_and_score_completions` has begun one
+        if self.rollout.stored is not None:
+            trajectories = self._take(self.rollout.stored, prompt_ids)
+        else:
+            seeds = self.row_seeds(len(prompt_ids))
+            self.rollout = replace(self.rollout, seeds=tuple(seeds))
+            with self._throughput.timed("rollout"):
+                trajectories = self.decode(prompt_ids, self.args.decoding(), seeds)
+        self.rollout = replace(self.rollout, trajectories=trajectories)
+        return trajectories.completions(), trajectories.completion_logps()
+
+    def _calculate_rewards(self, inputs, prompts, completions, *args, **kwargs):
+        """TRL's rewards, which must be finite, or NaN where no function applies."""
+        assert self.rollout is not None
+        with self._throughput.timed("reward"):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)  # of all processes
+        first = self.accelerator.process_index * len(prompts)
+        own = slice(first, first + len(prompts))
+        if rewards.isinf().any():
+            failure = self._infinite_reward(rewards[own], prompts, completions)
+            fail_together(self.accelerator, failure, "A reward function")
+        differing = differing_groups(rewards, self.num_generations)[own] if self.model.training else None
+        self.rollout = replace(self.rollout, unscored=rewards[own].isnan().all(1), differing=differing)
+        return rewards
+
+    def _infinite_reward(self, rewards: Tensor, prompts: list, completions: list) -> ValueError | None:
+        """The error for the first infinite reward of this process, `None` if it has none. `rewards`: `(R, F)`."""
+        if not rewards.isinf().any():
+            return None
+        row, function = rewards.isinf().nonzero()[0].tolist()
+        return ValueError(
+            f"The reward function {self.reward_func_names[function]!r} returned {rewards[row, function].item()} for the "
+            f"answer {completions[row]!r:.200} to {prompts[row]!r:.200}. A reward must be finite, or None where it does not "
+            "apply."
+        )
+
+    # ------------------------------------------------------------------------------------------ fresh responses
+
+    def decode(self, prompt_ids: list[list[int]], decoding: DecodingConfig, seeds: list[int]) -> TrajectoryBatch:
+        """
+        Decodes on this process, `rollout_batch_size` prompts at a time. Every process must call it.
+
+        Args:
+            prompt_ids (`list[list[int]]`): token ids of the prompts.
+            decoding ([`DecodingConfig`]): settings.
+            seeds (`list[int]`): source of randomness of each prompt.
+        """
+        sharded = self._decodes_sharded()
+        failure: Exception | None = None
+        batch: TrajectoryBatch | None = None
+        with unwrapped_policy(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=not sharded,
+            gradient_checkpointing_kwargs=cast("dict[str, Any] | None", self.args.gradient_checkpointing_kwargs),
+        ) as policy:
+            was_training = policy.training
+            policy.eval()
+            try:
+                batch = decode(
+                    policy, prompt_ids, decoding, self.spec, seeds, self.args.rollout_batch_size, keep_pace=sharded
+                )
+            except PeerFailed:
+                pass  # the other process says what it was
+            except Exception as error:
+                failure = error
+            finally:
+                policy.train(was_training)
+        fail_together(self.accelerator, failure, "Decoding")
+        assert batch is not None  # or a process would have failed
+        return batch
+
+    def _decodes_sharded(self) -> bool:
+        """Whether rollouts run on sharded parameters, so that processes have to run the same number of passes."""
+        if isinstance(self.model_wrapped, FSDPModule):
+            return True
+        is_engine = self.model_wrapped is not self.model  # before training there is none yet
+        return is_deepspeed_zero3_enabled() and is_engine and not self.args.ds3_gather_for_generation
+
+    def answer(
+        self, prompts: list, decoding: DecodingConfig | None = None, seed: int = 0
+    ) -> tuple[list[str], TrajectoryBatch]:
+        """
+        Lets the policy, as it is now, answer some prompts. Processes share the work.
+
+        Args:
+            prompts (`list`): standard or conversational prompts, the same on every process.
+            decoding ([`DecodingConfig`], *optional*): settings. Defaults to the rollouts' with temperature 0.
+            seed (`int`, *optional*, defaults to `0`): source of randomness if there is a temperature.
+
+        Returns:
+            `tuple[list[str], TrajectoryBatch]`: the text of each answer, in the order of the prompts and the same on
+            every process, and the trajectories of those that this process decoded.
+        """
+        decoding = self.args.decoding(temperature=0.0) if decoding is None else decoding
+        prompts = list(prompts)  # a dataset's column is not one
+        if not prompts:
+            raise ValueError("There is no prompt to answer.")
+        prompt_ids = self._tokenize_prompts(prompts)[0]
+        seeds = [derive_seed(seed, row) for row in range(len(prompts))]
+        # Every process has the same number of rows; the last ones wrap around.
+        share = -(-len(prompts) // self.accelerator.num_processes)
+        first = self.accelerator.process_index * share
+        rows = [row % len(prompts) for row in range(first, first + share)]
+        batch = self.decode([prompt_ids[row] for row in rows], decoding, [seeds[row] for row in rows])
+        texts = self._tokenizer.batch_decode(batch.completions(), skip_special_tokens=True)
+        return gather_object(texts)[: len(prompts)], batch
+
+    def row_seeds(self, num_rows: int) -> list[int]:
+        """
+        One seed for each response of this process's part of a rollout: a function of the run's seed, the optimizer step and
+        the response's place in the whole rollout. So it does not depend on the number of processes or on evaluations in
+        between, and a resumed run repeats it.
+        """
+        step = self.state.global_step
+        if self.evaluation is not None:  # a row's place in the whole evaluation, so batches do not matter either
+            first = self.evaluation.first
+            return [derive_seed(self.args.seed, EVALUATION, step, first + row) for row in range(num_rows)]
+        last_step, rollouts = self._rollout_clock
+        rollouts = rollouts + 1 if last_step == step else 0
+        self._rollout_clock = (step, rollouts)
+        first = self.accelerator.process_index * num_rows
+        return [derive_seed(self.args.seed, TRAINING, step, rollouts, first + row) for row in range(num_rows)]
+
+    # ----------------------------------------------------------------------------------------- stored responses
+
+    def _choose(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """
+        Begins a rollout of stored responses, one for each row; a group with more responses than are asked for gives others
+        in every epoch. Returns the rows as a prompt dataset would have them.
+        """
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        epoch = int(self.state.epoch or 0) if self.model.training else 0
+        first = self.accelerator.process_index * len(inputs)
+        stored, visible = [], []
+        for place, row in enumerate(inputs, start=first):
+            index = place % size
+            count = len(row["canvas_lengths"])
+            if count > size:
+                generator = torch.Generator().manual_seed(derive_seed(self.args.seed, CHOICE, epoch, row["row"]))
+                index = int(torch.randperm(count, generator=generator)[index])
+            stored.append(StoredResponse(row, index, epoch))
+            visible.append(
+                {
+                    name: value[index] if name.startswith(REWARD_PREFIX) else value
+                    for name, value in row.items()
+                    if name not in OWN_COLUMNS
+                }
+            )
+        self.rollout = Rollout(stored, tuple(response.seed(self.args.seed) for response in stored))
+        return visible
+
+    def _take(self, stored: list[StoredResponse], prompt_ids: list[list[int]]) -> TrajectoryBatch:
+        """The trajectories of stored responses."""
+        for ids, (row, *_) in zip(prompt_ids, stored, strict=True):
+            if list(ids) != list(row["prompt_ids"]):
+                raise ValueError(
+                    f"Row {row['row']}: the tokenizer turns the prompt into other tokens than those it was answered with. "
+                    "Use the tokenizer, chat template and `chat_template_kwargs` that the data was made with."
+                )
+        batch = from_rows([(row, index) for row, index, _ in stored], self.spec)
+        return batch.to(self.accelerator.device)
+
+    # ------------------------------------------------------------------------------------------------- one batch
+
+    def _group(self, output: dict[str, Any]) -> dict[str, Any]:
+        """
+        Tensors of shape `(R, ...)` as `(R / G, G, ...)` for groups of `G` responses to a prompt, so that TRL shuffles and
+        splits groups instead of responses, and a batch can share prompts. As it was, if a batch does not hold groups.
+        """
+        size = self.num_generations
+        if (
+            not (self._share_prompts or self.loss_type == "dpo")
+            or not self.model.training
+            or self.args.per_device_train_batch_size % size
+        ):
+            return output
+        return {key: value.unflatten(0, (-1, size)) if is_rows(value) else value for key, value in output.items()}
+
+    def _expected_weight(self, output: dict[str, Any]) -> Tensor:
+        """What the weights of a draw sum to on average, over the rollouts of all processes."""
+        tokens = token_states(self.spec, trajectories_of(output))
+        config = self.scoring_config
+        total = expected_weights(tokens, config.step_distribution, config.num_draws, config.num_blocks)
+        return self.accelerator.reduce(total.sum(), reduction="sum")
+
+    def _note_gradient(self, rollout: Rollout, counted: Tensor) -> None:
+        """Remembers whether a response of this rollout makes a gradient; pairs say so themselves. `counted`, `(R,)`: those
+        of this process that are not masked."""
+        assert rollout.differing is not None  # TRL has called `_calculate_rewards`
+        number = self.accelerator.reduce((rollout.differing & counted).sum(), reduction="sum").item()
+        self._learnt = bool(self._learnt) or (number > 0 and self.loss_type != "dpo")
+
+    def _log_trajectories(self, trajectories: TrajectoryBatch) -> None:
+        """Notes the shape of the trajectories of a rollout."""
+        rows = self._counted(len(trajectories))
+        counted = trajectories.completion_mask & rows[:, None]
+        blocks = response_blocks(self.spec, trajectories.prompt_lengths, trajectories.canvas_ids.shape[1])
+        pairs = torch.unique(
+            torch.stack([counted.nonzero()[:, 0], blocks[counted], trajectories.steps[counted]]), dim=1
+        ).shape[1]
+        tokens, steps, responses = add_over_processes(self.accelerator, counted.sum(), pairs, rows.sum())
+        self._record("diffusion/tokens_per_step", tokens / max(steps, 1), steps)
+        self._record("diffusion/steps_per_response", steps / responses, responses)

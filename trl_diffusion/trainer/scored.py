@@ -1,0 +1,205 @@
+"""What one pass over a batch scores: the drawn states, packed, and the old policy's log-probabilities there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..policies.trial import try_policy
+from ..scoring.diagnostics import estimate_quality, ratio_statistics
+from ..scoring.layout import PackedLayout, pack
+from ..scoring.score import high_entropy, score
+from ..seeds import CHECKS, derive_seed
+from ..trajectories.trajectory import TrajectoryBatch
+from .batches import is_rows, trajectories_of
+from .evaluation import RowwiseEvaluation
+from .metrics import add_over_processes
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ..policies.spec import DiffusionSpec
+    from ..scoring.estimators import Estimator, EstimatorConfig
+    from .reference import Reference
+    from .rollouts import Rollout
+
+
+@dataclass(frozen=True)
+class Scored:
+    """
+    What one pass scores. Policy, old policy and reference share it.
+
+    Attributes:
+        layout ([`PackedLayout`]): the drawn states in packed rows, with the weight of each token.
+        recorded (`Tensor` of shape `(R, C)`): log-probabilities recorded while decoding; 0 where nothing is scored.
+        old (`Tensor` of shape `(R, C)`, *optional*): the old policy's. `None` if that is the policy as it is now.
+    """
+
+    layout: PackedLayout
+    recorded: Tensor
+    old: Tensor | None
+
+
+class DiffusionScoring(RowwiseEvaluation):
+    """
+    The log-probabilities of a [`~trl.GRPOTrainer`] whose policy writes by denoising.
+
+    Attributes:
+        scored ([`Scored`], *optional*): what the present pass scores; `None` outside [`scoring`].
+    """
+
+    scored: Scored | None = None
+
+    rollout: Rollout | None
+    spec: DiffusionSpec
+    estimator: Estimator
+    scoring_config: EstimatorConfig
+    reference: Reference
+    accelerator: Accelerator
+    num_iterations: int
+    current_gradient_accumulation_steps: int
+    _share_prompts: bool
+    _old_is_recorded: bool  # whether the old policy's log-probabilities are those recorded while decoding
+    _is_recorded: bool  # whether there are any
+
+    def try_policy(self, policy: nn.Module, training: bool = False) -> None:
+        """Tries a policy in the ways in which this trainer runs it; done once for each."""
+        cached = self.spec.attention == "block" or self.args.approximate_cache is not None
+        try_policy(policy, self.spec, cached, training)
+
+    def layout(self, batch: TrajectoryBatch, seeds: list[int], iteration: int) -> tuple[PackedLayout, Tensor]:
+        """Draws the states that a pass over a batch scores, and packs them. Also returns the weights, `(R, C)`."""
+        draws = [derive_seed(seed, iteration) for seed in seeds]
+        states = self.estimator.states(batch, self.spec, draws, self.scoring_config)
+        return pack(batch, self.spec, states, self.estimator.one_row, self._share_prompts), states.weights
+
+    @contextmanager
+    def scoring(self, inputs: dict[str, Any], iteration: int = 0) -> Iterator[Scored]:
+        """
+        Draws what a pass over a batch scores; inside, it is `self.scored`.
+
+        Args:
+            inputs (`dict[str, Any]`): a batch of a rollout, a row for each response.
+            iteration (`int`, *optional*, defaults to `0`): number of passes over the rollout before this one.
+        """
+        self.try_policy(self.model, training=True)
+        batch = trajectories_of(inputs)
+        layout, weights = self.layout(batch, inputs["draw_seeds"].tolist(), iteration)
+        recorded = torch.where(weights > 0, batch.logps, 0.0)  # what is not scored has ratio 1
+        old = recorded if self._old_is_recorded else None
+        if old is None and "old_estimates" in inputs:
+            old = inputs["old_estimates"][:, iteration]
+        self.scored = Scored(layout, recorded, old)
+        try:
+            yield self.scored
+        finally:
+            self.scored = None
+
+    @torch.no_grad()
+    def old_estimates(self, output: dict[str, Any]) -> Tensor:
+        """
+        What the policy of this rollout estimates for the states that each pass over it will draw, where the recording does
+        not say. Shape `(R, I, C)`, for `I` iterations.
+        """
+        size = self.args.per_device_train_batch_size
+        estimates = []
+        for begin in range(0, len(output["prompt_ids"]), size):
+            part = {key: value[begin : begin + size] if is_rows(value) else value for key, value in output.items()}
+            passes = []
+            for iteration in range(self.num_iterations):
+                with self.scoring(part, iteration) as scored:
+                    passes.append(score(self.model, scored.layout, self.spec, self.temperature)[0])
+            estimates.append(torch.stack(passes, 1))
+        return torch.cat(estimates)
+
+    # ---------------------------------------------------------------------------------------------- TRL's hooks
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, *args, compute_entropy=False, **kwargs
+    ):
+        """
+        Log-probabilities of the scored tokens, 0 elsewhere.
+
+        TRL calls this during a rollout for the old policy, whose log-probabilities are the recorded ones.
+        """
+        if self.scored is None:
+            if self.rollout is None or self.rollout.trajectories is None:
+                raise RuntimeError(
+                    "Token ids alone have no log-probability under a diffusion policy: it depends on the order in which "
+                    "they were unmasked. Use `trl_diffusion.scoring.score.score` on the states of a trajectory."
+                )
+            return fit(self.rollout.trajectories.logps, logits_to_keep), None, None
+        gradient = self.args.entropy_coef != 0.0 or self.args.use_adaptive_entropy
+        logps, entropies = score(model, self.scored.layout, self.spec, self.temperature, compute_entropy, gradient)
+        if compute_entropy:  # the policy's own pass, not the reference's
+            self.log_scores(logps.detach())
+        entropies = None if entropies is None else fit(entropies, logits_to_keep)
+        return fit(logps, logits_to_keep), entropies, None
+
+    def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
+        """
+        The scored tokens that `top_entropy_quantile` keeps, of the tokens of all processes. `mask` holds the weights of
+        the tokens, which TRL takes for 0 and 1.
+        """
+        entropies, weights = entropies.detach().float(), mask.float()
+        local = (values[weights > 0] for values in (entropies, weights))
+        pool = [
+            self.accelerator.gather(self.accelerator.pad_across_processes(values, dim=0, pad_index=-1.0))
+            for values in local
+        ]
+        real = pool[1] > 0
+        return high_entropy(entropies, weights, (pool[0][real], pool[1][real]), threshold)
+
+    # -------------------------------------------------------------------------------------------------- figures
+
+    def log_scores(self, logps: Tensor) -> None:
+        """Notes how the scored log-probabilities compare with the old policy's: those recorded while decoding, for
+        estimators that score what was recorded (docs/method.md, section 4)."""
+        assert self.scored is not None  # inside `scoring`
+        weights, recorded = self.scored.layout.weights, self.scored.recorded
+        scored, old = weights > 0, logps if self.scored.old is None else self.scored.old
+        if self._is_recorded:
+            self._record_ratios(self.accelerator.reduce(ratio_statistics(logps - old, weights), reduction="sum"))
+        gap = torch.where(scored, (logps - recorded).abs(), 0.0)
+        rows = self._counted(len(gap)).sum()
+        total, tokens, responses = add_over_processes(self.accelerator, gap.sum(), scored.sum(), rows)
+        self._record("diffusion/scored_tokens", tokens / responses, responses)
+        if self.estimator.recorded and self._is_recorded:
+            self._record("diffusion/recorded_gap/mean", total / max(tokens, 1), tokens)
+            self._record("diffusion/recorded_gap/max", self.accelerator.gather(gap.max()).max().item(), how="max")
+
+    def check_estimator(self, inputs: dict[str, Any]) -> None:
+        """Notes how estimates compare with the exact log-ratio of a few trajectories, in the first batch of an optimizer
+        step at which `estimator_check_steps` asks for it."""
+        every = self.args.estimator_check_steps
+        due = every is not None and self.model.training and self.state.global_step % every == 0
+        if not due or self._step % self.current_gradient_accumulation_steps:
+            return
+        batch = trajectories_of(inputs).select(slice(0, self.args.estimator_check_size))
+        seeds = [derive_seed(seed, CHECKS) for seed in inputs["draw_seeds"][: len(batch)].tolist()]
+
+        def log_ratios(layout: PackedLayout) -> Tensor:
+            logps, _ = score(self.model, layout, self.spec, self.temperature)
+            if self.beta != 0.0:
+                return logps - self.reference.logps(layout)
+            return logps - torch.where(layout.weights > 0, batch.logps, 0.0)
+
+        quality = estimate_quality(log_ratios, batch, self.spec, self.scoring_config, seeds)
+        self._record("diffusion/check/log_ratio", self.accelerator.gather(quality.exact).mean().item())
+        for name in ("bias", "std", "correlation"):
+            value = torch.tensor([getattr(quality, name)], device=batch.logps.device)
+            value = self.accelerator.gather(value).nanmean().item()
+            if value == value:
+                self._record(f"diffusion/check/{name}", value)
+
+
+def fit(values: Tensor, width: int) -> Tensor:
+    """Pads or cuts the columns of a canvas tensor to the width of TRL's completion tensors."""
+    return F.pad(values, (0, width - values.shape[1]))
