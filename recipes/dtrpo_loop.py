@@ -32,7 +32,8 @@ class Trajectories(NamedTuple):
     blocks: Tensor  # block 0 holds the first response token; negative blocks hold nothing but prompt
     steps: Tensor  # the denoising step of its block that unmasked the token, from 0; -1 in the prompt
     logps: Tensor  # the log-probability of the token at that step, float32; 0 in the prompt
-    counted: Tensor  # True for the tokens of the response, up to its first stop token
+    completion: Tensor  # True for the tokens of the response up to its first stop token: the answer
+    counted: Tensor  # True for these, and for tokens that the policy saw while it wrote them (section 3.1)
     autoregressive: Tensor  # True for those of them that were made autoregressively (section 3.4)
 
 
@@ -91,32 +92,50 @@ def denoise(
             logps = torch.where(chosen, log_probs.gather(2, proposed[..., None]).squeeze(2), logps)
             t += 1
     stops = (steps >= 0) & torch.isin(tokens, torch.tensor(spec.stop_token_ids))
-    counted = (steps >= 0) & (stops.cumsum(1) - stops.long() == 0)  # no stop token before it
-    return Trajectories(tokens, blocks, steps, logps, counted, counted & first)
+    completion = (steps >= 0) & (stops.cumsum(1) - stops.long() == 0)  # no stop token before it
+    # Tokens after the stop token count if they were unmasked before the last token of the completion was.
+    last = (steps >= 0) & (blocks == blocks.masked_fill(~completion, -1).amax(1, keepdim=True))  # the last block of it
+    settled = steps.masked_fill(~(last & completion), -1).amax(1, keepdim=True)
+    counted = completion | (last & (steps < settled))
+    return Trajectories(tokens, blocks, steps, logps, completion, counted, counted & first)
 
 
-def draw(trajectories: Trajectories, rng: Generator) -> tuple[Tensor, Tensor]:
+def chances(trajectories: Trajectories) -> Tensor:
     """
-    State reduction (section 2): one step t_s of each block s is drawn. All T_s steps that unmasked counted tokens are
-    equally likely; autoregressive ones take no part. Returns t_s and T_s for the block of each position, both (R, P + C).
+    The probability with which each step of each block is drawn, (R, S, T): nine tenths in proportion to how surprised the
+    policy was by the step's tokens, as recorded, and one tenth evenly (section 2). Autoregressive tokens take no part.
     """
-    _, blocks, steps, _, counted, autoregressive = trajectories
-    in_block = blocks[:, None, None] == torch.arange(int(blocks[counted].max()) + 1)[:, None, None]  # (R, S, 1, P + C)
-    at_step = steps[:, None, None] == torch.arange(int(steps[counted].max()) + 1)[:, None]  # (R, 1, T, P + C)
-    taken = (in_block & at_step & (counted & ~autoregressive)[:, None, None]).any(3)  # (R, S, T)
-    drawn = torch.rand(taken.shape, generator=rng).masked_fill(~taken, -1.0).argmax(2)  # (R, S)
-    block = blocks.clamp(0, taken.shape[1] - 1)
-    return drawn.gather(1, block), taken.sum(2).gather(1, block)
+    in_block = (
+        trajectories.blocks[:, None] == torch.arange(int(trajectories.blocks.max()) + 1)[:, None]
+    )  # (R, S, P + C)
+    at_step = trajectories.steps[:, None] == torch.arange(int(trajectories.steps.max()) + 1)[:, None]  # (R, T, P + C)
+    drawable = (trajectories.counted & ~trajectories.autoregressive).float()  # (R, P + C)
+    values = drawable[:, None] * torch.stack(
+        [1 - trajectories.logps.exp(), torch.ones_like(drawable)], 1
+    )  # (R, 2, P + C)
+    surprise, number = torch.einsum("rsc,rtc,rvc->vrst", in_block.float(), at_step.float(), values)
+    even, surprise = (nn.functional.normalize(x, p=1.0, dim=2) for x in ((number > 0).float(), surprise))
+    return torch.where(surprise.sum(2, keepdim=True) > 0, 0.9 * surprise + 0.1 * even, even)
 
 
-def weigh(trajectories: Trajectories, drawn: Tensor, num_steps: Tensor) -> Tensor:
+def draw(trajectories: Trajectories, rng: Generator) -> Tensor:
+    """State reduction (section 2): one step of each block is drawn. That of the block of each position, (R, P + C)."""
+    likely = chances(trajectories)
+    drawn = (likely / torch.empty_like(likely).exponential_(generator=rng)).argmax(2)  # (R, S): an exponential race
+    return drawn.gather(1, trajectories.blocks.clamp(min=0))
+
+
+def weigh(trajectories: Trajectories, drawn: Tensor) -> Tensor:
     """
-    The weight of each token in the estimate, (R, P + C). A step is drawn with probability 1 / T_s, so its tokens weigh T_s
-    and all others 0: on average over the draws each token weighs 1, and the estimate is unbiased (section 2). The state of
-    an autoregressive token is in every pass, so its weight is always 1 (section 3.4).
+    The weight of each token in the estimate, (R, P + C). The tokens of a step that is drawn with probability p weigh 1 / p,
+    all others 0: on average over the draws each token weighs 1, and the estimate is unbiased (section 2). The state of an
+    autoregressive token is in every pass, so its weight is always 1 (section 3.4).
     """
+    likely = chances(trajectories)
+    block = trajectories.blocks.clamp(min=0)[..., None].expand(-1, -1, likely.shape[2])
+    likely = likely.gather(1, block).gather(2, drawn[..., None].clamp(min=0)).squeeze(2)
     scored = trajectories.counted & (trajectories.steps == drawn)
-    return torch.where(trajectories.autoregressive, 1, num_steps * scored)
+    return torch.where(trajectories.autoregressive, 1.0, torch.where(scored, 1 / likely, 0.0))
 
 
 def pack(spec: DiffusionSpec, trajectories: Trajectories, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +181,7 @@ def answer(policy, spec, tokenizer, puzzles: list[str], rng: Generator | None) -
     """Denoises answers of 16 digits and a stop token, 2 characters a step: their trajectories and their texts."""
     prompts = tokenizer([sudoku.prompt(puzzle) for puzzle in puzzles])["input_ids"]
     trajectories = denoise(policy, spec, prompts, S=3, per_step=2, rng=rng)
-    answers = [tokens[counted] for tokens, counted in zip(trajectories.tokens, trajectories.counted, strict=True)]
+    answers = [tokens[answer] for tokens, answer in zip(trajectories.tokens, trajectories.completion, strict=True)]
     return trajectories, tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
@@ -182,8 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
         puzzles = [row["puzzle"] for row in rows for _ in range(args.answers)]
         trajectories, texts = answer(policy, spec, tokenizer, puzzles, rng)
         solved, units = torch.tensor([sudoku.sudoku_solved(texts, puzzles), sudoku.sudoku_units(texts, puzzles)])
-        drawn, num_steps = draw(trajectories, rng)
-        logps, weights = score(policy, spec, trajectories, drawn), weigh(trajectories, drawn, num_steps)
+        drawn = draw(trajectories, rng)
+        logps, weights = score(policy, spec, trajectories, drawn), weigh(trajectories, drawn)
         # The log-probabilities recorded while denoising are the old policy's: they need no pass of their own (section 4).
         loss = grpo_loss(logps, trajectories.logps, weights, advantages_of(solved + units, args.answers))
         optimizer.param_groups[0]["lr"] = 6e-4 * (1 - update / args.updates)

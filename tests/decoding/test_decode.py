@@ -174,6 +174,7 @@ def make_view(probabilities, candidates, quota, config, uniforms=None) -> StepVi
         candidates=candidates,
         quota=torch.tensor(quota),
         token_logps=log_probs.max(-1).values.masked_fill(~candidates, 0.0),
+        best_logps=log_probs.max(-1).values.masked_fill(~candidates, 0.0),
         log_probs=log_probs[places],
         places=places,
         config=config,

@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from fractions import Fraction
 from functools import cache
 
 import pytest
 import torch
 
 from tests.conftest import SPECS, make_policy, make_prompts
+from tests.reference import writes_that_count
 from tests.scoring.test_estimators import masked_logps, rows_of
 from tests.scoring.test_oracles import another, plain_forward_logps, possible_sets, weights_of
 from trl_diffusion.scoring import estimators
@@ -31,14 +33,17 @@ from trl_diffusion.trajectories.trajectory import (
 
 
 OPTIONS = {
-    "uniform": {},
-    "uniform-2": {"num_draws": 2},
-    "uniform-4": {"num_draws": 4},  # more than a block has steps
+    "importance": {},
+    "importance-2": {"num_draws": 2},
+    "importance-one-block": {"num_blocks": 1},
+    "uniform": {"step_distribution": "uniform"},
+    "uniform-2": {"step_distribution": "uniform", "num_draws": 2},
+    "uniform-4": {"step_distribution": "uniform", "num_draws": 4},  # more than a block has steps
     "token": {"step_distribution": "token"},
     "token-2": {"step_distribution": "token", "num_draws": 2},
-    "one-block": {"num_blocks": 1},
+    "one-block": {"step_distribution": "uniform", "num_blocks": 1},
     "one-block-token-2": {"num_blocks": 1, "step_distribution": "token", "num_draws": 2},
-    "none-uniform-2": {"weighting": "none", "num_draws": 2},
+    "none-uniform-2": {"weighting": "none", "step_distribution": "uniform", "num_draws": 2},
     "none-token": {"weighting": "none", "step_distribution": "token"},
     "none-one-block-token-2": {
         "weighting": "none", "num_blocks": 1, "step_distribution": "token", "num_draws": 2,
@@ -46,6 +51,9 @@ OPTIONS = {
 }  # fmt: skip
 NAMES = ["block-from-sequence", "block-from-response", "shift-autoregressive-first", "full"]
 ADVANTAGES = (0.7, -1.3)
+
+
+PROBABILITIES = (torch.arange(16) * 7) % 40 + 12  # of each position, recorded, in 64ths
 
 
 def hand_made(spec, block_size: int) -> TrajectoryBatch:
@@ -74,7 +82,7 @@ def hand_made(spec, block_size: int) -> TrajectoryBatch:
         prompt_mask=torch.tensor([[0] * (block_size + 2 - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
         canvas_ids=canvas,
         steps=torch.tensor([steps + [NEVER] * (width - len(steps)) for steps in rows]),
-        logps=torch.zeros(2, width),
+        logps=(PROBABILITIES[:width].double() / 64).log().float().expand(2, -1),
         canvas_lengths=lengths,
         completion_lengths=torch.tensor([width, int(lengths[1]) - 1]),
     )
@@ -91,35 +99,49 @@ def case(request):
     return policy, spec, batch, plain_forward_logps(policy, spec, batch, 1.0), old
 
 
-def tokens_of(spec, batch: TrajectoryBatch, row: int):
+def tokens_of(spec, batch: TrajectoryBatch, row: int, distribution: str = "token"):
     """
-    Per block (full attention: of the response): the number of counted tokens that each of its states unmasked, and of
-    each counted token its block and state, or `None` if it is made autoregressively. Counted with plain loops.
+    Per block (full attention: of the response): what the draw of a state is proportional to, which is the number of counted
+    tokens that it unmasked, or nine tenths surprise and one tenth evenly; and of each counted token its block and state, or
+    `None` if it is made autoregressively. Counted with plain loops.
     """
     block_of = response_blocks(spec, batch.prompt_lengths, batch.canvas_ids.shape[1])[row].tolist()
     alone = autoregressive_positions(spec, batch.prompt_lengths, batch.canvas_ids.shape[1])[row].tolist()
     steps = batch.steps[row].tolist()
     order = sorted({(block_of[i], step) for i, step in enumerate(steps) if step != NEVER})
     places = {}
-    for i in range(int(batch.completion_lengths[row])):
-        if steps[i] == NEVER:
-            continue
+    for i in writes_that_count(spec, batch)[row].nonzero().flatten().tolist():
         if spec.attention == "full":
             places[i] = (0, order.index((block_of[i], steps[i])))
         else:
             places[i] = (block_of[i], None if alone[i] else steps[i])
     blocks = sorted({block for block, _ in places.values()})
     assert blocks == list(range(len(blocks)))
-    return [Counter(s for b, s in places.values() if b == block and s is not None) for block in blocks], places
+    sizes = [Counter(s for b, s in places.values() if b == block and s is not None) for block in blocks]
+    if distribution == "importance":
+        surprises = [Counter() for _ in blocks]
+        for i, (block, state) in places.items():
+            if state is not None:
+                surprises[block][state] += Fraction(64 - int(PROBABILITIES[i]), 64)
+        sizes = [
+            {t: Fraction(9, 10) * m / sum(masses.values()) + Fraction(1, 10 * len(masses)) for t, m in masses.items()}
+            for masses in surprises
+        ]
+    return sizes, places
 
 
-def possible_draws(blocks: list[Counter], step_distribution="uniform", num_draws=1, num_blocks=None):
+def enumerated(step_distribution: str) -> str:
+    """How `possible_sets` calls a distribution: importance draws are in proportion to sizes, as those by tokens are."""
+    return "uniform" if step_distribution == "uniform" else "token"
+
+
+def possible_draws(blocks: list[Counter], step_distribution="importance", num_draws=1, num_blocks=None):
     """
     Every draw and its probability: per block the drawn steps in ascending order, or `None` for a block left out.
     """
 
     def of_block(sizes: Counter) -> dict[tuple[int, ...], float]:
-        return possible_sets(dict(sizes), step_distribution, num_draws) if sizes else {(): 1.0}
+        return possible_sets(dict(sizes), enumerated(step_distribution), num_draws) if sizes else {(): 1.0}
 
     subsets = list(itertools.combinations(range(len(blocks)), min(num_blocks or len(blocks), len(blocks))))
     result: dict[tuple, float] = Counter()
@@ -133,9 +155,10 @@ def possible_draws(blocks: list[Counter], step_distribution="uniform", num_draws
 
 def seeds_of_draws(spec, batch: TrajectoryBatch, row: int, options: dict, chances: dict, repeats: int):
     """A seed with which each possible draw is drawn. Nothing else is, and each as often as its probability says."""
-    tokens = token_states(spec, batch.select(torch.full((repeats,), row)))
+    many = batch.select(torch.full((repeats,), row))
     names = {"step_distribution": "distribution"}
-    draw = draw_steps(tokens, list(range(repeats)), **{names.get(k, k): v for k, v in options.items()})
+    options = {"distribution": "importance", **{names.get(k, k): v for k, v in options.items()}}
+    draw = draw_steps(token_states(spec, many), list(range(repeats)), surprises=1 - many.logps.exp(), **options)
     scored = (draw.block_weights > 0).tolist()
     found = [
         tuple(tuple(sorted(s for s in steps if s >= 0)) if own else None for steps, own in zip(*pair, strict=True))
@@ -177,10 +200,11 @@ def test_o6_enumerated_draws_have_the_exact_gradient(case, name):
     how_many = {k: v for k, v in options.items() if k != "weighting"}
     estimated, exact = [0.0, 0.0], [0.0, 0.0]
     for row, advantage in enumerate(ADVANTAGES):
-        blocks, places = tokens_of(spec, batch, row)
+        distribution = options.get("step_distribution", "importance")
+        blocks, places = tokens_of(spec, batch, row, distribution)
         chances = possible_draws(blocks, **how_many)
         assert len(chances) > (1 if row == 0 and name != "uniform-4" else 0)
-        seeds = seeds_of_draws(spec, batch, row, options, chances, repeats=1000)
+        seeds = seeds_of_draws(spec, batch, row, options, chances, repeats=3000)
         many = batch.select(torch.full((len(seeds),), row))
         states = ESTIMATORS["dtrpo"].states(many, spec, seeds, EstimatorConfig(**options))
         layout = pack(many, spec, states)
@@ -190,7 +214,7 @@ def test_o6_enumerated_draws_have_the_exact_gradient(case, name):
             estimated[which] = estimated[which] + (shares * values).sum()
 
         worth = torch.zeros(batch.canvas_ids.shape[1])
-        draws = (options.get("step_distribution", "uniform"), options.get("num_draws", 1))
+        draws = (enumerated(distribution), options.get("num_draws", 1))
         inverse = [weights_of(possible_sets(dict(size), *draws)) if size else {} for size in blocks]
         for place, (block, state) in places.items():
             worth[place] = 1.0
@@ -290,5 +314,5 @@ def test_the_responses_cover_what_they_should():
     batch = hand_made(spec, 4)
     assert tokens_of(spec, batch, 0)[0] == [Counter({0: 1, 1: 2, 2: 1}), Counter({0: 2, 1: 1, 2: 1})]
     sizes = [len(sizes) for sizes in tokens_of(spec, batch, 1)[0]]
-    assert sizes == [2, 2] and (batch.steps[1, : batch.canvas_lengths[1]] == NEVER).sum() == 1
+    assert sizes == [2, 3] and (batch.steps[1, : batch.canvas_lengths[1]] == NEVER).sum() == 1
     assert batch.completion_lengths[1] < batch.canvas_lengths[1]

@@ -14,12 +14,13 @@ import torch
 
 from tests.closeness import assert_close
 from tests.conftest import SPECS, make_policy
+from tests.reference import writes_that_count
 from tests.scoring.test_oracles import DECODINGS, hand_made_steps, possible_sets, rollout, weights_of
 from trl_diffusion.scoring.draws import count_tokens, draw_steps, inclusion, step_sizes
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
-from trl_diffusion.trajectories.trajectory import NEVER, TokenStates
+from trl_diffusion.trajectories.trajectory import TokenStates
 
 
 BLOCKS, STEPS, COUNTED = hand_made_steps()
@@ -123,7 +124,7 @@ def test_o1_and_o2_through_the_packed_pass(name, options):
     rows = torch.arange(len(batch)).repeat_interleave(repeats)
     states = ESTIMATORS["dtrpo"].states(batch.select(rows), spec, list(range(len(rows))), config)
     weights = states.weights.unflatten(0, (len(batch), repeats)).double()
-    counted = batch.completion_mask & (batch.steps != NEVER)
+    counted = writes_that_count(spec, batch)
     errors = (weights.mean(1) - 1)[counted]
     assert (errors.abs() <= 5 * weights.std(1)[counted] / repeats**0.5 + 1e-6).all()
     assert (weights.mean(1)[~counted] == 0).all()

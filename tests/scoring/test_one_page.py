@@ -15,7 +15,7 @@ from tests.conftest import SPECS, STOP, make_policy, make_prompts, shared
 from tests.scoring.test_oracles import another
 from tests.trainer.conftest import codes, make_dataset
 from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, get_spec, set_spec, tiny_policy_path
-from trl_diffusion.scoring.draws import draw_steps
+from trl_diffusion.scoring.draws import StepDraw, draw_steps
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
@@ -74,16 +74,23 @@ def as_trajectories(batch: TrajectoryBatch, spec) -> tuple[loop.Trajectories, to
     steps = torch.where(batch.steps == NEVER, never, batch.steps)
     tokens = sequences(batch, batch.prompt_ids, batch.canvas_ids)
     blocks = loop.number_blocks(spec, batch.prompt_lengths, tokens.shape[1])
-    counted = sequences(batch, torch.zeros_like(batch.prompt_ids, dtype=torch.bool), batch.completion_mask)
+    nowhere = torch.zeros_like(batch.prompt_ids, dtype=torch.bool)
+    completion = sequences(batch, nowhere, batch.completion_mask)
+    counted = sequences(batch, nowhere, token_states(spec, batch).counted)
     trajectories = loop.Trajectories(
         tokens=tokens,
         blocks=blocks,
         steps=sequences(batch, torch.full_like(batch.prompt_ids, -1), steps),
         logps=sequences(batch, torch.zeros(batch.prompt_ids.shape), batch.logps),
+        completion=completion,
         counted=counted,
         autoregressive=counted & (blocks != blocks.roll(1, 1)) & (spec.first_token == "autoregressive"),
     )
     return trajectories, batch.prompt_lengths[:, None] + torch.arange(batch.canvas_ids.shape[1])
+
+
+def importance_draw(spec, batch: TrajectoryBatch, seeds: list[int]) -> StepDraw:
+    return draw_steps(token_states(spec, batch), seeds, "importance", surprises=1 - batch.logps.exp())
 
 
 def drawn_at_positions(steps: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -104,9 +111,13 @@ def test_denoising_is_the_decoders(policy, spec, per_step):
         assert found.tokens[row, place].tolist() == batch.completions()[row]
         assert torch.equal(found.steps[row, place], batch.steps[row, :length])
         assert_close(found.logps[row, place], batch.logps[row, :length])
-        assert found.counted[row, place].all()
+        assert found.completion[row, place].all()
         stopped = int(found.tokens[row, place][-1]) in spec.stop_token_ids
-        assert int(found.counted[row].sum()) == length or not stopped
+        assert int(found.completion[row].sum()) == length or not stopped
+        if stopped:  # the page's blocks go on where those of the package end
+            width = min(batch.canvas_ids.shape[1], found.tokens.shape[1] - len(prompt))
+            canvas = slice(len(prompt), len(prompt) + width)
+            assert torch.equal(found.counted[row, canvas], token_states(spec, batch).counted[row, :width])
 
 
 @pytest.mark.parametrize("decoding", DECODINGS.values(), ids=DECODINGS)
@@ -119,13 +130,12 @@ def test_packed_scores_weights_and_gradients(policy, spec, decoding):
     trajectories, places = as_trajectories(batch, spec)
     moved = another(policy)
     for attempt in range(2):
-        draw = draw_steps(token_states(spec, batch), [10 * attempt + row for row in range(len(batch))])
+        draw = importance_draw(spec, batch, [10 * attempt + row for row in range(len(batch))])
         states = drawn_states(batch, spec, draw)
         drawn = drawn_at_positions(draw.steps, trajectories.blocks)
-        _, num_steps = loop.draw(trajectories, torch.Generator().manual_seed(0))
-        weights = loop.weigh(trajectories, drawn, num_steps)
-        assert torch.equal(states.weights, weights.gather(1, places).float())
-        assert weights.sum() == states.weights.sum() > 0
+        weights = loop.weigh(trajectories, drawn)
+        assert_close(states.weights, weights.gather(1, places))
+        assert_close(weights.sum(), states.weights.sum())
 
         found = score(moved, pack(batch, spec, states), spec)[0]
         wanted = loop.score(moved, spec, trajectories, drawn)
@@ -161,7 +171,7 @@ def test_draws_are_unbiased(policy, spec):
 
     repeats = 2000
     many = loop.Trajectories(*(values.repeat(repeats, 1) for values in trajectories))
-    weights = loop.weigh(many, *loop.draw(many, torch.Generator().manual_seed(0))).unflatten(0, (repeats, -1))
+    weights = loop.weigh(many, loop.draw(many, torch.Generator().manual_seed(0))).unflatten(0, (repeats, -1))
     estimates = (weights * ratios).sum(2).double()  # (repeats, R)
     errors = (estimates.mean(0) - exact).abs()
     assert (errors <= 4.5 * estimates.std(0) / repeats**0.5 + 1e-4).all()
@@ -201,9 +211,8 @@ def test_an_update_of_the_trainer(name, tmp_path):
     assert_close(inputs["advantages"].flatten(), advantages)
 
     seeds = [derive_seed(seed, 0) for seed in inputs["draw_seeds"].flatten().tolist()]
-    drawn = drawn_at_positions(draw_steps(token_states(spec, batch), seeds).steps, trajectories.blocks)
-    _, num_steps = loop.draw(trajectories, torch.Generator().manual_seed(0))
-    weights = loop.weigh(trajectories, drawn, num_steps)
+    drawn = drawn_at_positions(importance_draw(spec, batch, seeds).steps, trajectories.blocks)
+    weights = loop.weigh(trajectories, drawn)
     logps = loop.score(model, spec, trajectories, drawn)
     ratios = (logps - trajectories.logps)[weights > 0].exp()
     assert (ratios > 1.2).any() and (ratios < 0.8).any()

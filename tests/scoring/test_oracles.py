@@ -13,6 +13,7 @@ import torch
 
 from tests.closeness import ROUNDING, assert_close, assert_close_gradients
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
+from tests.reference import writes_that_count
 from trl_diffusion.decoding.config import DecodingConfig
 from trl_diffusion.decoding.decode import decode
 from trl_diffusion.scoring.draws import StepDraw, count_tokens, draw_steps
@@ -60,7 +61,7 @@ def lay_out(batch: TrajectoryBatch, spec, draw: StepDraw, **options):
 
 def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float):
     """
-    The log-probability of every counted token, from un-packed forward passes of every state: the sequence as the policy
+    The log-probability of every token, from un-packed forward passes of every state: the sequence as the policy
     saw it (with block attention nothing behind the active block, with full attention masks), the attention written out position by position. Independent of `pack`.
     """
     result = torch.zeros_like(batch.logps)
@@ -70,7 +71,7 @@ def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float
         block_of = lambda i, origin=origin: max((i - origin) // spec.block_size, -1 if origin else -(10**9))  # noqa: E731
         canvas, steps = batch.canvas_ids[row].tolist(), batch.steps[row].tolist()
         columns_of = defaultdict(list)  # of each sequence that the policy saw, the tokens that it then unmasked
-        for column in range(int(batch.completion_lengths[row])):
+        for column in [column for column, step in enumerate(steps) if step >= 0]:
             position = len(prompt) + column
             end = origin + (block_of(position) + 1) * spec.block_size
             if spec.attention == "full":
@@ -107,8 +108,8 @@ def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float
 def test_o1_packed_equals_recorded_equals_plain(policy, spec, decoding):
     batch = rollout(policy, decoding)
     plain = plain_forward_logps(policy, spec, batch, decoding.temperature)
-    counted = batch.completion_mask
-    assert_close(batch.logps[counted], plain[counted])
+    unmasked, counted = batch.steps >= 0, writes_that_count(spec, batch)
+    assert_close(batch.logps[unmasked], plain[unmasked])
 
     blocks, states, *_ = token_states(spec, batch)
     scored = torch.zeros_like(counted)
@@ -252,7 +253,7 @@ def test_o2_estimate_equals_exact_log_ratio_in_expectation(policy, spec):
     blocks, states, drawable, _ = token_states(spec, batch)
     exact = (
         plain_forward_logps(policy, spec, batch, 1.3) - plain_forward_logps(reference, spec, batch, 1.3)
-    ).masked_fill(~batch.completion_mask, 0.0)
+    ).masked_fill(~(counted := writes_that_count(spec, batch)), 0.0)
 
     # Every token's log-ratio as the packed pass gives it, and the inclusion of tokens averaged over all draws.
     ratios = torch.zeros_like(batch.logps)
@@ -262,7 +263,7 @@ def test_o2_estimate_equals_exact_log_ratio_in_expectation(policy, spec):
         ratios = torch.where(layout.weights > 0, difference, ratios)
     counts = count_tokens(blocks, states, drawable)
     for distribution, num_draws in (("uniform", 1), ("uniform", 2), ("token", 1)):
-        expected = torch.where(batch.completion_mask & ~drawable, ratios, 0.0).sum(1).double()
+        expected = torch.where(counted & ~drawable, ratios, 0.0).sum(1).double()
         for row, block in itertools.product(range(len(batch)), range(counts.shape[1])):
             support = counts[row, block].nonzero().squeeze(1).tolist()
             if not support:
@@ -338,7 +339,7 @@ def test_o6_gradient_of_the_enumerated_estimator(policy, spec):
 def differentiable_exact(policy, spec, batch):
     """Sum of the log-probabilities of all counted tokens, one un-packed forward per state, with a graph."""
     with torch.enable_grad():
-        return plain_forward_logps(policy, spec, batch, 1.0).sum()
+        return (plain_forward_logps(policy, spec, batch, 1.0) * writes_that_count(spec, batch)).sum()
 
 
 def pad_differently(batch: TrajectoryBatch) -> TrajectoryBatch:

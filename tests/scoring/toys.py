@@ -18,6 +18,7 @@ from torch import Tensor
 from trl_diffusion.decoding.config import DecodingConfig
 from trl_diffusion.decoding.strategies import STRATEGIES, StepView
 from trl_diffusion.policies.spec import DiffusionSpec
+from trl_diffusion.trajectories.trajectory import NEVER, TrajectoryBatch
 
 
 STOP, MASK = 2, 3
@@ -134,11 +135,14 @@ class Toy:
         uniforms = torch.zeros(count, self.cells, dtype=torch.float64)
         if order is not None:
             uniforms[:, masked] = torch.tensor(order, dtype=torch.float64)
+        best_logps = torch.zeros(count, self.cells, dtype=torch.float64)
+        best_logps[:, masked] = log_probs.amax(1)
         rows, columns = candidates.nonzero(as_tuple=True)
         view = StepView(
             candidates=candidates,
             quota=torch.full((count,), min(config.tokens_per_step, len(masked))),
             token_logps=token_logps,
+            best_logps=best_logps,
             log_probs=log_probs.repeat(count, 1),
             places=(rows, columns),
             config=config,
@@ -158,6 +162,24 @@ class Toy:
                     canvas[event.cell] = event.token
             found.append(Decoding(decoding.chance, tuple(events), decoding.canvas))
         return found
+
+    def trajectories(self, decodings: list[Decoding]) -> TrajectoryBatch:
+        """Decodings as the package has them, behind a prompt of one token."""
+        count = len(decodings)
+        steps = torch.full((count, self.cells), NEVER)
+        logps = torch.zeros(count, self.cells)
+        for row, decoding in enumerate(decodings):
+            for event in decoding.events:
+                steps[row, event.cell], logps[row, event.cell] = event.step, event.logp.item()
+        return TrajectoryBatch(
+            prompt_ids=torch.zeros(count, 1, dtype=torch.long),
+            prompt_mask=torch.ones(count, 1, dtype=torch.long),
+            canvas_ids=torch.tensor([decoding.canvas for decoding in decodings]),
+            steps=steps,
+            logps=logps,
+            canvas_lengths=torch.full((count,), self.cells),
+            completion_lengths=torch.tensor([len(decoding.completion) for decoding in decodings]),
+        )
 
     # --------------------------------------------------------------------------------------------------- gradients
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import trl_diffusion  # noqa: F401  (registers the families)
 from tests.closeness import ROUNDING, assert_close
 from tests.conftest import make_prompts, shared
+from tests.reference import writes_that_count
 from tests.scoring.test_oracles import draw_everything_at, lay_out, plain_forward_logps
 from trl_diffusion import DecodingConfig, decode, get_spec
 from trl_diffusion.scoring.score import score
@@ -36,8 +37,8 @@ def test_o1_recorded_equals_packed_equals_plain(name):
     for config in (DecodingConfig(20, 1.0, tokens_per_step=2), DecodingConfig(20, 0.8, "threshold", threshold=0.02)):
         batch = decode(policy, make_prompts((3, 13, 32, 37)), config, spec, seeds=[1, 2, 3, 4])
         plain = plain_forward_logps(policy, spec, batch, config.temperature)
-        counted = batch.completion_mask
-        assert_close(batch.logps[counted], plain[counted])
+        unmasked, counted = batch.steps >= 0, writes_that_count(spec, batch)
+        assert_close(batch.logps[unmasked], plain[unmasked])
         groups, states, *_ = token_states(spec, batch)
         scored = torch.zeros_like(counted)
         for step in range(int(states.max()) + 1):

@@ -92,7 +92,7 @@ SETTINGS = {
     "luspo by sequences": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
     "masked": {"loss_type": "grpo", "mask_truncated_completions": True},
-    "expected weight": {"loss_type": "dapo", "weighting": "none"},
+    "expected weight": {"loss_type": "dapo", "weighting": "none", "step_distribution": "uniform"},
 }
 
 

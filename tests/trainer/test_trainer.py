@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
 from tests.closeness import ROUNDING, assert_close, assert_close_gradients, close_to
 from tests.conftest import disturb, make_policy
+from tests.reference import writes_that_count
 from tests.trainer.conftest import codes, make_dataset
 from trl_diffusion import DiffusionSpec, DTRPOConfig, DTRPOTrainer, get_spec, tiny_policy_path
 from trl_diffusion.policies.training import train_padding_token
@@ -310,7 +311,8 @@ def exact_dapo_loss(trainer, inputs):
     ratio = (logps - batch.logps).exp()
     advantages = inputs["advantages"][:, None]
     losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    return (losses * batch.completion_mask).sum().double() / batch.completion_mask.sum()
+    counted = writes_that_count(trainer.spec, batch)
+    return (losses * counted).sum().double() / counted.sum()
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "token"])
@@ -330,9 +332,9 @@ def test_weighting_none_is_normalised_by_what_it_sums(make_trainer, distribution
                 totals.append(layout.weights.sum())
         totals = torch.stack(totals)
         tolerance = 4 * totals.std().item() / len(totals) ** 0.5 + 1e-4
-        assert inputs["expected_weight"].item() == pytest.approx(totals.mean().item(), abs=tolerance)
+        assert inputs["num_items_in_batch"].item() == pytest.approx(totals.mean().item(), abs=tolerance)
         expected = (
-            -(layout.weights * inputs["advantages"][:, None]).sum() / inputs["expected_weight"]
+            -(layout.weights * inputs["advantages"][:, None]).sum() / inputs["num_items_in_batch"]
         )  # the ratio is 1
         for accumulation in (1, 2, 8):
             trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = accumulation

@@ -13,10 +13,10 @@ import torch
 from transformers import Trainer
 from trl import GRPOTrainer
 
+from tests.reference import writes_that_count
 from tests.trainer.test_trainer import per_row_inputs
 from trl_diffusion import DTRPOTrainer
-from trl_diffusion.trainer.evaluation import RowwiseEvaluation
-from trl_diffusion.trainer.resume import ExactResume
+from trl_diffusion.trainer.batches import trajectories_of
 
 
 OVERRIDDEN = {
@@ -116,7 +116,8 @@ def test_what_is_kept_between_steps(make_trainer):
 
 
 def test_only_these_methods_are_overridden():
-    ours = {name for part in (DTRPOTrainer, ExactResume, RowwiseEvaluation) for name in vars(part)}
+    parts = DTRPOTrainer.__mro__[: DTRPOTrainer.__mro__.index(GRPOTrainer)]
+    ours = {name for part in parts for name in vars(part)}
     shared = {name for name in ours if not name.startswith("__")} & set(dir(GRPOTrainer))
     assert shared - {"_tag_names", "_name", "_abc_impl"} == {*METHODS, "train"}, (
         f"DTRPOTrainer hides {sorted(shared)} of GRPOTrainer: a name of ours collides with one of TRL's."
@@ -124,14 +125,15 @@ def test_only_these_methods_are_overridden():
 
 
 def test_keys_of_a_rollout(make_trainer):
-    output = per_row_inputs(make_trainer())
+    trainer = make_trainer()
+    output = per_row_inputs(trainer)
     expected = {
         "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch",
         "sampling_per_token_logps",
     }  # fmt: skip
     missing = expected - set(output)
     assert not missing, f"_generate_and_score_completions no longer returns {sorted(missing)}."
-    assert output["num_items_in_batch"] == output["completion_mask"].sum()
+    assert output["num_items_in_batch"] == writes_that_count(trainer.spec, trajectories_of(output)).sum()
     columns = output["completion_mask"].bool()
     width = columns.shape[1]
     assert torch.equal(output["canvas_ids"][:, :width][columns], output["completion_ids"][columns])

@@ -25,11 +25,13 @@ class DecodingConfig:
             What the logits are divided by before sampling; 0 takes the most likely token.
         strategy (`str` or callable, *optional*, defaults to `"confidence"`):
             Which masked positions of the active block are unmasked at a step. As many as `tokens_per_step` or
-            `steps_per_block` say: `"confidence"` (those whose sampled token is most probable: low-confidence
-            remasking), `"entropy"` (lowest entropy), `"margin"` (best token furthest ahead of the second),
-            `"random"`, `"left_to_right"`. As many as the distributions allow: `"threshold"` (every position whose
-            sampled token has a probability above `threshold`, at least as many as the schedule says),
-            `"entropy_bound"` (lowest entropy, as long as they add up to less than `entropy_bound`, at least one). Or a
+            `steps_per_block` say: `"confidence"` (those whose likeliest token is most probable), `"entropy"` (lowest
+            entropy), `"margin"` (best token furthest ahead of the second), `"random"`, `"left_to_right"`. As many as the
+            distributions allow: `"threshold"` (every position whose likeliest token has a probability above `threshold`,
+            at least as many as the schedule says), `"entropy_bound"` (lowest entropy, as long as they add up to less than
+            `entropy_bound`, at least one). `"sampled_confidence"` (low-confidence remasking) and `"sampled_threshold"`
+            look at the token that was sampled, as the published loops of LLaDA, Fast-dLLM and SDAR do; at temperature 0
+            there is no difference. Or a
             function of your own, see [`decoding.strategies`]. Which distributions they look at, `tempered_confidence`
             says.
         tokens_per_step (`int`, *optional*, defaults to `1`):
@@ -58,9 +60,9 @@ class DecodingConfig:
         stop_token_ids (`tuple[int, ...]`, *optional*):
             Tokens that end a response, instead of those of the policy's spec; `()` for none.
         stop_rule (`str`, *optional*, defaults to `"block"`):
-            When a response with a stop token ends: `"block"`, with the block that holds it, or `"token"`, as soon as no
-            position before it is masked (Fast-dLLM v2's generation). What is left of the block then stays masked. The
-            responses are the same.
+            When a response ends: `"block"`, with the block that holds its stop token, or `"token"`, as soon as no
+            position before the stop token (or the end of `max_new_tokens`) is masked (Fast-dLLM v2's generation). What is
+            left of the block then stays masked. The responses are the same.
         approximate_cache (`str`, *optional*):
             Reuse keys and values that are out of date. Faster, and **not** exact: tokens and log-probabilities are others,
             and the recorded log-probabilities are not those of the policy's states. `"prefix"`: what is before the

@@ -177,8 +177,9 @@ class DenoisingLoop:
             while lane.step < steps and not step_quota(lane.step, lane.total, left, self.config):
                 lane.step += 1
             return left == 0 or lane.step >= steps
-        if self.config.stop_rule == "token" and self._has_stopped(lane.row):
-            return not self.masked[lane.row, : self.stopped_at[lane.row]].any()
+        if self.config.stop_rule == "token":
+            end = min(self.stopped_at[lane.row], self.lengths[lane.row] + self.config.max_new_tokens)
+            return left == 0 or not self.masked[lane.row, :end].any()
         return left == 0
 
     def _has_stopped(self, row: int) -> bool:
@@ -313,10 +314,12 @@ class DenoisingLoop:
         proposal = propose(logits, self.spec, self.config, noise)
         tokens = proposal.tokens
         candidates = torch.from_numpy(window.candidates).to(self.device)
+        zeros = torch.zeros(candidates.shape, device=self.device)
         view = StepView(
             candidates=candidates,
             quota=self._to_device(window.quota),
-            token_logps=torch.zeros(candidates.shape, device=self.device).index_put(places, proposal.seen_logps),
+            token_logps=zeros.index_put(places, proposal.seen_logps),
+            best_logps=zeros.index_put(places, proposal.best_logps),
             log_probs=proposal.seen,
             places=places,
             config=self.config,

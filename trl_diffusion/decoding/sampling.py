@@ -21,6 +21,7 @@ class Proposal(NamedTuple):
         logps (`Tensor` of shape `(M,)`): their log-probabilities under the distributions they were sampled from. This is
             what a trajectory records.
         seen_logps (`Tensor` of shape `(M,)`): their log-probabilities under `seen`.
+        best_logps (`Tensor` of shape `(M,)`): those of the likeliest tokens that may be proposed, under `seen`.
         seen (`Tensor` of shape `(M, V)`): the log-distributions that a strategy looks at, see
             `DecodingConfig.tempered_confidence`.
     """
@@ -28,6 +29,7 @@ class Proposal(NamedTuple):
     tokens: Tensor
     logps: Tensor
     seen_logps: Tensor
+    best_logps: Tensor
     seen: Tensor
 
 
@@ -80,33 +82,35 @@ def propose(logits: Tensor, spec: DiffusionSpec, config: DecodingConfig, uniform
     log_probs = sampled_distribution(logits, spec, config)
     never = spec.mask_token_id if spec.predicts_mask_token and not config.allow_mask_token else None
     if never is None:
-        tokens = _pick(log_probs, log_probs, uniforms)
+        tokens, best = _pick(log_probs, log_probs, uniforms)
         logps = _at(log_probs, tokens)
     else:  # it has a share of the distribution, yet it is no answer
         share = log_probs[:, never].clone()
         log_probs[:, never] = -torch.inf
         # Without it the rest may be too small for float32 before it is scaled up.
         scaled = log_probs if uniforms is None else log_probs - log_probs.amax(-1, keepdim=True)
-        tokens = _pick(log_probs, scaled, uniforms)
+        tokens, best = _pick(log_probs, scaled, uniforms)
         logps = _at(log_probs, tokens)
         log_probs[:, never] = share
     if config.tempered_confidence or (config.temperature in (0.0, 1.0) and not config.is_truncated):
-        return Proposal(tokens, logps, logps, log_probs)
+        return Proposal(tokens, logps, logps, _at(log_probs, best), log_probs)
     seen = log_distribution(logits, spec)
-    return Proposal(tokens, logps, _at(seen, tokens), seen)
+    return Proposal(tokens, logps, _at(seen, tokens), _at(seen, best), seen)
 
 
-def _pick(log_probs: Tensor, scaled: Tensor, uniforms: Tensor | None) -> Tensor:
-    """A token of each row, `(M,)`: the most likely one, or, with `uniforms`, a sample from `scaled`, which is `log_probs`
-    up to a constant for each row."""
+def _pick(log_probs: Tensor, scaled: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+    """
+    A token of each row, and the most likely one, `(M,)` each. The first is the second, or, with `uniforms`, a sample from
+    `scaled`, which is `log_probs` up to a constant for each row.
+    """
     best = log_probs.argmax(-1)
     if uniforms is None:
-        return best
+        return best, best
     cumulative = scaled.exp().cumsum(-1)
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
     tokens = tokens.clamp(max=log_probs.shape[-1] - 1)
     # A sum in parallel may rise by rounding where a token of probability 0 stands: such a token is not taken.
-    return torch.where(_at(log_probs, tokens) == -torch.inf, best, tokens)
+    return torch.where(_at(log_probs, tokens) == -torch.inf, best, tokens), best
 
 
 def _at(log_probs: Tensor, tokens: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class StepView:
         quota (integer `Tensor` of shape `(R,)`): how many the schedule wants unmasked, at least 1, never more than
             there are candidates.
         token_logps (`Tensor` of shape `(R, B)`, float32): log-probability of the proposed token; 0 elsewhere.
+        best_logps (`Tensor` of shape `(R, B)`, float32): that of the likeliest token that may be proposed; 0 elsewhere.
         log_probs (`Tensor` of shape `(M, V)`, float32): log-distribution of each candidate, in the order of
             `candidates.nonzero()`.
         places (`tuple[Tensor, Tensor]`): row and column of each candidate, of shape `(M,)` each.
@@ -43,6 +44,7 @@ class StepView:
     candidates: Tensor
     quota: Tensor
     token_logps: Tensor
+    best_logps: Tensor
     log_probs: Tensor
     places: tuple[Tensor, Tensor]
     config: DecodingConfig
@@ -50,6 +52,11 @@ class StepView:
 
     @cached_property
     def confidences(self) -> Tensor:
+        """Probability of the likeliest token, `(R, B)`. The same whatever token is sampled."""
+        return self.best_logps.exp()
+
+    @cached_property
+    def sampled_confidences(self) -> Tensor:
         """Probability of the proposed token, `(R, B)`."""
         return self.token_logps.exp()
 
@@ -92,16 +99,32 @@ Strategy = Callable[[StepView], Tensor]
 
 
 def confidence(view: StepView) -> Tensor:
-    """The most probable ones (low-confidence remasking; LLaDA, `low_confidence_static` of SDAR, `maskgit_plus` of
-    Dream)."""
+    """Those whose likeliest token has the highest probability. The choice does not depend on the token that is sampled, so
+    the policy gradient has no bias (docs/method.md, section 1)."""
     return view.top(view.confidences)
 
 
 def threshold(view: StepView) -> Tensor:
-    """Every one whose probability is above `config.threshold`; the most probable ones, as many as the quota, if these are
-    fewer (Fast-dLLM, `low_confidence_dynamic` of SDAR)."""
-    high = (view.confidences > view.config.threshold) & view.candidates
-    return torch.where(high.sum(1, keepdim=True) >= view.quota[:, None], high, view.top(view.confidences))
+    """Every one whose likeliest token has a probability above `config.threshold`; if these are fewer than the quota, as many
+    as the quota of those with the highest. The choice does not depend on the token that is sampled."""
+    return _above_threshold(view, view.confidences)
+
+
+def sampled_confidence(view: StepView) -> Tensor:
+    """Those whose sampled token has the highest probability: low-confidence remasking as published (LLaDA,
+    `low_confidence_static` of SDAR, `maskgit_plus` of Dream). At temperature 0 the same as [`confidence`]."""
+    return view.top(view.sampled_confidences)
+
+
+def sampled_threshold(view: StepView) -> Tensor:
+    """Every one whose sampled token has a probability above `config.threshold`, as published (Fast-dLLM,
+    `low_confidence_dynamic` of SDAR). At temperature 0 the same as [`threshold`]."""
+    return _above_threshold(view, view.sampled_confidences)
+
+
+def _above_threshold(view: StepView, confidences: Tensor) -> Tensor:
+    high = (confidences > view.config.threshold) & view.candidates
+    return torch.where(high.sum(1, keepdim=True) >= view.quota[:, None], high, view.top(confidences))
 
 
 def entropy(view: StepView) -> Tensor:
@@ -138,10 +161,20 @@ def left_to_right(view: StepView) -> Tensor:
 
 STRATEGIES: dict[str, Strategy] = {
     function.__name__: function
-    for function in (confidence, threshold, entropy, entropy_bound, margin, random, left_to_right)
+    for function in (
+        confidence,
+        threshold,
+        sampled_confidence,
+        sampled_threshold,
+        entropy,
+        entropy_bound,
+        margin,
+        random,
+        left_to_right,
+    )  # fmt: skip
 }
 # These unmask as many positions as the schedule says, no more and no fewer.
-SCHEDULED = ("confidence", "entropy", "margin", "random", "left_to_right")
+SCHEDULED = ("confidence", "sampled_confidence", "entropy", "margin", "random", "left_to_right")
 
 
 def step_quota(step: int, total: int, left: int, config: DecodingConfig) -> int:

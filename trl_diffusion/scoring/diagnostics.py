@@ -85,7 +85,7 @@ def ratio_statistics(log_ratios: Tensor, weights: Tensor) -> Tensor:
         weights (`Tensor` of shape `(R, C)`): weight of each token, 0 where it is not scored.
 
     Returns:
-        `Tensor` of shape `(6,)`.
+        `Tensor` of shape `(8,)`.
     """
     log_ratios = torch.where(weights > 0, log_ratios, 0.0)
     ratios = log_ratios.exp()
@@ -96,6 +96,8 @@ def ratio_statistics(log_ratios: Tensor, weights: Tensor) -> Tensor:
         ratios,
         ratios.square(),
         ratios - 1 - log_ratios,
+        (weights > 0) / torch.where(weights > 0, weights, 1.0),  # counts the scored tokens
+        weights,
     ]
     return torch.stack([(weights * moment).sum() for moment in moments])
 
@@ -107,14 +109,16 @@ def summarise_ratios(sums: Tensor) -> dict[str, float]:
     - `log_ratio_std`: standard deviation of the log-ratio, in nats;
     - `effective_sample_size`: `(sum w r)^2 / (sum w * sum w r^2)` of the ratios `r`, 1 if all are equal (Kish);
     - `kl_to_old`: mean of `r - 1 - log r`, the KL divergence from the old policy that samples estimate
-      (http://joschu.net/blog/kl-approx.html, "k3").
+      (http://joschu.net/blog/kl-approx.html, "k3");
+    - `effective_draws`: `(sum w)^2 / (n sum w^2)` of the weights `w` of the `n` scored tokens, 1 if all are equal (Kish).
     """
-    total, first, second, ratios, squares, divergence = sums.double().tolist()
+    total, first, second, ratios, squares, divergence, tokens, squared_weights = sums.double().tolist()
     if total <= 0:
-        return {"log_ratio_std": 0.0, "effective_sample_size": 1.0, "kl_to_old": 0.0}
+        return {"log_ratio_std": 0.0, "effective_sample_size": 1.0, "kl_to_old": 0.0, "effective_draws": 1.0}
     mean = first / total
     return {
         "log_ratio_std": max(second / total - mean**2, 0.0) ** 0.5,
         "effective_sample_size": ratios**2 / (total * squares) if squares > 0 else 0.0,
         "kl_to_old": divergence / total,
+        "effective_draws": total**2 / (tokens * squared_weights),
     }

@@ -30,8 +30,8 @@ class EstimatorConfig:
             One of [`ESTIMATORS`].
         num_draws (`int`, *optional*, defaults to `1`):
             `"dtrpo"`: steps drawn per block. `"elbo"`: random masks per response.
-        step_distribution (`str`, *optional*, defaults to `"uniform"`):
-            `"dtrpo"`: how a step is drawn, `"uniform"`, `"token"` or `"importance"` (see [`draw_steps`]).
+        step_distribution (`str`, *optional*, defaults to `"importance"`):
+            `"dtrpo"`: how a step is drawn, `"importance"`, `"uniform"` or `"token"` (see [`draw_steps`]).
         weighting (`str`, *optional*, defaults to `"unbiased"`):
             `"dtrpo"`: `"unbiased"` or `"none"` (see [`draw_steps`]).
         num_blocks (`int`, *optional*):
@@ -45,7 +45,7 @@ class EstimatorConfig:
 
     name: str = "dtrpo"
     num_draws: int = 1
-    step_distribution: StepDistribution = "uniform"
+    step_distribution: StepDistribution = "importance"
     weighting: Literal["unbiased", "none"] = "unbiased"
     num_blocks: int | None = None
     prompt_mask_probability: float = 0.15
@@ -62,7 +62,7 @@ class EstimatorConfig:
         if self.weighting == "none" and self.step_distribution == "importance":
             raise ValueError(
                 "`step_distribution='importance'` needs `weighting='unbiased'`: without weights it would count surprising "
-                "steps more."
+                "steps more. Set `step_distribution='uniform'`."
             )
         for name in ("num_draws", "num_blocks"):
             value = getattr(self, name)

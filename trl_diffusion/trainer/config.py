@@ -75,10 +75,13 @@ class DTRPOConfig(GRPOConfig):
         > Parameters that control decoding
 
         decoding_strategy (`str`, *optional*, defaults to `"confidence"`):
-            Which masked positions of a block are unmasked at a step: the `tokens_per_step` best ones by `"confidence"`,
-            `"entropy"`, `"margin"`, `"random"` or `"left_to_right"`; `"threshold"` (all above `confidence_threshold`, at
-            least `tokens_per_step`); or `"entropy_bound"` (the surest ones, whose entropies add up to less than
-            `entropy_bound`, at least one). See [`DecodingConfig`].
+            Which masked positions of a block are unmasked at a step: the `tokens_per_step` best ones by `"confidence"`
+            (whose likeliest token has the highest probability), `"entropy"`, `"margin"`, `"random"` or `"left_to_right"`;
+            `"threshold"` (all whose likeliest token is above `confidence_threshold`, at least `tokens_per_step`); or
+            `"entropy_bound"` (the surest ones, whose entropies add up to less than `entropy_bound`, at least one).
+            `"sampled_confidence"` and `"sampled_threshold"` look at the sampled token instead, as the published loops of
+            LLaDA, Fast-dLLM and SDAR do; the gradient then has a bias (docs/method.md, section 1). See
+            [`DecodingConfig`].
         tokens_per_step (`int`, *optional*, defaults to `1`):
             Positions unmasked at a step.
         confidence_threshold (`float`, *optional*, defaults to `0.9`):
@@ -95,9 +98,9 @@ class DTRPOConfig(GRPOConfig):
             How `steps_per_block` spreads it: `"even"` (LLaDA) or `"linear"` (Dream).
         sub_block_size (`int`, *optional*):
             Unmask the parts of a block of this many positions one after another, from left to right (Fast-dLLM v2).
-        stop_rule (`str`, *optional*, defaults to `"block"`):
-            When a response with a stop token ends: with its block, or as soon as nothing before the stop token is masked
-            (`"token"`). Responses and scores are the same; `"token"` saves steps.
+        stop_rule (`str`, *optional*, defaults to `"token"`):
+            When a response ends: as soon as nothing before its stop token (or its `max_completion_length`) is masked, or
+            with its block (`"block"`). Responses and scores are the same; `"token"` saves steps.
         approximate_cache (`str`, *optional*):
             Reuse keys and values that are out of date in rollouts: `"prefix"`, `"dual"` or `"sub_block"`, see
             [`DecodingConfig`]. Faster and not exact: `diffusion/recorded_gap` shows by how much the recorded
@@ -113,10 +116,11 @@ class DTRPOConfig(GRPOConfig):
         num_draws (`int`, *optional*, defaults to `1`):
             Steps drawn per block (`"dtrpo"`; with full attention, per response), or random masks per response
             (`"elbo"`). More draws shrink the variance of the estimate and lengthen the pass.
-        step_distribution (`str`, *optional*, defaults to `"uniform"`):
-            How `"dtrpo"` draws the scored step of a block: `"uniform"` over its steps, `"token"` for proportional to the
-            number of tokens a step unmasked, or `"importance"` for nearly proportional to how surprised the policy was by
-            them when it unmasked them (the sum of `1 - p`, as recorded), which makes the estimate far less noisy.
+        step_distribution (`str`, *optional*, defaults to `"importance"`):
+            How `"dtrpo"` draws the scored step of a block: `"importance"` for nearly proportional to how surprised the
+            policy was by its tokens when it unmasked them (the sum of `1 - p`, as recorded), which makes the estimate far
+            less noisy; `"uniform"` over its steps; or `"token"` for proportional to the number of tokens a step unmasked.
+            Where no log-probabilities are recorded, `"importance"` is `"uniform"`.
         weighting (`str`, *optional*, defaults to `"unbiased"`):
             `"unbiased"` weighs a drawn step by the inverse of its probability; `"none"` gives all the same weight.
         num_scored_blocks (`int`, *optional*):
@@ -185,7 +189,8 @@ class DTRPOConfig(GRPOConfig):
             "help": "Which masked positions of a block are unmasked at a step: the `tokens_per_step` best ones by "
             "'confidence', 'entropy', 'margin', 'random' or 'left_to_right'; 'threshold' (all above "
             "`confidence_threshold`, at least `tokens_per_step`); or 'entropy_bound' (the surest ones, whose entropies "
-            "add up to less than `entropy_bound`, at least one).",
+            "add up to less than `entropy_bound`, at least one). 'sampled_confidence' and 'sampled_threshold' look at the "
+            "sampled token, as some published loops do; the gradient then has a bias.",
             "choices": list(STRATEGIES),
         },
     )
@@ -222,10 +227,10 @@ class DTRPOConfig(GRPOConfig):
         },
     )
     stop_rule: str = field(
-        default="block",
+        default="token",
         metadata={
-            "help": "When a response with a stop token ends: with its 'block', or as soon as nothing before the stop "
-            "'token' is masked. Responses and scores are the same; 'token' saves steps.",
+            "help": "When a response ends: as soon as nothing before its stop 'token' is masked, or with its 'block'. "
+            "Responses and scores are the same; 'token' saves steps.",
             "choices": list(STOP_RULES),
         },
     )
@@ -263,11 +268,11 @@ class DTRPOConfig(GRPOConfig):
         },
     )
     step_distribution: str = field(
-        default="uniform",
+        default="importance",
         metadata={
-            "help": "How 'dtrpo' draws the scored step of a block: 'uniform' over its steps, 'token' for proportional to "
-            "the number of tokens a step unmasked, or 'importance' for nearly proportional to how surprised the policy was "
-            "by them, which makes the estimate far less noisy.",
+            "help": "How 'dtrpo' draws the scored step of a block: 'importance' for nearly proportional to how surprised the "
+            "policy was by its tokens, which makes the estimate far less noisy; 'uniform' over its steps; or 'token' for "
+            "proportional to the number of tokens a step unmasked.",
             "choices": list(STEP_DISTRIBUTIONS),
         },
     )

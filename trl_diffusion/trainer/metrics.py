@@ -73,7 +73,7 @@ class Tally:
             entry[1] = min(found, value) if how == "min" else max(found, value)
 
     def add_ratios(self, sums: Tensor) -> None:
-        """Adds [`~scoring.diagnostics.ratio_statistics`] of a batch, shape `(6,)`, summed over processes."""
+        """Adds [`~scoring.diagnostics.ratio_statistics`] of a batch, shape `(8,)`, summed over processes."""
         values = sums.double().tolist()
         self.ratios = [a + b for a, b in zip(self.ratios, values, strict=True)] if self.ratios else values
 

@@ -112,8 +112,8 @@ class DiffusionRollouts(DiffusionScoring):
                 [derive_seed(seed, DRAWS) for seed in rollout.seeds], device=trajectories.canvas_ids.device
             ),
         )
-        if self.args.weighting == "none":
-            output["expected_weight"] = self._expected_weight(output)
+        if self.estimator.recorded:
+            output["num_items_in_batch"] = self._total_weight(output)
         if "old_per_token_logps" in output and not self._old_is_recorded:
             output["old_estimates"] = self.old_estimates(output)
         if self.loss_type == "dpo":  # where nobody scored, TRL's advantage is 0
@@ -306,12 +306,14 @@ class DiffusionRollouts(DiffusionScoring):
             return output
         return {key: value.unflatten(0, (-1, size)) if is_rows(value) else value for key, value in output.items()}
 
-    def _expected_weight(self, output: dict[str, Any]) -> Tensor:
-        """What the weights of a draw sum to on average, over the rollouts of all processes."""
-        tokens = token_states(self.spec, trajectories_of(output))
-        config = self.scoring_config
-        total = expected_weights(tokens, config.step_distribution, config.num_draws, config.num_blocks)
-        return self.accelerator.reduce(total.sum(), reduction="sum")
+    def _total_weight(self, output: dict[str, Any]) -> Tensor:
+        """What the weights of the tokens of a rollout sum to on average, over all processes: the number of tokens that count,
+        unless draws are not weighted. TRL divides its loss by it."""
+        tokens, config = token_states(self.spec, trajectories_of(output)), self.scoring_config
+        total = tokens.counted.sum()
+        if config.weighting == "none":
+            total = expected_weights(tokens, config.step_distribution, config.num_draws, config.num_blocks).sum()
+        return self.accelerator.reduce(total, reduction="sum")
 
     def _note_gradient(self, rollout: Rollout, counted: Tensor) -> None:
         """Remembers whether a response of this rollout makes a gradient; pairs say so themselves. `counted`, `(R,)`: those

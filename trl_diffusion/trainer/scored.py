@@ -140,8 +140,7 @@ class DiffusionScoring(RowwiseEvaluation):
         logps, entropies = score(model, self.scored.layout, self.spec, self.temperature, compute_entropy, gradient)
         if compute_entropy:  # the policy's own pass, not the reference's
             self.log_scores(logps.detach())
-        entropies = None if entropies is None else fit(entropies, logits_to_keep)
-        return fit(logps, logits_to_keep), entropies, None
+        return logps, entropies, None
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """
@@ -171,6 +170,7 @@ class DiffusionScoring(RowwiseEvaluation):
         rows = self._counted(len(gap)).sum()
         total, tokens, responses = add_over_processes(self.accelerator, gap.sum(), scored.sum(), rows)
         self._record("diffusion/scored_tokens", tokens / responses, responses)
+        self._record("diffusion/largest_weight", self.accelerator.gather(weights.max()).max().item(), how="max")
         if self.estimator.recorded and self._is_recorded:
             self._record("diffusion/recorded_gap/mean", total / max(tokens, 1), tokens)
             self._record("diffusion/recorded_gap/max", self.accelerator.gather(gap.max()).max().item(), how="max")

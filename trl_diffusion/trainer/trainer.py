@@ -30,7 +30,6 @@ from .reference import FILE as REFERENCE
 from .reference import Reference, load_reference, save_reference
 from .resume import ExactResume
 from .rollouts import DiffusionRollouts
-from .scored import fit
 from .setup import make_ready, set_up
 from .throughput import ThroughputCallback
 
@@ -161,7 +160,6 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         """TRL's loss with the weights of the scored tokens as its mask (docs/method.md, sections 2 and 5)."""
         inputs = ungroup(inputs)
         self._throughput.count(inputs["completion_mask"])
-        width = inputs["completion_ids"].shape[1]
         per_rollout = cast(int, self.args.steps_per_generation)
         iteration = self._step // per_rollout % self.num_iterations if self.model.training else 0
         self.check_estimator(inputs)
@@ -169,17 +167,17 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
             layout = scored.layout
             if self.beta != 0.0:
                 reference = self.reference.of_batch(inputs, layout, iteration)
-                inputs["ref_per_token_logps"] = fit(reference, width)
+                inputs["ref_per_token_logps"] = reference
             if self.loss_type == "dpo":
                 return self._finite(self._pairwise_loss(model, inputs, layout, reference))
-            if self.args.weighting == "none":
-                inputs["num_items_in_batch"] = inputs["expected_weight"]
-            inputs["completion_mask"] = fit(layout.weights, width)
-            inputs.pop("old_per_token_logps", None)
+            # For TRL's loss the response is the whole canvas: tokens behind the completion may count, too.
+            inputs["completion_ids"], inputs["completion_mask"] = inputs["canvas_ids"], layout.weights
+            for name in ("old_per_token_logps", "sampling_per_token_logps"):
+                inputs.pop(name, None)
             if scored.old is not None:
-                inputs["old_per_token_logps"] = fit(scored.old, width)
-            if not self.estimator.recorded:  # what was recorded is of other states: nothing to compare the policy with
-                inputs.pop("sampling_per_token_logps", None)
+                inputs["old_per_token_logps"] = scored.old
+            if self.estimator.recorded:  # with the others, what was recorded is of other states
+                inputs["sampling_per_token_logps"] = scored.recorded
             return self._finite(super()._compute_loss(model, inputs))
 
     def _pairwise_loss(self, model, inputs: dict[str, Any], layout: PackedLayout, reference: Tensor) -> Tensor:

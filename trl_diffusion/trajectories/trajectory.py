@@ -22,8 +22,8 @@ class TrajectoryBatch:
     """
     `R` responses together with the order in which their tokens were unmasked.
 
-    The *canvas* is everything the decoder had in front of it, in whole blocks; the *completion* is the part of it that
-    counts: the tokens up to and including the first stop token (docs/method.md, section 3.1).
+    The *canvas* is everything the decoder had in front of it, in whole blocks. The *completion* is the part of it that is
+    the answer: the tokens up to and including the first stop token (docs/method.md, section 3.1).
 
     Attributes:
         prompt_ids (`Tensor` of shape `(R, P)`):
@@ -39,7 +39,7 @@ class TrajectoryBatch:
         canvas_lengths (`Tensor` of shape `(R,)`):
             Number of canvas positions of each response.
         completion_lengths (`Tensor` of shape `(R,)`):
-            Number of tokens of each response that count.
+            Number of tokens of each completion.
         cache (`str`, *optional*, defaults to `"exact"`):
             How the responses were decoded: `"exact"`, or the `approximate_cache` of [`DecodingConfig`] that was used; the
             recorded log-probabilities are then not those of the policy in its states.
@@ -175,15 +175,34 @@ def token_states(spec: DiffusionSpec, batch: TrajectoryBatch, counted: Tensor | 
     Args:
         spec ([`DiffusionSpec`]): facts about the policy.
         batch ([`TrajectoryBatch`]): the responses.
-        counted (boolean `Tensor` of shape `(R, C)`, *optional*): tokens that count. Defaults to the completions.
+        counted (boolean `Tensor` of shape `(R, C)`, *optional*): tokens that count. Defaults to [`counted_writes`].
     """
     width, lengths = batch.canvas_ids.shape[1], batch.prompt_lengths
-    counted = (batch.completion_mask if counted is None else counted) & (batch.steps != NEVER)
+    counted = counted_writes(spec, batch) if counted is None else counted & (batch.steps != NEVER)
     blocks = response_blocks(spec, lengths, width)
     if spec.attention == "block":
         drawable = counted & ~autoregressive_positions(spec, lengths, width)
         return TokenStates(blocks, batch.steps, drawable, counted)
     return TokenStates(torch.zeros_like(blocks), global_steps(blocks, batch.steps), counted, counted)
+
+
+def counted_writes(spec: DiffusionSpec, batch: TrajectoryBatch) -> Tensor:
+    """
+    The tokens whose log-probabilities make up that of a response: those of the completion, and those behind it that were
+    unmasked before the step that unmasked its last token. The policy saw them while it wrote the completion, so the
+    gradient of the expected reward is theirs, too. Later ones changed nothing (docs/method.md, section 3.1).
+
+    Args:
+        spec ([`DiffusionSpec`]): facts about the policy.
+        batch ([`TrajectoryBatch`]): the responses.
+
+    Returns:
+        Boolean `Tensor` of shape `(R, C)`. A response without a completion has no such token.
+    """
+    blocks = response_blocks(spec, batch.prompt_lengths, batch.canvas_ids.shape[1])
+    steps = global_steps(blocks, batch.steps)
+    settled = steps.masked_fill(~batch.completion_mask, NEVER).amax(1, keepdim=True)
+    return (batch.completion_mask | (steps < settled)) & (batch.steps != NEVER)
 
 
 def global_steps(blocks: Tensor, steps: Tensor) -> Tensor:
