@@ -17,7 +17,7 @@ from trl_diffusion import DTRPOConfig, DTRPOTrainer
 # Options, and rows of each of two processes.
 SETTINGS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "dapo": ({"loss_type": "dapo", "log_completions": True, "num_completions_to_print": 1}, [4, 1]),
-    "grpo, expected weights": ({"loss_type": "grpo", "weighting": "none"}, [3]),
+    "grpo, expected weights": ({"loss_type": "grpo", "weighting": "none", "step_distribution": "uniform"}, [3]),
     "bnpo, masked": ({"loss_type": "bnpo", "mask_truncated_completions": True}, [3]),
     "dpo": ({"loss_type": "dpo"}, [4]),
 }

@@ -26,7 +26,7 @@ OPTIONS = {
     "uniform-2": {"num_draws": 2},
     "token": {"step_distribution": "token"},
     "token-2": {"step_distribution": "token", "num_draws": 2},
-    "none": {"weighting": "none"},
+    "none": {"weighting": "none", "step_distribution": "uniform"},
     "all-blocks": {"num_scored_blocks": 14},  # as many as there are
     "exact": {"estimator": "exact"},
 }

@@ -269,7 +269,7 @@ def test_head_in_float32(make_trainer, char_spec, tokenizer, tied):
         ({"top_entropy_quantile": 1.5}, "top_entropy_quantile"),
         ({"top_entropy_quantile": float("nan")}, "top_entropy_quantile"),
         ({"off_policy_mask_threshold": 0.0}, "off_policy_mask_threshold"),
-        ({"loss_type": "vespo", "weighting": "none"}, "vespo.*weighting"),
+        ({"loss_type": "vespo", "weighting": "none", "step_distribution": "uniform"}, "vespo.*weighting"),
         *(
             ({"loss_type": "dpo", "beta": 0.1, "per_device_train_batch_size": 8, **option}, next(iter(option)))
             for option in (

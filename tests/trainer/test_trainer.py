@@ -639,7 +639,7 @@ def test_tokenizers_that_cannot_be_used(make_trainer, tokenizer, tmp_path, char_
         {"min_p": 0.1},
         {"repetition_penalty": 1.1},
         {"diffusion_spec": "block"},
-        {"loss_type": "dr_grpo", "weighting": "none"},
+        {"loss_type": "dr_grpo", "weighting": "none", "step_distribution": "uniform"},
         {"max_completion_length": None},
         {"loss_type": "dppo"},
         {"temperature": 0.0},
