@@ -109,13 +109,7 @@ def collect(
     spec = with_absent_tokens(spec, model.config, tokenizer)
     if decoding.allow_mask_token:
         raise ValueError("`allow_mask_token=True` leaves mask tokens in responses, which cannot be trained on.")
-    for what, value in (
-        ("num_responses", num_responses),
-        ("batch_size", batch_size),
-        ("rows_per_shard", rows_per_shard),
-    ):
-        if value < 1:
-            raise ValueError(f"`{what}` must be at least 1, got {value}.")
+    _check_numbers(num_responses=num_responses, batch_size=batch_size, rows_per_shard=rows_per_shard)
     prompt_ids = _check_source(prompts, tokenizer, caller.names, spec, model.config, decoding.max_new_tokens)
     provenance = Provenance(
         fingerprint_policy(model), fingerprint_tokenizer(tokenizer), spec, {"decoder": "loop", **decoding.to_dict()}
@@ -144,7 +138,8 @@ def collect(
     progress = _Progress(total, disable_tqdm or not state.is_main_process)
     try:
         for shard in own:
-            jobs = [(row, response) for row in _rows_of(shard, plan) for response in range(num_responses)]
+            rows = _rows_of(shard, plan)
+            jobs = [(row, response) for row in rows for response in range(num_responses)]
             batches = []
             for begin in range(0, len(jobs), batch_size):
                 part = jobs[begin : begin + batch_size]
@@ -153,11 +148,7 @@ def collect(
             batch = TrajectoryBatch.concatenate(batches)
             table = to_rows(batch, spec, num_responses, provenance)
             rewards = _score(batch, prompts, [row for row, _ in jobs], tokenizer, caller)
-            _write(
-                _shard_path(output_dir, shard),
-                _with_source(table, prompts, _rows_of(shard, plan), rewards),
-                caller.names,
-            )
+            _write(_shard_path(output_dir, shard), _with_source(table, prompts, rows, rewards), caller.names)
     finally:
         progress.bar.close()
         model.train(was_training)
@@ -166,6 +157,12 @@ def collect(
         _write_text(output_dir / "README.md", _card(output_dir, plan))
     state.wait_for_everyone()
     return output_dir
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 def _decode(

@@ -93,24 +93,10 @@ def from_preferences(
         vocab_size = unwrap(model).config.get_text_config().vocab_size
     prompts, ids, responses = [], [], []
     for number, example in enumerate(dataset):
-        for column in ("chosen", "rejected"):
-            if not example[column]:
-                raise ValueError(f"Row {number}, column `{column}` is empty.")
-        prompt, prompt_ids, pair = tokenize_preference(tokenizer, example, spec)
-        if not prompt_ids:
-            raise ValueError(f"Row {number} has an empty prompt.")
-        found = impossible_token(prompt_ids, spec, vocab_size)
-        if found is not None:
-            raise ValueError(f"Row {number}: the prompt holds {found[1]}.")
-        for column, response in zip(("chosen", "rejected"), pair, strict=True):
-            found = impossible_token(response, spec, vocab_size)
-            if found is not None:
-                raise ValueError(f"Row {number}, column `{column}` holds {found[1]}.")
-            if max_completion_length is not None and len(response) > max_completion_length:
-                raise ValueError(
-                    f"Row {number}, column `{column}` has {len(response)} tokens, more than `max_completion_length="
-                    f"{max_completion_length}`. Raise it, or drop long rows."
-                )
+        try:
+            prompt, prompt_ids, pair = _tokens_of(example, tokenizer, spec, vocab_size, max_completion_length)
+        except ValueError as error:
+            raise ValueError(f"Row {number}{error}") from error
         prompts.append(prompt)
         ids += [prompt_ids, prompt_ids]
         responses += pair
@@ -148,6 +134,31 @@ def from_preferences(
             "reward_preference": [[1.0, 0.0]] * len(rows),
         }
     )
+
+
+def _tokens_of(
+    example: Any, tokenizer: PreTrainedTokenizerBase, spec: DiffusionSpec, vocab_size: int | None, longest: int | None
+) -> tuple[Any, list[int], list[list[int]]]:
+    """Prompt, its token ids, and those of the chosen and the rejected response. A `ValueError` continues "Row N"."""
+    for column in ("chosen", "rejected"):
+        if not example[column]:
+            raise ValueError(f", column `{column}` is empty.")
+    prompt, prompt_ids, pair = tokenize_preference(tokenizer, example, spec)
+    if not prompt_ids:
+        raise ValueError(" has an empty prompt.")
+    found = impossible_token(prompt_ids, spec, vocab_size)
+    if found is not None:
+        raise ValueError(f": the prompt holds {found[1]}.")
+    for column, response in zip(("chosen", "rejected"), pair, strict=True):
+        found = impossible_token(response, spec, vocab_size)
+        if found is not None:
+            raise ValueError(f", column `{column}` holds {found[1]}.")
+        if longest is not None and len(response) > longest:
+            raise ValueError(
+                f", column `{column}` has {len(response)} tokens, more than `max_completion_length={longest}`. Raise it, or "
+                "drop long rows."
+            )
+    return prompt, prompt_ids, pair
 
 
 def _replay(

@@ -193,28 +193,14 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
     needed = torch.zeros(num_rows, states.hidden.shape[1] * num_blocks, dtype=torch.bool, device=device)
     needed[responses[~from_clean], (views * num_blocks + blocks)[~from_clean]] = True
     copy_of = needed.cumsum(1) - 1  # number of the copy, for each pair that is needed
-    order = (~needed).long().sort(dim=1, stable=True).indices[:, : int(needed.sum(1).max()) if num_rows else 0]
-    drawn = needed.gather(1, order)  # (R, D)
-    copy_views, copy_blocks = order // num_blocks, order % num_blocks
-    noisy_positions = spec.block_start(copy_blocks, starts[:, None])
-    noisy_positions = (noisy_positions[..., None] + torch.arange(block_size, device=device)).flatten(1)
-    noisy_valid = drawn.repeat_interleave(block_size, 1)
-    in_sequence = noisy_positions.clamp(max=sequence.shape[1] - 1)
-    hidden = states.hidden[
-        torch.arange(num_rows, device=device)[:, None],
-        copy_views.repeat_interleave(block_size, 1),
-        canvas_columns.gather(1, in_sequence),
-    ]
-    hidden = hidden & (noisy_positions >= prompt_lengths[:, None])
-    noisy_ids = sequence.gather(1, in_sequence).masked_fill(hidden, spec.mask_token_id)
+    noisy = _noisy_part(states, spec, needed, sequence, canvas_columns, prompt_lengths, starts)
 
     clean_ids = sequence.gather(1, clean_positions.clamp(max=sequence.shape[1] - 1))
-    copies = torch.arange(1, order.shape[1] + 1, device=device).repeat_interleave(block_size)
     part = _Part(
-        ids=torch.cat([clean_ids, noisy_ids], 1),
-        positions=torch.cat([clean_positions, noisy_positions], 1),
-        valid=torch.cat([clean_valid, noisy_valid], 1),
-        copies=torch.cat([torch.zeros_like(clean_columns), copies]),
+        ids=torch.cat([clean_ids, noisy.ids], 1),
+        positions=torch.cat([clean_positions, noisy.positions], 1),
+        valid=torch.cat([clean_valid, noisy.valid], 1),
+        copies=torch.cat([torch.zeros_like(clean_columns), noisy.copies]),
     )
 
     slot = spec.place_of(prompt_lengths[responses] + columns, starts[responses]) - int(spec.token_shift)
@@ -259,6 +245,44 @@ class _Part:
     def blocks(self, spec: DiffusionSpec, starts: Tensor) -> Tensor:
         """Attention block of each token: blocks of the response count from 0, those of the prompt are negative."""
         return spec.block_of(self.positions, starts[:, None])
+
+
+def _noisy_part(
+    states: States,
+    spec: DiffusionSpec,
+    needed: Tensor,
+    sequence: Tensor,
+    canvas_columns: Tensor,
+    prompt_lengths: Tensor,
+    starts: Tensor,
+) -> _Part:
+    """
+    Noisy copies of blocks, `D * B` positions for the up to `D` that each response needs.
+
+    Args:
+        states ([`States`]): what each view hides.
+        spec ([`DiffusionSpec`]): facts about the policy.
+        needed (boolean `Tensor` of shape `(R, V * S)`): pairs of a view and a block, in this order, that are needed.
+        sequence, canvas_columns: see [`_unpad`].
+        prompt_lengths, starts (`Tensor` of shape `(R,)`): length of the prompt, and first position of block 0.
+    """
+    num_rows, device, block_size = len(needed), needed.device, spec.block_size
+    num_blocks = needed.shape[1] // states.hidden.shape[1]
+    order = (~needed).long().sort(dim=1, stable=True).indices[:, : int(needed.sum(1).max()) if num_rows else 0]
+    views = (order // num_blocks).repeat_interleave(block_size, 1)
+    positions = spec.block_start(order % num_blocks, starts[:, None])
+    positions = (positions[..., None] + torch.arange(block_size, device=device)).flatten(1)
+    in_sequence = positions.clamp(max=sequence.shape[1] - 1)
+    hidden = states.hidden[
+        torch.arange(num_rows, device=device)[:, None], views, canvas_columns.gather(1, in_sequence)
+    ]
+    hidden = hidden & (positions >= prompt_lengths[:, None])
+    return _Part(
+        ids=sequence.gather(1, in_sequence).masked_fill(hidden, spec.mask_token_id),
+        positions=positions,
+        valid=needed.gather(1, order).repeat_interleave(block_size, 1),
+        copies=torch.arange(1, order.shape[1] + 1, device=device).repeat_interleave(block_size),
+    )
 
 
 def shared_prompts(batch: TrajectoryBatch) -> Tensor | None:

@@ -99,69 +99,92 @@ def trajectory_html(
         IndexError: if there is no such row.
         ValueError: if `steps` holds a step that this response did not take.
     """
-    one = batch.select(torch.tensor([row])).to("cpu")
-    length, counted = int(one.canvas_lengths[0]), int(one.completion_lengths[0])
-    blocks = response_blocks(spec, one.prompt_lengths, length)
-    firsts = global_steps(blocks, one.steps[:, :length])[0].tolist()
-    block_of = blocks[0].tolist()
-    ids = one.canvas_ids[0, :length].tolist()
-    tokens = [tokenizer.decode([token]) for token in ids]
-    probabilities = one.logps[0, :length].exp().tolist()
-
-    last = max([0, *firsts])
+    shown = _Shown(batch.select(torch.tensor([row])).to("cpu"), spec, tokenizer)
+    last = shown.last
     steps = sorted({round(last * i / (NUM_TEXTS - 1)) for i in range(NUM_TEXTS)}) if steps is None else list(steps)
     for step in steps:
         if not 0 <= step <= last:
             raise ValueError(f"`steps` holds {step}, but this response took the steps 0 to {last}.")
+    return _write(Path(path), _page(shown, _escape(title or "a response being denoised"), steps))
 
-    classes = [
-        _colour_class(probability) + (" g" if column >= counted else "")
-        for column, probability in enumerate(probabilities)
-    ]
-    titles = [
-        _escape(f"position {column}, block {block_of[column]}, {_event(first, probability)}: {token!r}")
-        if first != NEVER
-        else f"position {column}, block {block_of[column]}, never unmasked"
-        for column, (first, probability, token) in enumerate(zip(firsts, probabilities, tokens, strict=True))
-    ]
-    cells = [_escape(token.replace("\n", "↵").replace("\t", "⇥")) for token in tokens]
 
-    def cell(column: int, step: int) -> str:
-        if firsts[column] == NEVER or step < firsts[column]:
+class _Shown:
+    """What is shown of a response, the only one of `one`: a place for each canvas position, as HTML."""
+
+    def __init__(self, one: TrajectoryBatch, spec: DiffusionSpec, tokenizer):
+        length = int(one.canvas_lengths[0])
+        blocks = response_blocks(spec, one.prompt_lengths, length)
+        self.tokenizer, self.counted = tokenizer, int(one.completion_lengths[0])
+        self.firsts = global_steps(blocks, one.steps[:, :length])[0].tolist()
+        self.last = max([0, *self.firsts])
+        self.blocks = blocks[0].tolist()
+        self.ids = one.canvas_ids[0, :length].tolist()
+        self.tokens = [tokenizer.decode([token]) for token in self.ids]
+        probabilities = one.logps[0, :length].exp().tolist()
+        self.classes = [
+            _colour_class(probability) + (" g" if column >= self.counted else "")
+            for column, probability in enumerate(probabilities)
+        ]
+        self.titles = [
+            _escape(f"position {column}, block {block}, {_event(first, probability)}: {token!r}")
+            if first != NEVER
+            else f"position {column}, block {block}, never unmasked"
+            for column, (block, first, probability, token) in enumerate(
+                zip(self.blocks, self.firsts, probabilities, self.tokens, strict=True)
+            )
+        ]
+
+    def cell(self, column: int, step: int) -> str:
+        """A position in the row of a step."""
+        first = self.firsts[column]
+        if first == NEVER or step < first:
             return '<td class="m"></td>'
-        if step == firsts[column]:
-            return f'<td class="{classes[column]} u" title="{titles[column]}">{cells[column]}</td>'
-        return f'<td class="{classes[column]}">{cells[column]}</td>'
+        if step > first:
+            return f'<td class="{self.classes[column]}">{self._picture(column)}</td>'
+        return f'<td class="{self.classes[column]} u" title="{self.titles[column]}">{self._picture(column)}</td>'
 
-    def text(step: int) -> str:
+    def _picture(self, column: int) -> str:
+        return _escape(self.tokens[column].replace("\n", "↵").replace("\t", "⇥"))
+
+    def text(self, step: int) -> str:
+        """The response after a step; what is masked, as masks."""
+
+        def kind(column: int) -> tuple[bool, bool]:
+            return self.firsts[column] != NEVER and self.firsts[column] <= step, column < self.counted
+
         parts = []
-        kinds = groupby(
-            range(length), lambda column: (firsts[column] != NEVER and firsts[column] <= step, column < counted)
-        )
-        for (shown, counts), group in kinds:
+        for (visible, counts), group in groupby(range(len(self.ids)), kind):
             columns = list(group)
-            part = _escape(tokenizer.decode([ids[c] for c in columns])) if shown else MASK * len(columns)
+            part = MASK * len(columns)
+            if visible:
+                part = _escape(self.tokenizer.decode([self.ids[column] for column in columns]))
             parts.append(part if counts else f'<span class="g">{part}</span>')
         return "".join(parts)
 
+    def state(self) -> str:
+        """The text that the slider moves through."""
+        return "".join(
+            f'<span class="{self.classes[column]}{"" if first != NEVER else " m"}" data-step="{first}">'
+            f"{_escape(self.tokens[column]) if first != NEVER else MASK}</span>"
+            for column, first in enumerate(self.firsts)
+        )
+
+
+def _page(shown: _Shown, heading: str, steps: Sequence[int]) -> str:
+    """The whole page."""
+    columns, last = range(len(shown.ids)), shown.last
     groups = "".join(
-        f'<colgroup class="block" span="{len(list(group))}"></colgroup>' for _, group in groupby(block_of)
+        f'<colgroup class="block" span="{len(list(group))}"></colgroup>' for _, group in groupby(shown.blocks)
     )
-    head = "".join(f'<th title="{titles[column]}">{column}</th>' for column in range(length))
+    head = "".join(f'<th title="{shown.titles[column]}">{column}</th>' for column in columns)
     body = "\n".join(
-        f"<tr><th>{step}</th>{''.join(cell(column, step) for column in range(length))}</tr>"
+        f"<tr><th>{step}</th>{''.join(shown.cell(column, step) for column in columns)}</tr>"
         for step in range(last + 1)
     )
-    state = "".join(
-        f'<span class="{classes[column]}{"" if first != NEVER else " m"}" data-step="{first}">'
-        f"{_escape(tokens[column]) if first != NEVER else MASK}</span>"
-        for column, first in enumerate(firsts)
-    )
     texts = "\n".join(
-        f'<h2>After step {step}</h2>\n<div class="text" data-after="{step}">{text(step)}</div>' for step in steps
+        f'<h2>After step {step}</h2>\n<div class="text" data-after="{step}">{shown.text(step)}</div>' for step in steps
     )
-    heading = _escape(title or "a response being denoised")
-    page = f"""<!DOCTYPE html>
+    return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -182,13 +205,12 @@ Probability when unmasked: 0<span class="legend"></span>1</p>
 </table></div>
 <h2>After step <output id="at">{last}</output>
 <input type="range" id="slider" min="0" max="{last}" value="{last}" aria-label="step"></h2>
-<div class="text" id="state">{state}</div>
+<div class="text" id="state">{shown.state()}</div>
 {texts}
 <script>{SCRIPT}</script>
 </body>
 </html>
 """
-    return _write(Path(path), page)
 
 
 def _escape(text: str) -> str:
