@@ -1,15 +1,11 @@
 """
-dTRPO on one page: a small diffusion language model learns 4x4 sudoku.
-
-    python recipes/dtrpo_loop.py
+dTRPO on one page: a small diffusion language model learns 4x4 sudoku (`python recipes/dtrpo_loop.py`).
 
 This file is the method without the trainer: PyTorch, a stock model of transformers with block attention, and a reward. It
-caches nothing and skips nothing, so each formula stands where it is used. `DTRPOTrainer` computes the same numbers faster;
-tests/scoring/test_one_page.py compares the two. Sections are those of docs/method.md. The two reductions are those of the
-paper, https://huggingface.co/papers/2603.18806.
+caches nothing and skips nothing. `DTRPOTrainer` computes the same numbers faster; tests/scoring/test_one_page.py compares
+the two. Sections are those of docs/method.md; the paper is https://huggingface.co/papers/2603.18806.
 
 A sequence is a prompt and, after it, the canvas on which the response is denoised. Shapes have one letter per dimension:
-
     R  responses           C  canvas positions         T  denoising steps of a block   N  packed tokens, 2 (P + C)
     P  prompt positions    S  blocks of the response   V  entries of the vocabulary
 """
@@ -38,10 +34,7 @@ class Trajectories(NamedTuple):
 
 
 def number_blocks(spec: DiffusionSpec, prompt_lengths: Tensor, width: int) -> Tensor:
-    """
-    The block of each position, (R, width), after prompts of these lengths, (R,). Some models count blocks from the start
-    of the sequence: the prompt may then end inside block 0. Others count from the start of the response (section 3.2).
-    """
+    """The block of each position, (R, width); counted from the start of the sequence, or of the response (section 3.2)."""
     positions, lengths = torch.arange(width), prompt_lengths[:, None]
     if spec.block_origin == "sequence":
         return positions // spec.block_size - lengths // spec.block_size
@@ -50,9 +43,8 @@ def number_blocks(spec: DiffusionSpec, prompt_lengths: Tensor, width: int) -> Te
 
 def log_distributions(policy: nn.Module, spec: DiffusionSpec, tokens: Tensor, places: Tensor, sees: Tensor) -> Tensor:
     """
-    The policy's log-distribution over the vocabulary at each of N places, (R, N, V), float32, from one forward pass.
-    tokens (R, N); places (N,), where each token stands in its sequence; sees (R, N, N), True where the first token sees
-    the second. No response contains the mask token, so the softmax leaves it out (section 3.6).
+    The policy's log-distribution at each of N places, (R, N, V), float32, from one forward pass: tokens (R, N); places (N,)
+    in their sequence; sees (R, N, N), True where the first token sees the second. The mask token has no share (section 3.6).
     """
     output = policy(tokens, position_ids=places[None], attention_mask=sees[:, None], use_cache=False)
     return output.logits.float().index_fill(2, torch.tensor(spec.mask_token_id), -torch.inf).log_softmax(2)
@@ -63,9 +55,8 @@ def denoise(
     policy: nn.Module, spec: DiffusionSpec, prompts: list[list[int]], S: int, per_step: int, rng: Generator | None
 ) -> Trajectories:
     """
-    Denoises S blocks for each of R prompts, block after block, `per_step` tokens a step, and remembers how (section 1).
-    A position sees its own block and the blocks before it, so nothing sees the masks of the blocks to come. Tokens are
-    sampled. Without a random generator the most likely token is taken.
+    Denoises S blocks for each of R prompts, `per_step` tokens a step, and remembers how (section 1). A position sees its own
+    block and the blocks before it. Tokens are sampled; without a random generator, the likeliest are taken.
     """
     mask, lengths = spec.mask_token_id, torch.tensor([len(prompt) for prompt in prompts])
     blocks = number_blocks(spec, lengths, int(lengths.max()) + S * spec.block_size)
@@ -84,8 +75,7 @@ def denoise(
             masked = torch.where((masked & first).any(1, keepdim=True), masked & first, masked)
             probs = log_probs.exp().flatten(0, 1)
             proposed = (probs.argmax(1) if rng is None else probs.multinomial(1, generator=rng)).view_as(tokens)
-            # The surest positions are unmasked. How sure the policy is depends on its distribution alone, never on the
-            # token that was sampled from it: then the choice of positions adds nothing to the gradient.
+            # The surest positions are unmasked, whatever token was sampled: the choice adds nothing to the gradient.
             sureness = log_probs.amax(2).masked_fill(~masked, -torch.inf)
             chosen = masked & torch.zeros_like(masked).scatter(1, sureness.topk(per_step).indices, True)
             tokens, steps = torch.where(chosen, proposed, tokens), torch.where(chosen, t, steps)
@@ -94,27 +84,22 @@ def denoise(
     stops = (steps >= 0) & torch.isin(tokens, torch.tensor(spec.stop_token_ids))
     completion = (steps >= 0) & (stops.cumsum(1) - stops.long() == 0)  # no stop token before it
     # Tokens after the stop token count if they were unmasked before the last token of the completion was.
-    last = (steps >= 0) & (blocks == blocks.masked_fill(~completion, -1).amax(1, keepdim=True))  # the last block of it
-    settled = steps.masked_fill(~(last & completion), -1).amax(1, keepdim=True)
-    counted = completion | (last & (steps < settled))
+    last = (steps >= 0) & (blocks == blocks.masked_fill(~completion, -1).amax(1, keepdim=True))  # block of its end
+    counted = completion | (last & (steps < steps.masked_fill(~(last & completion), -1).amax(1, keepdim=True)))
     return Trajectories(tokens, blocks, steps, logps, completion, counted, counted & first)
 
 
 def chances(trajectories: Trajectories) -> Tensor:
     """
-    The probability with which each step of each block is drawn, (R, S, T): nine tenths in proportion to how surprised the
-    policy was by the step's tokens, as recorded, and one tenth evenly (section 2). Autoregressive tokens take no part.
+    The probability of drawing each step of each block, (R, S, T): nine tenths in proportion to how surprised the policy was
+    by the step's tokens, as recorded, and one tenth evenly (section 2). Autoregressive tokens take no part.
     """
-    in_block = (
-        trajectories.blocks[:, None] == torch.arange(int(trajectories.blocks.max()) + 1)[:, None]
-    )  # (R, S, P + C)
-    at_step = trajectories.steps[:, None] == torch.arange(int(trajectories.steps.max()) + 1)[:, None]  # (R, T, P + C)
-    drawable = (trajectories.counted & ~trajectories.autoregressive).float()  # (R, P + C)
-    values = drawable[:, None] * torch.stack(
-        [1 - trajectories.logps.exp(), torch.ones_like(drawable)], 1
-    )  # (R, 2, P + C)
-    surprise, number = torch.einsum("rsc,rtc,rvc->vrst", in_block.float(), at_step.float(), values)
-    even, surprise = (nn.functional.normalize(x, p=1.0, dim=2) for x in ((number > 0).float(), surprise))
+    _, blocks, steps, logps, _, counted, autoregressive = trajectories
+    in_block = blocks[:, None] == torch.arange(int(blocks.max()) + 1)[:, None]  # (R, S, P + C)
+    at_step = (steps[:, None] == torch.arange(int(steps.max()) + 1)[:, None]) & (counted & ~autoregressive)[:, None]
+    unmasked = (in_block[:, :, None] & at_step[:, None]).float()  # (R, S, T, P + C)
+    masses = ((1 - logps.exp())[:, None, None] * unmasked).sum(3), unmasked.amax(3)
+    surprise, even = (nn.functional.normalize(mass, p=1.0, dim=2) for mass in masses)
     return torch.where(surprise.sum(2, keepdim=True) > 0, 0.9 * surprise + 0.1 * even, even)
 
 
@@ -127,21 +112,19 @@ def draw(trajectories: Trajectories, rng: Generator) -> Tensor:
 
 def weigh(trajectories: Trajectories, drawn: Tensor) -> Tensor:
     """
-    The weight of each token in the estimate, (R, P + C). The tokens of a step that is drawn with probability p weigh 1 / p,
-    all others 0: on average over the draws each token weighs 1, and the estimate is unbiased (section 2). The state of an
-    autoregressive token is in every pass, so its weight is always 1 (section 3.4).
+    The weight of each token, (R, P + C): 1 / p in a step that is drawn with probability p, else 0. So each token weighs 1 on
+    average, and the estimate is unbiased (section 2). Autoregressive tokens are in every pass and weigh 1 (section 3.4).
     """
-    likely = chances(trajectories)
-    block = trajectories.blocks.clamp(min=0)[..., None].expand(-1, -1, likely.shape[2])
-    likely = likely.gather(1, block).gather(2, drawn[..., None].clamp(min=0)).squeeze(2)
+    likely, rows = chances(trajectories), torch.arange(len(drawn))[:, None]
+    weights = 1 / likely[rows, trajectories.blocks.clamp(min=0), drawn.clamp(min=0)]
     scored = trajectories.counted & (trajectories.steps == drawn)
-    return torch.where(trajectories.autoregressive, 1.0, torch.where(scored, 1 / likely, 0.0))
+    return torch.where(trajectories.autoregressive, 1.0, torch.where(scored, weights, 0.0))
 
 
 def pack(spec: DiffusionSpec, trajectories: Trajectories, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
-    All drawn states of a response, z[s, t_s] of section 1, in one row: the sequence, then a noisy copy of it, in which what
-    each block unmasked at its drawn step and later is a mask again. Returns tokens (R, N), places (N,) and sees (R, N, N):
+    All drawn states, z[s, t_s] of section 1, in one row: the sequence, then a noisy copy of it, in which what each block
+    unmasked at its drawn step and later is a mask again. Returns tokens (R, N), places (N,) and sees (R, N, N):
     - a clean token sees the clean tokens of its own block and of the blocks before it, as in `denoise`;
     - a noisy token sees the clean tokens of the blocks before its own, and the noisy tokens of its own block.
     """
@@ -169,8 +152,8 @@ def advantages_of(rewards: Tensor, group_size: int) -> Tensor:
 
 def grpo_loss(logps: Tensor, old_logps: Tensor, weights: Tensor, advantages: Tensor, epsilon: float = 0.2) -> Tensor:
     """
-    From logps, old_logps and weights (R, P + C) and advantages (R,): the clipped loss of GRPO, weighted (section 5).
-    Ratio reduction (section 2): in the ratio of two policies the choice of positions cancels, and the tokens remain.
+    From three (R, P + C) and advantages (R,): the clipped loss of GRPO, weighted (section 5). Ratio reduction (section 2):
+    in the ratio of two policies the choice of positions cancels, and the tokens remain.
     """
     ratios = torch.where(weights > 0, logps - old_logps, 0.0).exp()
     gains = torch.min(ratios * advantages[:, None], ratios.clamp(1 - epsilon, 1 + epsilon) * advantages[:, None])
@@ -181,13 +164,13 @@ def answer(policy, spec, tokenizer, puzzles: list[str], rng: Generator | None) -
     """Denoises answers of 16 digits and a stop token, 2 characters a step: their trajectories and their texts."""
     prompts = tokenizer([sudoku.prompt(puzzle) for puzzle in puzzles])["input_ids"]
     trajectories = denoise(policy, spec, prompts, S=3, per_step=2, rng=rng)
-    answers = [tokens[answer] for tokens, answer in zip(trajectories.tokens, trajectories.completion, strict=True)]
+    answers = [row[kept] for row, kept in zip(trajectories.tokens, trajectories.completion, strict=True)]
     return trajectories, tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains the embedded policy, and measures it before and after on puzzles that training never sees."""
-    parser = argparse.ArgumentParser(description="dTRPO on one page: the embedded policy learns 4x4 sudoku.")
+    parser = argparse.ArgumentParser(description=main.__doc__)
     for name, default in (("seed", 0), ("updates", 20), ("puzzles", 16), ("answers", 16)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     args = parser.parse_args(arguments)
@@ -201,10 +184,10 @@ def main(arguments: list[str] | None = None) -> None:
         puzzles = [row["puzzle"] for row in rows for _ in range(args.answers)]
         trajectories, texts = answer(policy, spec, tokenizer, puzzles, rng)
         solved, units = torch.tensor([sudoku.sudoku_solved(texts, puzzles), sudoku.sudoku_units(texts, puzzles)])
-        drawn = draw(trajectories, rng)
-        logps, weights = score(policy, spec, trajectories, drawn), weigh(trajectories, drawn)
+        logps = score(policy, spec, trajectories, drawn := draw(trajectories, rng))
         # The log-probabilities recorded while denoising are the old policy's: they need no pass of their own (section 4).
-        loss = grpo_loss(logps, trajectories.logps, weights, advantages_of(solved + units, args.answers))
+        advantages = advantages_of(solved + units, args.answers)
+        loss = grpo_loss(logps, trajectories.logps, weigh(trajectories, drawn), advantages)
         optimizer.param_groups[0]["lr"] = 6e-4 * (1 - update / args.updates)
         optimizer.zero_grad()
         loss.backward()
