@@ -23,8 +23,10 @@ from trl import is_conversational
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
+from ..fields import check_at_least
 from ..policies.forward import NonFiniteLogits
 from ..policies.loading import resolve_spec, with_absent_tokens
+from ..policies.lora import adapters
 from ..policies.prompts import check_visible, tokenize_prompts
 from ..policies.spec import DiffusionSpec
 from ..rewards.call import RewardCaller, RewardFunc, as_stored
@@ -114,8 +116,7 @@ def collect(
         ("batch_size", batch_size),
         ("rows_per_shard", rows_per_shard),
     ):
-        if value < 1:
-            raise ValueError(f"`{what}` must be at least 1, got {value}.")
+        check_at_least(what, value)
     prompt_ids = _check_source(prompts, tokenizer, caller.names, spec, model.config, decoding.max_new_tokens)
     provenance = Provenance(
         fingerprint_policy(model), fingerprint_tokenizer(tokenizer), spec, {"decoder": "loop", **decoding.to_dict()}
@@ -133,7 +134,7 @@ def collect(
         "rows_per_shard": rows_per_shard,
         "num_shards": -(-len(prompts) // rows_per_shard),
         "seed": seed,
-        "policy": getattr(model.config, "_name_or_path", ""),
+        "policy": _name(model),
         "tokenizer": tokenizer.name_or_path,
     }
     state = PartialState()
@@ -284,6 +285,14 @@ def _prepare(output_dir: Path, plan: dict[str, Any]) -> None:
             parquet.read_metadata(shard)
         except Exception as error:
             raise ValueError(f"{shard} cannot be read ({error}). Delete it to have it made again.") from error
+
+
+def _name(model: PreTrainedModel) -> str:
+    """Where the policy is from, and what it was opened with."""
+    kinds = [f"with a {config.peft_type.value} adapter" for config in adapters(model).values()]
+    if getattr(model.config, "quantization_config", None) is not None:
+        kinds.append("with rounded weights")
+    return ", ".join([getattr(model.config, "_name_or_path", ""), *kinds])
 
 
 def _shard_path(output_dir: Path, shard: int) -> Path:
