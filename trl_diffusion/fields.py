@@ -64,7 +64,7 @@ def check_fields(config: Any, names: Collection[str] | None = None) -> None:
     Raises:
         ValueError: naming the field, its value, and what it must be.
     """
-    hints = _hints(type(config))
+    hints = _hints(type(config))  # type: ignore[arg-type]  # a class is hashable
     for one in fields(config):
         value = getattr(config, one.name)
         if (names is not None and one.name not in names) or (value is None and one.default is None):

@@ -58,7 +58,7 @@ def test_an_adapter(collected, adapter, plain):  # noqa: F811
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_policy_path()), adapter)
     assert [completions_of(row) for row in rows] == answers(model.merge_and_unload().eval(), rows)
     assert answers(plain, rows) != [completions_of(row) for row in rows]
-    assert "with a LORA adapter" in card
+    assert "with an adapter (LoraConfig)" in card
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -14,7 +14,7 @@ An interrupted run goes on where it stopped when the same command is given again
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 from trl import ModelConfig, TrlParser, get_quantization_config
 
@@ -26,6 +26,10 @@ from ..policies.policy import open_policy
 from ..policies.tiny import tiny_policy_path
 from ..tasks import TASKS, load_task
 from ..utils import USAGE, check_config_file, errors_in_a_line, processes, read_mapping, use_all_cores
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -119,7 +123,7 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
         diffusion_spec=read_mapping(args.diffusion_spec, "diffusion_spec"),
     )
     directory = collect(
-        policy.model,
+        cast("PreTrainedModel", policy.model),
         policy.tokenizer,
         task.train,
         task.reward_funcs,

@@ -289,7 +289,7 @@ def _prepare(output_dir: Path, plan: dict[str, Any]) -> None:
 
 def _name(model: PreTrainedModel) -> str:
     """Where the policy is from, and what it was opened with."""
-    kinds = [f"with a {config.peft_type.value} adapter" for config in adapters(model).values()]
+    kinds = [f"with an adapter ({type(one).__name__})" for one in adapters(model).values()]
     if getattr(model.config, "quantization_config", None) is not None:
         kinds.append("with rounded weights")
     return ", ".join([getattr(model.config, "_name_or_path", ""), *kinds])

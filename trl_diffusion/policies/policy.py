@@ -130,7 +130,7 @@ def load_model(
     except SafetensorError as error:
         raise ValueError(f"The weights of {path} cannot be read: {error}. Is the file whole?") from error
     if quantization is None:
-        return model.to(device)
+        return model.to(device)  # type: ignore[arg-type]  # transformers wraps the method
     keep_trainable(model)  # it computes what the policy computes that is trained
     return model
 
