@@ -112,6 +112,7 @@ def test_dtype_attention_revision_and_decoding(collected, monkeypatch):
         (["--temperature", "-1"], "`temperature` must be a number of at least 0 and finite, got -1.0"),
         (["--threshold", "2"], "`threshold` must be a number of at least 0 and at most 1, got 2.0"),
         (["--approximate_cache", "sub_block"], "needs `sub_block_size`"),
+        (["--approximate_cache", "prefix"], "`--approximate_cache` is for rollouts: .* Leave it out"),
         (["--attn_implementation", "flash_attention_2"], "cannot run the attention mask of a diffusion policy"),
     ],
 )

@@ -110,6 +110,11 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
     use_all_cores()
     check_model_options(model_args)
     decoding = args.decoding()
+    if decoding.approximate_cache is not None:
+        raise ValueError(
+            "`--approximate_cache` is for rollouts: stored responses made with it cannot be trained on, as their recorded "
+            "log-probabilities are not the policy's. Leave it out."
+        )
     task = load_task(args.task, args.train_file, args.eval_file, args.train_size, 1, args.seed)
     policy = open_policy(
         model_args.model_name_or_path or (None if args.adapter_name_or_path else tiny_policy_path()),
