@@ -91,12 +91,12 @@ def test_every_trajectory_is_valid(
     config = DecodingConfig(
         max_new_tokens,
         temperature,
-        strategy,
-        tokens_per_step,
-        threshold,
-        steps_per_block,
-        schedule,
-        sub_block_size,
+        strategy=strategy,
+        tokens_per_step=tokens_per_step,
+        threshold=threshold,
+        steps_per_block=steps_per_block,
+        schedule=schedule,
+        sub_block_size=sub_block_size,
         stop_rule=stop_rule,
         entropy_bound=entropy_bound,
     )

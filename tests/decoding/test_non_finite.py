@@ -21,9 +21,9 @@ from trl_diffusion.commands.generate import main as generate_command
 from trl_diffusion.decoding import loop
 from trl_diffusion.evaluation.generate import generate as answer
 from trl_diffusion.evaluation.likelihood import chain_likelihoods, elbo_likelihoods
-from trl_diffusion.evaluation.policy import Policy, load_policy
 from trl_diffusion.offline.preferences import from_preferences
 from trl_diffusion.policies.forward import NonFiniteLogits
+from trl_diffusion.policies.policy import Policy, open_policy
 
 
 PAIRS = [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": str(n + 2)} for n in range(3)]
@@ -218,7 +218,7 @@ def test_evaluation_names_the_prompt_by_its_own_number(spoil):
 
 
 def test_likelihoods(broken_path):
-    policy = load_policy(str(broken_path))
+    policy = open_policy(str(broken_path))
     for likelihoods in (chain_likelihoods, elbo_likelihoods):
         with pytest.raises(FloatingPointError, match="Continuation 1: the policy's log-likelihood of it is nan"):
             likelihoods(policy, [[7], [8]], [[], [9, 10]])
@@ -243,7 +243,7 @@ def test_texts_that_have_no_likelihood():
 
 def test_a_replay_is_not_kept(broken_path, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path)
-    policy = load_policy(str(broken_path))
+    policy = open_policy(str(broken_path))
     with pytest.raises(
         FloatingPointError, match="Row 0, column `chosen`: the policy's log-probabilities of the response"
     ):

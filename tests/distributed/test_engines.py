@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 ENGINES = ["ddp", *(pytest.param(engine, marks=needs_deepspeed) for engine in ("zero2", "zero3"))]
 
 # Responses of unequal weight, so that the loss is not 0 on policy.
-UNEVEN = {"tokens_per_step": 1, "temperature": 2.0, "decoding_strategy": "threshold", "confidence_threshold": 0.7}
+UNEVEN = {"tokens_per_step": 1, "temperature": 2.0, "strategy": "threshold", "threshold": 0.7}
 EMBEDDED = [
     {"name": "groups_whole", "rows": 8, "options": UNEVEN},
     {
@@ -72,7 +72,7 @@ def trajectories(tmp_path_factory, start, tokenizer) -> Path:
 
 
 def matrix_cell(name: str, lora: bool, beta: float, offline: bool, start: Path, trajectories: Path) -> dict:
-    options = {**UNEVEN, "temperature": 1.0, "confidence_threshold": 0.15, "beta": beta, "learning_rate": 1e-2}
+    options = {**UNEVEN, "temperature": 1.0, "threshold": 0.15, "beta": beta, "learning_rate": 1e-2}
     if offline and beta:
         options["loss_type"] = "dpo"
     cell = {"name": name, "rows": 8, "options": options, "lora": lora, "model": str(start)}
@@ -87,7 +87,7 @@ def matrix(start, trajectories) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def llada() -> dict:
     """LLaDA's own weight names and config, which are not those of the model that trains."""
-    options = {**UNEVEN, "confidence_threshold": 0.01, "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    options = {**UNEVEN, "threshold": 0.01, "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
     options |= {"learning_rate": 1e-2, "beta": 0.1, "max_completion_length": 16}
     path = str(shared("fixtures", "llada"))
     return {"name": "llada", "rows": 8, "model": path, "tokenizer": tiny_policy_path(), "options": options}

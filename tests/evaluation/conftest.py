@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import shared
 from trl_diffusion import tiny_policy_path
-from trl_diffusion.evaluation.policy import Policy, load_policy
+from trl_diffusion.policies.policy import Policy, open_policy
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Policy:
-    return load_policy(tiny_policy_path())
+    return open_policy(tiny_policy_path())
 
 
 @pytest.fixture(scope="session")
@@ -33,4 +33,4 @@ def adapter(tmp_path_factory) -> str:
 def llada() -> Policy:
     """A tiny random checkpoint in LLaDA's format, which speaks the embedded policy's characters."""
     path = str(shared("fixtures", "llada"))
-    return load_policy(path, tokenizer=tiny_policy_path(), diffusion_spec={"block_size": 8})
+    return open_policy(path, tokenizer=tiny_policy_path(), diffusion_spec={"block_size": 8})

@@ -163,9 +163,9 @@ def test_arguments_from_a_command_line(adapter):
     ("options", "message"),
     [
         ({"likelihood": "exact"}, "`likelihood` must be one of"),
-        ({"num_draws": 0}, "`num_draws` must be at least 1"),
+        ({"num_draws": 0}, "`num_draws` must be a whole number of at least 1"),
         ({"decoding": "speed:1"}, "Unknown decoding settings"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments(tiny, options, message):

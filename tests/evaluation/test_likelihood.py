@@ -13,8 +13,8 @@ from tests.conftest import MASK, SPECS, make_policy, make_prompts
 from tests.scoring.test_oracles import plain_forward_logps
 from trl_diffusion import DecodingConfig, decode
 from trl_diffusion.evaluation.likelihood import chain_likelihoods, elbo_likelihoods, is_autoregressive
-from trl_diffusion.evaluation.policy import Policy
 from trl_diffusion.offline.orders import finished_batch
+from trl_diffusion.policies.policy import Policy
 
 
 PROMPT = make_prompts((9,))[0]  # with blocks of 8, it ends after the first token of a block

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import SPECS, make_policy, make_prompts
 from trl_diffusion import DecodingConfig, decode, tiny_policy_path
 from trl_diffusion.evaluation.generate import Usage, cut, generate
-from trl_diffusion.evaluation.policy import Policy, load_policy
-from trl_diffusion.evaluation.settings import check_settings
+from trl_diffusion.policies.policy import Policy, open_policy
 from trl_diffusion.utils import read_mapping
 
 
@@ -24,7 +23,7 @@ PROMPTS = ["sudoku 3102200002100320", "countdown 30,100,93=23", "sudoku 01404320
 
 def test_an_adapter_is_used_as_it_is(tiny, adapter):
     """Neither merged nor left out: answers are those of the merged model, and the weights are still apart."""
-    opened = load_policy(peft=adapter)  # it knows which model it was made for
+    opened = open_policy(adapter=adapter)  # it knows which model it was made for
     assert isinstance(opened.model, PeftModel) and not opened.model.training
     assert any("lora_A" in name for name, _ in opened.model.named_parameters())
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_policy_path()), adapter)
@@ -40,12 +39,12 @@ def test_an_adapter_for_other_layers_is_refused(tmp_path):
     config = (tmp_path / "adapter_config.json").read_text()
     (tmp_path / "adapter_config.json").write_text(config.replace('"q_proj"', '"q_proj", "attn_out"'))
     with pytest.raises(ValueError, match=r"\['attn_out'\] match nothing"):
-        load_policy(tiny_policy_path(), peft=str(tmp_path))
+        open_policy(tiny_policy_path(), adapter=str(tmp_path))
 
 
 def test_no_model_is_refused():
     with pytest.raises(ValueError, match="No model was given"):
-        load_policy()
+        open_policy()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
@@ -112,7 +111,7 @@ def test_settings_from_a_command_line(tmp_path, text):
     assert read_mapping(text if "FILE" not in text else str(tmp_path / text), "decoding") == expected
     assert read_mapping(expected, "decoding") == expected
     assert read_mapping(None, "decoding") == {}
-    assert check_settings(expected) == expected
+    assert DecodingConfig.from_dict(expected) == DecodingConfig(**expected)
 
 
 @pytest.mark.parametrize("text", ["threshold", "{", "nothing.yaml", "[1, 2]"])
@@ -123,9 +122,9 @@ def test_settings_that_are_none(text):
 
 def test_unknown_and_impossible_settings():
     with pytest.raises(ValueError, match=r"\['speed'\]; there are .*'tokens_per_step'"):
-        check_settings({"speed": 3})
+        DecodingConfig.from_dict({"speed": 3})
     with pytest.raises(ValueError, match="threshold"):
-        check_settings({"threshold": 3})
+        DecodingConfig.from_dict({"threshold": 3})
 
 
 def test_nothing_here_needs_the_harness(monkeypatch):
@@ -133,12 +132,12 @@ def test_nothing_here_needs_the_harness(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval" or "diffusion.evaluation" in name]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    for name in ("policy", "generate", "likelihood", "benchmarks", "settings", "run"):
+    for name in ("generate", "likelihood", "benchmarks", "run"):
         import_module(f"trl_diffusion.evaluation.{name}")
     with pytest.raises(ImportError, match="pip install 'trl-diffusion\\[eval\\]'"):
         import_module("trl_diffusion.evaluation.harness")
 
 
 def test_float_types():
-    assert load_policy(tiny_policy_path(), dtype="bfloat16").model.dtype == torch.bfloat16
-    assert load_policy(tiny_policy_path()).model.dtype == torch.float32
+    assert open_policy(tiny_policy_path(), dtype="bfloat16").model.dtype == torch.bfloat16
+    assert open_policy(tiny_policy_path()).model.dtype == torch.float32

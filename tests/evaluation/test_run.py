@@ -217,7 +217,7 @@ def test_options_that_cannot_be(tiny, tmp_path, options, message):
 def test_a_policy_with_a_chat_template_is_asked_in_a_conversation(tiny):
     import copy
 
-    from trl_diffusion.evaluation.policy import Policy
+    from trl_diffusion.policies.policy import Policy
 
     tokenizer = copy.deepcopy(tiny.tokenizer)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}>"

@@ -33,11 +33,11 @@ from trl_diffusion import (
 from trl_diffusion.decoding.config import DecodingConfig as Settings
 from trl_diffusion.evaluation.generate import generate as answer
 from trl_diffusion.evaluation.likelihood import chain_likelihoods, elbo_likelihoods
-from trl_diffusion.evaluation.policy import load_policy
 from trl_diffusion.offline.preferences import from_preferences
 from trl_diffusion.policies.families.configs import Fast_dLLM_QwenConfig
 from trl_diffusion.policies.forward import log_distribution
 from trl_diffusion.policies.loading import resolve_spec
+from trl_diffusion.policies.policy import open_policy
 from trl_diffusion.policies.spec import check_spec
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
@@ -214,7 +214,7 @@ def test_answers_are_those_of_the_policy_without_padding(padded, tokenizer):
         assert torch.equal(other.trajectories.canvas_ids, plain.trajectories.canvas_ids)
         assert torch.equal(other.trajectories.steps, plain.trajectories.steps)
         assert_close(other.trajectories.logps, plain.trajectories.logps)
-    plain, other = load_policy(tiny_policy_path()), load_policy(str(padded))
+    plain, other = open_policy(tiny_policy_path()), open_policy(str(padded))
     assert other.spec.absent_token_ids == ((SIZE, PADDED),) and plain.spec.absent_token_ids is None
     ids = plain.encode(PROMPTS)
     answers = [answer(policy, ids, Settings(17, 1.0), [1, 2, 3])[0] for policy in (plain, other)]
@@ -224,7 +224,7 @@ def test_answers_are_those_of_the_policy_without_padding(padded, tokenizer):
         lambda policy: elbo_likelihoods(policy, ids, answers[0], num_draws=4),
     ):
         assert likelihoods(other) == pytest.approx(likelihoods(plain), rel=1e-5)
-    free = load_policy(str(padded), diffusion_spec={"absent_token_ids": []})
+    free = open_policy(str(padded), diffusion_spec={"absent_token_ids": []})
     assert max(answer(free, ids, Settings(17))[0][0]) >= SIZE  # what would be sampled otherwise
 
 

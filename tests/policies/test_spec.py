@@ -27,7 +27,7 @@ def test_a_model_without_a_spec_is_told_how_to_get_one():
     ("fields", "message"),
     [
         ({"mask_token_id": -1}, "mask_token_id"),
-        ({"mask_token_id": 3, "attention": "causal"}, r"`attention` must be one of \('block', 'full'\), got 'causal'"),
+        ({"mask_token_id": 3, "attention": "causal"}, r"`attention` must be one of \['block', 'full'\], got 'causal'"),
         ({"mask_token_id": 3, "block_size": 0}, "block_size"),
         ({"mask_token_id": 3, "block_origin": "prompt"}, "block_origin"),
         ({"mask_token_id": 3, "first_token": "autoregressive"}, "needs `token_shift=True`"),

@@ -19,11 +19,11 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 import trl_diffusion
-from trl_diffusion import DTRPOConfig, DTRPOTrainer, cli
+from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, cli
 from trl_diffusion.commands import collect, evaluate, train
+from trl_diffusion.decoding.options import RolloutOptions
 from trl_diffusion.decoding.strategies import STRATEGIES
 from trl_diffusion.evaluation.run import TASK_NAMES, check_tasks
-from trl_diffusion.evaluation.settings import check_settings
 from trl_diffusion.utils import read_mapping
 
 
@@ -90,7 +90,7 @@ def parse_options(command: str, options: list[str]) -> tuple:
     args = evaluate.parse(options)
     local = {"sudoku", "countdown"} & set(args.tasks)
     check_tasks([task for task in args.tasks if task not in local] or ["gsm8k"], None, args.allow_code_execution)
-    check_settings(read_mapping(args.decoding, "decoding"))
+    DecodingConfig.from_dict(read_mapping(args.decoding, "decoding"))
     return (args,)
 
 
@@ -238,7 +238,7 @@ def check_best_checkpoint(names: dict) -> None:
 def check_strategy(names: dict) -> None:
     """More than one position goes at some step, and what goes first was the surest."""
     batch = names["batch"]
-    assert 0 < int(batch.steps.max()) < 7 and names["args"].decoding_strategy == "nearly_as_sure"
+    assert 0 < int(batch.steps.max()) < 7 and names["args"].strategy == "nearly_as_sure"
 
 
 AFTERWARDS: dict[str, Callable[[dict], None]] = {
@@ -300,7 +300,8 @@ def test_options_in_the_table_exist_and_none_is_missing():
     """The table of what `DTRPOConfig` adds to TRL's config."""
     from trl import GRPOConfig
 
-    own = set(DTRPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
+    shared = {*GRPOConfig.__dataclass_fields__, *RolloutOptions.__dataclass_fields__}  # these are on the API page
+    own = set(DTRPOConfig.__dataclass_fields__) - shared
     table = text_of("docs/howto/grpo.md").split("| option |")[1]
     named = set(re.findall(r"`([a-z_]+)`", "".join(line.split("|")[1] for line in re.findall(r"^\|.*", table, re.M))))
     assert named == own

@@ -33,8 +33,8 @@ from trl_diffusion.evaluation.__main__ import main as start_harness
 from trl_diffusion.evaluation.benchmarks import BENCHMARKS
 from trl_diffusion.evaluation.generate import cut
 from trl_diffusion.evaluation.harness import DiffusionLM
-from trl_diffusion.evaluation.policy import Policy, load_policy
 from trl_diffusion.metrics import CountdownSolved, MathExactMatch, PassAtK, SudokuSolved
+from trl_diffusion.policies.policy import Policy, open_policy
 from trl_diffusion.rewards import countdown, sudoku
 from trl_diffusion.rewards.code import code_reward
 from trl_diffusion.trainer.callbacks import MetricCallback
@@ -146,7 +146,7 @@ def test_three_ways_agree(name, adapter, tmp_path, monkeypatch):  # noqa: F811
     peft = adapter if with_adapter else None
     # The tokenizer is not the fixture's own: without the tokens that it lacks, hardly an answer would be right by chance.
     spec = {} if embedded else {"block_size": 8, "absent_token_ids": []}
-    policy = load_policy(path, peft, tokenizer=tiny_policy_path(), diffusion_spec=spec)
+    policy = open_policy(path, peft, tokenizer=tiny_policy_path(), diffusion_spec=spec)
     expected = make_data(policy, tmp_path / "data")
     assert any(0 < share < 1 for share in expected.values()), expected
 
@@ -234,7 +234,7 @@ def run_recipe(path, peft, spec, decoding, tasks, cwd: Path) -> dict[str, list[d
 
 
 def make_trainer(path, peft, spec, directory: Path) -> DTRPOTrainer:
-    policy = load_policy(path, peft, tokenizer=tiny_policy_path(), diffusion_spec=spec) if peft else None
+    policy = open_policy(path, peft, tokenizer=tiny_policy_path(), diffusion_spec=spec) if peft else None
     for parameter_name, parameter in policy.model.named_parameters() if policy else ():
         parameter.requires_grad_("lora_" in parameter_name)  # a trainer takes no policy that cannot be trained
     return DTRPOTrainer(

@@ -118,7 +118,7 @@ def test_gsm8k_preferences_with_the_real_tokenizer(tmp_path, form, train_here):
         (["--no_such_option", "1"], "not used by the HfArgumentParser: ['--no_such_option'"),
         (["--max_steps", "two"], "invalid int value: 'two'"),
         (["--config", "broken.yaml"], "broken.yaml"),
-        (["--eval_size", "-1"], "`eval_size` must be at least 1, got -1."),
+        (["--eval_size", "-1"], "`eval_size` must be a whole number of at least 1, got -1."),
         (["--trajectories", "nowhere"], "nowhere"),
         (["--task", "gsm8k", "--train_file", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
@@ -135,7 +135,7 @@ def test_what_a_user_can_set_right_is_said_in_a_line(tmp_path, train_here, capsy
 
 def test_a_model_wins_over_the_random_policy_of_a_recipe(tmp_path):
     arguments = train.ScriptArguments(random_policy="{}")
-    path, _ = train.load_policy(
+    path, _ = train.find_policy(
         arguments, DTRPOConfig(str(tmp_path), bf16=False), ModelConfig(model_name_or_path=tiny_policy_path())
     )
     assert path == tiny_policy_path()

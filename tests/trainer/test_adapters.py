@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import make_policy, make_prompts
 from tests.scoring.test_oracles import plain_forward_logps
 from trl_diffusion import DecodingConfig, decode
-from trl_diffusion.evaluation.policy import load_policy
 from trl_diffusion.policies.loading import load_config
+from trl_diffusion.policies.policy import open_policy
 from trl_diffusion.policies.trial import try_policy
 
 
@@ -85,7 +85,7 @@ def test_tokens_before_the_prompt_are_refused(make_trainer, saved, monkeypatch, 
         make_trainer(str(saved / "base"), kwargs={"peft_config": peft_config})
     adapted.save_pretrained(saved / "tokens")
     with pytest.raises(ValueError, match=match):
-        load_policy(peft=str(saved / "tokens"))
+        open_policy(adapter=str(saved / "tokens"))
 
 
 @pytest.mark.parametrize("peft_config", OF_WEIGHTS, ids=name_of)

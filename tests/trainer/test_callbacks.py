@@ -71,7 +71,7 @@ def test_pictures_reach_the_trackers(make_trainer, tmp_path, monkeypatch):
 def test_bad_settings_are_refused(make_trainer, monkeypatch):
     trainer = make_trainer()
     for options in ({"every": 0}, {"every": 1, "rows": 0}, {"every": 1, "max_positions": 0}):
-        with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="must be a whole number of at least 1, got 0"):
             TrajectoryCallback(trainer, **options)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="trl-diffusion\\[viz\\]"):

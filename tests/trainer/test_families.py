@@ -34,7 +34,10 @@ FAMILIES = {
 def test_o1_recorded_equals_packed_equals_plain(name):
     policy = AutoModelForCausalLM.from_pretrained(shared("fixtures", name)).eval()
     spec = get_spec(policy.config, FAMILIES[name])
-    for config in (DecodingConfig(20, 1.0, tokens_per_step=2), DecodingConfig(20, 0.8, "threshold", threshold=0.02)):
+    for config in (
+        DecodingConfig(20, 1.0, tokens_per_step=2),
+        DecodingConfig(20, 0.8, strategy="threshold", threshold=0.02),
+    ):
         batch = decode(policy, make_prompts((3, 13, 32, 37)), config, spec, seeds=[1, 2, 3, 4])
         plain = plain_forward_logps(policy, spec, batch, config.temperature)
         unmasked, counted = batch.steps >= 0, writes_that_count(spec, batch)

@@ -67,8 +67,8 @@ def moved(make_trainer):
     def build(**options):
         options = {
             "per_device_train_batch_size": 8,
-            "decoding_strategy": "threshold",
-            "confidence_threshold": 0.1,
+            "strategy": "threshold",
+            "threshold": 0.1,
         } | options
         trainer = make_trainer(**options)
         inputs = per_row_inputs(trainer)

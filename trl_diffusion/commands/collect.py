@@ -14,22 +14,26 @@ An interrupted run goes on where it stopped when the same command is given again
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import cast
+from typing import TYPE_CHECKING, Annotated, cast
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser, get_quantization_config
 
 from ..decoding.config import DecodingConfig
+from ..decoding.options import RolloutOptions
+from ..fields import AtLeast, Within, check_fields, with_default
 from ..offline.collect import collect
-from ..policies.loading import resolve_spec
+from ..policies.policy import open_policy
 from ..policies.tiny import tiny_policy_path
 from ..tasks import TASKS, load_task
 from ..utils import USAGE, check_config_file, errors_in_a_line, processes, read_mapping, use_all_cores
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
 @dataclass
-class CollectArguments:
+class CollectArguments(RolloutOptions):
     """What to collect."""
 
     output_dir: str = field(default="outputs/trajectories", metadata={"help": "Where the trajectories go."})
@@ -37,73 +41,101 @@ class CollectArguments:
     train_file: str | None = field(default=None, metadata={"help": "Rows to answer, as for `train`."})
     eval_file: str | None = field(default=None, metadata={"help": "Rows to leave out."})
     train_size: int = field(default=320, metadata={"help": "Most rows to answer."})
-    num_responses: int = field(default=16, metadata={"help": "Responses to each prompt."})
-    batch_size: int = field(default=512, metadata={"help": "Responses that a process decodes at once."})
-    rows_per_shard: int = field(default=64, metadata={"help": "Prompts in a shard."})
+    num_responses: Annotated[int, AtLeast(1)] = field(default=16, metadata={"help": "Responses to each prompt."})
+    batch_size: Annotated[int, AtLeast(1)] = field(
+        default=512, metadata={"help": "Responses that a process decodes at once."}
+    )
+    rows_per_shard: Annotated[int, AtLeast(1)] = field(default=64, metadata={"help": "Prompts in a shard."})
     seed: int = field(default=0, metadata={"help": "Source of randomness."})
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "A LoRA adapter, which is used as it is, not merged."}
+    )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer, if it is not in the model's directory."}
     )
     diffusion_spec: str | None = field(
         default=None, metadata={"help": "Fields of DiffusionSpec, as JSON, that complete those of the model."}
     )
-    max_completion_length: int = field(default=17, metadata={"help": "Most tokens of a response."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
-    decoding_strategy: str = field(default="confidence", metadata={"help": "'confidence' or 'threshold'."})
-    tokens_per_step: int = field(default=2, metadata={"help": "Positions unmasked at a step by 'confidence'."})
-    confidence_threshold: float = field(
-        default=0.9, metadata={"help": "Probability above which 'threshold' unmasks a position."}
+    max_completion_length: Annotated[int, AtLeast(1)] = field(
+        default=17, metadata={"help": "Most tokens of a response. (TRL's name for max_new_tokens, as in `train`.)"}
     )
-    sub_block_size: int | None = field(default=None, metadata={"help": "Parts of a block, from left to right."})
-    tempered_confidence: bool = field(
-        default=False,
-        metadata={"help": "Whether `decoding_strategy` looks at the distribution after `temperature`."},
+    temperature: Annotated[float, Within("[0, inf)")] = field(
+        default=1.0, metadata={"help": "Temperature of sampling."}
     )
+    tokens_per_step: int = with_default(RolloutOptions, "tokens_per_step", 2)
+
+    def __post_init__(self):
+        self.take_old_names()
+        check_fields(self)
+        self.decoding()  # checks the decoding settings
+
+    def decoding(self) -> DecodingConfig:
+        """Settings of the denoising loop."""
+        return DecodingConfig(self.max_completion_length, self.temperature, **self.rollout_settings())
 
 
-# Options of `trl.ModelConfig` that are for loading a model; the others are for training it.
-LOADING = ("model_name_or_path", "model_revision", "attn_implementation", "dtype")
+# Options of `trl.ModelConfig` that are for opening a model; the others are for training it.
+OPENING = (
+    "model_name_or_path",
+    "model_revision",
+    "attn_implementation",
+    "dtype",
+    "load_in_8bit",
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+    "bnb_4bit_quant_storage",
+)
 
 
-def refuse_training_options(model_args: ModelConfig) -> None:
-    """Raises a `ValueError` if an option is set that collecting does not look at."""
+def check_model_options(model_args: ModelConfig) -> None:
+    """Raises a `ValueError` if an option is set that nothing would look at."""
     for option in fields(model_args):
-        if option.name not in LOADING and getattr(model_args, option.name) != option.default:
-            raise ValueError(f"`--{option.name}` is for training: the policy answers as it is. Leave it out.")
+        if getattr(model_args, option.name) == option.default:
+            continue
+        if option.name not in OPENING:
+            hint = " (an adapter that is there is opened with `--adapter_name_or_path`)"
+            raise ValueError(
+                f"`--{option.name}` is for training: the policy answers as it is{hint if 'peft' in option.name else ''}. "
+                "Leave it out."
+            )
+        if "bnb" in option.name and not model_args.load_in_4bit:
+            raise ValueError(f"`--{option.name}` is for weights of 4 bits: add `--load_in_4bit`, or leave it out.")
+    if model_args.load_in_4bit and model_args.dtype == "auto":
+        raise ValueError("`--load_in_4bit` computes in `--dtype`: give bfloat16, float16 or float32, not auto.")
 
 
 def run(args: CollectArguments, model_args: ModelConfig) -> None:
     """Collects."""
     use_all_cores()
-    refuse_training_options(model_args)
+    check_model_options(model_args)
+    decoding = args.decoding()
+    if decoding.approximate_cache is not None:
+        raise ValueError(
+            "`--approximate_cache` is for rollouts: stored responses made with it cannot be trained on, as their recorded "
+            "log-probabilities are not the policy's. Leave it out."
+        )
     task = load_task(args.task, args.train_file, args.eval_file, args.train_size, 1, args.seed)
-    decoding = DecodingConfig(
-        max_new_tokens=args.max_completion_length,
-        temperature=args.temperature,
-        strategy=args.decoding_strategy,
-        tokens_per_step=args.tokens_per_step,
-        threshold=args.confidence_threshold,
-        sub_block_size=args.sub_block_size,
-        tempered_confidence=args.tempered_confidence,
-    )
-    path = model_args.model_name_or_path or tiny_policy_path()
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or path, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
+    policy = open_policy(
+        model_args.model_name_or_path or (None if args.adapter_name_or_path else tiny_policy_path()),
+        args.adapter_name_or_path,
+        args.tokenizer_name_or_path,
         revision=model_args.model_revision,
+        dtype=model_args.dtype or "float32",
+        device=processes().device,
         attn_implementation=model_args.attn_implementation,
-        dtype=model_args.dtype or torch.float32,
+        quantization=get_quantization_config(model_args),
+        diffusion_spec=read_mapping(args.diffusion_spec, "diffusion_spec"),
     )
-    spec = resolve_spec(model.config, read_mapping(args.diffusion_spec, "diffusion_spec"), tokenizer)
     directory = collect(
-        model.to(processes().device),
-        tokenizer,
+        cast("PreTrainedModel", policy.model),
+        policy.tokenizer,
         task.train,
         task.reward_funcs,
         args.output_dir,
         decoding,
         num_responses=args.num_responses,
-        spec=spec,
+        spec=policy.spec,
         batch_size=args.batch_size,
         rows_per_shard=args.rows_per_shard,
         seed=args.seed,

@@ -18,14 +18,15 @@ Given again after an interruption, the same command adds what is missing. With s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import cast
 
 from trl import TrlParser
 
-from ..evaluation.policy import load_policy
+from ..decoding.config import DecodingConfig
 from ..evaluation.run import Evaluation, check_tasks, markdown
-from ..evaluation.settings import check_settings
+from ..policies.policy import open_policy
+from ..policies.quantized import rounding
 from ..policies.tiny import tiny_policy_path
 from ..utils import USAGE, check_config_file, errors_in_a_line, processes, read_mapping, use_all_cores
 
@@ -52,13 +53,18 @@ class EvaluateArguments:
     )
     dtype: str = field(default="auto", metadata={"help": "Type of the weights, such as bfloat16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "'sdpa' or 'eager'."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Whether weights are rounded to 8 bits."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Whether weights are rounded to 4 bits, as for training an adapter on them."}
+    )
     data_dir: str | None = field(default=None, metadata={"help": "Directory of local data."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where the results go."})
     decoding: str | None = field(
         default=None,
         metadata={
             "help": "Settings of DecodingConfig, as strategy:threshold+threshold:0.9, as JSON, or a JSON or YAML file. "
-            "Greedy, and as many tokens as the task allows, by default."
+            "Greedy, and as many tokens as the task allows, by default. There are "
+            f"{', '.join(setting.name for setting in fields(DecodingConfig))}; `trl-diffusion generate --help` explains them."
         },
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One measurement each."})
@@ -75,17 +81,19 @@ def run(args: EvaluateArguments) -> None:
     use_all_cores()
     state = processes()
     check_tasks(args.tasks, args.data_dir, args.allow_code_execution)  # before the weights are loaded
-    decoding = check_settings(read_mapping(args.decoding, "decoding"))
+    decoding = read_mapping(args.decoding, "decoding")
+    DecodingConfig.from_dict(decoding)
     path = args.model_name_or_path or (None if args.adapter_name_or_path else tiny_policy_path())
-    policy = load_policy(
+    policy = open_policy(
         path,
         args.adapter_name_or_path,
         args.tokenizer_name_or_path,
-        args.model_revision,
-        args.dtype,
-        state.device,
-        args.attn_implementation,
-        read_mapping(args.diffusion_spec, "diffusion_spec"),
+        revision=args.model_revision,
+        dtype=args.dtype,
+        device=state.device,
+        attn_implementation=args.attn_implementation,
+        quantization=rounding(args.load_in_4bit, args.load_in_8bit, args.dtype),
+        diffusion_spec=read_mapping(args.diffusion_spec, "diffusion_spec"),
     )
     evaluation = Evaluation(
         policy,

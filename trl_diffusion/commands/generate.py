@@ -13,25 +13,10 @@ file, only the answer is written.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from dataclasses import fields
-from typing import Any
 
-from ..decoding.config import APPROXIMATE_CACHES, SCHEDULES, STOP_RULES, DecodingConfig
-from ..decoding.strategies import STRATEGIES
+from ..decoding.options import add_decoding_options, given_decoding
 from ..utils import exit_code, read_mapping
-
-
-CHOICES = {
-    "strategy": tuple(STRATEGIES),
-    "schedule": SCHEDULES,
-    "stop_rule": STOP_RULES,
-    "approximate_cache": APPROXIMATE_CACHES,
-}
-FLOATS = ("temperature", "threshold", "top_p", "entropy_bound")
-SWITCHES = ("allow_mask_token", "tempered_confidence")
-LISTS = ("suppress_tokens", "stop_token_ids")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,17 +35,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _answer(options: argparse.Namespace) -> str:
     from ..decoding.generate import generate
-    from ..evaluation.policy import load_policy
+    from ..policies.policy import open_policy
+    from ..policies.quantized import rounding
     from ..policies.tiny import tiny_policy_path
 
-    given = {field.name: getattr(options, field.name) for field in fields(DecodingConfig)}
-    config = DecodingConfig(**{name: value for name, value in given.items() if value is not None})
+    config = given_decoding(options)
     prompt = _prompt(options.prompt)
-    policy = load_policy(
+    policy = open_policy(
         options.model or (None if options.adapter else tiny_policy_path()),
         options.adapter,
         options.tokenizer,
         dtype=options.dtype,
+        quantization=rounding(options.load_in_4bit, options.load_in_8bit, options.dtype),
         diffusion_spec=read_mapping(options.diffusion_spec, "diffusion_spec"),
     )
     if options.chat and not policy.tokenizer.chat_template:
@@ -103,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", help="path or hub id of a LoRA adapter")
     parser.add_argument("--tokenizer", help="path or hub id, if it is not where the model is")
     parser.add_argument("--dtype", default="auto", help="type of the weights, such as bfloat16")
+    for bits in (8, 4):
+        parser.add_argument(f"--load_in_{bits}bit", action="store_true", help=f"round the weights to {bits} bits")
     parser.add_argument(
         "--diffusion_spec", help="fields of DiffusionSpec that the model lacks, like block_size:32, or JSON"
     )
@@ -113,28 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         help="show the steps of denoising (default: on a terminal)",
     )
     group = parser.add_argument_group("decoding", "Settings of DecodingConfig.")
-    for name, about in _settings().items():
-        group.add_argument(f"--{name}", help=about.replace("%", "%%"), **_kind(name))
+    add_decoding_options(group)
     return parser
-
-
-def _settings() -> dict[str, str]:
-    """Each setting of [`DecodingConfig`] with its paragraph of the docstring."""
-    text = (DecodingConfig.__doc__ or "").split("Args:\n", 1)[-1]
-    found = re.findall(r"^ {8}(\w+) \(.*?\):\n((?: {12}.*\n)+)", text, re.MULTILINE)
-    about = {name: " ".join(paragraph.split()).replace("`", "") for name, paragraph in found}
-    return {field.name: f"{about[field.name]} (default: {field.default})" for field in fields(DecodingConfig)}
-
-
-def _kind(name: str) -> dict[str, Any]:
-    """How argparse is to read a setting."""
-    if name in SWITCHES:
-        return {"action": "store_true", "default": None}
-    if name in LISTS:
-        return {"type": int, "nargs": "*", "metavar": "ID"}
-    if name in CHOICES:
-        return {"choices": CHOICES[name]}
-    return {"type": float if name in FLOATS else int, "metavar": "X" if name in FLOATS else "N"}
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from ..policies.loading import load_tokenizer
 from ..policies.tiny import tiny_policy_path
 from ..tasks import TASKS, load_task, read_rows
 from ..trainer.callbacks import RewardProgressCallback
@@ -104,17 +105,17 @@ def random_policy(fields: str, tokenizer, directory: Path) -> str:
     return str(directory)
 
 
-def load_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig):
+def find_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig):
     """The path of the model (made here if it is a random one) and its tokenizer."""
     if script_args.random_policy and not model_args.model_name_or_path:
         if not script_args.tokenizer_name_or_path:
             raise ValueError("`--random_policy` needs `--tokenizer_name_or_path`.")
-        tokenizer = AutoTokenizer.from_pretrained(script_args.tokenizer_name_or_path, padding_side="left")
+        tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
         torch.manual_seed(training_args.seed)
         directory = Path(training_args.output_dir) / "random_policy"
         return random_policy(script_args.random_policy, tokenizer, directory), tokenizer
     path = model_args.model_name_or_path or tiny_policy_path()
-    tokenizer = AutoTokenizer.from_pretrained(script_args.tokenizer_name_or_path or path, padding_side="left")
+    tokenizer = load_tokenizer(script_args.tokenizer_name_or_path or path)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -147,7 +148,7 @@ def make_trainer(
     script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig, **data: Any
 ) -> DTRPOTrainer:
     """The trainer of the policy that the arguments name."""
-    model, tokenizer = load_policy(script_args, training_args, model_args)
+    model, tokenizer = find_policy(script_args, training_args, model_args)
     trainer = DTRPOTrainer(
         model=model,
         args=training_args,

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from ..policies.loading import load_tokenizer
 from ..policies.spec import DiffusionSpec
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, from_rows, load_row
 from ..trajectories.fingerprint import fingerprint_tokenizer
@@ -140,7 +141,7 @@ def _tokenizer(directory: Path, given: str | None) -> PreTrainedTokenizerBase:
     if not name:
         raise ValueError(f"Nothing in {directory} says which tokenizer made it. Pass --tokenizer PATH.")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return load_tokenizer(name)
     except (OSError, ValueError, KeyError) as error:
         hint = "" if given else " Pass another one as --tokenizer PATH."
         raise ValueError(f"The tokenizer {name} cannot be loaded ({str(error).splitlines()[0]}).{hint}") from error

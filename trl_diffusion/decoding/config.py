@@ -1,28 +1,32 @@
-"""How a response is made."""
+"""How a response is made: every setting of the denoising loop, with its help text and its range."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any
 
+from ..fields import AtLeast, Within, check_fields, explained
 from .strategies import SCHEDULED, STRATEGIES, Strategy
 
 
-SCHEDULES = ("even", "linear")
-STOP_RULES = ("block", "token")
-APPROXIMATE_CACHES = ("prefix", "dual", "sub_block")
+if TYPE_CHECKING:
+    StrategyOption = str | Strategy
+else:
+    StrategyOption = str  # what can be said on a command line
+
+# Settings that have tokens sampled from something else than the policy's own distribution, which is the one that is scored.
+OTHER_DISTRIBUTION = ("top_k", "top_p", "suppress_tokens", "approximate_cache")
 
 
-@dataclass(frozen=True)
-class DecodingConfig:
+@dataclass(kw_only=True)
+@explained
+class RolloutSettings:
     r"""
-    Settings of the denoising loop.
+    Settings of the denoising loop that training and collecting have, too: [`DecodingConfig`], [`DTRPOConfig`] and the
+    commands take them from here, under the same names.
 
     Args:
-        max_new_tokens (`int`, *optional*, defaults to `256`):
-            Most tokens a response may count. The canvas is filled up to the end of the block that holds the last one.
-        temperature (`float`, *optional*, defaults to `0.0`):
-            What the logits are divided by before sampling; 0 takes the most likely token.
         strategy (`str` or callable, *optional*, defaults to `"confidence"`):
             Which masked positions of the active block are unmasked at a step. As many as `tokens_per_step` or
             `steps_per_block` say: `"confidence"` (those whose likeliest token is most probable), `"entropy"` (lowest
@@ -30,24 +34,75 @@ class DecodingConfig:
             distributions allow: `"threshold"` (every position whose likeliest token has a probability above `threshold`,
             at least as many as the schedule says), `"entropy_bound"` (lowest entropy, as long as they add up to less than
             `entropy_bound`, at least one). `"sampled_confidence"` (low-confidence remasking) and `"sampled_threshold"`
-            look at the token that was sampled, as the published loops of LLaDA, Fast-dLLM and SDAR do; at temperature 0
-            there is no difference. Or a
-            function of your own, see [`decoding.strategies`]. Which distributions they look at, `tempered_confidence`
-            says.
+            look at the token that was sampled, as the published loops of LLaDA, Fast-dLLM and SDAR do. At temperature 0
+            there is no difference; above it, their policy gradient has a bias. In
+            [`DecodingConfig`] also a function of your own, see [`decoding.strategies`]. `tempered_confidence` says which
+            distributions they look at.
         tokens_per_step (`int`, *optional*, defaults to `1`):
             Positions unmasked at a step, unless `steps_per_block` is set.
         threshold (`float`, *optional*, defaults to `0.9`):
             Probability above which `"threshold"` unmasks a position.
+        entropy_bound (`float`, *optional*, defaults to `0.1`):
+            Bound of `"entropy_bound"`, in nats.
         steps_per_block (`int`, *optional*):
-            Number of steps over which a block is spread. With `sub_block_size`, a step ends with its part, so there may
-            be more.
+            Number of steps over which a block is spread, instead of `tokens_per_step`. With `sub_block_size`, a step ends
+            with its part, so there may be more.
         schedule (`str`, *optional*, defaults to `"even"`):
-            How it is spread. `"even"`: the same number at each step, one more at the first ones if it does not
-            divide (LLaDA's generation). `"linear"`: each step unmasks the share `1 - t[i + 1] / t[i]` of what is left,
-            rounded down, for times `t` that fall linearly from 1 to 0.001; the last step unmasks the rest (Dream's
+            How `steps_per_block` spreads a block. `"even"`: the same number at each step, one more at the first ones if it
+            does not divide (LLaDA's generation). `"linear"`: each step unmasks the share `1 - t[i + 1] / t[i]` of what is
+            left, rounded down, for times `t` that fall linearly from 1 to 0.001; the last step unmasks the rest (Dream's
             generation). Steps that would unmask nothing are left out.
         sub_block_size (`int`, *optional*):
             Unmask the parts of a block of this many positions one after another, from left to right (Fast-dLLM v2).
+        stop_rule (`str`, *optional*, defaults to `"token"`):
+            When a response ends: `"token"`, as soon as no position before its stop token (or the end of `max_new_tokens`) is
+            masked (Fast-dLLM v2's generation), or `"block"`, with the block that holds the stop token. Responses and scores
+            are the same; `"token"` saves steps, and leaves what is left of the block masked.
+        approximate_cache (`str`, *optional*):
+            Reuse keys and values that are out of date. Faster, and **not** exact: tokens and log-probabilities are others,
+            and the recorded log-probabilities are not those of the policy's states. `"prefix"`: what is before the
+            active block, with full attention; `"dual"`: what is after it, too (both Fast-dLLM; refreshed at the first
+            step of each block); `"sub_block"`: what is outside the active part of the block, with block attention and
+            `sub_block_size` (Fast-dLLM v2; refreshed at the first step of each part). In training,
+            `diffusion/recorded_gap` shows by how much the recorded log-probabilities miss those of the policy, and
+            `rescore_old_log_probs=True` computes them again.
+        tempered_confidence (`bool`, *optional*, defaults to `False`):
+            Which distribution `strategy` reads probabilities, entropies and margins from. `False`: the policy's own, at
+            temperature 1 and without `suppress_tokens`, `top_k` and `top_p`, so that a threshold means the same at
+            every temperature (LLaDA, Fast-dLLM). `True`: the one that tokens are sampled from, after all of these
+            (Dream, SDAR, Fast-dLLM v2). With a low temperature every token then looks sure. The two are the same at
+            temperatures 0 and 1 without `suppress_tokens`, `top_k` and `top_p`. Log-probabilities are recorded after
+            `temperature` either way.
+    """
+
+    strategy: StrategyOption = field(default="confidence", metadata={"choices": STRATEGIES})
+    tokens_per_step: Annotated[int, AtLeast(1)] = 1
+    threshold: Annotated[float, Within("[0, 1]")] = 0.9
+    entropy_bound: Annotated[float, Within("(0, inf)")] = 0.1
+    steps_per_block: Annotated[int, AtLeast(1)] | None = None
+    schedule: str = field(default="even", metadata={"choices": ("even", "linear")})
+    sub_block_size: Annotated[int, AtLeast(1)] | None = None
+    stop_rule: str = field(default="token", metadata={"choices": ("block", "token")})
+    approximate_cache: str | None = field(default=None, metadata={"choices": ("prefix", "dual", "sub_block")})
+    tempered_confidence: bool = False
+
+    def rollout_settings(self) -> dict[str, Any]:
+        """The settings of this class alone, by name."""
+        return {one.name: getattr(self, one.name) for one in fields(RolloutSettings)}
+
+
+@dataclass(unsafe_hash=True)  # it cannot be changed, see `__setattr__`
+@explained
+class DecodingConfig(RolloutSettings):
+    r"""
+    Settings of the denoising loop: these, and those of [`RolloutSettings`]. They cannot be changed afterwards; make another
+    one with `dataclasses.replace`.
+
+    Args:
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Most tokens a response may count. The canvas is filled up to the end of the block that holds the last one.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            What the logits are divided by before sampling; 0 takes the most likely token.
         top_k (`int`, *optional*):
             Keep the `top_k` most likely tokens of each distribution only, before confidence and sampling. (Dream's
             published generation runs with 50 under transformers 4, whose configs say so.)
@@ -55,30 +110,12 @@ class DecodingConfig:
             Keep only the most likely tokens whose probabilities add up to `top_p` (nucleus sampling).
         suppress_tokens (`tuple[int, ...]`, *optional*, defaults to `()`):
             Tokens that are never proposed; the others share their probability.
-        entropy_bound (`float`, *optional*, defaults to `0.1`):
-            Bound of `"entropy_bound"`, in nats.
         stop_token_ids (`tuple[int, ...]`, *optional*):
             Tokens that end a response, instead of those of the policy's spec; `()` for none.
-        stop_rule (`str`, *optional*, defaults to `"block"`):
-            When a response ends: `"block"`, with the block that holds its stop token, or `"token"`, as soon as no
-            position before the stop token (or the end of `max_new_tokens`) is masked (Fast-dLLM v2's generation). What is
-            left of the block then stays masked. The responses are the same.
-        approximate_cache (`str`, *optional*):
-            Reuse keys and values that are out of date. Faster, and **not** exact: tokens and log-probabilities are others,
-            and the recorded log-probabilities are not those of the policy's states. `"prefix"`: what is before the
-            active block, with full attention; `"dual"`: what is behind it, too (both Fast-dLLM; refreshed at the first
-            step of each block); `"sub_block"`: what is outside the active part of the block, with block attention and
-            `sub_block_size` (Fast-dLLM v2; refreshed at the first step of each part).
         allow_mask_token (`bool`, *optional*, defaults to `False`):
             Whether the mask token may be proposed, with full attention and temperature 0. A position for which it is
             chosen stays masked and competes with those of later blocks for their steps; what is left in the end stays
             masked. This is LLaDA's published loop, token for token; its trajectories are no use for training.
-        tempered_confidence (`bool`, *optional*, defaults to `False`):
-            Which distribution `strategy` reads probabilities, entropies and margins from. `False`: the policy's own, at
-            temperature 1 and without `suppress_tokens`, `top_k` and `top_p`, so that a threshold means the same at
-            every temperature (LLaDA, Fast-dLLM). `True`: the one that tokens are sampled from, after all of these
-            (Dream, SDAR, Fast-dLLM v2). With a low temperature every token then looks sure. The two are the same at
-            temperatures 0 and 1 without `suppress_tokens`, `top_k` and `top_p`.
 
     Log-probabilities are recorded under the distribution that was sampled from: after temperature, `suppress_tokens`,
     `top_k` and `top_p`. Scoring knows the temperature only, so training refuses the other three.
@@ -87,43 +124,22 @@ class DecodingConfig:
         ValueError: if a setting is out of its range, or contradicts another.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    strategy: str | Strategy = "confidence"
-    tokens_per_step: int = 1
-    threshold: float = 0.9
-    steps_per_block: int | None = None
-    schedule: str = "even"
-    sub_block_size: int | None = None
-    top_k: int | None = None
-    allow_mask_token: bool = False
-    top_p: float | None = None
-    suppress_tokens: tuple[int, ...] = ()
-    entropy_bound: float = 0.1
-    stop_token_ids: tuple[int, ...] | None = None
-    stop_rule: str = "block"
-    approximate_cache: str | None = None
-    tempered_confidence: bool = False
+    max_new_tokens: Annotated[int, AtLeast(1)] = 256
+    temperature: Annotated[float, Within("[0, inf)")] = 0.0
+    top_k: Annotated[int, AtLeast(1)] | None = field(default=None, kw_only=True)
+    top_p: Annotated[float, Within("(0, 1]")] | None = field(default=None, kw_only=True)
+    suppress_tokens: tuple[int, ...] = field(default=(), kw_only=True)
+    stop_token_ids: tuple[int, ...] | None = field(default=None, kw_only=True)
+    allow_mask_token: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "tokens_per_step", "steps_per_block", "sub_block_size", "top_k"):
-            value = getattr(self, name)
-            optional = name not in ("max_new_tokens", "tokens_per_step")
-            if not (optional and value is None) and (type(value) is not int or value < 1):
-                raise ValueError(f"`{name}` must be a whole number, at least 1, got {value!r}.")
+        check_fields(self, {one.name for one in fields(self)} - ({"strategy"} if callable(self.strategy) else set()))
         for name in ("suppress_tokens", "stop_token_ids"):
             value = getattr(self, name)
             if value is not None:
                 if not isinstance(value, list | tuple) or any(type(token) is not int or token < 0 for token in value):
                     raise ValueError(f"`{name}` must be a list of token ids, got {value!r}.")
-                object.__setattr__(self, name, tuple(value))
-        for name in ("allow_mask_token", "tempered_confidence"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"`temperature` must be finite and not negative, got {self.temperature}.")
-        if not callable(self.strategy) and self.strategy not in STRATEGIES:
-            raise ValueError(f"`strategy` must be a function or one of {tuple(STRATEGIES)}, got {self.strategy!r}.")
+                setattr(self, name, tuple(value))
         if self.steps_per_block is not None and self.strategy == "entropy_bound":
             raise ValueError("`steps_per_block` says how many positions a step unmasks; 'entropy_bound' ignores it.")
         if self.allow_mask_token and (
@@ -133,23 +149,26 @@ class DecodingConfig:
                 f"`allow_mask_token=True` needs `steps_per_block`, or a block might never end, a strategy of {SCHEDULED}, "
                 "and no temperature."
             )
-        for name, choices in (("schedule", SCHEDULES), ("stop_rule", STOP_RULES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        if self.approximate_cache not in (None, *APPROXIMATE_CACHES):
-            raise ValueError(
-                f"`approximate_cache` must be one of {APPROXIMATE_CACHES} or None, got {self.approximate_cache!r}."
-            )
         if self.approximate_cache == "sub_block" and self.sub_block_size is None:
             raise ValueError("`approximate_cache='sub_block'` needs `sub_block_size`.")
         if self.approximate_cache is not None and self.allow_mask_token:
             raise ValueError("`approximate_cache` and `allow_mask_token` do not go together.")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"`threshold` must be a probability, got {self.threshold}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}.")
-        if not 0 < self.entropy_bound < float("inf"):
-            raise ValueError(f"`entropy_bound` must be positive and finite, got {self.entropy_bound}.")
+        vars(self)["_is_checked"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A dataclass that inherits from one that can be changed cannot be `frozen`.
+        if "_is_checked" in vars(self):
+            raise FrozenInstanceError(f"`{name}` cannot be changed: make another DecodingConfig.")
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DecodingConfig:
+        """Settings by name; unknown names raise a `ValueError`."""
+        known = {one.name for one in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"Unknown decoding settings {unknown}; there are {sorted(known)}.")
+        return cls(**values)
 
     @property
     def is_truncated(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ..fields import check_at_least
 from ..policies.forward import unwrap
 from ..policies.limits import CONTEXT, context_length
 from ..policies.spec import DiffusionSpec, get_spec
@@ -72,8 +73,8 @@ def decode(
     spec = get_spec(base.config) if spec is None else spec
     if len(prompts) == 0:
         raise ValueError("There is no prompt to decode.")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if batch_size is not None:
+        check_at_least("batch_size", batch_size)
     if (config.is_random and seeds is None) or (seeds is not None and len(seeds) != len(prompts)):
         raise ValueError(
             "Sampling needs `seeds`, one for each prompt, so that a rollout can be reproduced; got "

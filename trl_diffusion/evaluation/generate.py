@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import decode
 from ..decoding.loop import DenoisingLoop
+from ..fields import check_at_least
 from ..policies.forward import NonFiniteLogits
-from .policy import Policy
+from ..policies.policy import Policy
 
 
 _CHUNK = 16  # how many times the answers that are decoded at once are handed over at once
@@ -77,8 +78,7 @@ def generate(
         ValueError: if the batch size is not positive, or a prompt cannot be answered (see [`decode`]).
         NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    check_at_least("batch_size", batch_size)
     # The longest first: what does not fit into memory shows at once.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     completions: list[list[int]] = [[] for _ in prompts]

@@ -18,6 +18,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -26,12 +27,12 @@ from accelerate.utils import gather, gather_object
 from torch import Tensor
 
 from ..decoding.config import DecodingConfig
+from ..fields import check_at_least, check_one_of
+from ..policies.policy import Policy, open_policy
 from ..seeds import derive_seed
 from ..utils import processes, read_mapping
 from .generate import Usage, cut, generate
 from .likelihood import chain_likelihoods, elbo_likelihoods, is_autoregressive
-from .policy import Policy, load_policy
-from .settings import DECODING_SETTINGS, check_settings
 
 
 try:
@@ -77,7 +78,7 @@ class DiffusionLM(TemplateLM):
             Prompts that leave no room lose their beginning.
         diffusion_spec (`dict` or `str`, *optional*): fields of [`DiffusionSpec`] that complete those of the model.
         policy ([`Policy`], *optional*): an open policy, instead of the arguments that say where it is.
-        tokenizer, revision, dtype, device, attn_implementation: see [`load_policy`].
+        tokenizer, revision, dtype, device, attn_implementation: see [`open_policy`].
 
     Attributes:
         usage ([`Usage`]): what answers have cost so far, on this process.
@@ -109,24 +110,23 @@ class DiffusionLM(TemplateLM):
         attn_implementation: str | None = None,
     ):
         super().__init__()
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"`likelihood` must be one of {LIKELIHOODS}, got {likelihood!r}.")
-        if num_draws < 1:
-            raise ValueError(f"`num_draws` must be at least 1, got {num_draws}.")
-        self.decoding = check_settings(read_mapping(decoding, "decoding"))
+        check_one_of("likelihood", likelihood, LIKELIHOODS)
+        check_at_least("num_draws", num_draws)
+        self.decoding = read_mapping(decoding, "decoding")
+        DecodingConfig.from_dict(self.decoding)
         self.batch_size = self._batch_size(batch_size, max_batch_size)
         state = processes()
         self._rank, self._world_size = state.process_index, state.num_processes
         if policy is None:
-            policy = load_policy(
+            policy = open_policy(
                 pretrained,
                 peft,
                 tokenizer,
-                revision,
-                dtype,
-                self._place(device, state),
-                attn_implementation,
-                read_mapping(diffusion_spec, "diffusion_spec"),
+                revision=revision,
+                dtype=dtype,
+                device=self._place(device, state),
+                attn_implementation=attn_implementation,
+                diffusion_spec=read_mapping(diffusion_spec, "diffusion_spec"),
             )
         self.policy, self.tokenizer, self._device = policy, policy.tokenizer, policy.device
         self.likelihood = "left_to_right" if is_autoregressive(policy.spec) else likelihood
@@ -139,8 +139,7 @@ class DiffusionLM(TemplateLM):
     def _batch_size(batch_size: int | str, largest: int | None) -> int:
         size = 32 if str(batch_size).startswith("auto") else int(batch_size)
         size = min(size, int(largest)) if largest else size
-        if size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_at_least("batch_size", size)
         return size
 
     @staticmethod
@@ -231,10 +230,10 @@ class DiffusionLM(TemplateLM):
         for name, value in option.items():
             if value in _NEUTRAL.get(name, ()) or (name in _NEUTRAL and not sampled):
                 continue
-            if name not in DECODING_SETTINGS:
+            if name not in (known := sorted(setting.name for setting in fields(DecodingConfig))):
                 raise ValueError(
-                    f"The task asks for `{name}={value!r}`, which the decoder does not have; its settings are "
-                    f"{sorted(DECODING_SETTINGS)}. Override it with --gen_kwargs."
+                    f"The task asks for `{name}={value!r}`, which the decoder does not have; its settings are {known}. "
+                    "Override it with --gen_kwargs."
                 )
             settings[name] = value
         return DecodingConfig(**{**settings, **self.decoding})

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..fields import check_at_least
 from ..offline.orders import finished_batch, given_order
 from ..policies.forward import NON_FINITE_ADVICE, log_distribution, policy_logits, unwrap
+from ..policies.policy import Policy
 from ..policies.spec import DiffusionSpec, impossible_token
 from ..scoring.estimators import EstimatorConfig, elbo
 from ..scoring.layout import pack
@@ -17,7 +19,6 @@ from ..scoring.score import score
 from ..scoring.states import States, all_states
 from ..seeds import derive_seed
 from ..trajectories.trajectory import TrajectoryBatch
-from .policy import Policy
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,7 @@ def elbo_likelihoods(
             token that does not exist.
         FloatingPointError: naming the continuation, if its estimate is NaN or infinite.
     """
-    if num_draws < 1:
-        raise ValueError(f"`num_draws` must be at least 1, got {num_draws}.")
+    check_at_least("num_draws", num_draws)
     _check_tokens(policy, prompts, continuations)
     seeds = [derive_seed(seed, draw) for draw in range(num_draws)]
     jobs = [(row, draw_seed) for row, text in enumerate(continuations) if text for draw_seed in seeds]

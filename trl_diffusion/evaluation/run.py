@@ -10,20 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import xxhash
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..decoding.config import DecodingConfig
+from ..fields import AtLeast, check_fields
+from ..policies.policy import Policy
 from ..seeds import derive_seed
 from ..trajectories.fingerprint import fingerprint_policy
 from ..utils import move_into_place, processes
 from . import tasks_path
 from .benchmarks import BENCHMARKS, Benchmark
 from .generate import Usage, cut, generate
-from .policy import Policy
-from .settings import check_settings
 
 
 logger = logging.getLogger(__name__)
@@ -236,22 +236,20 @@ class Evaluation:
     data_dir: str | Path | None = None
     decoding: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
-    batch_size: int = 32
-    limit: int | None = None
+    batch_size: Annotated[int, AtLeast(1)] = 32
+    limit: Annotated[int, AtLeast(1)] | None = None
     allow_code_execution: bool = False
     about: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
 
     def __post_init__(self):
-        self.decoding = check_settings(self.decoding)
+        self.decoding = dict(self.decoding)
+        decoding = DecodingConfig.from_dict(self.decoding)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"`seeds` must be different numbers, at least one, got {self.seeds}.")
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"`limit` must be at least 1, got {self.limit}.")
+        check_fields(self, {"batch_size", "limit"})
         self.output_dir = Path(self.output_dir)
-        if not DecodingConfig(**self.decoding).is_random and len(self.seeds) > 1:
+        if not decoding.is_random and len(self.seeds) > 1:
             logger.warning("Without a temperature all seeds give the same answers: only the first is measured.")
             self.seeds = self.seeds[:1]
 

@@ -23,8 +23,10 @@ from trl import is_conversational
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
+from ..fields import check_at_least
 from ..policies.forward import NonFiniteLogits
 from ..policies.loading import resolve_spec, with_absent_tokens
+from ..policies.lora import adapters
 from ..policies.prompts import check_visible, tokenize_prompts
 from ..policies.spec import DiffusionSpec
 from ..rewards.call import RewardCaller, RewardFunc, as_stored
@@ -109,7 +111,8 @@ def collect(
     spec = with_absent_tokens(spec, model.config, tokenizer)
     if decoding.allow_mask_token:
         raise ValueError("`allow_mask_token=True` leaves mask tokens in responses, which cannot be trained on.")
-    _check_numbers(num_responses=num_responses, batch_size=batch_size, rows_per_shard=rows_per_shard)
+    for name, value in dict(num_responses=num_responses, batch_size=batch_size, rows_per_shard=rows_per_shard).items():
+        check_at_least(name, value)
     prompt_ids = _check_source(prompts, tokenizer, caller.names, spec, model.config, decoding.max_new_tokens)
     provenance = Provenance(
         fingerprint_policy(model), fingerprint_tokenizer(tokenizer), spec, {"decoder": "loop", **decoding.to_dict()}
@@ -127,7 +130,7 @@ def collect(
         "rows_per_shard": rows_per_shard,
         "num_shards": -(-len(prompts) // rows_per_shard),
         "seed": seed,
-        "policy": getattr(model.config, "_name_or_path", ""),
+        "policy": _name(model),
         "tokenizer": tokenizer.name_or_path,
     }
     state = PartialState()
@@ -157,12 +160,6 @@ def collect(
         _write_text(output_dir / "README.md", _card(output_dir, plan))
     state.wait_for_everyone()
     return output_dir
-
-
-def _check_numbers(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 def _decode(
@@ -281,6 +278,14 @@ def _prepare(output_dir: Path, plan: dict[str, Any]) -> None:
             parquet.read_metadata(shard)
         except Exception as error:
             raise ValueError(f"{shard} cannot be read ({error}). Delete it to have it made again.") from error
+
+
+def _name(model: PreTrainedModel) -> str:
+    """Where the policy is from, and what it was opened with."""
+    kinds = [f"with an adapter ({type(one).__name__})" for one in adapters(model).values()]
+    if getattr(model.config, "quantization_config", None) is not None:
+        kinds.append("with rounded weights")
+    return ", ".join([getattr(model.config, "_name_or_path", ""), *kinds])
 
 
 def _shard_path(output_dir: Path, shard: int) -> Path:

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..fields import check_one_of
 from ..policies.forward import NonFiniteLogits, unwrap
 from ..policies.loading import with_absent_tokens
 from ..policies.prompts import tokenize_preference
@@ -79,8 +80,7 @@ def from_preferences(
             token that does not exist in either; or for a column whose name a trajectory dataset needs.
         FloatingPointError: naming the row, if what the policy says of it is NaN or infinite.
     """
-    if decoding_order not in ORDERS:
-        raise ValueError(f"`decoding_order` must be one of {list(ORDERS)}, got {decoding_order!r}.")
+    check_one_of("decoding_order", decoding_order, ORDERS)
     if decoding_order == "confidence" and model is None:
         raise ValueError("`decoding_order='confidence'` needs a `model` to ask.")
     kept = [name for name in dataset.column_names if name not in ("prompt", "chosen", "rejected")]

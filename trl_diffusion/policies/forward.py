@@ -83,7 +83,11 @@ def check_attention(model: nn.Module) -> str:
     Raises:
         ValueError: for one that cannot run an arbitrary mask, such as `flash_attention_2`.
     """
-    implementation = unwrap(model).config._attn_implementation
+    return check_implementation(unwrap(model).config._attn_implementation)
+
+
+def check_implementation(implementation: str) -> str:
+    """The name of an attention implementation, under the conditions of [`check_attention`]."""
     if implementation not in ("sdpa", "eager", *PLANNED_FOR.values()):
         raise ValueError(
             f"attn_implementation={implementation!r} cannot run the attention mask of a diffusion policy. Load the "

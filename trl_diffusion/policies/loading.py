@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import transformers
 from safetensors import safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .families import FAMILIES
 from .spec import DiffusionSpec, check_spec, family_fields, get_spec, spec_fields
@@ -49,6 +56,18 @@ def load_config(path: str, **options) -> PretrainedConfig:
             "`model_type` and say how it is denoised with DTRPOConfig(diffusion_spec={'mask_token_id': ..., "
             "'block_size': ..., ...})."
         ) from error
+
+
+def load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a checkpoint, which pads and cuts on the left, as prompts need it.
+
+    Args:
+        path (`str`): directory or hub id.
+        options (`dict`): passed on to `AutoTokenizer.from_pretrained`.
+    """
+    options.setdefault("trust_remote_code", False)  # an error, where transformers would ask on the terminal
+    return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left", **options)
 
 
 def load_renamed_weights(model: PreTrainedModel, directory: str | Path) -> bool:

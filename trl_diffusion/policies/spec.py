@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from transformers import PretrainedConfig
+
+from ..fields import AtLeast, check_fields
 
 
 CONFIG_KEY = "diffusion_spec"
@@ -54,7 +56,7 @@ class DiffusionSpec:
 
     mask_token_id: int
     attention: Literal["block", "full"] = "block"
-    block_size: int = 32
+    block_size: Annotated[int, AtLeast(1)] = 32
     block_origin: Literal["sequence", "response"] = "sequence"
     token_shift: bool = False
     first_token: Literal["diffusion", "autoregressive"] = "diffusion"
@@ -65,19 +67,7 @@ class DiffusionSpec:
     def __post_init__(self):
         if type(self.mask_token_id) is not int or self.mask_token_id < 0:
             raise ValueError(f"`mask_token_id` must be a token id (a non-negative int), got {self.mask_token_id!r}.")
-        choices = {
-            "attention": ("block", "full"),
-            "block_origin": ("sequence", "response"),
-            "first_token": ("diffusion", "autoregressive"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
-        for name in ("token_shift", "predicts_mask_token"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
-        if type(self.block_size) is not int or self.block_size < 1:
-            raise ValueError(f"`block_size` must be a positive number of tokens, got {self.block_size!r}.")
+        check_fields(self)
         if self.first_token == "autoregressive" and not self.token_shift:
             raise ValueError(
                 "`first_token='autoregressive'` reads the first token of a block from the position before it, which "

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..fields import check_at_least, check_one_of
 from ..seeds import derive_seed
 from ..trajectories.trajectory import TokenStates
 
@@ -129,16 +130,13 @@ def draw_steps(
 
     ```
     """
-    if num_draws < 1:
-        raise ValueError(f"`num_draws` must be at least 1, got {num_draws}.")
-    if num_blocks is not None and num_blocks < 1:
-        raise ValueError(f"`num_blocks` must be at least 1, got {num_blocks}.")
+    check_at_least("num_draws", num_draws)
+    if num_blocks is not None:
+        check_at_least("num_blocks", num_blocks)
     if len(seeds) != len(tokens.states):
         raise ValueError(f"`seeds` must hold one seed per response: got {len(seeds)} for {len(tokens.states)}.")
-    if weighting not in ("unbiased", "none"):
-        raise ValueError(f"`weighting` must be 'unbiased' or 'none', got {weighting!r}.")
-    if distribution not in STEP_DISTRIBUTIONS:
-        raise ValueError(f"`distribution` must be one of {STEP_DISTRIBUTIONS}, got {distribution!r}.")
+    check_one_of("weighting", weighting, ("unbiased", "none"))
+    check_one_of("distribution", distribution, STEP_DISTRIBUTIONS)
     if distribution == "importance" and (surprises is None or weighting == "none"):
         raise ValueError("`distribution='importance'` needs `surprises` and `weighting='unbiased'`.")
     device = tokens.states.device

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from ..fields import AtLeast, Within, check_fields, check_one_of
 from ..policies.spec import DiffusionSpec
 from ..seeds import derive_seed
 from ..trajectories.by_block import at_block, rank_in_block, sum_by_block
 from ..trajectories.trajectory import NEVER, TrajectoryBatch, token_states
-from .draws import STEP_DISTRIBUTIONS, StepDistribution, draw_steps
+from .draws import StepDistribution, draw_steps
 from .states import States, all_states, drawn_states
 
 
@@ -44,33 +45,19 @@ class EstimatorConfig:
     """
 
     name: str = "dtrpo"
-    num_draws: int = 1
+    num_draws: Annotated[int, AtLeast(1)] = 1
     step_distribution: StepDistribution = "importance"
     weighting: Literal["unbiased", "none"] = "unbiased"
-    num_blocks: int | None = None
-    prompt_mask_probability: float = 0.15
+    num_blocks: Annotated[int, AtLeast(1)] | None = None
+    prompt_mask_probability: Annotated[float, Within("[0, 1)")] = 0.15
 
     def __post_init__(self):
-        for name, choices in (
-            ("name", tuple(ESTIMATORS)),
-            ("step_distribution", STEP_DISTRIBUTIONS),
-            ("weighting", ("unbiased", "none")),
-        ):
-            if getattr(self, name) not in choices:
-                what = "estimator" if name == "name" else name
-                raise ValueError(f"`{what}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
+        check_one_of("estimator", self.name, ESTIMATORS)
+        check_fields(self)
         if self.weighting == "none" and self.step_distribution == "importance":
             raise ValueError(
                 "`step_distribution='importance'` needs `weighting='unbiased'`: without weights it would count surprising "
                 "steps more. Set `step_distribution='uniform'`."
-            )
-        for name in ("num_draws", "num_blocks"):
-            value = getattr(self, name)
-            if not (name == "num_blocks" and value is None) and (type(value) is not int or value < 1):
-                raise ValueError(f"`{name}` must be a whole number, at least 1, got {value!r}.")
-        if not 0 <= self.prompt_mask_probability < 1:
-            raise ValueError(
-                f"`prompt_mask_probability` must be at least 0 and below 1, got {self.prompt_mask_probability}."
             )
         for name, users in (
             ("num_draws", ("dtrpo", "elbo")),

@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..fields import check_at_least
 from ..rewards import countdown, math, sudoku
 
 
@@ -248,6 +249,5 @@ def load_task(
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}; there are {sorted(TASKS)}.")
     for option, size in (("train_size", train_size), ("eval_size", eval_size)):
-        if size < 1:
-            raise ValueError(f"`{option}` must be at least 1, got {size}.")
+        check_at_least(option, size)
     return TASKS[name](train_file, eval_file, train_size, eval_size, seed)

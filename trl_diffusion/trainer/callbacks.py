@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback
 
 from ..decoding.config import DecodingConfig
+from ..fields import check_at_least
 from ..viz.plots import plot_trajectory
 
 
@@ -79,8 +80,7 @@ class TrajectoryCallback(TrainerCallback):
         max_positions: int = 64,
     ):
         for name, value in (("every", every), ("rows", rows), ("max_positions", max_positions)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            check_at_least(name, value)
         if find_spec("matplotlib") is None:
             raise ImportError("TrajectoryCallback needs matplotlib: pip install 'trl-diffusion[viz]'")
         self.trainer, self.every, self.rows, self.max_positions = trainer, every, rows, max_positions

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from ..fields import check_within, is_number
 from ..offline.preferences import is_preference_dataset
 
 
@@ -31,9 +32,6 @@ _WHOLE = {
     "max_completion_length": 1,
     "pad_to_multiple_of": 1,
     "ref_model_sync_steps": 1,
-    "rollout_batch_size": 1,
-    "estimator_check_steps": 1,
-    "estimator_check_size": 1,
     "seed": 0,
 }
 # Other numbers, each with its interval; a round bracket leaves the end out.
@@ -123,12 +121,10 @@ def check_numbers(args: DTRPOConfig) -> None:
     for name, interval in intervals.items():
         if name not in type(args).__dataclass_fields__ or _is_left_open(args, name):
             continue
-        value = getattr(args, name)
-        if not _is_number(value) or not _is_inside(value, interval):
-            raise ValueError(f"`{name}` must be a number {_in_words(interval)}, got {value!r}.")
+        check_within(name, getattr(args, name), interval)
     weights = args.reward_weights
     if weights is not None:
-        if not isinstance(weights, list | tuple) or not all(_is_number(w) and math.isfinite(w) for w in weights):
+        if not isinstance(weights, list | tuple) or not all(is_number(w) and math.isfinite(w) for w in weights):
             raise ValueError(f"`reward_weights` must be a list of finite numbers, got {weights!r}.")
         if not any(weights):
             raise ValueError(f"`reward_weights={weights!r}` leaves nothing of any reward: one of them must not be 0.")
@@ -156,31 +152,6 @@ def check_looked_at(args: DTRPOConfig) -> None:
 
 def _is_left_open(args: DTRPOConfig, name: str) -> bool:
     return getattr(args, name) is None and type(args).__dataclass_fields__[name].default is None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _ends(interval: str) -> tuple[float, float]:
-    low, high = interval[1:-1].split(",")
-    return float(low), float(high)
-
-
-def _is_inside(value: float, interval: str) -> bool:
-    low, high = _ends(interval)
-    above = value > low if interval[0] == "(" else value >= low  # False for NaN
-    return above and (value < high if interval[-1] == ")" else value <= high)
-
-
-def _in_words(interval: str) -> str:
-    low, high = _ends(interval)
-    if low == -math.inf:
-        return "that is finite"
-    text = f"above {low:g}" if interval[0] == "(" else f"of at least {low:g}"
-    if math.isfinite(high):
-        return f"{text} and {'below' if interval[-1] == ')' else 'at most'} {high:g}"
-    return f"{text} and finite" if interval[-1] == ")" else text
 
 
 def prompts_per_rollout(args: DTRPOConfig) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from ..decoding.config import APPROXIMATE_CACHES, SCHEDULES, STOP_RULES, DecodingConfig
-from ..decoding.strategies import STRATEGIES
+from ..decoding.config import DecodingConfig
+from ..decoding.options import RolloutOptions
+from ..fields import AtLeast, check_fields, check_one_of
 from ..offline.orders import ORDERS
 from ..scoring.draws import STEP_DISTRIBUTIONS, StepDistribution
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
@@ -54,13 +55,16 @@ _CHOICES = {
 
 
 @dataclass
-class DTRPOConfig(GRPOConfig):
+class DTRPOConfig(RolloutOptions, GRPOConfig):
     r"""
     Configuration class for the [`DTRPOTrainer`].
 
     It has every parameter of [`~trl.GRPOConfig`], with the same meaning, and the ones below. Parameters of
     [`~trl.GRPOConfig`] that mean nothing for a diffusion policy are refused (see [`DTRPOConfig.refused`]). `bf16` defaults
     to `True` only on a GPU that computes in bfloat16, and to `False` elsewhere.
+
+    Decoding has the settings of [`RolloutSettings`] (`strategy`, which is given by its name, `tokens_per_step`, `threshold`,
+    ...), and TRL's `max_completion_length` and `temperature`.
 
     Parameters:
         > Parameters that control the policy
@@ -74,37 +78,6 @@ class DTRPOConfig(GRPOConfig):
 
         > Parameters that control decoding
 
-        decoding_strategy (`str`, *optional*, defaults to `"confidence"`):
-            Which masked positions of a block are unmasked at a step: the `tokens_per_step` best ones by `"confidence"`
-            (whose likeliest token has the highest probability), `"entropy"`, `"margin"`, `"random"` or `"left_to_right"`;
-            `"threshold"` (all whose likeliest token is above `confidence_threshold`, at least `tokens_per_step`); or
-            `"entropy_bound"` (the surest ones, whose entropies add up to less than `entropy_bound`, at least one).
-            `"sampled_confidence"` and `"sampled_threshold"` look at the sampled token instead, as the published loops of
-            LLaDA, Fast-dLLM and SDAR do; the gradient then has a bias (docs/method.md, section 1). See
-            [`DecodingConfig`].
-        tokens_per_step (`int`, *optional*, defaults to `1`):
-            Positions unmasked at a step.
-        confidence_threshold (`float`, *optional*, defaults to `0.9`):
-            Probability above which `"threshold"` unmasks a position.
-        entropy_bound (`float`, *optional*, defaults to `0.1`):
-            Bound of `"entropy_bound"`, in nats.
-        tempered_confidence (`bool`, *optional*, defaults to `False`):
-            Whether `decoding_strategy` looks at the distribution after `temperature`, as the published loops of Dream,
-            SDAR and Fast-dLLM v2 do, instead of the policy's own, as those of LLaDA and Fast-dLLM do. Log-probabilities
-            are recorded after `temperature` either way.
-        steps_per_block (`int`, *optional*):
-            Number of steps over which a block is spread, instead of `tokens_per_step`.
-        step_schedule (`str`, *optional*, defaults to `"even"`):
-            How `steps_per_block` spreads it: `"even"` (LLaDA) or `"linear"` (Dream).
-        sub_block_size (`int`, *optional*):
-            Unmask the parts of a block of this many positions one after another, from left to right (Fast-dLLM v2).
-        stop_rule (`str`, *optional*, defaults to `"token"`):
-            When a response ends: as soon as nothing before its stop token (or its `max_completion_length`) is masked, or
-            with its block (`"block"`). Responses and scores are the same; `"token"` saves steps.
-        approximate_cache (`str`, *optional*):
-            Reuse keys and values that are out of date in rollouts: `"prefix"`, `"dual"` or `"sub_block"`, see
-            [`DecodingConfig`]. Faster and not exact: `diffusion/recorded_gap` shows by how much the recorded
-            log-probabilities miss those of the policy; `rescore_old_log_probs=True` computes them again.
         rollout_batch_size (`int`, *optional*):
             Responses that a process decodes at once; the others wait until one has ended. All of them if `None`.
 
@@ -183,67 +156,7 @@ class DTRPOConfig(GRPOConfig):
     )
 
     # Parameters that control decoding
-    decoding_strategy: str = field(
-        default="confidence",
-        metadata={
-            "help": "Which masked positions of a block are unmasked at a step: the `tokens_per_step` best ones by "
-            "'confidence', 'entropy', 'margin', 'random' or 'left_to_right'; 'threshold' (all above "
-            "`confidence_threshold`, at least `tokens_per_step`); or 'entropy_bound' (the surest ones, whose entropies "
-            "add up to less than `entropy_bound`, at least one). 'sampled_confidence' and 'sampled_threshold' look at the "
-            "sampled token, as some published loops do; the gradient then has a bias.",
-            "choices": list(STRATEGIES),
-        },
-    )
-    tokens_per_step: int = field(default=1, metadata={"help": "Positions unmasked at a step."})
-    confidence_threshold: float = field(
-        default=0.9, metadata={"help": "Probability above which decoding_strategy='threshold' unmasks a position."}
-    )
-    entropy_bound: float = field(
-        default=0.1, metadata={"help": "Bound of decoding_strategy='entropy_bound', in nats."}
-    )
-    tempered_confidence: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether `decoding_strategy` looks at the distribution after `temperature` (Dream, SDAR, Fast-dLLM "
-            "v2) instead of the policy's own (LLaDA, Fast-dLLM)."
-        },
-    )
-    steps_per_block: int | None = field(
-        default=None,
-        metadata={"help": "Number of steps over which a block is spread, instead of `tokens_per_step`."},
-    )
-    step_schedule: str = field(
-        default="even",
-        metadata={
-            "help": "How `steps_per_block` spreads a block: 'even' (LLaDA) or 'linear' (Dream).",
-            "choices": list(SCHEDULES),
-        },
-    )
-    sub_block_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Unmask the parts of a block of this many positions one after another, from left to right "
-            "(Fast-dLLM v2)."
-        },
-    )
-    stop_rule: str = field(
-        default="token",
-        metadata={
-            "help": "When a response ends: as soon as nothing before its stop 'token' is masked, or with its 'block'. "
-            "Responses and scores are the same; 'token' saves steps.",
-            "choices": list(STOP_RULES),
-        },
-    )
-    approximate_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "Reuse keys and values that are out of date in rollouts: 'prefix', 'dual' or 'sub_block'. Faster and "
-            "not exact: `diffusion/recorded_gap` shows by how much the recorded log-probabilities miss those of the "
-            "policy; `rescore_old_log_probs=True` computes them again.",
-            "choices": list(APPROXIMATE_CACHES),
-        },
-    )
-    rollout_batch_size: int | None = field(
+    rollout_batch_size: Annotated[int, AtLeast(1)] | None = field(
         default=None,
         metadata={
             "help": "Responses that a process decodes at once; the others wait until one has ended. All of them if "
@@ -305,14 +218,16 @@ class DTRPOConfig(GRPOConfig):
             "same."
         },
     )
-    estimator_check_steps: int | None = field(
+    estimator_check_steps: Annotated[int, AtLeast(1)] | None = field(
         default=None,
         metadata={
             "help": "Every this many optimizer steps, log how estimates compare with the exact log-ratio of a few "
             "trajectories."
         },
     )
-    estimator_check_size: int = field(default=8, metadata={"help": "Most trajectories per process to check on."})
+    estimator_check_size: Annotated[int, AtLeast(1)] = field(
+        default=8, metadata={"help": "Most trajectories per process to check on."}
+    )
 
     # Parameters that control training on stored responses and preferences
     decoding_order: str = field(
@@ -358,6 +273,7 @@ class DTRPOConfig(GRPOConfig):
             self.bf16 = False
         if self.max_completion_length is None:
             raise ValueError("`max_completion_length` is needed: it is the length of the canvas.")
+        self.take_old_names()
         check_whole_numbers(self)
         super().__post_init__()
         check_numbers(self)
@@ -368,8 +284,8 @@ class DTRPOConfig(GRPOConfig):
         check_looked_at(self)
         # TRL finds these only when the first rollout is over.
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
+            check_one_of(name, getattr(self, name), choices)
+        check_fields(self, type(self).__dataclass_fields__.keys() - GRPOConfig.__dataclass_fields__.keys())
         if not isinstance(self.diffusion_spec, dict | None):
             raise ValueError(f"`diffusion_spec` must be a mapping or a JSON object, got {self.diffusion_spec!r}.")
         if self.weighting == "none" and self.loss_type in ("dr_grpo", "luspo", "vespo"):
@@ -378,10 +294,6 @@ class DTRPOConfig(GRPOConfig):
                 "would depend on the number of steps. Use `weighting='unbiased'`."
             )
         self.scoring()  # checks the settings of the estimator
-        for name in ("decoding_order", "pair_selection"):
-            choices = type(self).__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if self.loss_type == "dpo":
             self._check_pairs()
         self._check_reference()
@@ -424,16 +336,7 @@ class DTRPOConfig(GRPOConfig):
         return DecodingConfig(
             max_new_tokens=self.max_completion_length,
             temperature=self.temperature if temperature is None else temperature,
-            strategy=self.decoding_strategy,
-            tokens_per_step=self.tokens_per_step,
-            threshold=self.confidence_threshold,
-            steps_per_block=self.steps_per_block,
-            schedule=self.step_schedule,
-            sub_block_size=self.sub_block_size,
-            entropy_bound=self.entropy_bound,
-            stop_rule=self.stop_rule,
-            approximate_cache=self.approximate_cache,
-            tempered_confidence=self.tempered_confidence,
+            **self.rollout_settings(),
         )
 
     def scoring(self) -> EstimatorConfig:

@@ -14,11 +14,13 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..decoding.config import OTHER_DISTRIBUTION
 from ..objectives.pairwise import make_pairs
 from ..offline.preferences import from_preferences, is_preference_dataset
+from ..policies.policy import load_model
 from ..policies.spec import DiffusionSpec
 from ..scoring.estimators import ESTIMATORS
 from ..trajectories.dataset import (
@@ -35,13 +37,12 @@ from .config import DTRPOConfig
 
 
 if TYPE_CHECKING:
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
     from ..offline.orders import DecodingOrder
 
 
 logger = get_logger(__name__)
-
-# Settings of the decoder that make it sample from something else than the policy's own distribution.
-OTHER_DISTRIBUTION = ("top_k", "top_p", "suppress_tokens", "approximate_cache")
 
 
 def count_epochs(num_rows: int, args: DTRPOConfig) -> int:
@@ -89,8 +90,7 @@ class OfflineData:
         spec ([`DiffusionSpec`]): facts about the policy.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         reward_funcs: what scores the responses anew, if anything.
-        changed (`bool`, *optional*, defaults to `False`): whether what is loaded is not what the checkpoint says, as with
-            quantization.
+        quantization (*optional*): how the weights are rounded when the policy is loaded.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class OfflineData:
         spec: DiffusionSpec,
         tokenizer: PreTrainedTokenizerBase,
         reward_funcs: Any,
-        changed: bool = False,
+        quantization: QuantizationConfigMixin | None = None,
     ):
         self.model, self.args, self.spec, self.tokenizer = model, args, spec, tokenizer
         self.vocab_size = config.get_text_config().vocab_size
-        self.rescored, self.changed = bool(reward_funcs), changed
+        self.rescored, self.quantization = bool(reward_funcs), quantization
         self.reward_funcs: list[StoredReward] = []
         self.reference_is_recorded = False
         self.recorded = True  # whether somebody recorded how likely the tokens were
@@ -167,8 +167,7 @@ class OfflineData:
                     "Make the trajectories before, with `from_preferences`, and train on them."
                 )
             if isinstance(self.model, str):
-                loaded = AutoModelForCausalLM.from_pretrained(self.model, **_loading(self.args))
-                model = loaded.to(PartialState().device)
+                model = load_model(self.model, PartialState().device, self.quantization, **_loading(self.args))
             else:
                 model = self.model
             model.eval()
@@ -280,7 +279,7 @@ class OfflineData:
         for dataset in datasets:
             self._makers |= set(dataset["policy_fingerprint"]) if _is_stored(dataset) else {"a rollout"}
         # An adapter that goes on being trained has a reference of its own.
-        unknown = self.changed or isinstance(self.model, PeftModel)
+        unknown = self.quantization is not None or isinstance(self.model, PeftModel)
         self._fingerprint = None if unknown else fingerprint_policy(self.model)
         self.reference_is_recorded = (
             self._makers == {self._fingerprint}

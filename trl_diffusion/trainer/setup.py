@@ -10,14 +10,14 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..decoding.decode import check_prompts
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
 from ..policies.forward import check_attention, unwrap
 from ..policies.limits import check_layers
-from ..policies.loading import load_config, resolve_spec
+from ..policies.loading import load_config, load_tokenizer, resolve_spec
 from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
 from ..policies.prompts import check_visible
 from ..policies.quantized import keep_trainable
@@ -125,8 +125,7 @@ def set_up(
             raise ValueError(
                 "`rescore_old_log_probs=True` is for fresh responses: another policy may have made stored ones."
             )
-        changed = options.get("quantization_config") is not None
-        store = OfflineData(model, config, args, spec, tokenizer, reward_funcs, changed)
+        store = OfflineData(model, config, args, spec, tokenizer, reward_funcs, options.get("quantization_config"))
         datasets = store.prepare(*datasets)
         reward_funcs = reward_funcs or store.reward_funcs
     elif args.precompute_ref_log_probs:
@@ -183,7 +182,7 @@ def _load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         raise ValueError(
             "The model was not loaded from anywhere, so its tokenizer is unknown: pass `processing_class`."
         )
-    return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
+    return load_tokenizer(path)
 
 
 def _load_config(model: Model, args: DTRPOConfig) -> PretrainedConfig:

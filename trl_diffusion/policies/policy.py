@@ -1,4 +1,4 @@
-"""Opening a policy to be measured, with or without a LoRA adapter."""
+"""A policy that is open: its model, its tokenizer and its spec. All code that opens a checkpoint to use it does so here."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..policies.forward import check_attention, unwrap
-from ..policies.limits import context_length
-from ..policies.loading import load_config, resolve_spec
-from ..policies.lora import check_adapter, check_targets
-from ..policies.spec import DiffusionSpec
-from ..policies.trial import try_policy
+from .forward import check_attention, check_implementation, unwrap
+from .limits import check_layers, context_length
+from .loading import load_config, load_tokenizer, resolve_spec
+from .lora import check_adapter, check_targets, empty_model
+from .quantized import keep_trainable
+from .spec import DiffusionSpec
+from .trial import try_policy
 
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 logger = logging.getLogger(__name__)
@@ -106,59 +108,90 @@ class Policy:
         return self.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
 
-def load_policy(
-    pretrained: str | None = None,
-    peft: str | None = None,
+def load_model(
+    path: str, device: str | torch.device, quantization: QuantizationConfigMixin | None = None, **options: Any
+) -> PreTrainedModel:
+    """
+    The model of a checkpoint, with its weights.
+
+    Args:
+        path (`str`): directory or hub id.
+        device (`str` or `torch.device`): where to put it.
+        quantization ([`~transformers.BitsAndBytesConfig`], *optional*): how the weights are rounded when they are loaded.
+        options (`dict`): passed on to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: if the file of the weights is damaged.
+    """
+    if quantization is not None:  # weights are rounded where they will be: some cannot be moved afterwards
+        options.update(quantization_config=quantization, device_map={"": device})
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {path} cannot be read: {error}. Is the file whole?") from error
+    if quantization is None:
+        return model.to(device)  # type: ignore[arg-type]  # transformers wraps the method
+    keep_trainable(model)  # it computes what the policy computes that is trained
+    return model
+
+
+def open_policy(
+    path: str | None = None,
+    adapter: str | None = None,
     tokenizer: str | None = None,
+    *,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
+    quantization: QuantizationConfigMixin | None = None,
     diffusion_spec: Mapping[str, Any] | None = None,
 ) -> Policy:
     """
-    Opens a checkpoint.
+    Opens a checkpoint to let it answer. What can be known from configs and the tokenizer is checked before the weights are
+    loaded.
 
     Args:
-        pretrained (`str`, *optional*): path or hub id of the model. Defaults to the one that the adapter was made for.
-        peft (`str`, *optional*): path or hub id of an adapter, which is used as it is, not merged.
+        path (`str`, *optional*): path or hub id of the model. Defaults to the one that the adapter was made for.
+        adapter (`str`, *optional*): path or hub id of an adapter, which is used as it is, not merged.
         tokenizer (`str`, *optional*): path or hub id of the tokenizer, if it is not where the model is.
         revision (`str`, *optional*): revision of the model on the hub.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): type of the weights; the checkpoint's own.
         device (`str`, *optional*): where to put the model. A GPU if there is one.
         attn_implementation (`str`, *optional*): `"sdpa"` or `"eager"`.
+        quantization ([`~transformers.BitsAndBytesConfig`], *optional*): how the weights are rounded when they are loaded.
         diffusion_spec (`Mapping[str, Any]`, *optional*): fields of [`DiffusionSpec`] that complete those of the model.
 
     Raises:
         ValueError: if neither a model nor an adapter is given, the adapter does not fit the model or is of a kind that a
             diffusion policy cannot have, nothing says how the model is denoised, or it cannot be a policy (see
-            [`try_policy`]).
+            [`check_layers`] and [`try_policy`]).
     """
-    adapter = None if peft is None else PeftConfig.from_pretrained(peft)
-    if adapter is not None:
-        check_adapter(adapter)
-    pretrained = pretrained or (adapter and adapter.base_model_name_or_path)
-    if not pretrained:
+    adapter_config = None if adapter is None else PeftConfig.from_pretrained(adapter)
+    if adapter_config is not None:
+        check_adapter(adapter_config)
+    path = path or (adapter_config and adapter_config.base_model_name_or_path)
+    if not path:
         raise ValueError(
-            "No model was given: pass `pretrained`, a path or hub id"
-            + (f"; the adapter {peft} does not name the one it was made for." if peft else ".")
+            "No model was given: pass its path or hub id"
+            + (f"; the adapter {adapter} does not name the one it was made for." if adapter else ".")
         )
-    options = {} if revision is None else {"revision": revision}
-    config = load_config(pretrained, **options)
-    found = AutoTokenizer.from_pretrained(
-        tokenizer or pretrained, padding_side="left", **({} if tokenizer else options)
-    )
-    spec = resolve_spec(config, diffusion_spec, found)
     if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(pretrained, config=config, dtype=dtype, **options)
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {pretrained} cannot be read: {error}. Is the file whole?") from error
-    if peft is not None and adapter is not None:
-        check_targets(model, adapter)
-        model = PeftModel.from_pretrained(model, peft, config=adapter)
-    check_attention(model)
+        check_implementation(attn_implementation)
+    source = {} if revision is None else {"revision": revision}
+    config = load_config(path, **source)
+    check_layers(config)
+    found = load_tokenizer(tokenizer or path, **({} if tokenizer else source))
+    spec = resolve_spec(config, diffusion_spec, found)
+    if adapter_config is not None:
+        check_targets(empty_model(config), adapter_config)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Policy(model.to(device).eval(), found, spec)
+    options: dict[str, Any] = {**source, "dtype": dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    model: nn.Module = load_model(path, device, quantization, config=config, **options)
+    if adapter is not None and adapter_config is not None:
+        model = PeftModel.from_pretrained(model, adapter, config=adapter_config)
+    check_attention(model)
+    return Policy(model.eval(), found, spec)
