@@ -30,6 +30,7 @@ LAUNCHED = {
 }
 # Commands that run in this process.
 DIRECT = {
+    "iterate": "collect and train in rounds, each with the policy of the one before",
     "generate": "answer a prompt, and watch it being denoised",
     "plan": "say what fits on which GPU, and how long it takes, from the config of a model alone",
     "view": "draw a stored answer being denoised",

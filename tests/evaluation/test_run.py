@@ -21,10 +21,10 @@ from trl_diffusion.evaluation.run import (
     measure_local,
     summarise,
     wilson,
-    write_whole,
 )
 from trl_diffusion.rewards import math, sudoku
 from trl_diffusion.rewards.code import check_code, code_reward
+from trl_diffusion.utils import write_text
 
 
 @pytest.fixture
@@ -166,9 +166,9 @@ def test_measurements_are_not_mixed(tiny, llada, data_dir, tmp_path, change):
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "file.json"
-    write_whole(path, "before")
+    write_text(path, "before")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "x" * 100_000 + "\ud800")
+        write_text(path, "x" * 100_000 + "\ud800")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 

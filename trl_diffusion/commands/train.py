@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -40,7 +40,7 @@ from ..trainer.callbacks import RewardProgressCallback
 from ..trainer.config import DTRPOConfig
 from ..trainer.trainer import DTRPOTrainer
 from ..trajectories.dataset import load_trajectories
-from ..utils import USAGE, check_config_file, errors_in_a_line, use_all_cores
+from ..utils import USAGE, check_config_file, errors_in_a_line, use_all_cores, write_text
 from . import recipes_path
 
 
@@ -68,9 +68,9 @@ class ScriptArguments:
     eval_file: str | None = field(
         default=None, metadata={"help": "Rows to measure on, before and after. Training rows among them are dropped."}
     )
-    trajectories: str | None = field(
+    trajectories: list[str] | None = field(
         default=None,
-        metadata={"help": "Directory that `collect` has written, to train on instead of fresh responses."},
+        metadata={"help": "Directories that `collect` has written, to train on instead of fresh responses."},
     )
     train_size: int = field(default=10_000, metadata={"help": "Most rows to train on."})
     eval_size: int = field(default=500, metadata={"help": "Most rows to measure on."})
@@ -201,7 +201,7 @@ def train_on_preferences(script_args: ScriptArguments, training_args: DTRPOConfi
     }
     if trainer.is_world_process_zero():
         path = Path(training_args.output_dir) / "results.json"
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        write_text(path, json.dumps(results, indent=2) + "\n")
     say(
         f"loss {before:.4f} -> {after['eval_loss']:.4f}, {after['eval_rewards/accuracies']:.1%} in the order of the data "
         f"({len(held_out)} pairs, seed {training_args.seed})"
@@ -221,7 +221,10 @@ def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, mode
         train_dataset = task.train
         reward_funcs: list[Callable] | None = task.reward_funcs
         if script_args.trajectories:
-            stored = load_trajectories(script_args.trajectories)
+            paths = script_args.trajectories  # a YAML file may name a single one
+            stored = concatenate_datasets(
+                [load_trajectories(path) for path in ([paths] if isinstance(paths, str) else paths)]
+            )
             train_dataset = stored.select(range(min(len(stored), script_args.train_size)))
             reward_funcs = None  # the stored rewards
         trainer = make_trainer(
@@ -256,7 +259,7 @@ def report(trainer, trajectories, directory: Path, task, rate_before: float, rat
         "solve_rate_after": rate_after,
         "steps": trainer.state.global_step,
     }
-    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
     print(f"The trained model, its tokenizer and results.json are in {directory}.")
     try:
         from ..viz.plots import plot_rewards, plot_trajectory

@@ -20,7 +20,7 @@ from ..fields import AtLeast, check_fields
 from ..policies.policy import Policy
 from ..seeds import derive_seed
 from ..trajectories.fingerprint import fingerprint_policy
-from ..utils import move_into_place, processes
+from ..utils import processes, write_text
 from . import tasks_path
 from .benchmarks import BENCHMARKS, Benchmark
 from .generate import Usage, cut, generate
@@ -287,8 +287,8 @@ class Evaluation:
         processes().wait_for_everyone()
         results = self._results(tasks)
         if processes().is_main_process:
-            write_whole(self._directory / "results.json", json.dumps(results, indent=2) + "\n")
-            write_whole(self._directory / "results.md", markdown(results))
+            write_text(self._directory / "results.json", json.dumps(results, indent=2) + "\n")
+            write_text(self._directory / "results.md", markdown(results))
         return results
 
     @property
@@ -351,7 +351,7 @@ class Evaluation:
         path, samples_path = self._paths(task, seed)
         self._directory.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in measured.samples)
-        write_whole(samples_path, "".join(lines))
+        write_text(samples_path, "".join(lines))
         scores = [sample["score"] for sample in measured.samples if sample["score"] is not None]
         summary = {
             "task": task,
@@ -362,7 +362,7 @@ class Evaluation:
             "accuracy": statistics.fmean(scores) if scores else None,
             **asdict(measured.usage),
         }
-        write_whole(path, json.dumps(summary, indent=2) + "\n")
+        write_text(path, json.dumps(summary, indent=2) + "\n")
 
     def _results(self, tasks: list[str]) -> dict[str, Any]:
         """What the measurements say, task by task."""
@@ -484,14 +484,3 @@ def markdown(results: Mapping[str, Any]) -> str:
     about["processes"], about["batch size"] = results["processes"], results["batch_size"]
     notes = "\n".join(f"- {name}: {value}" for name, value in about.items() if value is not None)
     return f"{table}\n\n{notes}\n"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".unfinished-{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        move_into_place(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from ..seeds import derive_seed
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
-from ..utils import move_into_place
+from ..utils import TEMPORARY, whole_file, write_text
 
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 
 
 PLAN = "collection.json"
-TEMPORARY = ".unfinished-"
 
 
 def collect(
@@ -157,7 +155,7 @@ def collect(
         model.train(was_training)
     state.wait_for_everyone()
     if state.is_main_process:
-        _write_text(output_dir / "README.md", _card(output_dir, plan))
+        write_text(output_dir / "README.md", _card(output_dir, plan))
     state.wait_for_everyone()
     return output_dir
 
@@ -269,7 +267,7 @@ def _prepare(output_dir: Path, plan: dict[str, Any]) -> None:
         raise ValueError(f"{output_dir} is not empty and holds no collection. Use another `output_dir`.")
     else:
         output_dir.mkdir(parents=True, exist_ok=True)
-        _write_text(path, json.dumps(plan, indent=2) + "\n")
+        write_text(path, json.dumps(plan, indent=2) + "\n")
     (output_dir / "data").mkdir(exist_ok=True)
     for rest in [*output_dir.glob(TEMPORARY + "*"), *(output_dir / "data").glob(TEMPORARY + "*")]:
         rest.unlink()
@@ -325,15 +323,8 @@ def _write(path: Path, table: list[dict[str, Any]], names: list[str]) -> None:
         **{REWARD_PREFIX + name: floats for name in names},
     }  # fmt: skip
     schema = pa.schema([pa.field(field.name, types.get(field.name, field.type)) for field in arrow.schema])
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    parquet.write_table(arrow.cast(schema), temporary)
-    move_into_place(temporary, path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    move_into_place(temporary, path)
+    with whole_file(path) as temporary:
+        parquet.write_table(arrow.cast(schema), temporary)
 
 
 def _card(output_dir: Path, plan: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ..seeds import derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
-from ..utils import move_into_place
+from ..utils import whole_file
 from .orders import ORDERS, DecodingOrder, finished_batch, given_order, replay_confidence
 
 
@@ -185,11 +184,10 @@ def _replay(
             column = ("chosen", "rejected")[response]
             raise FloatingPointError(f"Row {row}, column `{column}`: {error.reason}") from error
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{os.getpid()}-{path.name}")
         tensors = {f"steps_{number}": batch.steps for number, batch in enumerate(replayed)}
-        save_file({**tensors, **{f"logps_{number}": batch.logps for number, batch in enumerate(replayed)}}, temporary)
-        move_into_place(temporary, path)
+        tensors |= {f"logps_{number}": batch.logps for number, batch in enumerate(replayed)}
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary)
     return replayed
 
 

@@ -17,7 +17,7 @@ from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from ..utils import move_into_place
+from ..utils import write_text
 
 
 try:
@@ -74,9 +74,7 @@ def mark_complete(checkpoint: str | Path) -> None:
     checkpoint = Path(checkpoint)
     files = [path for path in checkpoint.rglob("*") if path.suffix in _STATE or path.name == TRAINER_STATE_NAME]
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in sorted(files) if path.is_file()}
-    temporary = checkpoint / f".{MARK}"
-    temporary.write_text(json.dumps({"files": sizes}, indent=2) + "\n")
-    move_into_place(temporary, checkpoint / MARK)
+    write_text(checkpoint / MARK, json.dumps({"files": sizes}, indent=2) + "\n")
 
 
 def is_complete(checkpoint: str | Path) -> bool:

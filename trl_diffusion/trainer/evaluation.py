@@ -23,7 +23,7 @@ from accelerate.logging import get_logger
 from datasets import IterableDataset
 from torch import Tensor
 
-from ..utils import move_into_place
+from ..utils import whole_file
 from ._trl import TrainerMixin, print_prompt_completions_sample
 from .metrics import How, Tally, add_over_processes, length_figures, reward_figures
 
@@ -359,10 +359,8 @@ class RowwiseEvaluation(TrainerMixin):
         )
         safe_name = re.sub(r"[^\w.-]", "_", name)
         path = Path(self.args.output_dir, "completions", f"{safe_name}_{step:05d}.parquet")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        table.to_parquet(temporary)
-        move_into_place(temporary, path)
+        with whole_file(path) as temporary:
+            table.to_parquet(temporary)
         if self.log_unique_prompts:
             table = table[~table["prompt"].map(str).duplicated()]
         track_completions(name, table, list(self.args.report_to or ()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
@@ -12,6 +11,7 @@ import torch
 
 from ..policies.spec import DiffusionSpec
 from ..trajectories.trajectory import NEVER, TrajectoryBatch, global_steps, response_blocks
+from ..utils import write_text
 
 
 MASK = "░"
@@ -105,7 +105,9 @@ def trajectory_html(
     for step in steps:
         if not 0 <= step <= last:
             raise ValueError(f"`steps` holds {step}, but this response took the steps 0 to {last}.")
-    return _write(Path(path), _page(shown, _escape(title or "a response being denoised"), steps))
+    page = _page(shown, _escape(title or "a response being denoised"), steps)
+    write_text(path, page.encode("utf-8", "replace").decode())  # a token may hold half of a character
+    return Path(path)
 
 
 class _Shown:
@@ -241,14 +243,3 @@ def _colour_rules() -> str:
         rules.append(f".p{level} {{ background: rgb{pale}; }}")
         rules.append(f".p{level}.u:not(.g) {{ background: rgb{full}; color: {'#111' if bright else '#fff'}; }}")
     return "\n".join([*rules, ".g { color: #777; }", ".m { background: #ededed; color: #999; }", ""])
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

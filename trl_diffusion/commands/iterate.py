@@ -1,0 +1,212 @@
+"""
+Trains in rounds: the policy answers prompts, the answers are scored and stored, it is trained on them, and so on with the
+policy that it has become.
+
+    trl-diffusion iterate                                # embedded policy, 4x4 sudoku, four rounds
+    trl-diffusion iterate --config my_rounds.yaml --rounds 3
+    trl-diffusion iterate --config my_rounds.yaml --accelerate_config zero3
+
+The YAML file has the options of `collect` and of `train` in two sections, and those of `iterate` beside them. Rounds are
+between offline and online: the old policy's log-probabilities are the ones that were recorded while it decoded. Best-of-n
+rejection sampling is `train: {loss_type: dpo, dpo_loss_type: [sft]}`: the best answer of each group is imitated.
+
+An interrupted run goes on where it stopped when the same command is given again. `round_N/trajectories` and
+`round_N/policy` are what `collect` and `train` write; `results.json` has the figures of all rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..fields import AtLeast, check_fields
+from ..policies.tiny import tiny_policy_path
+from ..seeds import derive_seed
+from ..utils import errors_in_a_line, load_yaml, write_text
+from . import recipes_path
+
+
+# Options of the two commands that each round sets itself.
+_OF_A_ROUND = {
+    "collect": ("model_name_or_path", "output_dir", "seed"),
+    "train": ("output_dir", "seed", "trajectories", "resume_from_checkpoint", "train_file"),
+}
+_ADAPTERS = ("use_peft", "adapter_name_or_path")
+RESULTS = "results.json"
+
+
+@dataclass
+class Rounds:
+    """
+    What to do in rounds.
+
+    Args:
+        output_dir (`str`): directory of the run.
+        rounds (`int`, *optional*, defaults to `4`): times that the policy answers and is trained.
+        mix_rounds (`int`, *optional*, defaults to `1`): collections that a round trains on, its own and those before it.
+        seed (`int`, *optional*, defaults to `0`): source of randomness. Every round has other prompts and draws.
+        collect, train (`dict[str, Any]`): options of the two commands.
+
+    Raises:
+        ValueError: for a value out of range, or an option that each round sets itself.
+    """
+
+    output_dir: str
+    rounds: Annotated[int, AtLeast(1)] = 4
+    mix_rounds: Annotated[int, AtLeast(1)] = 1
+    seed: Annotated[int, AtLeast(0)] = 0
+    collect: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        check_fields(self)
+        for section, names in _OF_A_ROUND.items():
+            options = getattr(self, section)
+            if not isinstance(options, dict):
+                raise ValueError(f"`{section}` must hold options of `{section}`, got {options!r}.")
+            own = sorted(set(names) & set(options))
+            if own:
+                raise ValueError(f"`{section}` has {own}, which each round sets itself. Leave them out.")
+            adapters = sorted(name for name in _ADAPTERS if options.get(name))
+            if adapters:
+                raise ValueError(
+                    f"`{section}` has {adapters}: the next round opens what this one has saved, which must be a whole "
+                    "model. Train without an adapter, or merge it and give the rounds one by one."
+                )
+        if self.collect.get("task", "sudoku") != self.train.get("task", "sudoku"):
+            raise ValueError(
+                f"`collect` answers {self.collect.get('task', 'sudoku')!r} and `train` measures "
+                f"{self.train.get('task', 'sudoku')!r}. Give both the same `task`."
+            )
+
+    def directory(self, number: int) -> Path:
+        """Directory of a round; they are numbered from 1."""
+        return Path(self.output_dir) / f"round_{number}"
+
+    def policy(self, number: int) -> str:
+        """What a round begins with: the policy of the one before. Always named, or `train` would take a recipe of its own."""
+        if number > 1:
+            return str(self.directory(number - 1) / "policy")
+        return self.train.get("model_name_or_path") or tiny_policy_path()
+
+    def collect_options(self, number: int) -> dict[str, Any]:
+        """Options of `collect` in a round."""
+        return {
+            **self.collect,
+            "model_name_or_path": self.policy(number),
+            "output_dir": str(self.directory(number) / "trajectories"),
+            "seed": derive_seed(self.seed, number) % 2**31,
+        }
+
+    def train_options(self, number: int) -> dict[str, Any]:
+        """Options of `train` in a round."""
+        first = max(number - self.mix_rounds + 1, 1)
+        return {
+            **self.train,
+            "model_name_or_path": self.policy(number),
+            "trajectories": [str(self.directory(one) / "trajectories") for one in range(first, number + 1)],
+            "output_dir": str(self.directory(number) / "policy"),
+            "seed": self.seed,
+            "resume_from_checkpoint": True,
+        }
+
+
+def run(rounds: Rounds, start: Callable[[str, list[str]], None]) -> list[dict[str, Any]]:
+    """
+    Does the rounds that are not done yet.
+
+    Args:
+        rounds ([`Rounds`]): what to do.
+        start (callable): runs a command, given its name and its arguments, to its end.
+
+    Returns:
+        `list[dict[str, Any]]`: for each round, what `train` has left in its `results.json`.
+
+    Raises:
+        ValueError: if `output_dir` holds a run with other options; the message names them.
+    """
+    directory = Path(rounds.output_dir)
+    _keep_plan(rounds, directory / "iterate.json")
+    found = []
+    for number in range(1, rounds.rounds + 1):
+        results = rounds.directory(number) / "policy" / RESULTS
+        if not results.is_file():  # `train` writes it last
+            start("collect", _arguments(rounds.collect_options(number)))
+            start("train", _arguments(rounds.train_options(number)))
+        found.append({"round": number, **json.loads(results.read_text())})
+        write_text(directory / RESULTS, json.dumps({"rounds": found}, indent=2) + "\n")
+    return found
+
+
+def _keep_plan(rounds: Rounds, path: Path) -> None:
+    """Writes down the options of a run, or checks that they are those of the run that goes on. It may get more rounds."""
+    plan = {name: value for name, value in asdict(rounds).items() if name not in ("rounds", "output_dir")}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        changed = sorted(name for name in plan if before.get(name) != plan[name])
+        if changed:
+            said = "; ".join(f"`{name}` was {before.get(name)!r} and is {plan[name]!r}" for name in changed)
+            raise ValueError(f"{path.parent} holds a run with other options: {said}. Give it another `output_dir`.")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(plan, indent=2) + "\n")
+
+
+def _arguments(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line."""
+    words = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(json.dumps(one) if isinstance(one, dict | bool) else str(one) for one in values)]
+    return words
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The solve rates of the rounds, for the terminal."""
+    lines = ["round    before     after"]
+    lines += [f"{row['round']:5d} {row['solve_rate_before']:9.1%} {row['solve_rate_after']:9.1%}" for row in results]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command, with the options of the command line."""
+    from ..cli import launch_command
+
+    parser = argparse.ArgumentParser(
+        "trl-diffusion iterate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default=str(recipes_path() / "tiny_iterate.yaml"), help="YAML file")
+    for name, kind in (("output_dir", str), ("rounds", int), ("mix_rounds", int), ("seed", int)):
+        parser.add_argument(f"--{name}", type=kind, help="instead of that of the file")
+    parser.add_argument("--accelerate_config", help="engine, as for `train`")
+    parser.add_argument("--num_processes", type=int, help="instead of one for each GPU")
+    options = vars(parser.parse_args(arguments))
+    engine = options.pop("accelerate_config"), options.pop("num_processes")
+
+    def start(name: str, words: list[str]) -> None:
+        subprocess.run(launch_command(name, words, *engine), check=True)
+
+    with errors_in_a_line():
+        given = load_yaml(options.pop("config"))
+        known = set(Rounds.__dataclass_fields__)
+        if not isinstance(given, dict) or set(given) - known:
+            raise ValueError(
+                f"The file must hold some of {sorted(known)}, got {sorted(given) if isinstance(given, dict) else given!r}."
+            )
+        rounds = Rounds(**{**given, **{name: value for name, value in options.items() if value is not None}})
+        try:
+            print(table(run(rounds, start)))
+        except subprocess.CalledProcessError as error:
+            return error.returncode  # the command has said what is wrong
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
