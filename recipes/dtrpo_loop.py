@@ -90,10 +90,7 @@ def denoise(
 
 
 def chances(trajectories: Trajectories) -> Tensor:
-    """
-    The probability of drawing each step of each block, (R, S, T): nine tenths in proportion to how surprised the policy was
-    by the step's tokens, as recorded, and one tenth evenly (section 2). Autoregressive tokens take no part.
-    """
+    """The probability of drawing each step of each block, (R, S, T): 0.9 by recorded surprise, 0.1 evenly (section 2)."""
     _, blocks, steps, logps, _, counted, autoregressive = trajectories
     in_block = blocks[:, None] == torch.arange(int(blocks.max()) + 1)[:, None]  # (R, S, P + C)
     at_step = (steps[:, None] == torch.arange(int(steps.max()) + 1)[:, None]) & (counted & ~autoregressive)[:, None]
@@ -105,9 +102,10 @@ def chances(trajectories: Trajectories) -> Tensor:
 
 def draw(trajectories: Trajectories, rng: Generator) -> Tensor:
     """State reduction (section 2): one step of each block is drawn. That of the block of each position, (R, P + C)."""
-    likely = chances(trajectories)
-    drawn = (likely / torch.empty_like(likely).exponential_(generator=rng)).argmax(2)  # (R, S): an exponential race
-    return drawn.gather(1, trajectories.blocks.clamp(min=0))
+    race = chances(trajectories) / torch.empty_like(chances(trajectories)).exponential_(
+        generator=rng
+    )  # argmax ~ chances
+    return race.argmax(2).gather(1, trajectories.blocks.clamp(min=0))
 
 
 def weigh(trajectories: Trajectories, drawn: Tensor) -> Tensor:
@@ -186,8 +184,8 @@ def main(arguments: list[str] | None = None) -> None:
         solved, units = torch.tensor([sudoku.sudoku_solved(texts, puzzles), sudoku.sudoku_units(texts, puzzles)])
         logps = score(policy, spec, trajectories, drawn := draw(trajectories, rng))
         # The log-probabilities recorded while denoising are the old policy's: they need no pass of their own (section 4).
-        advantages = advantages_of(solved + units, args.answers)
-        loss = grpo_loss(logps, trajectories.logps, weigh(trajectories, drawn), advantages)
+        weights, advantages = weigh(trajectories, drawn), advantages_of(solved + units, args.answers)
+        loss = grpo_loss(logps, trajectories.logps, weights, advantages)
         optimizer.param_groups[0]["lr"] = 6e-4 * (1 - update / args.updates)
         optimizer.zero_grad()
         loss.backward()

@@ -65,13 +65,13 @@ def test_every_shared_setting_is_checked_everywhere(name):
             make(**{name: WRONG[name]})
 
 
-def test_defaults_stay_what_they_were():
+def test_defaults_are_the_same_everywhere():
     rollouts = training(max_completion_length=256, temperature=1.0).decoding(temperature=0.0)
-    assert rollouts == DecodingConfig(stop_rule="token")  # which saves steps
+    assert rollouts == DecodingConfig()
     assert CollectArguments().decoding() == DecodingConfig(17, 1.0, tokens_per_step=2)
     known = {
         "strategy": "confidence", "tokens_per_step": 1, "threshold": 0.9, "entropy_bound": 0.1, "steps_per_block": None,
-        "schedule": "even", "sub_block_size": None, "stop_rule": "block", "approximate_cache": None,
+        "schedule": "even", "sub_block_size": None, "stop_rule": "token", "approximate_cache": None,
         "tempered_confidence": False,
     }  # fmt: skip
     assert DecodingConfig().rollout_settings().items() >= known.items()

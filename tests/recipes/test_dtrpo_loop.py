@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def small_trajectories(**changes) -> loop.Trajectories:
         "blocks": torch.tensor([[0, 0, 1, 1, 2, 2]]),
         "steps": torch.tensor([[-1, 0, 1, 0, 0, 0]]),
         "logps": torch.tensor([[0.0, -0.1, -0.2, -0.3, -0.4, -0.5]]),
+        "completion": bits(".xxxxx"),
         "counted": bits(".xxxxx"),
         "autoregressive": bits("......"),
     }
@@ -113,23 +115,29 @@ def test_a_packed_row():
 def test_draws_are_of_steps_that_count():
     """Block 0 has one step, block 1 two, and of block 2 only the step before the stop token counts."""
     trajectories = small_trajectories(steps=torch.tensor([[-1, 0, 1, 0, 0, 1]]), counted=bits(".xxxx."))
+    # Of block 1, the token of step 1 was more surprising than that of step 0.
+    surprises = [1 - math.exp(-0.3), 1 - math.exp(-0.2)]
+    later = 0.9 * surprises[1] / sum(surprises) + 0.05
+    likely = [[1.0, 0.0], [1 - later, later], [1.0, 0.0]]
+    torch.testing.assert_close(loop.chances(trajectories), torch.tensor([likely]))
     trajectories = loop.Trajectories(*(values.expand(4000, -1) for values in trajectories))
-    drawn, num_steps = loop.draw(trajectories, torch.Generator().manual_seed(0))
-    assert (num_steps == torch.tensor([1, 1, 2, 2, 1, 1])).all()
+    drawn = loop.draw(trajectories, torch.Generator().manual_seed(0))
     assert (drawn[:, [0, 1, 4, 5]] == 0).all() and torch.equal(drawn[:, 2], drawn[:, 3])
     assert set(drawn[:, 2].tolist()) == {0, 1}
-    assert abs(drawn[:, 2].float().mean() - 0.5) < 4 * 0.5 / 4000**0.5  # standard errors
-    weights = loop.weigh(trajectories, drawn, num_steps)
-    assert (weights[:, [0, 5]] == 0).all() and (weights[:, [1, 4]] == 1).all()
-    assert torch.equal(weights[:, 2] == 2, drawn[:, 2] == 1) and torch.equal(weights[:, 3] == 2, drawn[:, 2] == 0)
+    assert abs(drawn[:, 2].float().mean() - later) < 4 * (later * (1 - later) / 4000) ** 0.5  # standard errors
+    weights = loop.weigh(trajectories, drawn)
+    assert (weights[:, [0, 5]] == 0).all()
+    torch.testing.assert_close(weights[:, [1, 4]], torch.ones(4000, 2))
+    torch.testing.assert_close(weights[:, 2], torch.where(drawn[:, 2] == 1, 1 / later, 0.0))
+    torch.testing.assert_close(weights[:, 3], torch.where(drawn[:, 2] == 0, 1 / (1 - later), 0.0))
 
 
 def test_autoregressive_tokens_are_in_every_pass():
     """With the first tokens of blocks 1 and 2 autoregressive, the draw is among the other steps."""
     trajectories = small_trajectories(steps=torch.tensor([[-1, 0, 0, 1, 0, 1]]), autoregressive=bits("..x.x."))
-    drawn, num_steps = loop.draw(trajectories, torch.Generator().manual_seed(0))
-    assert drawn.tolist() == [[0, 0, 1, 1, 1, 1]] and num_steps.tolist() == [[1, 1, 1, 1, 1, 1]]
-    assert loop.weigh(trajectories, drawn, num_steps).tolist() == [[0, 1, 1, 1, 1, 1]]
+    drawn = loop.draw(trajectories, torch.Generator().manual_seed(0))
+    assert drawn.tolist() == [[0, 0, 1, 1, 1, 1]]
+    torch.testing.assert_close(loop.weigh(trajectories, drawn), torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, 1.0]]))
 
 
 def test_advantages():
@@ -168,17 +176,24 @@ def test_what_denoising_remembers(name):
     for row, prompt in enumerate(prompts):
         assert found.tokens[row, : len(prompt)].tolist() == prompt
         assert (found.steps[row, : len(prompt)] == -1).all() and not found.counted[row, : len(prompt)].any()
-        answer = found.tokens[row][found.counted[row]].tolist()
+        answer = found.tokens[row][found.completion[row]].tolist()
         assert MASK not in answer and STOP not in answer[:-1]
         if STOP not in answer:  # then everything counts
-            assert found.counted[row].sum() == (found.blocks[row] < 3).sum() - len(prompt)
+            assert found.completion[row].sum() == (found.blocks[row] < 3).sum() - len(prompt)
+        last = found.blocks[row][found.completion[row]].max()
+        behind = found.counted[row] & ~found.completion[row]
+        of_its_end = found.completion[row] & (found.blocks[row] == last)
+        assert (found.blocks[row][behind] == last).all() and (found.counted[row] | ~found.completion[row]).all()
+        settled = found.steps[row][of_its_end].max()
+        in_sight = (found.steps[row] >= 0) & (found.blocks[row] == last) & (found.steps[row] < settled)
+        assert torch.equal(behind, in_sight & ~found.completion[row])
         for block in range(3):
             steps = found.steps[row][(found.blocks[row] == block) & (found.steps[row] >= 0)]
             sizes = steps.bincount().tolist()
             alone = name == "shift-autoregressive-first" and len(steps) == 8
             assert sizes[0] == 1 if alone else all(size == 2 for size in sizes[:-1])
-    drawn, num_steps = loop.draw(found, torch.Generator().manual_seed(1))
-    scored = loop.weigh(found, drawn, num_steps) > 0
+    drawn = loop.draw(found, torch.Generator().manual_seed(1))
+    scored = loop.weigh(found, drawn) > 0
     logps = loop.score(policy, spec, found, drawn)
     assert_close(logps[scored], found.logps[scored])
     loss = loop.grpo_loss(logps, found.logps, scored.float(), torch.linspace(-1, 1, len(prompts)))

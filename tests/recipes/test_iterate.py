@@ -134,7 +134,7 @@ def test_two_rounds_for_real(tmp_path, monkeypatch, capsys):
     config.write_text(
         "collect: {train_size: 4, num_responses: 4, max_completion_length: 17, tokens_per_step: 4}\n"
         "train: {per_device_train_batch_size: 16, num_generations: 4, max_completion_length: 17, tokens_per_step: 4, "
-        "max_steps: 1, learning_rate: 0.01, eval_size: 4, bf16: false, report_to: none, gradient_checkpointing: false, save_strategy: 'no', "
+        "max_steps: 1, learning_rate: 0.0003, eval_size: 4, bf16: false, report_to: none, gradient_checkpointing: false, save_strategy: 'no', "
         "disable_tqdm: true}\n"
     )
 
