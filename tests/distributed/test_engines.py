@@ -163,7 +163,7 @@ def check_same(one: Path, two: Path, start: Path, online: bool) -> None:
         assert all(len(rows) == 8 for rows in rollouts)
         assert rollouts == [first + second for first, second in zip(*halves, strict=True)]
         assert len({tuple(ids) for rows in rollouts for ids in rows}) > len(rollouts) * 3  # not all the same answer
-    assert logged(one, "loss") == pytest.approx(logged(two, "loss"), abs=1e-4)
+    assert logged(one, "loss") == pytest.approx(logged(two, "loss"), abs=1e-4, rel=1e-4)
     assert logged(one, "grad_norm") == pytest.approx(logged(two, "grad_norm"), rel=1e-3)
     assert max(map(abs, logged(one, "loss"))) > 1e-3
     weights, others = weights_of(one), weights_of(two)
@@ -223,7 +223,7 @@ def test_zero3_resumes(engine_runs, llada):
     logs = [json.loads((directory / "logs.json").read_text()) for directory in (whole, resumed)]
     losses, again = ([(entry["step"], entry["loss"]) for entry in log if "loss" in entry] for log in logs)
     assert [step for step, _ in again] == [1, 2, 3]
-    assert [loss for _, loss in again] == pytest.approx([loss for _, loss in losses], abs=1e-6)
+    assert [loss for _, loss in again] == pytest.approx([loss for _, loss in losses], abs=1e-6, rel=1e-5)
     torch.testing.assert_close(weights_of(resumed), weights_of(whole), atol=1e-6, rtol=1e-5)
 
 

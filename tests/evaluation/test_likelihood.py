@@ -68,7 +68,7 @@ def test_chain_is_a_distribution(name):
     pairs = [[a, b] for a in range(8) for b in range(8)]
     prompt = [7, 3, 2, 1, 6, 7, 4]  # the continuation spans two blocks
     found = chain_likelihoods(Policy(policy, None, spec), [prompt] * len(pairs), pairs)
-    assert sum(torch.tensor([one.value]).exp().item() for one in found) == pytest.approx(1, abs=1e-4)
+    assert sum(torch.tensor([one.value]).exp().item() for one in found) == pytest.approx(1, rel=1e-4)
 
 
 def test_greedy_is_what_greedy_decoding_writes(policy, spec):
@@ -122,7 +122,7 @@ def test_elbo_of_several_blocks_is_their_sum():
         elbo_likelihoods(policy, [prompt], [text], 400, batch_size=100)[0] for text in (continuation, first)
     )
     tail = elbo_likelihoods(policy, [prompt + first], [second], 400, batch_size=100)[0]
-    assert whole == pytest.approx(head + tail, abs=1.5)
+    assert abs(whole - head - tail) < 1.5
     assert abs(whole) > 5
 
 
@@ -134,7 +134,7 @@ def test_elbo_depends_on_its_own_text_alone(policy, spec):
     assert together == pytest.approx(alone, abs=1e-4, rel=1e-5)
     assert together[3] == 0
     other = elbo_likelihoods(opened, prompts[:1], continuations[:1], 3, seed=6)[0]
-    assert other != pytest.approx(together[0], abs=1e-4) or is_autoregressive(spec)
+    assert other != pytest.approx(together[0], abs=1e-4, rel=1e-5) or is_autoregressive(spec)
 
 
 def test_no_draws_is_refused(policy, spec):

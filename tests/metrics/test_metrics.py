@@ -73,7 +73,7 @@ def test_pass_at_k_is_unbiased():
     """Averaged over draws of 6 answers, it is the chance of 3 new ones."""
     rng = random.Random(0)
     draws = [sum(rng.random() < 0.3 for _ in range(6)) for _ in range(20_000)]
-    assert fmean(pass_at_k(6, c, 3) for c in draws) == pytest.approx(1 - 0.7**3, abs=0.01)
+    assert abs(fmean(pass_at_k(6, c, 3) for c in draws) - (1 - 0.7**3)) < 0.01
 
 
 def test_pass_at_k_metric(tmp_path, offline):

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.processes import HANGS
 from tests.rewards.hostile import ATTEMPTS, PROGRAMS, REFUSED_CALLS, Attempt
 from tests.rewards.world import LIMITS, PATIENT, SECRET, TESTS, World, limits_of, program_of_attempt, skip_elsewhere
 from trl_diffusion.rewards import sandbox
@@ -140,9 +141,10 @@ def is_alive(process: int) -> bool:
 
 
 def wait_for(condition) -> None:
-    deadline = time.monotonic() + 300  # a machine as busy as can be takes less
+    deadline = time.monotonic() + HANGS
     while not condition():
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            pytest.fail("it hangs")
         time.sleep(0.05)
 
 

@@ -188,7 +188,7 @@ def assert_same_gradients(policy, estimated, exact):
     for ours, theirs in zip(gradients(policy, estimated), gradients(policy, exact), strict=True):
         scale = theirs.abs().max().item()
         assert scale > 1e-2
-        torch.testing.assert_close(ours, theirs, atol=1e-5 * scale, rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * scale, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

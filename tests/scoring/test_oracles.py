@@ -169,7 +169,7 @@ def test_o2_enumerated_draws_are_unbiased(distribution, num_draws):
             for step in outcome:
                 picked[here & (steps[row] == step)] += weights[step]
             expected = expected + chance * (picked.double() * ratios[row]).sum()
-        assert abs(expected - exact) < 1e-5
+        assert_close(expected, exact)
 
 
 def possible_sets(sizes: dict[int, int], distribution: str, num_draws: int) -> dict[tuple[int, ...], float]:

@@ -161,8 +161,8 @@ def test_a_drawn_token_stands_for_as_many_as_its_weight_says():
     assert whole < 0.95  # among the tokens that are drawn rarely
     entropies, weights = entropies[None, drawn], weights[None, drawn]
     ours, theirs = masks(entropies, weights, 0.8)
-    assert entropies[ours].min().item() == pytest.approx(whole.item(), abs=0.02)
-    assert (weights * ours).sum() / weights.sum() == pytest.approx(0.2, abs=0.02)
+    assert abs(entropies[ours].min() - whole) < 0.02
+    assert abs((weights * ours).sum() / weights.sum() - 0.2) < 0.02
     assert (weights * theirs).sum() / weights.sum() > 0.5
 
 

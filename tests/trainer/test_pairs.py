@@ -61,11 +61,11 @@ def test_a_response_that_one_function_scores_is_scored(make_trainer, start):  # 
 @pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="TRL knew the tokenizer's end token only")
 @pytest.mark.parametrize("which", ["all", "best_worst"])
 def test_truncated_responses(make_trainer, start, which):  # noqa: F811
-    scores = [float(value) for value in range(32)]
+    scores, stops = [float(value) for value in range(32)], range(43, 46)
     trainer = make_trainer(
         str(start), pair_selection=which, reward_funcs=rewards(scores), mask_truncated_completions=True,
         per_device_train_batch_size=32, tokens_per_step=1, max_completion_length=6,
-        diffusion_spec={"stop_token_ids": list(range(40, 60))}, **PAIRS,
+        diffusion_spec={"stop_token_ids": list(stops)}, **PAIRS,
     )  # fmt: skip
     ended = []
     decode = trainer.decode
@@ -74,18 +74,18 @@ def test_truncated_responses(make_trainer, start, which):  # noqa: F811
         batch = decode(*args, **kwargs)
         last = [ids[-1] for ids in batch.completions()]
         # TRL takes padding for an end, too.
-        ended.extend(token in {*range(40, 60), trainer.processing_class.pad_token_id} for token in last)
+        ended.extend(token in {*stops, trainer.processing_class.pad_token_id} for token in last)
         return batch
 
     trainer.decode = spy
     trainer.train()
     assert any(ended) and not all(ended)
     known = [score if end else None for score, end in zip(scores, ended, strict=True)]
+    numbers = [number_of_pairs(known[at : at + 4], which) for at in range(0, 32, 4)]
+    assert any(numbers) and not all(numbers)  # of some groups, one response or none has ended
     logs = logs_of(trainer)[0]
     assert logs["pairs/truncated_responses"] == ended.count(False) and logs["pairs/unscored_responses"] == 0
-    assert logs["pairs/count"] + logs["pairs/identical"] == sum(
-        number_of_pairs(known[at : at + 4], which) for at in range(0, 32, 4)
-    )
+    assert logs["pairs/count"] + logs["pairs/identical"] == sum(numbers)
 
 
 @pytest.mark.parametrize("which", ["all", "best_worst"])

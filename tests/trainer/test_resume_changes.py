@@ -46,6 +46,9 @@ CHANGES = {
     "more accumulation": (
         {"num_iterations": 2}, 3, {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "num_iterations": 3}, 0,
     ),
+    "more accumulation between rollouts": (
+        {"num_iterations": 2}, 2, {"gradient_accumulation_steps": 2, "steps_per_generation": 2}, 0,
+    ),
     "more batches of a rollout": ({"num_iterations": 2}, 3, {"steps_per_generation": 4, "num_iterations": 1}, 3),
     "fewer batches of a rollout": ({"steps_per_generation": 4}, 3, {"steps_per_generation": 2}, 1),
     "another order": ({"num_iterations": 2}, 3, {"shuffle_dataset": False}, 1),

@@ -160,7 +160,7 @@ def test_old_logps_can_be_scored_again(make_trainer):
     trainer.train()
     for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
         assert entry["diffusion/log_ratio_std"] < ROUNDING and entry["diffusion/kl_to_old"] < 1e-5
-        assert entry["diffusion/recorded_gap/mean"] == pytest.approx(0.5, abs=1e-4)
+        assert entry["diffusion/recorded_gap/mean"] == pytest.approx(0.5, abs=ROUNDING, rel=ROUNDING)
 
 
 def per_row_inputs(trainer, row_count=8):
@@ -334,7 +334,7 @@ def test_weighting_none_is_normalised_by_what_it_sums(make_trainer, distribution
                 totals.append(layout.weights.sum())
         totals = torch.stack(totals)
         tolerance = 4 * totals.std().item() / len(totals) ** 0.5 + 1e-4
-        assert inputs["num_items_in_batch"].item() == pytest.approx(totals.mean().item(), abs=tolerance)
+        assert abs(inputs["num_items_in_batch"] - totals.mean()) < tolerance
         expected = (
             -(layout.weights * inputs["advantages"][:, None]).sum() / inputs["num_items_in_batch"]
         )  # the ratio is 1
