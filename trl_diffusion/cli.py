@@ -43,6 +43,7 @@ from the embedded policy, which is bad at 4x4 sudoku before it is trained, to a 
   {PROG} collect --task sudoku --train_size 320
   {PROG} view outputs/trajectories 0 --output answer.html
   {PROG} train --config tiny_offline
+  {PROG} iterate --rounds 2
   {PROG} plan GSAI-ML/LLaDA-8B-Instruct --gpus 8 --memory 80
   {PROG} train --accelerate_config zero3 --config llada_8gpu --train_file data/gsm8k/train.jsonl
   {PROG} evaluate --model_name_or_path outputs/llada_8gpu --tasks gsm8k math500
@@ -102,14 +103,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     for name, purpose in {**LAUNCHED, **DIRECT}.items():
         about = _about(name) if name in LAUNCHED else None
         command = commands.add_parser(name, help=purpose, description=about, add_help=False, **style)
-        if name in ("train", "plan"):
+        if name in ("train", "plan", "iterate"):
             command.add_argument(
-                "--config", type=_file(recipes_path()), metavar="NAME_OR_PATH",
+                "--config", type=file_or_name(recipes_path()), metavar="NAME_OR_PATH",
                 help="options from a YAML file, or from a recipe that comes with the package, such as llada",
             )  # fmt: skip
         if name in LAUNCHED:
             command.add_argument(
-                "--accelerate_config", type=_file(recipes_path() / "accelerate"), metavar="NAME_OR_PATH",
+                "--accelerate_config", type=file_or_name(recipes_path() / "accelerate"), metavar="NAME_OR_PATH",
                 help="engine: ddp, zero2, zero3, zero3_offload or fsdp2, for 8 GPUs, or a config file of accelerate's",
             )  # fmt: skip
             command.add_argument("--num_processes", type=_count, metavar="N", help="instead of one for each GPU")
@@ -122,7 +123,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _file(folder: Path) -> Callable[[str], str]:
+def file_or_name(folder: Path) -> Callable[[str], str]:
     """Type of an option for argparse: the path of an existing YAML file, or of `folder/NAME.yaml`."""
 
     def find(name: str) -> str:

@@ -63,7 +63,7 @@ def test_help_names_every_command(capsys):
     text = says(capsys)
     assert text == says(capsys, "--help")
     assert re.findall(r"^    (\w+) +\w", text, re.MULTILINE) == [
-        "train", "collect", "evaluate", "generate", "plan", "view"
+        "train", "collect", "evaluate", "iterate", "generate", "plan", "view"
     ]  # fmt: skip
     assert says(capsys, "--version").split() == ["trl-diffusion", __version__]
 
@@ -145,7 +145,7 @@ def test_names_of_files(started, tmp_path, monkeypatch):
 def test_examples_are_commands(started, monkeypatch, capsys):
     """Those that the help shows and that start a recipe; the others run below."""
     examples = [shlex.split(line)[1:] for line in EXAMPLES.splitlines() if line.startswith("  trl-diffusion")]
-    assert {words[0] for words in examples} == {"train", "collect", "evaluate", "generate", "plan", "view"}
+    assert {words[0] for words in examples} == {"train", "collect", "evaluate", "iterate", "generate", "plan", "view"}
     starting = [words for words in examples if words[0] in OWN]
     for words in starting:
         main(words)

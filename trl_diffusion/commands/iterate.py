@@ -177,15 +177,21 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command, with the options of the command line."""
-    from ..cli import launch_command
+    from ..cli import file_or_name, launch_command
 
     parser = argparse.ArgumentParser(
         "trl-diffusion iterate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default=str(recipes_path() / "tiny_iterate.yaml"), help="YAML file")
+    parser.add_argument(
+        "--config",
+        type=file_or_name(recipes_path()),
+        default=str(recipes_path() / "tiny_iterate.yaml"),
+        help="YAML file, or a recipe that comes with the package (default: tiny_iterate)",
+    )
     for name, kind in (("output_dir", str), ("rounds", int), ("mix_rounds", int), ("seed", int)):
         parser.add_argument(f"--{name}", type=kind, help="instead of that of the file")
-    parser.add_argument("--accelerate_config", help="engine, as for `train`")
+    engines = file_or_name(recipes_path() / "accelerate")
+    parser.add_argument("--accelerate_config", type=engines, help="engine, as for `train`")
     parser.add_argument("--num_processes", type=int, help="instead of one for each GPU")
     options = vars(parser.parse_args(arguments))
     engine = options.pop("accelerate_config"), options.pop("num_processes")
