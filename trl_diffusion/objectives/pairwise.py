@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -30,6 +30,14 @@ class Pairs:
     weights: Tensor
     tied: int
     identical: int
+
+    def used(self) -> tuple[Tensor, Pairs]:
+        """Responses that are in a pair, at least one, shape `(U,)`, and the same pairs with the numbers of these."""
+        used, places = torch.cat([self.chosen, self.rejected]).unique(return_inverse=True)
+        chosen, rejected = places.chunk(2)
+        if len(used) == 0:  # a pass needs something to score
+            used = self.chosen.new_zeros(1)
+        return used, replace(self, chosen=chosen, rejected=rejected)
 
 
 def make_pairs(

@@ -18,11 +18,11 @@ from ..policies.forward import unwrap
 from ..policies.loading import load_renamed_weights
 from ..scoring.diagnostics import ratio_statistics, summarise_ratios
 from ..scoring.estimators import ESTIMATORS
-from ..scoring.layout import PackedLayout
 from ..scoring.score import score
 from ..trajectories.trajectory import TrajectoryBatch, counted_writes
 from .agreement import fail_together
-from .batches import trajectories_of, ungroup
+from .batches import is_rows, trajectories_of, ungroup
+from .callbacks import SinkingRewardCallback
 from .checks import check_steps_made
 from .config import DTRPOConfig
 from .metrics import How, Tally, add_over_processes
@@ -146,6 +146,8 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         self.beta = beta
         self._throughput = ThroughputCallback(self)
         self.add_callback(self._throughput)
+        if args.loss_type == "dpo":
+            self.add_callback(SinkingRewardCallback())
         make_ready(self, setup, kwargs.get("optimizers", (None, None))[0])
 
     def _set_signature_columns_if_needed(self):
@@ -163,13 +165,12 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         per_rollout = cast(int, self.args.steps_per_generation)
         iteration = self._step // per_rollout % self.num_iterations if self.model.training else 0
         self.check_estimator(inputs)
+        if self.loss_type == "dpo":
+            return self._finite(self._pairwise_loss(model, inputs, iteration))
         with self.scoring(inputs, iteration) as scored:
             layout = scored.layout
-            reference = None
             if self.beta != 0.0:
-                reference = inputs["ref_per_token_logps"] = self.reference.of_batch(inputs, layout, iteration)
-            if self.loss_type == "dpo":
-                return self._finite(self._pairwise_loss(model, inputs, layout, reference))
+                inputs["ref_per_token_logps"] = self.reference.of_batch(inputs, layout, iteration)
             # For TRL's loss the response is the whole canvas: tokens behind the completion may count, too.
             inputs["completion_ids"], inputs["completion_mask"] = inputs["canvas_ids"], layout.weights
             for name in ("old_per_token_logps", "sampling_per_token_logps"):
@@ -180,24 +181,28 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
                 inputs["sampling_per_token_logps"] = scored.recorded
             return self._finite(super()._compute_loss(model, inputs))
 
-    def _pairwise_loss(self, model, inputs: dict[str, Any], layout: PackedLayout, reference: Tensor | None) -> Tensor:
-        """Losses of better against worse responses of a group (docs/method.md, section 5). `reference` is `None` if no
-        loss looks at it."""
-        logps, _ = score(model, layout, self.spec, self.temperature)
-        weights, training = layout.weights, self.model.training
+    def _pairwise_loss(self, model, inputs: dict[str, Any], iteration: int) -> Tensor:
+        """Losses of better against worse responses of a group (docs/method.md, section 5)."""
+        training = self.model.training
         pairs, left_out = self._pairs(inputs)
-        responses = Responses(
-            logps=(logps * weights).sum(1),
-            log_ratios=None if reference is None else ((logps - reference) * weights).sum(1),
-            lengths=counted_writes(self.spec, trajectories_of(inputs)).sum(1),
-        )
+        if training:  # others would cost their part of the pass; an evaluation has figures of all
+            used, pairs = pairs.used()
+            inputs = {key: value[used] if is_rows(value) else value for key, value in inputs.items()}
+        with self.scoring(inputs, iteration) as scored:
+            weights = scored.layout.weights
+            logps, _ = score(model, scored.layout, self.spec, self.temperature)
+            log_ratios = None
+            if self.beta != 0.0:
+                reference = self.reference.of_batch(inputs, scored.layout, iteration)
+                log_ratios = ((logps - reference) * weights).sum(1)
+                ratios = ratio_statistics(reference - logps.detach(), weights)
+                kl = self.accelerator.reduce(ratios, reduction="sum")
+                self._record("kl", summarise_ratios(kl)["kl_to_old"], kl[0].item())
+            self.log_scores(logps.detach())
+        lengths = counted_writes(self.spec, trajectories_of(inputs)).sum(1)
+        responses = Responses((logps * weights).sum(1), log_ratios, lengths)
         loss, sums = pairwise_loss(responses, pairs, self.args.pairwise())
 
-        self.log_scores(logps.detach())
-        if reference is not None:
-            ratios = ratio_statistics(reference - logps.detach(), weights)
-            kl = self.accelerator.reduce(ratios, reduction="sum")
-            self._record("kl", summarise_ratios(kl)["kl_to_old"], kl[0].item())
         figures = {**sums, "pairs/count": len(pairs.chosen), **left_out}
         totals = dict(zip(figures, add_over_processes(self.accelerator, *figures.values()), strict=True))
         count = totals["pairs/count"]
