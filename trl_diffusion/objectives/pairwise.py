@@ -178,8 +178,8 @@ def sigmoid_loss(pairs: Compared) -> Tensor:
 
 def robust_loss(pairs: Compared) -> Tensor:
     """
-    With a share `e` of the pairs in the wrong order, an unbiased estimate of [`sigmoid_loss`] on the right order (Robust
-    DPO, https://huggingface.co/papers/2403.00409, eq. 12), shape `(M,)`.
+    With a share `e` of the pairs in the wrong order, an unbiased estimate of [`sigmoid_loss`] on the right order (rDPO,
+    https://huggingface.co/papers/2403.00409), shape `(M,)`.
     """
     margins, e = _known(pairs.margins), pairs.config.label_smoothing
     return (e * F.logsigmoid(-margins) - (1 - e) * F.logsigmoid(margins)) / (1 - 2 * e)
