@@ -328,7 +328,9 @@ def test_preferences_train(make_trainer, start, order, estimator):  # noqa: F811
     assert counts == {"grad": 12, "no_grad": expected}
     logs = logs_of(trainer)
     assert logs[0]["losses/sigmoid"] == pytest.approx(0.6931, abs=1e-3)
-    assert logs[-1]["losses/sigmoid"] < 0.65 and logs[-1]["rewards/margins"] > 0 and logs[-1]["rewards/accuracies"] > 0.7
+    assert (
+        logs[-1]["losses/sigmoid"] < 0.65 and logs[-1]["rewards/margins"] > 0 and logs[-1]["rewards/accuracies"] > 0.7
+    )
     assert {"rewards/chosen", "rewards/rejected", "kl", "pairs/count", "pairs/tied_groups"} <= set(logs[0])
 
 
