@@ -203,7 +203,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         responses = Responses((logps * weights).sum(1), log_ratios, lengths)
         loss, sums = pairwise_loss(responses, pairs, self.args.pairwise())
 
-        figures = {**sums, "pairs/count": len(pairs.chosen), **left_out}
+        figures: dict[str, Tensor | float] = {**sums, "pairs/count": len(pairs.chosen), **left_out}
         totals = dict(zip(figures, add_over_processes(self.accelerator, *figures.values()), strict=True))
         count = totals["pairs/count"]
         how: How = "mean" if self.evaluation is None else "sum"  # of a batch, or of all of an evaluation
