@@ -151,7 +151,7 @@ def length_figures(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
 
 
 WINDOW = 5  # logs whose means are compared
-SUNK = -1.0  # implicit reward of the chosen responses, `beta` times log-ratio
+SUNK = -3.0  # implicit reward of the chosen responses, `beta` times log-ratio; runs that go well may pass through -2
 
 
 def chosen_sinks(history: list[dict[str, float]]) -> bool:
