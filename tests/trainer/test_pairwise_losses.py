@@ -181,7 +181,7 @@ def test_what_a_sinking_reward_is():
     assert not chosen_sinks(history([0.1 * value for value in falling], better))  # by a tenth of what counts
     assert not chosen_sinks(history(falling, worse))
     assert not chosen_sinks(history([-6.0 + 0.1 * step for step in steps], better))  # low, but coming back
-    dip = [0.0, 0.2, 0.2, -1.5, -1.6, -2.6, -2.7, -2.2, -1.5, -0.6, -0.2, -0.4, -0.2, 0.2, 0.3]  # of a run that ended well
+    dip = [0, 0.2, 0.2, -1.5, -1.6, -2.6, -2.7, -2.2, -1.5, -0.6, -0.2, -0.4, 0.2, 0.3]  # of a run that ended well
     assert not any(chosen_sinks(history(dip[:end], better[:end])) for end in range(len(dip) + 1))
     assert not chosen_sinks([])
 
