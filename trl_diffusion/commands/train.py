@@ -196,16 +196,15 @@ def train_on_preferences(script_args: ScriptArguments, training_args: DTRPOConfi
         "seed": training_args.seed,
         "loss_before": before,
         "loss_after": after["eval_loss"],
-        "accuracy_after": after["eval_rewards/accuracies"],
+        "accuracy_after": after.get("eval_rewards/accuracies"),  # none without a reference
         "steps": trainer.state.global_step,
     }
     if trainer.is_world_process_zero():
         path = Path(training_args.output_dir) / "results.json"
         write_text(path, json.dumps(results, indent=2) + "\n")
-    say(
-        f"loss {before:.4f} -> {after['eval_loss']:.4f}, {after['eval_rewards/accuracies']:.1%} in the order of the data "
-        f"({len(held_out)} pairs, seed {training_args.seed})"
-    )
+    accuracy = results["accuracy_after"]
+    order = "" if accuracy is None else f", {accuracy:.1%} in the order of the data"
+    say(f"loss {before:.4f} -> {after['eval_loss']:.4f}{order} ({len(held_out)} pairs, seed {training_args.seed})")
 
 
 def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:

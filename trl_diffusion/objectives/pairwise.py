@@ -1,8 +1,9 @@
-"""The pairwise objective (docs/method.md, section 5): DPO on trajectory log-ratios."""
+"""The pairwise objective (docs/method.md, section 5): losses of preference pairs on trajectory log-ratios."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -29,6 +30,14 @@ class Pairs:
     weights: Tensor
     tied: int
     identical: int
+
+    def used(self) -> tuple[Tensor, Pairs]:
+        """Responses that are in a pair, at least one, shape `(U,)`, and the same pairs with the numbers of these."""
+        used, places = torch.cat([self.chosen, self.rejected]).unique(return_inverse=True)
+        chosen, rejected = places.chunk(2)
+        if len(used) == 0:  # a pass needs something to score
+            used = self.chosen.new_zeros(1)
+        return used, replace(self, chosen=chosen, rejected=rejected)
 
 
 def make_pairs(
@@ -108,33 +117,153 @@ def differing_groups(rewards: Tensor, size: int) -> Tensor:
     return differ.any(2).any(1).repeat_interleave(size)
 
 
-def pairwise_loss(
-    log_ratios: Tensor, pairs: Pairs, beta: float, lengths: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class PairwiseConfig:
+    """
+    Which losses of a pair are added up, and how.
+
+    Attributes:
+        losses (`dict[str, float]`): names of [`LOSSES`], each with its weight in the sum.
+        beta (`float`): how much a nat of the log-ratio counts.
+        label_smoothing (`float`): for `"robust"`, the probability that a pair has the wrong order; below 0.5.
+        length_normalization (`bool`): whether log-ratios are divided by the number of tokens of their response.
+    """
+
+    losses: dict[str, float] = field(default_factory=lambda: {"sigmoid": 1.0})
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    length_normalization: bool = False
+
+
+@dataclass(frozen=True)
+class Responses:
+    """
+    What is known of `R` responses.
+
+    Attributes:
+        logps (`Tensor` of shape `(R,)`): log-likelihood of each trajectory under the policy, or an estimate, in nats.
+        log_ratios (`Tensor` of shape `(R,)`, *optional*): log-ratio `D`, policy over reference, in nats. `None` without a
+            reference; losses of [`NEED_REFERENCE`] cannot be computed then.
+        lengths (`Tensor` of shape `(R,)`): number of tokens that count.
+    """
+
+    logps: Tensor
+    log_ratios: Tensor | None
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
+class Compared:
+    """
+    What the losses of `M` pairs are made of.
+
+    Attributes:
+        margins (`Tensor` of shape `(M,)`, *optional*): `beta * (D[chosen] - D[rejected])`, with `D` per token if
+            `length_normalization` is on. `None` without a reference, as the next one.
+        mean_differences (`Tensor` of shape `(M,)`, *optional*): difference of `D` per token, whatever the options say.
+        chosen_logps (`Tensor` of shape `(M,)`): log-likelihood of the chosen response, per token.
+        config ([`PairwiseConfig`]): the options.
+    """
+
+    margins: Tensor | None
+    mean_differences: Tensor | None
+    chosen_logps: Tensor
+    config: PairwiseConfig
+
+
+def sigmoid_loss(pairs: Compared) -> Tensor:
+    """`-log sigmoid(margin)` (DPO, https://huggingface.co/papers/2305.18290, eq. 7), shape `(M,)`."""
+    return -F.logsigmoid(_known(pairs.margins))
+
+
+def robust_loss(pairs: Compared) -> Tensor:
+    """
+    With a share `e` of the pairs in the wrong order, an unbiased estimate of [`sigmoid_loss`] on the right order (rDPO,
+    https://huggingface.co/papers/2403.00409), shape `(M,)`.
+    """
+    margins, e = _known(pairs.margins), pairs.config.label_smoothing
+    return (e * F.logsigmoid(-margins) - (1 - e) * F.logsigmoid(margins)) / (1 - 2 * e)
+
+
+def hinge_loss(pairs: Compared) -> Tensor:
+    """`max(0, 1 - margin)` (SLiC, https://huggingface.co/papers/2305.10425, with log-ratios), shape `(M,)`."""
+    return F.relu(1 - _known(pairs.margins))
+
+
+def ipo_loss(pairs: Compared) -> Tensor:
+    """
+    Squared distance of the difference of `D` per token from `1 / (2 beta)` (IPO, https://huggingface.co/papers/2310.12036,
+    eq. 17, per token as in TRL), shape `(M,)`.
+    """
+    return (_known(pairs.mean_differences) - 1 / (2 * pairs.config.beta)).square()
+
+
+def sft_loss(pairs: Compared) -> Tensor:
+    """
+    Negative log-likelihood of the chosen response, per token; needs no reference
+    (https://huggingface.co/papers/2404.19733, eq. 1), shape `(M,)`.
+    """
+    return -pairs.chosen_logps
+
+
+LOSSES: dict[str, Callable[[Compared], Tensor]] = {
+    "sigmoid": sigmoid_loss,
+    "robust": robust_loss,
+    "hinge": hinge_loss,
+    "ipo": ipo_loss,
+    "sft": sft_loss,
+}
+NEED_REFERENCE = ("sigmoid", "robust", "hinge", "ipo")
+# Losses that look at these options.
+NORMALIZED = ("sigmoid", "robust", "hinge")
+SMOOTHED = ("robust",)
+
+
+def _known(values: Tensor | None) -> Tensor:
+    if values is None:
+        raise ValueError(f"Only losses other than {', '.join(NEED_REFERENCE)} can be computed without a reference.")
+    return values
+
+
+def pairwise_loss(responses: Responses, pairs: Pairs, config: PairwiseConfig) -> tuple[Tensor, dict[str, Tensor]]:
     r"""
-    `-log sigmoid(beta * (D[chosen] - D[rejected]))`, averaged over pairs with their weights (DPO,
-    https://huggingface.co/papers/2305.18290, eq. 7, with the log-ratios of dTRPO).
+    The weighted sum of the losses that `config` names, averaged over pairs with the weights of the pairs.
 
     Args:
-        log_ratios (`Tensor` of shape `(R,)`): log-ratio `D` of each response, policy over reference, in nats.
+        responses ([`Responses`]): log-likelihoods and log-ratios.
         pairs ([`Pairs`]): which responses are compared.
-        beta (`float`): how much a nat counts.
-        lengths (`Tensor` of shape `(R,)`, *optional*): number of tokens of each response, to divide `D` by.
+        config ([`PairwiseConfig`]): the losses and their options.
 
     Returns:
-        The loss, a scalar, and sums over pairs for metrics: `chosen`, `rejected` and `margin` (implicit rewards, `beta`
-        times log-ratio), `accuracy` (pairs ordered as the data says), `count`.
+        The loss, a scalar, and sums over pairs for metrics: `losses/NAME` for each loss, before its weight, and, with a
+        reference, `rewards/chosen`, `rewards/rejected` and `rewards/margins` (implicit rewards: `beta` times log-ratio) and
+        `rewards/accuracies` (pairs ordered as the data says).
+
+    Raises:
+        ValueError: if a loss needs a reference and there is none.
     """
-    scores = log_ratios if lengths is None else log_ratios / lengths.clamp(min=1)
-    chosen, rejected = beta * scores[pairs.chosen], beta * scores[pairs.rejected]
+    lengths = responses.lengths.clamp(min=1)
+    compared = Compared(None, None, (responses.logps / lengths)[pairs.chosen], config)
+    rewards = None
+    if responses.log_ratios is not None:
+        means = responses.log_ratios / lengths
+        rewards = config.beta * (means if config.length_normalization else responses.log_ratios)
+        compared = Compared(
+            margins=rewards[pairs.chosen] - rewards[pairs.rejected],
+            mean_differences=means[pairs.chosen] - means[pairs.rejected],
+            chosen_logps=compared.chosen_logps,
+            config=config,
+        )
     # The sum over all responses times 0 keeps the graph whole when there is no pair.
-    loss = -(F.logsigmoid(chosen - rejected) * pairs.weights).sum() + 0.0 * log_ratios.sum()
-    with torch.no_grad():
-        sums = {
-            "chosen": chosen.sum(),
-            "rejected": rejected.sum(),
-            "margin": (chosen - rejected).sum(),
-            "accuracy": (chosen > rejected).sum().float(),
-            "count": torch.tensor(float(len(chosen)), device=chosen.device),
-        }
+    loss = 0.0 * responses.logps.sum()
+    sums: dict[str, Tensor] = {}
+    for name, weight in config.losses.items():
+        values = LOSSES[name](compared)
+        loss = loss + weight * (values * pairs.weights).sum()
+        sums[f"losses/{name}"] = values.detach().sum()
+    if rewards is not None:
+        chosen, rejected = rewards.detach()[pairs.chosen], rewards.detach()[pairs.rejected]
+        sums["rewards/chosen"], sums["rewards/rejected"] = chosen.sum(), rejected.sum()
+        sums["rewards/margins"] = (chosen - rejected).sum()
+        sums["rewards/accuracies"] = (chosen > rejected).sum().float()
     return loss, sums

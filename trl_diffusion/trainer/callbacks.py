@@ -8,18 +8,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback
 
 from ..decoding.config import DecodingConfig
 from ..fields import check_at_least
 from ..viz.plots import plot_trajectory
+from .metrics import SUNK, chosen_sinks
 
 
 if TYPE_CHECKING:  # not at run time: a recipe of this name lies beside those that are run
     from evaluate import EvaluationModule
 
     from .trainer import DTRPOTrainer
+
+
+logger = get_logger(__name__)
 
 
 class RewardProgressCallback(ProgressCallback):
@@ -38,6 +43,26 @@ class RewardProgressCallback(ProgressCallback):
         }
         if shown:
             self.training_bar.set_postfix(shown)
+
+
+class SinkingRewardCallback(TrainerCallback):
+    """
+    Warns, once, when the pairwise loss makes the better responses less likely while it orders more pairs as the data does
+    (see [`~trainer.metrics.chosen_sinks`]). [`DTRPOTrainer`] adds it for `loss_type="dpo"`.
+    """
+
+    def __init__(self):
+        self.warned = False
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.warned or not chosen_sinks(state.log_history):
+            return
+        self.warned = True
+        logger.warning(
+            f"At optimizer step {state.global_step}, `rewards/chosen` is below {SUNK:g} and falls while `rewards/accuracies` is "
+            "higher than at first: the better responses become less likely, too, and the policy may forget how to answer. "
+            "Give 'sft' in `dpo_loss_type` a larger weight (`dpo_loss_weights`), or lower `learning_rate` or `beta`."
+        )
 
 
 class TrajectoryCallback(TrainerCallback):

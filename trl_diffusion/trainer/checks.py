@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import MISSING
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 
 from ..fields import check_within, is_number
+from ..objectives.pairwise import LOSSES, NEED_REFERENCE, NORMALIZED, SMOOTHED
 from ..offline.preferences import is_preference_dataset
 
 
@@ -63,6 +65,7 @@ _INTERVALS = {
     "entropy_target": "(-inf, inf)",
     "off_policy_mask_threshold": "(0, inf]",
     "ref_model_mixup_alpha": "(0, 1]",
+    "label_smoothing": "[0, 0.5)",
 }
 _CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")
 _ENTROPY = ("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy")
@@ -79,7 +82,7 @@ _LOOKED_AT_BY = {
     "use_bias_correction_kl": (*_CLIPPED, "cispo", "sapo", "vespo"),
     **dict.fromkeys(_ENTROPY, (*_CLIPPED, "cispo", "sapo", "vespo")),
     "off_policy_mask_threshold": (*_CLIPPED, "cispo", "sapo", "vespo"),
-    "pair_selection": ("dpo",),
+    **dict.fromkeys(("pair_selection", "dpo_loss_type", "dpo_loss_weights", "label_smoothing"), ("dpo",)),
     "dpo_length_normalization": ("dpo",),
 }
 
@@ -138,7 +141,7 @@ def check_looked_at(args: DTRPOConfig) -> None:
         ValueError: naming the option, if it does not.
     """
     for name, losses in _LOOKED_AT_BY.items():
-        default = type(args).__dataclass_fields__[name].default
+        default = _default(args, name)
         if args.loss_type not in losses and getattr(args, name) != default:
             raise ValueError(
                 f"`{name}` is for `loss_type` {' or '.join(map(repr, losses))}, not for {args.loss_type!r}; leave it at "
@@ -148,6 +151,44 @@ def check_looked_at(args: DTRPOConfig) -> None:
         default = type(args).__dataclass_fields__[name].default
         if not args.use_adaptive_entropy and getattr(args, name) != default:
             raise ValueError(f"`{name}` is for `use_adaptive_entropy=True`; leave it at {default!r}.")
+
+
+def check_pairwise_losses(args: DTRPOConfig) -> None:
+    """
+    Checks the losses of `loss_type="dpo"`, their weights, and that they look at the options that were set.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    names, weights = args.dpo_loss_type, args.dpo_loss_weights
+    if not isinstance(names, list) or not names or not set(map(str, names)) <= set(LOSSES):
+        raise ValueError(f"`dpo_loss_type` must be a list of names among {list(LOSSES)}, got {names!r}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"`dpo_loss_type={names!r}` names a loss twice; set its weight with `dpo_loss_weights`.")
+    if weights is not None:
+        good = isinstance(weights, list) and all(is_number(w) and 0 <= w < math.inf for w in weights)
+        if not good or len(weights) != len(names) or not any(weights):
+            raise ValueError(
+                f"`dpo_loss_weights` must be a list of {len(names)} numbers of at least 0, not all of them 0, one for each of "
+                f"{names}, got {weights!r}."
+            )
+    for name, losses in (("label_smoothing", SMOOTHED), ("dpo_length_normalization", NORMALIZED)):
+        default = _default(args, name)
+        if not set(names) & set(losses) and getattr(args, name) != default:
+            raise ValueError(
+                f"`{name}` is for the losses {' and '.join(map(repr, losses))}, not for `dpo_loss_type={names!r}`; leave it at "
+                f"{default!r}."
+            )
+    needs_reference = bool(set(names) & set(NEED_REFERENCE))
+    if needs_reference and args.beta <= 0.0:
+        raise ValueError(f"`loss_type='dpo'` needs a reference: set `beta` (0.1 is usual), got {args.beta}.")
+    if not needs_reference and args.beta != 0.0:
+        raise ValueError(f"`dpo_loss_type={names!r}` looks at no reference; leave `beta` at 0.0, got {args.beta}.")
+
+
+def _default(args: DTRPOConfig, name: str) -> Any:
+    option = type(args).__dataclass_fields__[name]
+    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 def _is_left_open(args: DTRPOConfig, name: str) -> bool:

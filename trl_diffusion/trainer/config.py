@@ -12,11 +12,12 @@ from trl import GRPOConfig
 from ..decoding.config import DecodingConfig
 from ..decoding.options import RolloutOptions
 from ..fields import AtLeast, check_fields, check_one_of
+from ..objectives.pairwise import PairwiseConfig
 from ..offline.orders import ORDERS
 from ..scoring.draws import STEP_DISTRIBUTIONS, StepDistribution
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from ..utils import no_repeated_keys
-from .checks import check_looked_at, check_numbers, check_whole_numbers
+from .checks import check_looked_at, check_numbers, check_pairwise_losses, check_whole_numbers
 
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo", "dpo")
@@ -124,14 +125,24 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
         pair_selection (`str`, *optional*, defaults to `"best_worst"`):
             Pairs that `loss_type="dpo"` makes of a group: its best and its worst response, or `"all"` ordered pairs. Responses
             without a reward, or masked ones (`mask_truncated_completions`), are in no pair; two of the same tokens make none.
+        dpo_loss_type (`list[str]`, *optional*, defaults to `["sigmoid", "sft"]`):
+            Losses of a pair that `loss_type="dpo"` adds up, with the names of [`~trl.DPOConfig`]: `"sigmoid"` (DPO),
+            `"robust"` (DPO for pairs in the wrong order), `"hinge"`, `"ipo"`, and `"sft"`, the negative log-likelihood of
+            the better response per token, which keeps it from becoming less likely together with the worse one.
+        dpo_loss_weights (`list[float]`, *optional*):
+            Their weights, one for each. All 1 if `None`.
         dpo_length_normalization (`bool`, *optional*, defaults to `False`):
-            Whether `loss_type="dpo"` divides the log-ratio of a response by its number of tokens.
+            Whether `"sigmoid"`, `"robust"` and `"hinge"` divide the log-ratio of a response by its number of tokens that
+            count (`"ipo"` always does). `"sigmoid"` is then TRL's `"sigmoid_norm"`.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            For `"robust"`: the probability that a pair is in the wrong order, below 0.5.
         precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
             Whether the reference scores all stored responses before training, in exactly the states that training will
             draw, instead of at every step. It then leaves memory, unless there is an evaluation dataset. Not for a reference
             that moves (`sync_ref_model`).
 
-    `loss_type="dpo"` is the pairwise loss of dTRPO (docs/method.md, section 5); it needs `beta > 0`.
+    `loss_type="dpo"` is the pairwise loss of dTRPO (docs/method.md, section 5); it needs `beta > 0`, unless `"sft"` is its only
+    part.
 
     > [!NOTE]
     > All other defaults are those of the installed [`~trl.GRPOConfig`].
@@ -246,9 +257,26 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
             "choices": ["best_worst", "all"],
         },
     )
+    dpo_loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid", "sft"],
+        metadata={
+            "help": "Losses of a pair that loss_type='dpo' adds up: 'sigmoid', 'robust', 'hinge', 'ipo', and 'sft', the "
+            "negative log-likelihood of the better response per token, which keeps it likely."
+        },
+    )
+    dpo_loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the losses in `dpo_loss_type`, one for each. All 1 if not set."}
+    )
     dpo_length_normalization: bool = field(
         default=False,
-        metadata={"help": "Whether loss_type='dpo' divides the log-ratio of a response by its number of tokens."},
+        metadata={
+            "help": "Whether 'sigmoid', 'robust' and 'hinge' divide the log-ratio of a response by its number of tokens "
+            "that count ('ipo' always does)."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "For 'robust': the probability that a pair is in the wrong order, below 0.5."},
     )
     precompute_ref_log_probs: bool = field(
         default=False,
@@ -315,8 +343,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
             )
 
     def _check_pairs(self) -> None:
-        if self.beta <= 0.0:
-            raise ValueError(f"`loss_type='dpo'` needs a reference: set `beta` (0.1 is usual), got {self.beta}.")
+        check_pairwise_losses(self)
         sizes = {
             "per_device_train_batch_size": self.num_generations,
             "per_device_eval_batch_size": self.num_generations_eval or self.num_generations,
@@ -348,6 +375,16 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
             weighting=cast(Literal["unbiased", "none"], self.weighting),
             num_blocks=self.num_scored_blocks,
             prompt_mask_probability=self.prompt_mask_probability,
+        )
+
+    def pairwise(self) -> PairwiseConfig:
+        """Settings of the pairwise loss."""
+        weights = self.dpo_loss_weights or [1.0] * len(self.dpo_loss_type)
+        return PairwiseConfig(
+            losses=dict(zip(self.dpo_loss_type, weights, strict=True)),
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            length_normalization=self.dpo_length_normalization,
         )
 
     def spec_overrides(self) -> dict[str, Any] | None:

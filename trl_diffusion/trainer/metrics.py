@@ -148,3 +148,32 @@ def length_figures(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
         found[f"completions/min_{kind}"] = values.min().item()
         found[f"completions/max_{kind}"] = values.max().item()
     return found
+
+
+WINDOW = 5  # logs whose means are compared
+SUNK = -3.0  # implicit reward of the chosen responses, `beta` times log-ratio; runs that go well may pass through -2
+
+
+def chosen_sinks(history: list[dict[str, float]]) -> bool:
+    """
+    Whether the better responses become less likely while the order of the pairs improves: the loss is then satisfied by
+    making the worse ones less likely still, and the policy forgets both.
+
+    Args:
+        history (`list[dict[str, float]]`): what was logged so far. Logs without figures of pairs do not count.
+
+    Returns:
+        `bool`: whether, in the mean over the last [`WINDOW`] logs, the chosen responses' reward is below [`SUNK`] and lower
+        than in the logs before them, and more pairs are in the order of the data than in the first ones.
+    """
+    known = [log for log in history if "rewards/chosen" in log and log["rewards/chosen"] is not None]
+    if len(known) < 2 * WINDOW:
+        return False
+
+    def mean(name: str, logs: list[dict[str, float]]) -> float:
+        return sum(log[name] for log in logs) / len(logs)
+
+    first, before, last = known[:WINDOW], known[-2 * WINDOW : -WINDOW], known[-WINDOW:]
+    reward = mean("rewards/chosen", last)
+    sinks = reward < SUNK and reward < mean("rewards/chosen", before)
+    return sinks and mean("rewards/accuracies", last) > mean("rewards/accuracies", first)

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 
-from ..objectives.pairwise import make_pairs, pairwise_loss, same_responses
+from ..objectives.pairwise import Pairs, Responses, make_pairs, pairwise_loss, same_responses
 from ..policies.forward import unwrap
 from ..policies.loading import load_renamed_weights
 from ..scoring.diagnostics import ratio_statistics, summarise_ratios
 from ..scoring.estimators import ESTIMATORS
-from ..scoring.layout import PackedLayout
 from ..scoring.score import score
-from ..trajectories.trajectory import TrajectoryBatch
+from ..trajectories.trajectory import TrajectoryBatch, counted_writes
 from .agreement import fail_together
-from .batches import trajectories_of, ungroup
+from .batches import is_rows, trajectories_of, ungroup
+from .callbacks import SinkingRewardCallback
 from .checks import check_steps_made
 from .config import DTRPOConfig
 from .metrics import How, Tally, add_over_processes
@@ -146,6 +146,8 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         self.beta = beta
         self._throughput = ThroughputCallback(self)
         self.add_callback(self._throughput)
+        if args.loss_type == "dpo":
+            self.add_callback(SinkingRewardCallback())
         make_ready(self, setup, kwargs.get("optimizers", (None, None))[0])
 
     def _set_signature_columns_if_needed(self):
@@ -163,13 +165,12 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         per_rollout = cast(int, self.args.steps_per_generation)
         iteration = self._step // per_rollout % self.num_iterations if self.model.training else 0
         self.check_estimator(inputs)
+        if self.loss_type == "dpo":
+            return self._finite(self._pairwise_loss(model, inputs, iteration))
         with self.scoring(inputs, iteration) as scored:
             layout = scored.layout
             if self.beta != 0.0:
-                reference = self.reference.of_batch(inputs, layout, iteration)
-                inputs["ref_per_token_logps"] = reference
-            if self.loss_type == "dpo":
-                return self._finite(self._pairwise_loss(model, inputs, layout, reference))
+                inputs["ref_per_token_logps"] = self.reference.of_batch(inputs, layout, iteration)
             # For TRL's loss the response is the whole canvas: tokens behind the completion may count, too.
             inputs["completion_ids"], inputs["completion_mask"] = inputs["canvas_ids"], layout.weights
             for name in ("old_per_token_logps", "sampling_per_token_logps"):
@@ -180,43 +181,57 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
                 inputs["sampling_per_token_logps"] = scored.recorded
             return self._finite(super()._compute_loss(model, inputs))
 
-    def _pairwise_loss(self, model, inputs: dict[str, Any], layout: PackedLayout, reference: Tensor) -> Tensor:
-        """`-log sigmoid` of the difference of log-ratios to the reference, better against worse response of a group."""
-        logps, _ = score(model, layout, self.spec, self.temperature)
+    def _pairwise_loss(self, model, inputs: dict[str, Any], iteration: int) -> Tensor:
+        """Losses of better against worse responses of a group (docs/method.md, section 5)."""
         training = self.model.training
-        size = self.num_generations if training else self.num_generations_eval
-        which = cast(Literal["best_worst", "all"], self.args.pair_selection)
-        masked, scores = ~inputs["completion_mask"].any(1), inputs["pair_scores"]
-        unscored = scores.isnan() & ~masked
-        scores = torch.where(masked, torch.nan, scores).view(-1, size)
-        pairs = make_pairs(scores, which, same_responses(inputs["completion_ids"], inputs["completion_mask"], size))
-        lengths = trajectories_of(inputs).completion_lengths if self.args.dpo_length_normalization else None
-        log_ratios = ((logps - reference) * layout.weights).sum(1)
-        loss, sums = pairwise_loss(log_ratios, pairs, self.beta, lengths)
+        pairs, left_out = self._pairs(inputs)
+        if training:  # others would cost their part of the pass; an evaluation has figures of all
+            used, pairs = pairs.used()
+            inputs = {key: value[used] if is_rows(value) else value for key, value in inputs.items()}
+        with self.scoring(inputs, iteration) as scored:
+            weights = scored.layout.weights
+            logps, _ = score(model, scored.layout, self.spec, self.temperature)
+            log_ratios = None
+            if self.beta != 0.0:
+                reference = self.reference.of_batch(inputs, scored.layout, iteration)
+                log_ratios = ((logps - reference) * weights).sum(1)
+                ratios = ratio_statistics(reference - logps.detach(), weights)
+                kl = self.accelerator.reduce(ratios, reduction="sum")
+                self._record("kl", summarise_ratios(kl)["kl_to_old"], kl[0].item())
+            self.log_scores(logps.detach())
+        lengths = counted_writes(self.spec, trajectories_of(inputs)).sum(1)
+        responses = Responses((logps * weights).sum(1), log_ratios, lengths)
+        loss, sums = pairwise_loss(responses, pairs, self.args.pairwise())
 
-        self.log_scores(logps.detach())
-        kl = self.accelerator.reduce(ratio_statistics(reference - logps.detach(), layout.weights), reduction="sum")
-        self._record("kl", summarise_ratios(kl)["kl_to_old"], kl[0].item())
-        left_out = {
-            "tied_groups": pairs.tied,
-            "identical": pairs.identical,
-            "unscored_responses": unscored.sum(),
-            "truncated_responses": (masked & self._counted(len(masked))).sum(),
-        }
-        totals = add_over_processes(self.accelerator, *sums.values(), *left_out.values())
-        *values, count = totals[: len(sums)]
-        for name, value in zip(("chosen", "rejected", "margins", "accuracies"), values, strict=True):
-            if count:
-                self._record(f"rewards/{name}", value / count, count)
+        figures: dict[str, Tensor | float] = {**sums, "pairs/count": len(pairs.chosen), **left_out}
+        totals = dict(zip(figures, add_over_processes(self.accelerator, *figures.values()), strict=True))
+        count = totals["pairs/count"]
         how: How = "mean" if self.evaluation is None else "sum"  # of a batch, or of all of an evaluation
-        self._record("pairs/count", count, how=how)
-        for name, value in zip(left_out, totals[len(sums) :], strict=True):
-            self._record(f"pairs/{name}", value, how=how)
+        for name, value in totals.items():
+            if name not in sums:
+                self._record(name, value, how=how)
+            elif count:
+                self._record(name, value / count, count)
         if training and count:
             self._learnt = True
         if self.evaluation is not None:
             self._tally_loss(loss, inputs)
         return loss / self.current_gradient_accumulation_steps if training else loss
+
+    def _pairs(self, inputs: dict[str, Any]) -> tuple[Pairs, dict[str, float]]:
+        """The pairs of a batch, and how much is in none, by the name under which it is logged."""
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        which = cast(Literal["best_worst", "all"], self.args.pair_selection)
+        masked, scores = ~inputs["completion_mask"].any(1), inputs["pair_scores"]
+        unscored = scores.isnan() & ~masked
+        scores = torch.where(masked, torch.nan, scores).view(-1, size)
+        pairs = make_pairs(scores, which, same_responses(inputs["completion_ids"], inputs["completion_mask"], size))
+        return pairs, {
+            "pairs/tied_groups": pairs.tied,
+            "pairs/identical": pairs.identical,
+            "pairs/unscored_responses": unscored.sum().item(),
+            "pairs/truncated_responses": (masked & self._counted(len(masked))).sum().item(),
+        }
 
     def _finite(self, loss: Tensor) -> Tensor:
         """The loss, if it is finite on every process."""
