@@ -36,8 +36,8 @@ test-fast: $(BIN)/.installed ## Runs the tests that take no more than a few seco
 	touch $@
 
 test-lowest: .venv-lowest/.installed ## Runs the contract and trainer tests on the lowest TRL and transformers.
-	.venv-lowest/bin/python -m pytest -n auto --dist worksteal tests/trainer/test_trl_contract.py \
-		tests/trainer/test_trainer.py tests/trainer/test_throughput.py $(ARGS)
+	.venv-lowest/bin/python -m pytest -n auto --dist worksteal $(addprefix tests/trainer/test_,$(addsuffix .py, \
+		trl_contract training old_policy loss rollouts precision config input_checks autoregression throughput)) $(ARGS)
 
 lint: $(BIN)/.installed ## Checks style.
 	$(BIN)/ruff check .

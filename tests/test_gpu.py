@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import SPECS, make_policy, make_prompts
-from tests.scoring.test_estimators import group_rollout, states_of
-from tests.scoring.test_oracles import DECODINGS, rollout
+from tests.reference import DECODINGS, group_rollout, rollout, states_of
 from tests.trainer.conftest import char_spec, make_trainer, tokenizer  # noqa: F401  (fixtures)
 from trl_diffusion.decoding.decode import decode
 from trl_diffusion.policies.attention import PackedMask, enable_plans

@@ -9,7 +9,7 @@ import torch
 
 from tests.closeness import assert_close
 from tests.conftest import MASK, SPECS, make_policy, make_prompts
-from tests.scoring.test_oracles import plain_forward_logps
+from tests.reference import plain_forward_logps
 from trl_diffusion import DecodingConfig, DTRPOConfig, decode
 from trl_diffusion.commands.generate import main
 from trl_diffusion.decoding import loop, sampling

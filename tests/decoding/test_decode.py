@@ -77,7 +77,7 @@ def assert_valid(batch: TrajectoryBatch, spec: DiffusionSpec, config: DecodingCo
     block_size=st.sampled_from([None, 1, 3, 16]),
     seed=st.integers(0, 10),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_trajectory_is_valid(
     name, lengths, max_new_tokens, temperature, strategy, tokens_per_step, threshold, steps_per_block, schedule,
     sub_block_size, stop_rule, entropy_bound, batch_size,

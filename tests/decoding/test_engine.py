@@ -66,13 +66,14 @@ CASES += [("full-shift", "sampled"), ("full-shift", "entropy-bound")]
 @pytest.mark.parametrize(("spec_name", "name"), CASES)
 def test_a_batch_of_64_and_the_queue_change_nothing(spec_name, name):
     policy = make_policy(SPECS[spec_name])
-    prompts = make_prompts([1 + (7 * row) % 31 for row in range(64)])
-    seeds = [50 + row for row in range(64)]
+    size = 64 if (spec_name, name) == ("shift-autoregressive-first", "sampled") else 24
+    prompts = make_prompts([1 + (7 * row) % 31 for row in range(size)])
+    seeds = [50 + row for row in range(size)]
     together = decode(policy, prompts, CONFIGS[name], seeds=seeds)
     queued = decode(policy, prompts, CONFIGS[name], seeds=seeds, batch_size=5)
-    for row in range(64):
+    for row in range(size):
         assert_same(together, row, queued, row)
-    for row in range(0, 64, 9):
+    for row in range(0, size, 9):
         assert_same(together, row, decode(policy, [prompts[row]], CONFIGS[name], seeds=[seeds[row]]), 0)
 
 

@@ -53,8 +53,7 @@ def check(model, prompts: list[list[int]], config: DecodingConfig, loop, **spec_
         assert len(tokens) == min(ended[0] + 1 if ended else len(theirs), config.max_new_tokens)
 
 
-@pytest.mark.parametrize(("block", "steps"), [(8, 8), (8, 3), (24, 24)])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("block", "steps", "seed"), [(8, 8, 0), (8, 3, 1), (24, 24, 1)])
 def test_llada(block, steps, seed):
     model = make("llada", seed, num_key_value_heads=6)
     prompts = [make_prompt(length, seed) for length in (3, 17, 10)]
@@ -62,9 +61,12 @@ def test_llada(block, steps, seed):
     check(model, prompts, config, lambda x: published.llada(model, x, 24, block, steps, MASK), block_size=block)
 
 
-@pytest.mark.parametrize("alg", ["maskgit_plus", "entropy", "topk_margin"])
-@pytest.mark.parametrize(("length", "steps", "top_k"), [(20, 20, None), (20, 7, 50)])
-def test_dream(alg, length, steps, top_k):
+@pytest.mark.parametrize(
+    ("alg", "steps", "top_k"),
+    [("maskgit_plus", 20, None), ("entropy", 7, 50), ("topk_margin", 20, 50), ("maskgit_plus", 7, None)],
+)
+def test_dream(alg, steps, top_k):
+    length = 20
     model = make("dream", 2, tie_word_embeddings=True)
     prompts = [make_prompt(size, 2) for size in (4, 11)]
     strategy = {"maskgit_plus": "confidence", "entropy": "entropy", "topk_margin": "margin"}[alg]
@@ -83,15 +85,14 @@ def test_dream(alg, length, steps, top_k):
     )
 
 
-@pytest.mark.parametrize("threshold", [1.0, 0.3])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("threshold", "seed"), [(1.0, 0), (0.3, 1)])
 def test_fast_dllm_v2(threshold, seed):
     """Prompts that end inside the first block, at its end, and inside the second; with and without a stop token."""
     model = make("fast_dllm_v2", seed)
-    prompts = [make_prompt(length, seed) for length in (20, 32, 45)]
-    for stop in (-1, 9):
+    for stop, lengths in ((-1, (20, 32)), (9, (45, 20))):
+        prompts = [make_prompt(length, seed) for length in lengths]
         config = DecodingConfig(
-            64,
+            40,
             strategy="threshold",
             threshold=threshold,
             sub_block_size=8,
@@ -101,12 +102,12 @@ def test_fast_dllm_v2(threshold, seed):
         )
 
         def loop(x, stop=stop):
-            return published.fast_dllm_v2(model, x, 64, MASK, stop, threshold)
+            return published.fast_dllm_v2(model, x, 40, MASK, stop, threshold)
 
         spec = get_spec(model.config)
         ours = decode(model, prompts, config, spec, batch_size=2).completions()
         for prompt, tokens in zip(prompts, ours, strict=True):
-            theirs = loop(torch.tensor([prompt]))[0, len(prompt) :].tolist()[:64]
+            theirs = loop(torch.tensor([prompt]))[0, len(prompt) :].tolist()[:40]
             assert tokens == theirs
 
 
@@ -118,17 +119,22 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize(("block", "tokens"), [(4, 1), (8, 2)])
+@pytest.mark.parametrize(
+    ("name", "block", "tokens"),
+    [
+        *(("sequential", 8, 2), ("low_confidence_static", 4, 1), ("low_confidence_static", 8, 2)),
+        *(("low_confidence_dynamic", 4, 1), ("entropy_bounded", 8, 2)),
+    ],
+)
 def test_sdar(name, block, tokens):
     model = make("sdar", 3, block_size=block, head_dim=16)
-    prompts = [make_prompt(length, 3) for length in (1, 4, 10, 19)]
-    config = DecodingConfig(25, tokens_per_step=tokens, tempered_confidence=True, **STRATEGIES[name])
+    prompts = [make_prompt(length, 3) for length in (1, 4, 10)]
+    config = DecodingConfig(21, tokens_per_step=tokens, tempered_confidence=True, **STRATEGIES[name])
     threshold = config.entropy_bound if name == "entropy_bounded" else config.threshold
     taken = set()
 
     def loop(x):
-        return published.sdar(model, x, 25, MASK, block, block // tokens, name, threshold, STOPS)
+        return published.sdar(model, x, 21, MASK, block, block // tokens, name, threshold, STOPS)
 
     check(model, prompts, config, loop)
     batch = decode(model, prompts, config, get_spec(model.config))
@@ -138,8 +144,7 @@ def test_sdar(name, block, tokens):
         assert len(taken) > 1  # several at once, and not always
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("cache", "seed"), [("prefix", 0), ("dual", 1)])
 def test_caches_of_fast_dllm(cache, seed):
     model = make("llada", seed, num_key_value_heads=2)
     prompts = [make_prompt(length, seed) for length in (3, 17)]

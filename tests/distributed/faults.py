@@ -1,13 +1,9 @@
-"""
-What two processes run when something goes wrong on one of them: the cases one after another in one launch, the error of
-each in `CASE_RANK.json`, and at last a process that dies without a word.
-"""
+"""What two processes run when something goes wrong on one of them. The error of each is left in `error_RANK.json`."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -66,24 +62,17 @@ CASES = {
 }
 
 
-def run(name: str, cell: dict, directory: Path, reward=None, poison=None) -> None:
-    trainer = make_trainer(cell, directory / "run", reward or Recorder())
-    if poison is not None:
-        globals()["poison"](trainer, poison)
+def run(fault: str, cell: dict, directory: Path) -> None:
+    """Trains a cell of `jobs.py` with a fault of `CASES`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = CASES[fault]
+    trainer = make_trainer(cell, directory / "run", settings.get("reward"))
+    if "poison" in settings:
+        poison(trainer, settings["poison"])
     error = None
     try:
         trainer.train()
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
     found = {"error": error, "steps": trainer.state.global_step}
-    (directory / f"{name}_{RANK}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    where = Path(sys.argv[2])
-    for case, settings in CASES.items():
-        run(case, json.loads(sys.argv[1]), where, **settings)
-    if RANK == 1:
-        os._exit(3)
-    time.sleep(600)
+    (directory / f"error_{RANK}.json").write_text(json.dumps(found))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +162,3 @@ def run(cell: dict[str, Any], directory: Path) -> None:
     if rank == 0:
         (directory / "logs.json").write_text(json.dumps(trainer.state.log_history))
     trainer.accelerator.wait_for_everyone()
-
-
-if __name__ == "__main__":
-    for one in json.loads(Path(sys.argv[1]).read_text()):
-        run(one, Path(sys.argv[2]) / one["name"])

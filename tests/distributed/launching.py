@@ -1,4 +1,9 @@
-"""Starts two processes with `accelerate launch`, and never waits for them longer than it said."""
+"""
+Starts two processes with `accelerate launch`, and never waits for them longer than it said.
+
+To start them and to import everything takes most of the time. So there are two launches for all tests, one without DeepSpeed
+and one with it, and each runs many scenarios, one after another (`scenarios.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,19 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from tests.processes import HANGS
 
 
 ROOT = Path(__file__).resolve().parents[2]
-START, JOBS = (ROOT / "tests" / "distributed" / name for name in ("start.py", "jobs.py"))
+START, SCENARIOS = (ROOT / "tests" / "distributed" / name for name in ("start.py", "scenarios.py"))
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
@@ -50,16 +58,32 @@ def cpu_config(engine: str, directory: Path, partition_all: bool = False) -> Pat
             "deepspeed_config_file": str(directory / "deepspeed.json"),
             "zero3_init_flag": shipped["zero3_init_flag"],
         }
-    path = directory / f"{engine}.yaml"
+    path = directory / f"{engine}{'-all' * partition_all}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 
 
-def launch(
-    engine: str, directory: Path, script: Path, *arguments: str, timeout: float = HANGS, partition_all: bool = False
-) -> tuple[int, str]:
+def environment_of(engine: str, directory: Path, partition_all: bool = False) -> dict[str, str]:
+    """What `accelerate launch` tells the processes of a DeepSpeed engine about it."""
+    config = cpu_config(engine, directory, partition_all)
+    arguments = launch_command_parser().parse_args(
+        ["--config_file", str(config), "--main_process_port", "0", "script.py"]
+    )
+    with mock.patch("accelerate.commands.launch.deepspeed_launcher") as launcher:
+        launch_command(arguments)
+    _, environment = prepare_deepspeed_cmd_env(*launcher.call_args.args)
+    return {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}
+
+
+def launch(engine: str, directory: Path, scenarios: list[dict], timeout: float = HANGS) -> tuple[int, str]:
     """
-    Runs a script on two processes.
+    Runs scenarios on two processes.
+
+    Args:
+        engine (`str`): the file of `recipes/accelerate` that the processes are started with.
+        directory (`Path`): where each scenario gets a directory of its name.
+        scenarios (`list[dict]`): see `scenarios.py`.
+        timeout (`float`): in seconds.
 
     Returns:
         `(return code, output)`, standard output and error together.
@@ -76,9 +100,10 @@ def launch(
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    config = cpu_config(engine, directory, partition_all)
+    config = cpu_config(engine, directory)
+    (directory / "scenarios.json").write_text(json.dumps(scenarios))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
-               "--main_process_port", "0", str(START), str(script), *arguments]  # fmt: skip
+               "--main_process_port", "0", str(START), str(SCENARIOS), str(directory)]  # fmt: skip
     log = directory / f"{engine}.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -92,13 +117,3 @@ def launch(
                 for member in [*family.children(recursive=True), family]:  # the workers are in sessions of their own
                     member.kill()
     return code, log.read_text()
-
-
-def run_cells(engine: str, cells: list[dict], directory: Path, timeout: float = HANGS) -> dict[str, Path]:
-    """Runs the cells of [`jobs`] one after another in one launch. Returns the directory of each."""
-    (directory / "cells.json").write_text(json.dumps(cells))
-    code, output = launch(
-        engine, directory, JOBS, "cells.json", str(directory), timeout=timeout, partition_all=engine == "zero3"
-    )
-    assert code == 0, output[-5000:]
-    return {cell["name"]: directory / cell["name"] for cell in cells}

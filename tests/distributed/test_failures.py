@@ -6,14 +6,13 @@ import json
 
 import pytest
 
-from tests.distributed.launching import ROOT, launch, needs_deepspeed
+from tests.distributed.cells import FAULTS, INSIDE
+from tests.distributed.launching import needs_deepspeed
 from trl_diffusion.trainer.agreement import fail_together
 
 
 pytestmark = pytest.mark.distributed
 
-FAULTS = ROOT / "tests" / "distributed" / "faults.py"
-CELL = {"name": "fault", "rows": 8, "options": {"temperature": 2.0, "max_completion_length": 8}}
 # What process 1 raises, and what process 0 says about it.
 EXPECTED = {
     "raises": ("KeyError: 'no such row'", "The reward function 'raising'"),
@@ -25,18 +24,31 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero3", marks=needs_deepspeed)])
-def test_errors_on_one_process(tmp_path, engine):
-    code, output = launch(engine, tmp_path, FAULTS, json.dumps(CELL), str(tmp_path), partition_all=engine == "zero3")
-    assert code != 0 and "exitcode  : 3" in output  # the process that died in the end is named, and ended the other
-    for case, (error, what) in EXPECTED.items():
-        failed, other = (json.loads((tmp_path / f"{case}_{rank}.json").read_text()) for rank in (1, 0))
+LAUNCHES = [("ddp", FAULTS), pytest.param("deepspeed", INSIDE, marks=needs_deepspeed)]
+
+
+@pytest.mark.parametrize(("engine", "names"), LAUNCHES)
+def test_errors_on_one_process(engine_runs, engine, names):
+    directory = engine_runs(engine)
+
+    def found(case: str, rank: int) -> dict:
+        return json.loads((directory / f"fault-{case}" / f"error_{rank}.json").read_text())
+
+    for case in (name for name in names if name != "early"):
+        error, what = EXPECTED[case]
+        failed, other = found(case, 1), found(case, 0)
         assert failed["error"].startswith(error), case
         assert other["error"].startswith(f"RuntimeError: {what} failed on another process"), case
         assert f"process 1: {error}" in other["error"] and failed["steps"] == other["steps"] == 0, case
     for rank in (0, 1):  # one process is a second early every time, and after all these errors everything works
-        found = json.loads((tmp_path / f"early_{rank}.json").read_text())
-        assert found["error"] is None and found["steps"] == 2
+        assert found("early", rank) == {"error": None, "steps": 2}
+
+
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("deepspeed", marks=needs_deepspeed)])
+def test_a_process_that_dies_is_named_and_ends_the_other(engine_runs, engine):
+    directory = engine_runs(engine)
+    (log,) = directory.glob("*.log")
+    assert (directory / "done").read_text() != "0" and "exitcode  : 3" in log.read_text()
 
 
 def test_alone_an_error_is_raised_as_it_is():

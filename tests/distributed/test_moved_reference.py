@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 
-from tests.conftest import SPECS, make_policy
-from tests.distributed.launching import needs_deepspeed, run_cells
+from tests.conftest import SPECS, make_policy, shared
+from tests.distributed.launching import needs_deepspeed
 from tests.processes import run_pair
 from trl_diffusion import tiny_policy_path
 from trl_diffusion.trainer.reference import FILE, load_reference, save_reference
@@ -44,21 +43,18 @@ def test_a_reference_sharded_by_fsdp2(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero3", marks=needs_deepspeed)])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, engine):
-    options = {
-        "beta": 0.2, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5, "max_steps": 4,
-        "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2,
-    }  # fmt: skip
-    cell = {"name": "whole", "rows": 8, "options": options}
-    resumed = {**cell, "name": "resumed", "resume": str(tmp_path / "whole" / "checkpoint-3")}
-    directories = run_cells(engine, [cell, resumed], tmp_path)
-    logs = [json.loads((directories[name] / "logs.json").read_text()) for name in ("whole", "resumed")]
+@pytest.mark.parametrize(
+    ("engine", "name", "step"), [("ddp", "moved", 3), pytest.param("deepspeed", "llada", 2, marks=needs_deepspeed)]
+)
+def test_a_resumed_run_is_the_uninterrupted_one(engine_runs, engine, name, step):
+    source = tiny_policy_path() if name == "moved" else shared("fixtures", "llada")
+    directories = [engine_runs(engine) / directory for directory in (name, f"{name}-resumed")]
+    logs = [json.loads((directory / "logs.json").read_text()) for directory in directories]
     kls, again = ([entry["kl"] for entry in log if "kl" in entry] for log in logs)
     assert again == pytest.approx(kls, rel=1e-5, abs=1e-9) and max(kls) > 1e-4
-    moved = torch.load(tmp_path / "whole" / "checkpoint-3" / FILE, weights_only=True)
-    before = load_file(Path(tiny_policy_path()) / "model.safetensors")
-    now = load_file(tmp_path / "whole" / "checkpoint-3" / "model.safetensors")
+    checkpoint = directories[0] / f"checkpoint-{step}"
+    moved = torch.load(checkpoint / FILE, weights_only=True)
+    before, now = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (source, checkpoint))
     assert set(moved) <= set(before)
     assert any(not torch.equal(moved[name], before[name]) for name in moved)
     assert any(not torch.equal(moved[name], now[name]) for name in moved)

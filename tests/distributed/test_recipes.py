@@ -8,23 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launching import ROOT, launch, needs_deepspeed
+from tests.distributed.launching import needs_deepspeed
 from trl_diffusion import tiny_policy_path
 
 
 pytestmark = pytest.mark.distributed
 
-SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "16", "--train_size", "64", "--eval_size", "21"]
-
 
 @needs_deepspeed
-def test_train_under_zero3_as_it_is_shipped(tmp_path):
+def test_train_under_zero3_as_it_is_shipped(engine_runs):
     """From the measurement before training, on a policy that is shared already, to the saved model."""
-    code, output = launch(
-        "zero3", tmp_path, ROOT / "recipes" / "train.py", *SMALL, "--ddp_backend", "gloo", "--beta", "0.1"
-    )
-    assert code == 0, output[-5000:]
-    directory = tmp_path / "outputs" / "tiny_sudoku"
+    output = (engine_runs("deepspeed") / "train" / "output_0.txt").read_text()
+    directory = engine_runs("deepspeed") / "train" / "outputs" / "tiny_sudoku"
     results = json.loads((directory / "results.json").read_text())
     assert f"-> {results['solve_rate_after']:.1%} (21 puzzles, seed 0)" in output
     start = load_file(f"{tiny_policy_path()}/model.safetensors")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import MASK, SPECS, make_policy, make_prompts
-from tests.scoring.test_oracles import plain_forward_logps
+from tests.reference import plain_forward_logps
 from trl_diffusion import DecodingConfig, decode
 from trl_diffusion.evaluation.likelihood import chain_likelihoods, elbo_likelihoods, is_autoregressive
 from trl_diffusion.offline.orders import finished_batch

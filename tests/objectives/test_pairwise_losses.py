@@ -88,7 +88,7 @@ def test_ipo_is_least_at_its_margin(beta):
     margin = torch.tensor(1 / (2 * beta), requires_grad=True)
     loss = pair_loss("ipo", margin, beta)
     loss.backward()
-    assert loss.item() == pytest.approx(0.0, abs=1e-10) and margin.grad.item() == pytest.approx(0.0, abs=1e-5)
+    assert abs(loss.item()) < 1e-10 and abs(margin.grad.item()) < 1e-5
     at = margin.item()
     sides = [pair_loss("ipo", at + step, beta).item() for step in (-0.5, 0.5)]
     assert sides == pytest.approx([0.25, 0.25], rel=1e-4)

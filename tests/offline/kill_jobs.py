@@ -53,7 +53,7 @@ def collect_job(start: str, output_dir: str) -> None:
     collect(
         AutoModelForCausalLM.from_pretrained(start),
         AutoTokenizer.from_pretrained(start, padding_side="left"),
-        prompt_dataset(40),
+        prompt_dataset(20),
         slow_codes,
         output_dir,
         DecodingConfig(14, 1.0, tokens_per_step=2),
@@ -72,7 +72,7 @@ def train_job(start: str, trajectories: str, output_dir: str) -> None:
     trainer = DTRPOTrainer(
         model=start,
         args=DTRPOConfig(
-            output_dir=output_dir, max_steps=20, save_steps=3, save_total_limit=2, learning_rate=1e-3, beta=0.1,
+            output_dir=output_dir, max_steps=12, save_steps=3, save_total_limit=2, learning_rate=1e-3, beta=0.1,
             per_device_train_batch_size=4, num_generations=4, num_iterations=2, max_completion_length=14,
             tokens_per_step=2, logging_steps=1, bf16=False, gradient_checkpointing=False, report_to="none",
             disable_tqdm=True, log_level="error",

@@ -26,7 +26,7 @@ from trl_diffusion import load_trajectories
 from trl_diffusion.trainer.checkpoints import MARK, last_complete_checkpoint
 
 
-KILLS = int(os.environ.get("TRL_DIFFUSION_KILLS", "5"))
+KILLS = int(os.environ.get("TRL_DIFFUSION_KILLS", "3"))
 
 
 class Jobs:
@@ -102,7 +102,7 @@ def test_killed_trainings(jobs, start, collection, tmp_path):
     duration = jobs.run(kill_jobs.train_job, start, collection, tmp_path / "whole")
     weights = load_file(tmp_path / "whole" / "final" / "model.safetensors")
     losses = losses_of(tmp_path / "whole")
-    assert sorted(losses) == list(range(1, 21))
+    assert sorted(losses) == list(range(1, 13))
 
     def done(target):
         """Every checkpoint that is marked as complete can be read, and is the newest that a run would go on from."""
@@ -116,7 +116,7 @@ def test_killed_trainings(jobs, start, collection, tmp_path):
             assert checkpoint.name == f"checkpoint-{steps[-1]}"
         if steps:
             assert last_complete_checkpoint(target).endswith(f"checkpoint-{max(steps)}")
-        return max(steps, default=0) / 20
+        return max(steps, default=0) / 12
 
     for target in jobs.kill_until_done(kill_jobs.train_job, (start, collection), tmp_path, duration, done):
         assert losses_of(target) == losses

@@ -7,8 +7,7 @@ import torch
 
 from tests.closeness import ROUNDING, assert_close
 from tests.conftest import MASK, SPECS, STOP, make_prompts
-from tests.scoring.test_estimators import masked_logps, rows_of
-from tests.scoring.test_oracles import plain_forward_logps
+from tests.reference import masked_logps, plain_forward_logps, rows_of
 from trl_diffusion.offline.orders import finished_batch, given_order, replay_confidence
 from trl_diffusion.trajectories.trajectory import NEVER, autoregressive_positions, response_blocks
 

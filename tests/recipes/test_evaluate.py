@@ -75,16 +75,16 @@ def make_data(policy: Policy, directory: Path) -> dict[str, float]:
         (directory / name).mkdir(parents=True)
     expected = {}
     rows, right = [], 0
-    for n in range(8):
+    for n in range(6):
         answer = say(policy, f"{n}?\nThink step by step and end with '#### ' and the answer.")
         number = re.fullmatch(r"\d{1,12}", answer) and n % 2 == 0  # then it is the answer, whatever looks for one
         rows.append({"question": f"{n}?", "answer": f"#### {answer if number else 10**13 + n}"})
         right += bool(number)
     write_lines(directory / "gsm8k" / "test.jsonl", rows)
-    expected["gsm8k"] = right / 8
+    expected["gsm8k"] = right / 6
 
     rows, right = [], 0
-    for n in range(8):
+    for n in range(4):
         prompt = f"def f{n}():\n    return {n}  # "  # right, unless the policy leaves the comment
         answer = say(policy, prompt, BENCHMARKS["humaneval"].stops)
         is_right = n % 2 == 0 and returns(prompt + answer, n)
@@ -92,17 +92,17 @@ def make_data(policy: Policy, directory: Path) -> dict[str, float]:
         rows.append({"prompt": prompt, "test": test, "entry_point": f"f{n}"})
         right += is_right
     write_lines(directory / "humaneval" / "HumanEval.jsonl", rows)
-    expected["humaneval"] = right / 8
+    expected["humaneval"] = right / 4
 
-    games = countdown.generate(24, seed=3)
+    games = countdown.generate(12, seed=3)
     solved = [
         countdown.is_solved(say(policy, countdown.prompt(g["numbers"], g["target"])), g["numbers"], g["target"])
         for g in games
     ]
     write_lines(directory / "countdown" / "cd3_test.jsonl", games)
-    expected["countdown"] = sum(solved) / 24
+    expected["countdown"] = sum(solved) / 12
 
-    puzzles = sudoku.generate(12, seed=3, blanks=6)
+    puzzles = sudoku.generate(6, seed=3, blanks=6)
     text = "Puzzle,Solution\n" + "".join(f"{row['puzzle']},{row['solution']}\n" for row in puzzles)
     (directory / "sudoku" / "4x4_test.csv").write_text(text)
     config = DecodingConfig(17, tokens_per_step=2)
@@ -111,7 +111,7 @@ def make_data(policy: Policy, directory: Path) -> dict[str, float]:
         for row in puzzles
     ]
     solved = [sudoku.is_solved(row["puzzle"], text) for row, text in zip(puzzles, policy.decode(answers), strict=True)]
-    expected["sudoku"] = sum(solved) / 12
+    expected["sudoku"] = sum(solved) / 6
     return expected
 
 

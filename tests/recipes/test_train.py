@@ -75,11 +75,11 @@ def test_gsm8k_with_the_real_tokenizer(tmp_path, train_here):
         "--config", str(ROOT / "recipes" / "gsm8k_random.yaml"),
         "--train_file", str(shared("data", "gsm8k", "train.jsonl")),
         "--tokenizer_name_or_path", str(shared("fixtures", "fast_dllm_v2", "tokenizer")),
-        "--max_steps", "3", "--max_completion_length", "24",
+        "--max_steps", "2", "--max_completion_length", "8", "--eval_size", "1", "--per_device_train_batch_size", "4",
     )  # fmt: skip
     state = json.loads((tmp_path / "outputs" / "gsm8k_random" / "trainer_state.json").read_text())
     logs = [entry for entry in state["log_history"] if "loss" in entry]
-    assert len(logs) == 3
+    assert len(logs) == 2
     for entry in logs:
         assert abs(entry["loss"]) < 1e6
         for name in ("math_accuracy", "answer_format"):
@@ -90,22 +90,24 @@ def test_gsm8k_with_the_real_tokenizer(tmp_path, train_here):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [[], ["--plain", "--implicit_prompt"]], ids=["messages", "text"])
-def test_gsm8k_preferences_with_the_real_tokenizer(tmp_path, form, train_here):
-    """A file of pairs, the real tokenizer, a random policy built like Fast-dLLM v2, the pairwise loss."""
+def test_gsm8k_preferences_with_the_real_tokenizer(tmp_path, train_here):
+    """
+    A file of pairs, the real tokenizer, a random policy built like Fast-dLLM v2, the pairwise loss. The pairs are messages; the other
+    forms are those of `tests/offline/test_preferences.py`.
+    """
     source, environment = str(shared("data", "gsm8k", "train.jsonl")), {**os.environ, "PYTHONPATH": str(ROOT)}
-    pairs = [sys.executable, str(ROOT / "recipes" / "gsm8k_preferences.py"), source, "pairs.jsonl", "--size", "30"]
-    subprocess.run([*pairs, *form], cwd=tmp_path, env=environment, check=True, timeout=HANGS)
+    pairs = [sys.executable, str(ROOT / "recipes" / "gsm8k_preferences.py"), source, "pairs.jsonl", "--size", "12"]
+    subprocess.run(pairs, cwd=tmp_path, env=environment, check=True, timeout=HANGS)
     last = train_here(
         "--config", str(ROOT / "recipes" / "gsm8k_preferences.yaml"),
         "--train_file", "pairs.jsonl",
         "--tokenizer_name_or_path", str(shared("fixtures", "fast_dllm_v2", "tokenizer")),
-        "--max_steps", "2", "--eval_size", "4", "--per_device_train_batch_size", "4",
+        "--max_steps", "2", "--eval_size", "2", "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2",
     )  # fmt: skip
     out = tmp_path / "outputs" / "gsm8k_preferences"
     results = json.loads((out / "results.json").read_text())
     assert last.startswith(f"loss {results['loss_before']:.4f} -> ")
-    assert results["rows"] == 4 and results["loss_before"] == pytest.approx(0.6931, rel=1e-3)
+    assert results["rows"] == 2 and results["loss_before"] == pytest.approx(0.6931, rel=1e-3)
     assert json.loads((out / "config.json").read_text())["model_type"] == "Fast_dLLM_Qwen"
     state = json.loads((out / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]

@@ -27,7 +27,7 @@ NO_LIMITS = SandboxLimits(300, 60, memory=2**40, file_size=2**40, disk=2**40, fi
 
 def has_an_effect(world: World, name: str, limits: SandboxLimits = LIMITS) -> bool:
     """Whether an attempt gets what it wants. What it would do to the trainer, it does to another process."""
-    program = world.fill_in(program_of_attempt(name, seconds=2), trainer=world.process.pid)
+    program = world.fill_in(program_of_attempt(name, seconds=1.5), trainer=world.process.pid)
     try:
         verdict = run_tests(program, TESTS, entry_point="solve", limits=limits_of(ATTEMPTS[name], limits))
     except json.JSONDecodeError:

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from tests.closeness import assert_close
 from tests.conftest import SPECS, make_policy
-from tests.scoring.test_estimators import group_rollout, states_of
+from tests.reference import group_rollout, states_of
 from trl_diffusion.policies.attention import (
     PLANNED,
     PLANNED_FLEX,
@@ -106,8 +106,7 @@ def outcome(policy, layout, spec):
     return logps.detach(), entropies, torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 
-@pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("name", ["block-from-sequence", "shift-autoregressive-first"])
+@pytest.mark.parametrize(("name", "share"), [("block-from-sequence", True), ("shift-autoregressive-first", False)])
 @torch.no_grad()
 def test_flex_attention_gives_the_same_numbers(name, share, monkeypatch):
     """Not compiled, and forward only: on a CPU, FlexAttention has no backward pass."""

@@ -10,15 +10,19 @@ import torch
 
 from tests.closeness import assert_close, assert_close_gradients, close_to
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
-from tests.reference import writes_that_count
-from tests.scoring.test_oracles import (
+from tests.reference import (
     DECODINGS,
     another,
+    group_rollout,
+    masked_logps,
     pad_differently,
     plain_forward_logps,
     possible_sets,
     rollout,
+    rows_of,
+    states_of,
     weights_of,
+    writes_that_count,
 )
 from trl_diffusion.decoding.decode import decode
 from trl_diffusion.policies.attention import PLANNED, enable_plans
@@ -27,7 +31,7 @@ from trl_diffusion.scoring.draws import draw_steps, expected_weights
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack, shared_prompts
 from trl_diffusion.scoring.score import score
-from trl_diffusion.trajectories.trajectory import NEVER, TokenStates, TrajectoryBatch, response_blocks, token_states
+from trl_diffusion.trajectories.trajectory import NEVER, TokenStates, response_blocks, token_states
 
 
 DTRPO_OPTIONS = {
@@ -46,11 +50,6 @@ DTRPO_OPTIONS = {
 def named(request):
     """Every kind of spec; the checkpoints of the families are for test_oracles.py."""
     return make_policy(SPECS[request.param]), SPECS[request.param]
-
-
-def states_of(batch, spec, config: EstimatorConfig, seeds=None):
-    seeds = list(range(len(batch))) if seeds is None else seeds
-    return ESTIMATORS[config.name].states(batch, spec, seeds, config)
 
 
 def estimate(policy, batch, spec, config: EstimatorConfig, seeds=None, temperature=1.0, **options):
@@ -99,7 +98,7 @@ def test_o2_every_token_weighs_one_on_average(named_spec, name):
     options = DTRPO_OPTIONS[name]
     skip_unless_it_applies(options, spec)
     batch = rollout(policy, DECODINGS["threshold"])
-    config, repeats = EstimatorConfig(**options), 1500
+    config, repeats = EstimatorConfig(**options), 800
     rows = torch.arange(len(batch)).repeat_interleave(repeats)
     states = states_of(batch.select(rows), spec, config, seeds=list(range(len(rows))))
     weights = states.weights.unflatten(0, (len(batch), repeats)).double()
@@ -153,13 +152,13 @@ def test_o3_the_schedule_cancels(policy, spec):
 
 @pytest.mark.parametrize("name", [name for name in DTRPO_OPTIONS if not name.startswith("importance")])
 def test_o4_variance(name):
-    """The closed forms of two-stage sampling, against 20,000 draws."""
+    """The closed forms of two-stage sampling, against 8,000 draws."""
     options = DTRPO_OPTIONS[name]
     groups = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]])
     steps = torch.tensor([[2, 0, 1, 0, 0, 0, 0, 1, 3, 1, 2]])
     everything = torch.ones_like(steps, dtype=torch.bool)
     ratios = torch.randn(steps.shape, generator=torch.Generator().manual_seed(5)).double()
-    repeats, draws = 20_000, options.get("num_draws", 1)
+    repeats, draws = 8000, options.get("num_draws", 1)
     draw = draw_steps(
         TokenStates(*(t.expand(repeats, -1) for t in (groups, steps, everything, everything))),
         list(range(repeats)),
@@ -191,8 +190,8 @@ def test_o4_variance(name):
     expected = blocks**2 / chosen * (1 - chosen / blocks) * between + blocks / chosen * sum(within)
 
     centred = (estimates - estimates.mean()) ** 2
-    assert abs(centred.mean() - expected) < 4 * centred.std() / repeats**0.5
-    assert abs(estimates.mean() - ratios.sum()) < 4 * estimates.std() / repeats**0.5
+    assert abs(centred.mean() - expected) < 5 * centred.std() / repeats**0.5
+    assert abs(estimates.mean() - ratios.sum()) < 5 * estimates.std() / repeats**0.5
 
 
 def test_draws_of_blocks():
@@ -214,62 +213,6 @@ def test_draws_of_blocks():
     sums = plain.block_weights[:, 2] * 2 + plain.weights[:, :2].sum((1, 2))
     expected = expected_weights(TokenStates(*(t[:1] for t in tokens)), num_blocks=2)
     assert abs(sums.mean() - expected[0]) < 4 * sums.std() / repeats**0.5
-
-
-def by_hand(policy, spec, prompt: list[int], canvas: list[int]):
-    """Log-probabilities of all canvas tokens when the policy sees `prompt + canvas` as given; no packing."""
-    tokens = torch.tensor([prompt + canvas])
-    origin = 0 if spec.block_origin == "sequence" else len(prompt)
-    positions = torch.arange(tokens.shape[1])
-    blocks = torch.div(positions - origin, spec.block_size, rounding_mode="floor")
-    blocks = blocks.clamp(min=-1) if spec.block_origin == "response" else blocks
-    allowed = (blocks[None, :] <= blocks[:, None]) | (spec.attention == "full")
-    logits = (
-        policy(input_ids=tokens, position_ids=positions[None], attention_mask=allowed[None, None]).logits[0].double()
-    )
-    if not spec.predicts_mask_token:
-        logits[:, spec.mask_token_id] = -torch.inf
-    return logits.log_softmax(-1)[len(prompt) - int(spec.token_shift) :]
-
-
-def masked_logps(policy, spec, prompt, canvas, hidden, autoregressive):
-    """
-    Log-probability of every canvas token under a mask pattern. Block attention: each block is shown with the mask
-    pattern, the blocks before it clean. `hidden` and `autoregressive` are lists of booleans.
-    """
-    origin = len(prompt) % spec.block_size if spec.block_origin == "sequence" else 0
-    block = [(origin + i) // spec.block_size for i in range(len(canvas))]
-    result = torch.zeros(len(canvas), dtype=torch.double)
-    for current in sorted(set(block)) if spec.attention == "block" else [None]:
-        own = [i for i in range(len(canvas)) if current is None or block[i] == current]
-        shown = [
-            spec.mask_token_id if hidden[i] and (current is None or block[i] >= current) else token
-            for i, token in enumerate(canvas)
-        ]
-        if current is not None:
-            shown = shown[: own[-1] + 1]
-        table = by_hand(policy, spec, prompt, shown)
-        for i in own:
-            if not autoregressive[i]:
-                result[i] = table[i, canvas[i]]
-    clean = by_hand(policy, spec, prompt, canvas)  # causal over blocks: the token before a block sees no further
-    for i in range(len(canvas)):
-        if autoregressive[i]:
-            result[i] = clean[i, canvas[i]]
-    return result
-
-
-def rows_of(batch: TrajectoryBatch, spec):
-    """Per response: prompt, canvas, what was never unmasked, tokens made autoregressively, tokens that count, blocks."""
-    blocks = response_blocks(spec, batch.prompt_lengths, batch.canvas_ids.shape[1])
-    for row in range(len(batch)):
-        length = int(batch.canvas_lengths[row])
-        prompt = batch.prompt_ids[row][batch.prompt_mask[row] == 1].tolist()
-        tail = len(prompt) % spec.block_size if spec.block_origin == "sequence" else 0
-        first = [(tail + i) % spec.block_size == 0 and spec.first_token == "autoregressive" for i in range(length)]
-        never = (batch.steps[row, :length] == NEVER).tolist()
-        counts = [i < int(batch.completion_lengths[row]) and not never[i] for i in range(length)]
-        yield row, prompt, batch.canvas_ids[row, :length].tolist(), never, first, counts, blocks[row, :length].tolist()
 
 
 @torch.no_grad()
@@ -413,15 +356,15 @@ def test_o5_random_order_one_token_a_step_all_masked_scored_is_the_elbo(named_sp
     policy, spec = named_spec
     batch = rollout(policy, DECODINGS["two-per-step"]).select(torch.tensor([0, 3]))
     batch = replace(batch, completion_lengths=batch.canvas_lengths)  # all tokens count, for both estimators
-    repeats = 1500
+    repeats = 600
     rows = torch.arange(2).repeat_interleave(repeats)
     seeds = list(range(2 * repeats))
 
     def mean_and_error(batch, config):
         totals = []
-        for begin in range(0, len(batch), 500):
-            part = batch.select(slice(begin, begin + 500))
-            estimates, weights = estimate(policy, part, spec, config, seeds[begin : begin + 500])
+        for begin in range(0, len(batch), 400):
+            part = batch.select(slice(begin, begin + 400))
+            estimates, weights = estimate(policy, part, spec, config, seeds[begin : begin + 400])
             totals.append((estimates * weights).sum(1))
         totals = torch.cat(totals).view(2, repeats).double()
         return totals.mean(1), totals.std(1) / repeats**0.5
@@ -443,7 +386,7 @@ def test_o5_random_order_one_token_a_step_all_masked_scored_is_the_elbo(named_sp
     )
     random_order = replace(many, steps=steps)
     dtrpo, dtrpo_error = mean_and_error(random_order, EstimatorConfig("dtrpo"))
-    assert ((elbo - dtrpo).abs() < 4 * (elbo_error**2 + dtrpo_error**2).sqrt()).all()
+    assert ((elbo - dtrpo).abs() < 5 * (elbo_error**2 + dtrpo_error**2).sqrt()).all()
     assert (elbo_error < dtrpo_error).all()  # and it is the less noisy one
 
 
@@ -515,12 +458,6 @@ def test_o9_masked_tokens_do_not_leak(named_spec, name):
 
 
 BLOCK_SPECS = [name for name, spec in SPECS.items() if spec.attention == "block"]
-
-
-def group_rollout(policy, sizes=(3, 3, 3), lengths=(29, 48, 35)) -> TrajectoryBatch:
-    """Several responses to each of a few prompts."""
-    prompts = [p for p, size in zip(make_prompts(lengths), sizes, strict=True) for _ in range(size)]
-    return decode(policy, prompts, DECODINGS["two-per-step"], seeds=list(range(len(prompts))))
 
 
 @pytest.mark.parametrize("name", BLOCK_SPECS)

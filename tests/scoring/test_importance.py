@@ -14,8 +14,7 @@ import torch
 
 from tests.closeness import assert_close
 from tests.conftest import SPECS, make_policy
-from tests.reference import writes_that_count
-from tests.scoring.test_oracles import DECODINGS, hand_made_steps, possible_sets, rollout, weights_of
+from tests.reference import DECODINGS, hand_made_steps, possible_sets, rollout, weights_of, writes_that_count
 from trl_diffusion.scoring.draws import count_tokens, draw_steps, inclusion, step_sizes
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
@@ -113,7 +112,7 @@ def test_o1_and_o2_through_the_packed_pass(name, options):
         pytest.skip("a full-attention response is one group")
     policy = make_policy(spec)
     batch = rollout(policy, DECODINGS["two-per-step"])
-    config, repeats = EstimatorConfig(step_distribution="importance", **options), 1500
+    config, repeats = EstimatorConfig(step_distribution="importance", **options), 800
     few = ESTIMATORS["dtrpo"].states(batch, spec, list(range(len(batch))), config)
     layout = pack(batch, spec, few)
     logps, _ = score(policy, layout, spec)
@@ -132,10 +131,10 @@ def test_o1_and_o2_through_the_packed_pass(name, options):
 
 @pytest.mark.parametrize("num_draws", [1, 2])
 def test_o4_variance(num_draws):
-    """That of all possible draws, against 20,000 of them; far below a uniform draw's where log-ratios go with surprise."""
+    """That of all possible draws, against 8,000 of them; far below a uniform draw's where log-ratios go with surprise."""
     blocks, steps, counted, surprises = (values[:1] for values in (BLOCKS, STEPS, COUNTED, SURPRISES))
     ratios = (surprises + 0.01).double()
-    expected, repeats = 0.0, 20_000
+    expected, repeats = 0.0, 8000
     for block in range(3):
         sizes = sizes_of(0, block)
         worth = {t: ratios[0][(blocks[0] == block) & (steps[0] == t)].sum().item() for t in sizes}
@@ -153,5 +152,5 @@ def test_o4_variance(num_draws):
         estimates = ((hit * draw.weights[:, blocks[0]]).sum(-1) * ratios).sum(1)
         found[distribution] = (estimates - ratios.sum()) ** 2
     squares = found["importance"]
-    assert abs(squares.mean() - expected) < 4 * squares.std() / repeats**0.5
+    assert abs(squares.mean() - expected) < 5 * squares.std() / repeats**0.5
     assert squares.mean() < 0.2 * found["uniform"].mean()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes import dtrpo_loop as loop
 from tests.closeness import assert_close, assert_close_gradients
 from tests.conftest import SPECS, STOP, make_policy, make_prompts, shared
-from tests.scoring.test_oracles import another
+from tests.reference import another
 from tests.trainer.conftest import codes, make_dataset
 from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, get_spec, set_spec, tiny_policy_path
 from trl_diffusion.scoring.draws import StepDraw, draw_steps

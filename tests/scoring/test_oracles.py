@@ -2,105 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
-from fractions import Fraction
 
 import pytest
 import torch
 
 from tests.closeness import ROUNDING, assert_close, assert_close_gradients
-from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
-from tests.reference import writes_that_count
-from trl_diffusion.decoding.config import DecodingConfig
-from trl_diffusion.decoding.decode import decode
+from tests.conftest import MASK, SPECS, STOP, make_policy
+from tests.reference import (
+    DECODINGS,
+    another,
+    draw_everything_at,
+    hand_made_steps,
+    lay_out,
+    pad_differently,
+    plain_forward_logps,
+    possible_sets,
+    rollout,
+    weights_of,
+    writes_that_count,
+)
 from trl_diffusion.scoring.draws import StepDraw, count_tokens, draw_steps
-from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
-from trl_diffusion.scoring.states import drawn_states
-from trl_diffusion.trajectories.trajectory import TokenStates, TrajectoryBatch, response_blocks, token_states
-
-
-DECODINGS = {
-    "two-per-step": DecodingConfig(max_new_tokens=24, temperature=1.0, tokens_per_step=2),
-    "three-per-step-tempered": DecodingConfig(max_new_tokens=21, temperature=0.7, tokens_per_step=3),
-    "threshold": DecodingConfig(max_new_tokens=20, temperature=1.3, strategy="threshold", threshold=0.2),
-    "greedy": DecodingConfig(max_new_tokens=24, temperature=0.0),
-    "stop-at-token": DecodingConfig(
-        max_new_tokens=22, temperature=1.0, strategy="entropy_bound", entropy_bound=1.5, stop_rule="token"
-    ),
-}
-
-
-def rollout(policy, decoding, seed=0) -> TrajectoryBatch:
-    prompts = make_prompts(seed=seed)
-    return decode(policy, prompts, decoding, seeds=[100 + row for row in range(len(prompts))])
-
-
-def another(policy):
-    """A policy with other weights."""
-    other = copy.deepcopy(policy)
-    with torch.no_grad():
-        for index, parameter in enumerate(other.parameters()):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-            parameter.add_(0.1 * parameter.std(correction=0).clamp(min=0.01) * noise)
-    return other
-
-
-def draw_everything_at(step: int, batch: TrajectoryBatch, blocks) -> StepDraw:
-    """The draw that scores state `step` of every group of tokens."""
-    shape = (len(batch), int(blocks.max()) + 1)
-    return StepDraw(torch.full((*shape, 1), step), torch.ones(*shape, 1), torch.ones(shape))
-
-
-def lay_out(batch: TrajectoryBatch, spec, draw: StepDraw, **options):
-    return pack(batch, spec, drawn_states(batch, spec, draw), **options)
-
-
-def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float):
-    """
-    The log-probability of every token, from un-packed forward passes of every state: the sequence as the policy
-    saw it (with block attention nothing behind the active block, with full attention masks), the attention written out position by position. Independent of `pack`.
-    """
-    result = torch.zeros_like(batch.logps)
-    for row in range(len(batch)):
-        prompt = batch.prompt_ids[row][batch.prompt_mask[row] == 1].tolist()
-        origin = 0 if spec.block_origin == "sequence" else len(prompt)
-        block_of = lambda i, origin=origin: max((i - origin) // spec.block_size, -1 if origin else -(10**9))  # noqa: E731
-        canvas, steps = batch.canvas_ids[row].tolist(), batch.steps[row].tolist()
-        columns_of = defaultdict(list)  # of each sequence that the policy saw, the tokens that it then unmasked
-        for column in [column for column, step in enumerate(steps) if step >= 0]:
-            position = len(prompt) + column
-            end = origin + (block_of(position) + 1) * spec.block_size
-            if spec.attention == "full":
-                end = len(prompt) + int(batch.canvas_lengths[row])
-            tokens = prompt + [
-                token
-                if block_of(len(prompt) + j) < block_of(position)
-                or (block_of(len(prompt) + j) == block_of(position) and 0 <= steps[j] < steps[column])
-                else spec.mask_token_id
-                for j, token in enumerate(canvas)
-            ]
-            columns_of[tuple(tokens[:end])].append(column)
-        for length in {len(tokens) for tokens in columns_of}:
-            states = [tokens for tokens in columns_of if len(tokens) == length]
-            blocks = torch.tensor([block_of(position) for position in range(length)])
-            allowed = (blocks[None, :] <= blocks[:, None]) | (spec.attention == "full")
-            logits = policy(
-                input_ids=torch.tensor(states),
-                position_ids=torch.arange(length).expand(len(states), -1),
-                attention_mask=allowed[None, None].expand(len(states), 1, -1, -1),
-            ).logits.double()
-            if not spec.predicts_mask_token:
-                logits[..., spec.mask_token_id] = -torch.inf
-            log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
-            for state, tokens in enumerate(states):
-                for column in columns_of[tokens]:
-                    place = len(prompt) + column - int(spec.token_shift)
-                    result[row, column] = log_probs[state, place, canvas[column]]
-    return result
+from trl_diffusion.trajectories.trajectory import TokenStates, response_blocks, token_states
 
 
 @pytest.mark.parametrize("decoding", DECODINGS.values(), ids=DECODINGS)
@@ -134,14 +60,6 @@ def test_rollouts_cover_the_hard_cases():
     assert (batch.prompt_lengths % spec.block_size > 0).any() and (batch.prompt_lengths % spec.block_size == 0).any()
 
 
-def hand_made_steps():
-    """Two responses whose blocks have different numbers of steps, of different sizes."""
-    blocks = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]])
-    steps = torch.tensor([[2, 0, 1, 0, 0, 0, 0, 1, 3, 1], [0, 1, 1, 0, 2, 2, -1, 0, 0, 0]])
-    counted = torch.tensor([[True] * 10, [True] * 9 + [False]])
-    return blocks, steps, counted
-
-
 def test_count_tokens():
     counts = count_tokens(*hand_made_steps())
     assert counts[0, 0].tolist() == [2, 1, 1, 0]
@@ -170,42 +88,6 @@ def test_o2_enumerated_draws_are_unbiased(distribution, num_draws):
                 picked[here & (steps[row] == step)] += weights[step]
             expected = expected + chance * (picked.double() * ratios[row]).sum()
         assert_close(expected, exact)
-
-
-def possible_sets(sizes: dict[int, int], distribution: str, num_draws: int) -> dict[tuple[int, ...], float]:
-    """
-    Every set of steps that can be drawn in a block, and its probability (docs/method.md, section 2). Token-proportional: a
-    step gets `n_t / n` of the draws, one that would get a whole draw is certain, and the others, in a random order, are
-    drawn where `u, u + 1, ...` fall on their probabilities laid end to end.
-    """
-    number = min(num_draws, len(sizes))
-    if distribution == "uniform":
-        sets = list(itertools.combinations(sorted(sizes), number))
-        return dict.fromkeys(sets, 1 / len(sets))
-    rest, certain = dict(sizes), []
-    while sure := [t for t, n in rest.items() if n * (number - len(certain)) >= sum(rest.values())]:
-        certain += sure
-        for step in sure:
-            del rest[step]
-    chances: dict[tuple[int, ...], Fraction] = Counter()
-    left = number - len(certain)
-    orders = list(itertools.permutations(rest)) if left > 1 else [tuple(rest)]  # a single draw knows no order
-    for order in orders:
-        ends = list(itertools.accumulate(Fraction(rest[t] * left, sum(rest.values())) for t in order))
-        starts = sorted({Fraction(0), Fraction(1), *(end % 1 for end in ends)})
-        for low, high in itertools.pairwise(starts):
-            marks = [(low + high) / 2 + j for j in range(left)]
-            drawn = [next(t for t, end in zip(order, ends, strict=True) if end > mark) for mark in marks]
-            assert len(set(drawn)) == left
-            chances[tuple(sorted(certain + drawn))] += (high - low) / len(orders)
-    assert sum(chances.values()) == 1
-    return {outcome: float(chance) for outcome, chance in chances.items()}
-
-
-def weights_of(outcomes: dict[tuple[int, ...], float]) -> dict[int, float]:
-    """The inverse of each step's probability of being drawn."""
-    steps = sorted({step for outcome in outcomes for step in outcome})
-    return {step: 1 / sum(chance for outcome, chance in outcomes.items() if step in outcome) for step in steps}
 
 
 def test_equal_steps_are_drawn_alike_and_enough_draws_are_exact():
@@ -279,11 +161,11 @@ def test_o2_estimate_equals_exact_log_ratio_in_expectation(policy, spec):
 
 @pytest.mark.slow
 def test_o4_variance_of_one_uniform_draw():
-    """Var D_hat = sum_s T_s^2 Var_t d[s, t], against 20,000 draws; more draws shrink it as sampling theory says."""
+    """Var D_hat = sum_s T_s^2 Var_t d[s, t], against 8,000 draws; more draws shrink it as sampling theory says."""
     blocks, steps, counted = (tensor[:1] for tensor in hand_made_steps())
     ratios = torch.randn(blocks.shape, generator=torch.Generator().manual_seed(3))
     counts = count_tokens(blocks, steps, counted)[0]
-    repeats = 20_000
+    repeats = 8000
     for num_draws in (1, 2):
         expected = 0.0
         for block in range(3):
@@ -302,8 +184,8 @@ def test_o4_variance_of_one_uniform_draw():
         estimates = (weights * ratios).sum(1).double()
         centred = (estimates - estimates.mean()) ** 2
         standard_error = centred.std() / repeats**0.5
-        assert abs(centred.mean() - expected) < 4 * standard_error
-        assert abs(estimates.mean() - ratios[counted].sum()) < 4 * estimates.std() / repeats**0.5
+        assert abs(centred.mean() - expected) < 5 * standard_error
+        assert abs(estimates.mean() - ratios[counted].sum()) < 5 * estimates.std() / repeats**0.5
 
 
 def test_o6_gradient_of_the_enumerated_estimator(policy, spec):
@@ -340,25 +222,6 @@ def differentiable_exact(policy, spec, batch):
     """Sum of the log-probabilities of all counted tokens, one un-packed forward per state, with a graph."""
     with torch.enable_grad():
         return (plain_forward_logps(policy, spec, batch, 1.0) * writes_that_count(spec, batch)).sum()
-
-
-def pad_differently(batch: TrajectoryBatch) -> TrajectoryBatch:
-    """The same responses with right-padded prompts, wider padding, and rubbish in it."""
-    rows, width = batch.prompt_ids.shape
-    order = (batch.prompt_mask == 0).long().sort(dim=1, stable=True).indices
-    prompt = torch.cat([batch.prompt_ids.gather(1, order), torch.full((rows, 5), 17)], 1)
-    mask = torch.cat([batch.prompt_mask.gather(1, order), torch.zeros(rows, 5, dtype=torch.long)], 1)
-    inside = torch.arange(batch.canvas_ids.shape[1]) < batch.canvas_lengths[:, None]
-    assert (batch.steps[~inside] == -1).all()
-    canvas = torch.cat([batch.canvas_ids.masked_fill(~inside, 23), torch.full((rows, 7), 23)], 1)
-    return replace(
-        batch,
-        prompt_ids=prompt.masked_fill(mask == 0, 11),
-        prompt_mask=mask,
-        canvas_ids=canvas,
-        steps=torch.cat([batch.steps, torch.full((rows, 7), -1)], 1),
-        logps=torch.cat([batch.logps, torch.zeros(rows, 7)], 1),
-    )
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from peft import (
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import make_policy, make_prompts
-from tests.scoring.test_oracles import plain_forward_logps
+from tests.reference import plain_forward_logps
 from trl_diffusion import DecodingConfig, decode
 from trl_diffusion.policies.loading import load_config
 from trl_diffusion.policies.policy import open_policy
@@ -91,7 +91,7 @@ def test_tokens_before_the_prompt_are_refused(make_trainer, saved, monkeypatch, 
 @pytest.mark.parametrize("peft_config", OF_WEIGHTS, ids=name_of)
 def test_adapters_of_weights_train(make_trainer, peft_config):
     """What is recorded is what is scored, at the first update and when the adapter has moved, and is plainly computed."""
-    trainer = make_trainer(kwargs={"peft_config": peft_config}, beta=0.1, tokens_per_step=4)
+    trainer = make_trainer(kwargs={"peft_config": peft_config}, beta=0.1, tokens_per_step=4, max_steps=2)
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -7,22 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from trl import GRPOConfig, GRPOTrainer
 
-from tests.closeness import assert_close, assert_close_gradients
-from tests.conftest import disturb, make_policy
-from tests.trainer.conftest import codes, make_dataset
-from tests.trainer.test_trainer import causal_logps, per_row_inputs, slice_rows
-from trl_diffusion import DiffusionSpec
-from trl_diffusion.policies.training import train_padding_token
+from tests.closeness import assert_close, assert_close_gradients, close_to
+from tests.trainer.conftest import loss_and_gradient, slice_rows
 from trl_diffusion.seeds import derive_seed
-from trl_diffusion.trainer.batches import trajectories_of
 
 
-TEMPERATURE = 0.8
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
-NOT_WITHOUT_WEIGHTS = ("dr_grpo", "luspo", "vespo")  # refused with weighting="none"
 OPTIONS = {
+    "uniform": {},
     "uniform-2": {"num_draws": 2},
     "token": {"step_distribution": "token"},
     "token-2": {"step_distribution": "token", "num_draws": 2},
@@ -36,101 +29,18 @@ BASELINES = {
     "mean-field": {"estimator": "mean_field", "prompt_mask_probability": 0.0},
     "coupled": {"estimator": "coupled"},
 }
-
-
-def blocks_of_one(tokenizer, first_token: str) -> DiffusionSpec:
-    return DiffusionSpec(
-        mask_token_id=tokenizer.mask_token_id,
-        block_size=1,
-        token_shift=first_token == "autoregressive",
-        first_token=first_token,
-        stop_token_ids=(tokenizer.eos_token_id,),
-        predicts_mask_token=True,
-    )
-
-
-class PlainTrainer(GRPOTrainer):
-    """TRL's trainer with the log-probabilities of a policy that reads token `i` from a mask token behind `i - 1`."""
-
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, **kwargs):
-        logps = self.logps_of(model)[:, :logits_to_keep]
-        return logps, torch.zeros_like(logps), None
-
-
-def mask_behind_the_prefix(model, spec, batch):
-    """Log-probability of each token, read from a mask token behind those before it, by a causal model."""
-    result = []
-    for row in range(len(batch)):
-        prompt = batch.prompt_ids[row][batch.prompt_mask[row] == 1]
-        canvas = batch.canvas_ids[row]
-        ids = torch.cat([prompt, canvas]).repeat(len(canvas), 1)
-        places = len(prompt) + torch.arange(len(canvas))
-        ids[torch.arange(len(canvas)), places] = spec.mask_token_id  # what is behind it is not seen
-        logits = model(ids).logits[torch.arange(len(canvas)), places] / TEMPERATURE
-        result.append(logits.log_softmax(-1).gather(1, canvas[:, None]).squeeze(1))
-    return torch.stack(result)
-
-
-@pytest.fixture
-def two_trainers(make_trainer, tokenizer, tmp_path):
-    """Ours and TRL's with the same weights, off policy, and one batch of responses for each."""
-
-    def build(first_token: str, both: dict | None = None, **options):
-        spec = blocks_of_one(tokenizer, first_token)
-        model = make_policy(
-            spec, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, initializer_range=0.1
-        )
-        model.save_pretrained(tmp_path / "start")
-        common = {
-            "beta": 0.05, "temperature": TEMPERATURE, "per_device_train_batch_size": 8, "num_generations": 4,
-            "num_iterations": 2, **(both or {}),
-        }  # fmt: skip
-        ours = make_trainer(str(tmp_path / "start"), spec=spec, **common, **options)
-        inputs = per_row_inputs(ours)
-        disturb(ours.model)  # so that ratios, clipping and KL all matter
-        theirs = (GRPOTrainer if first_token == "autoregressive" else PlainTrainer)(
-            model=str(tmp_path / "start"),
-            reward_funcs=codes,
-            args=GRPOConfig(
-                output_dir=str(tmp_path), max_completion_length=14, bf16=False, gradient_checkpointing=False,
-                report_to="none", **common,
-            ),
-            train_dataset=make_dataset(),
-            processing_class=tokenizer,
-        )  # fmt: skip
-        theirs.model.load_state_dict(ours.model.state_dict())
-        train_padding_token(theirs.model)  # of which transformers drops the gradient
-
-        width = inputs["completion_ids"].shape[1]
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
-        plain = {name: inputs[name] for name in names}
-        plain["old_per_token_logps"] = inputs["canvas_logps"][:, :width]
-        if first_token == "autoregressive":
-            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-            plain["ref_per_token_logps"] = causal_logps(theirs.ref_model, ids, mask, width, TEMPERATURE)
-        else:
-            batch = trajectories_of(inputs)
-            theirs.logps_of = lambda model: mask_behind_the_prefix(model, spec, batch)
-            with torch.no_grad():
-                plain["ref_per_token_logps"] = theirs.logps_of(theirs.ref_model)[:, :width]
-        for trainer in (ours, theirs):
-            trainer.model.train()
-            trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
-        assert inputs["completion_mask"].sum(1).unique().numel() > 1  # responses of unequal lengths
-        return ours, inputs, theirs, plain
-
-    return build
-
-
-def loss_and_gradient(trainer, batch, loss_type: str, level: str, beta: float):
-    trainer.loss_type = trainer.args.loss_type = loss_type
-    trainer.importance_sampling_level = level
-    trainer.beta = beta
-    trainer.model.zero_grad()
-    loss = trainer._compute_loss(trainer.model, dict(batch))
-    loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+# With these, some of the losses each; `weighting="none"` refuses dr_grpo, luspo and vespo.
+SOME = {
+    "uniform-2": ["grpo", "luspo"],
+    "token": ["bnpo", "vespo"],
+    "token-2": ["dapo", "sapo"],
+    "none": ["grpo", "bnpo", "dapo", "cispo", "sapo"],
+    "all-blocks": ["dr_grpo", "cispo"],
+    "exact": ["dapo", "sapo"],
+    "elbo-2": ["dapo", "luspo"],
+    "mean-field": ["grpo", "vespo"],
+    "coupled": ["dr_grpo", "cispo"],
+}
 
 
 def assert_equal_losses(ours, inputs, theirs, plain, losses):
@@ -148,17 +58,18 @@ def assert_equal_losses(ours, inputs, theirs, plain, losses):
     assert len(seen) > 2 * len(losses)  # they are different losses indeed
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, *BASELINES])
-def test_o8_blocks_of_one_give_trl_own_loss(two_trainers, name):
+@pytest.mark.parametrize(
+    ("name", "backbone"), [*((name, "qwen3") for name in (*OPTIONS, *BASELINES)), ("uniform", "qwen2")]
+)
+def test_o8_blocks_of_one_give_trl_own_loss(two_trainers, name, backbone):
     """Autoregressive first tokens: every token is one, and is in every pass."""
     options = {**OPTIONS, **BASELINES}[name]
-    ours, inputs, theirs, plain = two_trainers("autoregressive", **options)
+    ours, inputs, theirs, plain = two_trainers("autoregressive", backbone=backbone, **options)
     if name in BASELINES:  # the old policy was asked; it must say what was recorded
         mask = inputs["completion_mask"].bool()
         old = inputs["old_estimates"][:, 0, : mask.shape[1]]
         assert_close(old[mask], plain["old_per_token_logps"][mask])
-    losses = [loss for loss in LOSSES if name != "none" or loss not in NOT_WITHOUT_WEIGHTS]
-    assert_equal_losses(ours, inputs, theirs, plain, losses)
+    assert_equal_losses(ours, inputs, theirs, plain, SOME.get(name, LOSSES))
 
 
 @pytest.mark.parametrize("name", ["uniform-2", "token-2", "none", "exact"])
@@ -203,3 +114,44 @@ def test_o8_one_token_of_a_response_gives_trl_own_loss_on_average(two_trainers, 
         mean_loss, mean_gradient = (torch.stack(results).mean(0) for results in zip(*found, strict=True))
         assert_close(mean_loss, wanted[0])
         assert_close_gradients(mean_gradient, wanted[1])
+
+
+# ------------------------------------------------------------------------------------------------- options of the loss
+
+
+LOSS_OPTIONS = {
+    "vespo": {"loss_type": "vespo", "vespo_k_pos": 1.5, "vespo_lambda_neg": 1.0},
+    "quantile": {"loss_type": "grpo", "top_entropy_quantile": 0.3},
+    "quantile-dapo": {"loss_type": "dapo", "top_entropy_quantile": 0.3},
+    "quantile-0": {"loss_type": "bnpo", "top_entropy_quantile": 0.0},
+    "off-policy": {"loss_type": "dapo", "off_policy_mask_threshold": 0.01},
+    "entropy": {"loss_type": "grpo", "entropy_coef": 0.3},
+    "entropy-luspo": {"loss_type": "luspo", "entropy_coef": -0.3},
+    "entropy-quantile": {"loss_type": "dapo", "entropy_coef": 0.3, "top_entropy_quantile": 0.4},
+    "adaptive": {"loss_type": "grpo", "entropy_coef": 0.3, "use_adaptive_entropy": True, "entropy_target": 9.0},
+    "adaptive-quiet": {"loss_type": "grpo", "entropy_coef": 0.3, "use_adaptive_entropy": True, "entropy_target": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", LOSS_OPTIONS)
+def test_o8_options_of_the_loss_are_trls_own(two_trainers, name):
+    """Options that look at entropies, at how far the policy has moved, or at whole sequences."""
+    both = LOSS_OPTIONS[name]
+    ours, inputs, theirs, plain = two_trainers("autoregressive", both=both)
+    results = {}
+    for kind, trainer, batch in (("ours", ours, inputs), ("theirs", theirs, plain)):
+        for call in range(2):  # the adaptive coefficient goes by the call before
+            results[kind, call] = loss_and_gradient(trainer, batch, both["loss_type"], "token", 0.05)
+    for call in range(2):
+        (loss, gradient), (wanted_loss, wanted_gradient) = results["ours", call], results["theirs", call]
+        assert_close(loss, wanted_loss)
+        assert_close_gradients(gradient, wanted_gradient)
+    assert ours.entropy_coef == pytest.approx(theirs.entropy_coef, rel=1e-6)
+    for metric in ("policy_loss", "entropy", "vespo/phi_seq_mean"):
+        found, wanted = (trainer._metrics["train"][metric] for trainer in (ours, theirs))
+        assert found == close_to(wanted), metric
+    # Without the option TRL's gradient is another one, so the equality says something.
+    theirs.top_entropy_quantile, theirs.off_policy_mask_threshold, theirs._entropy_bonus_enabled = 1.0, None, False
+    loss_type = "dapo" if name == "vespo" else both["loss_type"]
+    change = (loss_and_gradient(theirs, plain, loss_type, "token", 0.05)[1] - wanted_gradient).abs().max()
+    assert (change > 1e-3) == (name != "adaptive-quiet")

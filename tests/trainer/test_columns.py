@@ -17,7 +17,7 @@ def trajectories(collection):  # noqa: F811
 
 
 def trained(make_trainer, start, dataset, **options):  # noqa: F811
-    trainer = make_trainer(str(start), dataset=dataset, **options)
+    trainer = make_trainer(str(start), dataset=dataset, max_steps=1, **options)
     trainer.decode = None  # nothing is to be generated
     trainer.train()
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])

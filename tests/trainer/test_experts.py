@@ -7,7 +7,7 @@ import torch
 
 from tests.closeness import assert_close
 from tests.policies.backbones import tiny_backbone
-from tests.scoring.test_oracles import DECODINGS, plain_forward_logps, rollout
+from tests.reference import DECODINGS, plain_forward_logps, rollout
 from trl_diffusion import DTRPOConfig, set_spec
 from trl_diffusion.policies.training import switch_off_router_loss
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig

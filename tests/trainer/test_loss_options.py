@@ -1,6 +1,6 @@
 """
-Options of TRL's loss that look at entropies, at how far the policy has moved, or at whole sequences. In blocks of one token
-(O8 of docs/method.md) loss and gradient are TRL's own; with drawn steps, every token counts as many times as its weight says.
+Options of TRL's loss that look at entropies, at how far the policy has moved, or at whole sequences: with drawn steps, every token
+counts as many times as its weight says. `test_autoregression.py` has them in blocks of one token.
 """
 
 from __future__ import annotations
@@ -13,48 +13,10 @@ from trl import GRPOTrainer
 
 from tests.closeness import assert_close, assert_close_gradients, close_to
 from tests.conftest import make_policy
-from tests.trainer.test_autoregression import loss_and_gradient, two_trainers  # noqa: F401
-from tests.trainer.test_trainer import per_row_inputs, slice_rows
+from tests.trainer.conftest import loss_and_gradient, per_row_inputs, slice_rows
 from trl_diffusion import DTRPOConfig, DTRPOTrainer
 from trl_diffusion.policies.forward import policy_logits
 from trl_diffusion.scoring.score import high_entropy, score
-
-
-OPTIONS = {
-    "vespo": {"loss_type": "vespo", "vespo_k_pos": 1.5, "vespo_lambda_neg": 1.0},
-    "quantile": {"loss_type": "grpo", "top_entropy_quantile": 0.3},
-    "quantile-dapo": {"loss_type": "dapo", "top_entropy_quantile": 0.3},
-    "quantile-0": {"loss_type": "bnpo", "top_entropy_quantile": 0.0},
-    "off-policy": {"loss_type": "dapo", "off_policy_mask_threshold": 0.01},
-    "entropy": {"loss_type": "grpo", "entropy_coef": 0.3},
-    "entropy-luspo": {"loss_type": "luspo", "entropy_coef": -0.3},
-    "entropy-quantile": {"loss_type": "dapo", "entropy_coef": 0.3, "top_entropy_quantile": 0.4},
-    "adaptive": {"loss_type": "grpo", "entropy_coef": 0.3, "use_adaptive_entropy": True, "entropy_target": 9.0},
-    "adaptive-quiet": {"loss_type": "grpo", "entropy_coef": 0.3, "use_adaptive_entropy": True, "entropy_target": 1.0},
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_o8_blocks_of_one_give_trl_own_loss(two_trainers, name):  # noqa: F811
-    both = OPTIONS[name]
-    ours, inputs, theirs, plain = two_trainers("autoregressive", both=both)
-    results = {}
-    for kind, trainer, batch in (("ours", ours, inputs), ("theirs", theirs, plain)):
-        for call in range(2):  # the adaptive coefficient goes by the call before
-            results[kind, call] = loss_and_gradient(trainer, batch, both["loss_type"], "token", 0.05)
-    for call in range(2):
-        (loss, gradient), (wanted_loss, wanted_gradient) = results["ours", call], results["theirs", call]
-        assert_close(loss, wanted_loss)
-        assert_close_gradients(gradient, wanted_gradient)
-    assert ours.entropy_coef == pytest.approx(theirs.entropy_coef, rel=1e-6)
-    for metric in ("policy_loss", "entropy", "vespo/phi_seq_mean"):
-        found, wanted = (trainer._metrics["train"][metric] for trainer in (ours, theirs))
-        assert found == close_to(wanted), metric
-    # Without the option TRL's gradient is another one, so the equality says something.
-    theirs.top_entropy_quantile, theirs.off_policy_mask_threshold, theirs._entropy_bonus_enabled = 1.0, None, False
-    loss_type = "dapo" if name == "vespo" else both["loss_type"]
-    change = (loss_and_gradient(theirs, plain, loss_type, "token", 0.05)[1] - wanted_gradient).abs().max()
-    assert (change > 1e-3) == (name != "adaptive-quiet")
 
 
 # ------------------------------------------------------------------------------------------------------------ entropies

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pandas as pd
 import pytest
 import torch
 
 from tests.offline.conftest import collection, start  # noqa: F401
-from tests.trainer.conftest import make_dataset
+from tests.trainer.conftest import make_dataset, record
 from trl_diffusion import load_trajectories
 from trl_diffusion.trainer.checkpoints import is_complete, last_complete_checkpoint
 
 
 # Settings, optimizer steps and checkpoint of a run over 6 prompts, two groups of four at a time.
 CASES = {
-    "between rollouts": ({}, 4, 2),
     "second epoch": ({}, 7, 5),
     "end of an epoch": ({}, 5, 3),
-    "between passes": ({"num_iterations": 3}, 8, 4),
-    "between both": ({"steps_per_generation": 2, "num_iterations": 2}, 9, 6),
+    "between passes and batches": ({"steps_per_generation": 2, "num_iterations": 2}, 9, 6),
     "rollouts across steps": (
         {"gradient_accumulation_steps": 2, "steps_per_generation": 3, "per_device_train_batch_size": 4}, 4, 2,
     ),
@@ -31,25 +27,9 @@ CASES = {
         {"eval_strategy": "epoch", "per_device_train_batch_size": 2, "steps_per_generation": 4}, 14, 12,
     ),
 }  # fmt: skip
-RUNS = [("online", case) for case in CASES] + [
-    ("offline", case) for case in ("second epoch", "between both", "rollouts across steps", "pairs")
+RUNS = [("online", case) for case in CASES if case != "pairs"] + [
+    ("offline", case) for case in ("second epoch", "rollouts across steps", "pairs")
 ]
-
-
-def record(trainer):
-    """Everything that is drawn: responses, and how each of their tokens is weighed."""
-    draws = []
-    scoring = trainer.scoring
-
-    @contextmanager
-    def spy(inputs, *args):
-        with scoring(inputs, *args) as scored:
-            weights = scored.layout.weights.clone()
-            draws.append((inputs["canvas_ids"].clone(), inputs["draw_seeds"].clone(), weights))
-            yield scored
-
-    trainer.scoring = spy
-    return draws
 
 
 @pytest.mark.parametrize(("source", "case"), RUNS)

@@ -14,7 +14,7 @@ from transformers import Trainer
 from trl import GRPOTrainer
 
 from tests.reference import writes_that_count
-from tests.trainer.test_trainer import per_row_inputs
+from tests.trainer.conftest import per_row_inputs
 from trl_diffusion import DTRPOTrainer
 from trl_diffusion.trainer.batches import trajectories_of
 
