@@ -96,7 +96,7 @@ def _sees_everything(spans: Spans, members: np.ndarray, spec: DiffusionSpec, wid
 
 
 def _allowed(heads: Tensor, begins: Tensor, key_ends: Tensor, length: int, width: int, spec: DiffusionSpec) -> Tensor:
-    """Boolean `(G, 1, length, width)`, from arguments of shape `(G,)`."""
+    """Boolean `(sequences, 1, length, width)`, from arguments of shape `(sequences,)`."""
     keys = torch.arange(width, device=heads.device)
     allowed = (keys < key_ends[:, None])[:, None, None, :].expand(-1, 1, length, -1)
     if spec.attention == "full":

@@ -41,7 +41,7 @@ class Lane:
         total (`int`): positions that the schedule of the block spreads.
         cached (`int`): clean tokens in the cache, from the first on; with an approximate cache, tokens that may be reused.
         part (`int`): part of the block whose surroundings are in the cache, -1 for none; `"sub_block"` only.
-        uniforms (`Tensor` of shape `(D, S, B)`, *optional*): random numbers for the block: kind, step, position.
+        uniforms (`Tensor` of shape `(kinds, T, B)`, *optional*): random numbers for the block: kind, step, position.
     """
 
     row: int
@@ -359,7 +359,7 @@ class DenoisingLoop:
         return NonFiniteLogits(lane.row, f"the policy's logits {found}, {where}. {advice}")
 
     def _uniforms(self, lanes: list[Lane], window: Window) -> Tensor | None:
-        """Random numbers of this step, `(D, L, B)`."""
+        """Random numbers of this step, `(kinds, L, B)`."""
         if self.generators is None:
             return None
         drawn = [lane.uniforms for lane in lanes if lane.uniforms is not None]  # every lane has them

@@ -17,9 +17,9 @@ class Pairs:
     Preferences inside groups.
 
     Attributes:
-        chosen, rejected (`Tensor` of shape `(M,)`): responses, numbered through all groups.
-        weights (`Tensor` of shape `(M,)`, float32): share of the pair in the loss; the pairs of a group share `1 / Q` for
-            `Q` groups, so that a batch may be cut between groups.
+        chosen, rejected (`Tensor` of shape `(U,)`): responses, numbered through all groups.
+        weights (`Tensor` of shape `(U,)`, float32): share of the pair in the loss; the pairs of a group share `1`
+            divided by the number of groups, so that a batch may be cut between groups.
         tied (`int`): groups without a pair, because all their scores are equal. Groups with fewer than two scored
             responses are not among them.
         identical (`int`): pairs that were dropped, because both responses are the same tokens.
@@ -32,7 +32,7 @@ class Pairs:
     identical: int
 
     def used(self) -> tuple[Tensor, Pairs]:
-        """Responses that are in a pair, at least one, shape `(U,)`, and the same pairs with the numbers of these."""
+        """Responses that are in a pair, at least one, shape `(used,)`, and the same pairs with the numbers of these."""
         used, places = torch.cat([self.chosen, self.rejected]).unique(return_inverse=True)
         chosen, rejected = places.chunk(2)
         if len(used) == 0:  # a pass needs something to score
@@ -47,11 +47,11 @@ def make_pairs(
     Pairs of a better and a worse response of the same group.
 
     Args:
-        scores (`Tensor` of shape `(Q, G)`): how good each of `G` responses of each of `Q` groups is; any number that
+        scores (`Tensor` of shape `(R / G, G)`): how good each of the `G` responses of each group is; any number that
             orders them. NaN: not scored, in no pair.
         which (`str`, *optional*, defaults to `"best_worst"`): one pair for each group, or `"all"` of its ordered pairs.
             Equal scores make no pair.
-        same (boolean `Tensor` of shape `(Q, G, G)`, *optional*): which responses are the same tokens (see
+        same (boolean `Tensor` of shape `(R / G, G, G)`, *optional*): which responses are the same tokens (see
             [`same_responses`]). They make no pair: how much likelier one of them became than the other depends on the
             order in which it was denoised, not on what it says.
 
@@ -155,13 +155,13 @@ class Responses:
 @dataclass(frozen=True)
 class Compared:
     """
-    What the losses of `M` pairs are made of.
+    What the losses of `U` pairs are made of.
 
     Attributes:
-        margins (`Tensor` of shape `(M,)`, *optional*): `beta * (D[chosen] - D[rejected])`, with `D` per token if
+        margins (`Tensor` of shape `(U,)`, *optional*): `beta * (D[chosen] - D[rejected])`, with `D` per token if
             `length_normalization` is on. `None` without a reference, as the next one.
-        mean_differences (`Tensor` of shape `(M,)`, *optional*): difference of `D` per token, whatever the options say.
-        chosen_logps (`Tensor` of shape `(M,)`): log-likelihood of the chosen response, per token.
+        mean_differences (`Tensor` of shape `(U,)`, *optional*): difference of `D` per token, whatever the options say.
+        chosen_logps (`Tensor` of shape `(U,)`): log-likelihood of the chosen response, per token.
         config ([`PairwiseConfig`]): the options.
     """
 
@@ -172,28 +172,28 @@ class Compared:
 
 
 def sigmoid_loss(pairs: Compared) -> Tensor:
-    """`-log sigmoid(margin)` (DPO, https://huggingface.co/papers/2305.18290, eq. 7), shape `(M,)`."""
+    """`-log sigmoid(margin)` (DPO, https://huggingface.co/papers/2305.18290, eq. 7), shape `(U,)`."""
     return -F.logsigmoid(_known(pairs.margins))
 
 
 def robust_loss(pairs: Compared) -> Tensor:
     """
     With a share `e` of the pairs in the wrong order, an unbiased estimate of [`sigmoid_loss`] on the right order (rDPO,
-    https://huggingface.co/papers/2403.00409), shape `(M,)`.
+    https://huggingface.co/papers/2403.00409), shape `(U,)`.
     """
     margins, e = _known(pairs.margins), pairs.config.label_smoothing
     return (e * F.logsigmoid(-margins) - (1 - e) * F.logsigmoid(margins)) / (1 - 2 * e)
 
 
 def hinge_loss(pairs: Compared) -> Tensor:
-    """`max(0, 1 - margin)` (SLiC, https://huggingface.co/papers/2305.10425, with log-ratios), shape `(M,)`."""
+    """`max(0, 1 - margin)` (SLiC, https://huggingface.co/papers/2305.10425, with log-ratios), shape `(U,)`."""
     return F.relu(1 - _known(pairs.margins))
 
 
 def ipo_loss(pairs: Compared) -> Tensor:
     """
     Squared distance of the difference of `D` per token from `1 / (2 beta)` (IPO, https://huggingface.co/papers/2310.12036,
-    eq. 17, per token as in TRL), shape `(M,)`.
+    eq. 17, per token as in TRL), shape `(U,)`.
     """
     return (_known(pairs.mean_differences) - 1 / (2 * pairs.config.beta)).square()
 
@@ -201,7 +201,7 @@ def ipo_loss(pairs: Compared) -> Tensor:
 def sft_loss(pairs: Compared) -> Tensor:
     """
     Negative log-likelihood of the chosen response, per token; needs no reference
-    (https://huggingface.co/papers/2404.19733, eq. 1), shape `(M,)`.
+    (https://huggingface.co/papers/2404.19733, eq. 1), shape `(U,)`.
     """
     return -pairs.chosen_logps
 

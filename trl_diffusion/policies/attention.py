@@ -32,7 +32,7 @@ class AttentionPlan(Protocol):
     """Who looks at whom in a forward pass, and how to compute it without the pairs that do not look at each other."""
 
     def dense(self) -> Tensor:
-        """The same as one boolean mask of shape `(R, 1, N, K)`, for attention implementations that take only that."""
+        """The same as one boolean mask of shape `(R, 1, N, keys)`, for attention implementations that take only that."""
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs) -> Tensor:
         """
@@ -40,18 +40,18 @@ class AttentionPlan(Protocol):
 
         Args:
             module (`nn.Module`): the attention layer.
-            query (`Tensor` of shape `(R, H, N, D)`): queries.
-            key, value (`Tensor` of shape `(R, H_kv, K, D)`): keys and values.
+            query (`Tensor` of shape `(R, H, N, d)`): queries.
+            key, value (`Tensor` of shape `(R, H_kv, keys, d)`): keys and values.
 
         Returns:
-            `Tensor` of shape `(R, N, H, D)`.
+            `Tensor` of shape `(R, N, H, d)`.
         """
 
 
 @dataclass
 class PackedMask:
     """
-    Who may look at whom in rows `[ prefix of P tokens | G parts of W tokens each ]`, in which a prompt or a response has
+    Who may look at whom in rows `[ prefix of P tokens | parts of equal width ]`, in which a prompt or a response has
     its clean tokens and noisy copies of some of its blocks (docs/method.md, section 2):
 
         clean token    sees clean tokens of its own block and of the blocks before it
@@ -65,7 +65,7 @@ class PackedMask:
         copies (`Tensor` of shape `(N,)`): the noisy copy that a column belongs to, 0 for clean tokens.
         valid (boolean `Tensor` of shape `(Q, N)`): False for padding.
         prefix (`int`): length of the prefix `P`.
-        count (`int`): number of parts `G`.
+        count (`int`): number of parts.
     """
 
     blocks: Tensor
@@ -97,7 +97,7 @@ class PackedMask:
 
     @cached_property
     def _split(self) -> tuple[Tensor, Tensor]:
-        """Masks of the prefix `(Q, 1, P, P)` and of the parts over prefix and themselves `(Q * G, 1, W, P + W)`."""
+        """Masks of the prefix `(Q, 1, P, P)` and of the parts over prefix and themselves `(Q * parts, 1, width, P + width)`."""
         size, length = self.blocks.shape[1], self.prefix
         width = (size - length) // self.count
         starts = range(length, length + self.count * width, width) if width else [length] * self.count
@@ -115,7 +115,7 @@ class PackedMask:
         if length == 0 and count == 1:
             return sdpa_attention_forward(module, query, key, value, of_parts, **kwargs)[0]
 
-        def split(values: Tensor) -> tuple[Tensor, Tensor]:  # (Q, H, N, D) -> (Q, H, P, D), (Q * G, H, W, D)
+        def split(values: Tensor) -> tuple[Tensor, Tensor]:  # (Q, H, N, d) -> (Q, H, P, d), (Q * parts, H, width, d)
             parts = values[:, :, length:].unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
             return values[:, :, :length], parts
 
@@ -126,10 +126,10 @@ class PackedMask:
         (prefix_query, part_query), (prefix_key, _), (prefix_value, _) = split(query), split(key), split(value)
         before, _ = sdpa_attention_forward(
             module, prefix_query, prefix_key, prefix_value, of_prefix, **kwargs
-        )  # (Q, P, H, D)
+        )  # (Q, P, H, d)
         behind, _ = sdpa_attention_forward(
             module, part_query, with_prefix(key), with_prefix(value), of_parts, **kwargs
-        )  # (Q * G, W, H, D)
+        )  # (Q * parts, width, H, d)
         return torch.cat([before, behind.unflatten(0, (-1, count)).flatten(1, 2)], 1)
 
     @cached_property
@@ -146,9 +146,11 @@ class PackedMask:
         vars(padded)["parts"] = parts
         tiles = []
         for start in range(0, blocks.shape[1], TILE):
-            row = padded.allowed(slice(start, start + TILE), slice(None)).unflatten(-1, (-1, TILE))  # (Q, 1, T, K, T)
+            row = padded.allowed(slice(start, start + TILE), slice(None)).unflatten(
+                -1, (-1, TILE)
+            )  # (Q, 1, tile, tiles, tile)
             tiles.append(torch.stack([row.any(-1).any(-2), row.all(-1).all(-2)]))
-        some, whole = torch.stack(tiles, 3)  # (Q, 1, N / T, N / T)
+        some, whole = torch.stack(tiles, 3)  # (Q, 1, tiles, tiles)
 
         def look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             def pair(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,18 +243,18 @@ def _may_look(
 @dataclass
 class Places:
     """
-    Where the tokens of `G` sequences are in a row, `n` of each.
+    Where the tokens of some sequences are in a row, `n` of each.
 
     Attributes:
-        numbers (`Tensor` of shape `(G, n)`): their places.
-        run (`slice`, *optional*): the part of the row of which they are the beginnings, if it is cut into `G` equal pieces.
+        numbers (`Tensor` of shape `(sequences, n)`): their places.
+        run (`slice`, *optional*): the part of the row of which they are the beginnings, if it is cut into equal pieces.
     """
 
     numbers: Tensor
     run: slice | None = None
 
     def of(self, values: Tensor) -> Tensor:
-        """Of `values`, `(H, N, D)`, those at these places: `(G, H, n, D)`. A view if they are a run."""
+        """Of `values`, `(H, N, d)`, those at these places: `(sequences, H, n, d)`. A view if they are a run."""
         if self.run is None:
             return values[:, self.numbers].transpose(0, 1)
         count, length = self.numbers.shape
@@ -262,12 +264,12 @@ class Places:
 @dataclass
 class RaggedGroup:
     """
-    `G` sequences that have the same number `n` of tokens in this pass, and look at `K` keys at most.
+    Sequences that have the same number `n` of tokens in this pass, and the most keys that one of them looks at.
 
     Attributes:
         queries ([`Places`]): their tokens, `n` of each, in the row.
-        keys ([`Places`]): their keys, `K` of each, among all keys.
-        allowed (boolean `Tensor` of shape `(G, 1, n, K)`): who may look at whom. `None`: everything at everything.
+        keys ([`Places`]): their keys, equally many of each, among all keys.
+        allowed (boolean `Tensor` of shape `(sequences, 1, n, keys)`): who may look at whom. `None`: everything at everything.
     """
 
     queries: Places
@@ -305,7 +307,7 @@ class RaggedMask:
         for group in self.groups:
             part = _attend_by_key_heads(
                 group.queries.of(query[0]), group.keys.of(key[0]), group.keys.of(value[0]), group.allowed, **kwargs
-            )  # (G, n, H, D)
+            )  # (sequences, n, H, d)
             if out is None:
                 out = part.new_empty(self.num_queries, query.shape[1], value.shape[-1])
             out[group.queries.numbers] = part
@@ -328,12 +330,12 @@ def _attend_by_key_heads(
     a decoding step, that copy takes longer than the attention.
 
     Args:
-        query (`Tensor` of shape `(G, H, n, D)`): queries.
-        key, value (`Tensor` of shape `(G, H_kv, K, D)`): keys and values.
-        allowed (boolean `Tensor` of shape `(G, 1, n, K)`, *optional*): who may look at whom.
+        query (`Tensor` of shape `(sequences, H, n, d)`): queries.
+        key, value (`Tensor` of shape `(sequences, H_kv, keys, d)`): keys and values.
+        allowed (boolean `Tensor` of shape `(sequences, 1, n, keys)`, *optional*): who may look at whom.
 
     Returns:
-        `Tensor` of shape `(G, n, H, D)`.
+        `Tensor` of shape `(sequences, n, H, d)`.
     """
     sharing = query.shape[1] // key.shape[1]
     out = functional.scaled_dot_product_attention(
@@ -343,7 +345,7 @@ def _attend_by_key_heads(
         attn_mask=None if allowed is None else allowed.repeat(1, 1, sharing, 1),
         dropout_p=dropout,
         scale=scaling,
-    )  # (G, H_kv, H / H_kv * n, D)
+    )  # (sequences, H_kv, H / H_kv * n, d)
     return out.unflatten(2, (sharing, -1)).flatten(1, 2).transpose(1, 2)
 
 

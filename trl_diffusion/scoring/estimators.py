@@ -139,7 +139,7 @@ def elbo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: 
     Forward passes per response: `num_draws`.
     """
     groups, autoregressive, drawn, counted = _tokens(batch, spec)
-    keys = _uniforms(batch, seeds, config.num_draws)  # (R, V, C)
+    keys = _uniforms(batch, seeds, config.num_draws)  # (R, W, C)
     sizes = at_block(groups, sum_by_block(groups, drawn[:, None].float()))  # (R, 1, C): N of the token's group
     sizes = sizes.expand(-1, config.num_draws, -1)
     # Group `g` takes number `g`, the same for all its positions.

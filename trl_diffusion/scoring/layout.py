@@ -188,7 +188,7 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
     clean_positions = first[:, None] + clean_columns
     clean_valid = clean_columns < clean_lengths[:, None]
 
-    # Noisy part: `D` copies of `B` positions, one for each pair of a view and a block of it that is scored.
+    # Noisy part: copies of `B` positions, one for each pair of a view and a block of it that is scored.
     num_blocks = int(token_blocks.max()) + 1 if token_blocks.numel() else 1
     needed = torch.zeros(num_rows, states.hidden.shape[1] * num_blocks, dtype=torch.bool, device=device)
     needed[responses[~from_clean], (views * num_blocks + blocks)[~from_clean]] = True
@@ -257,12 +257,12 @@ def _noisy_part(
     starts: Tensor,
 ) -> _Part:
     """
-    Noisy copies of blocks, `D * B` positions for the up to `D` that each response needs.
+    Noisy copies of blocks: `B` positions for each that a response needs, as many for all as for the one that needs most.
 
     Args:
         states ([`States`]): what each view hides.
         spec ([`DiffusionSpec`]): facts about the policy.
-        needed (boolean `Tensor` of shape `(R, V * S)`): pairs of a view and a block, in this order, that are needed.
+        needed (boolean `Tensor` of shape `(R, W * S)`): pairs of a view and a block, in this order, that are needed.
         sequence, canvas_columns: see [`_unpad`].
         prompt_lengths, starts (`Tensor` of shape `(R,)`): length of the prompt, and first position of block 0.
     """

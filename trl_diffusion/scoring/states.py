@@ -15,7 +15,7 @@ from .draws import StepDraw
 @dataclass
 class States:
     r"""
-    `V` views of each of `R` responses. The estimate of a token's log-probability is
+    `W` views of each of `R` responses. The estimate of a token's log-probability is
 
         estimate[r, c] = sum_v coefficients[r, v, c] * log p(token c | view v of response r)
 
@@ -26,8 +26,8 @@ class States:
     autoregressively are read from the clean tokens before them, whatever the view hides.
 
     Attributes:
-        hidden (boolean `Tensor` of shape `(R, V, C)`): True where the view shows the mask token.
-        coefficients (`Tensor` of shape `(R, V, C)`, float32): 0 where the view does not score the token.
+        hidden (boolean `Tensor` of shape `(R, W, C)`): True where the view shows the mask token.
+        coefficients (`Tensor` of shape `(R, W, C)`, float32): 0 where the view does not score the token.
         weights (`Tensor` of shape `(R, C)`, float32): weight of each token in the loss, 0 where it is not scored.
         prompt_hidden (boolean `Tensor` of shape `(R, P)`, *optional*): prompt tokens replaced by the mask token.
     """
@@ -42,7 +42,7 @@ class States:
         Every view as a response of its own.
 
         Returns:
-            `(R * V,)` indices of the response each row belongs to, and its states with a single view.
+            `(R * W,)` indices of the response each row belongs to, and its states with a single view.
         """
         num_responses, num_views = self.hidden.shape[:2]
         rows = torch.arange(num_responses, device=self.hidden.device).repeat_interleave(num_views)

@@ -59,7 +59,7 @@ class ThroughputCallback(TrainerCallback):
             self.seconds[name] += time.perf_counter() - begin
 
     def count(self, completion_mask: torch.Tensor) -> None:
-        """Counts a batch that is trained on, by its mask of shape `(R, T)`."""
+        """Counts a batch that is trained on, by its mask of shape `(R, C)`."""
         self.responses += len(completion_mask)
         self.tokens = self.tokens + completion_mask.sum()
 

@@ -37,11 +37,11 @@ def allowed_attention(fields: dict[str, Any], valid: Tensor, queries: int) -> Te
 
     Args:
         fields (`dict`): `attention` and `block_size` of the policy; blocks are counted from the first valid token.
-        valid (boolean `Tensor` of shape `(R, K)`): False for padding.
+        valid (boolean `Tensor` of shape `(R, keys)`): False for padding.
         queries (`int`): number of positions that look, the last ones of the sequence.
 
     Returns:
-        boolean `Tensor` of shape `(R, 1, queries or 1, K)`. A row that is all padding looks at itself.
+        boolean `Tensor` of shape `(R, 1, queries or 1, keys)`. A row that is all padding looks at itself.
     """
     keys = (valid | ~valid.any(1, keepdim=True))[:, None, None]
     if fields["attention"] == "full":
@@ -51,7 +51,7 @@ def allowed_attention(fields: dict[str, Any], valid: Tensor, queries: int) -> Te
 
 
 def token_positions(valid: Tensor) -> Tensor:
-    """Position of each token, counted from the first valid one, for a mask of shape `(R, K)`; padding gets 0."""
+    """Position of each token, counted from the first valid one, for a mask of shape `(R, keys)`; padding gets 0."""
     return ((valid.long().cumsum(1) - 1) * valid).clamp(min=0)
 
 
