@@ -1,4 +1,4 @@
-"""Which states of a trajectory are scored, and with what weight."""
+"""Draws the states of a trajectory that are scored, and computes their weights."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from ..trajectories.trajectory import TokenStates
 @dataclass
 class StepDraw:
     """
-    Decoding steps drawn in each of the `S` groups (blocks) of `R` responses, up to `K` in each.
+    Denoising steps drawn in the `S` blocks of `R` responses, at most `K` in each block.
+
+    With full attention the whole response counts as one block here (see [`~trajectories.trajectory.token_states`]).
 
     Attributes:
         steps (`Tensor` of shape `(R, S, K)`):
-            Decoding step inside the block, -1 for no draw.
+            Denoising step inside the block. -1 stands for no draw.
         weights (`Tensor` of shape `(R, S, K)`, float32):
-            Weight of the step's log-ratio in the estimate, 0 where `steps` is -1.
+            Weight of the step's log-ratio in the estimate. It is 0 where `steps` is -1.
         block_weights (`Tensor` of shape `(R, S)`, float32):
-            Weight of a log-ratio that belongs to the block and is in every pass over it, 0 where the block is not
-            scored: `S / m` if `m` of `S` blocks are.
+            Weight of the tokens that every pass over the block scores. It is `S / m` if `m` of `S` blocks are scored,
+            and 0 for a block that is not scored.
     """
 
     steps: Tensor
@@ -39,7 +41,7 @@ def count_tokens(token_blocks: Tensor, token_steps: Tensor, counted: Tensor) -> 
     Number of counted tokens that each step of each block unmasked.
 
     Returns:
-        `Tensor` of shape `(R, S, T)` for `S` blocks and `T` steps, the largest numbers of either in the batch.
+        `Tensor` of shape `(R, S, T)`. `S` and `T` are the largest numbers of blocks and of steps in the batch.
     """
     counted = counted & (token_steps >= 0)
     num_blocks = int(token_blocks[counted].max()) + 1 if counted.any() else 1
@@ -52,7 +54,9 @@ def count_tokens(token_blocks: Tensor, token_steps: Tensor, counted: Tensor) -> 
 
 StepDistribution = Literal["uniform", "token", "importance"]
 STEP_DISTRIBUTIONS: tuple[StepDistribution, ...] = ("uniform", "token", "importance")
-UNIFORM_SHARE = 0.1  # of an importance draw: it draws no step ten times more rarely than a uniform one
+# Uniform part of an importance draw. The probability of a step is at least a tenth of its probability in a
+# uniform draw.
+UNIFORM_SHARE = 0.1
 
 
 def draw_steps(
@@ -65,55 +69,62 @@ def draw_steps(
     surprises: Tensor | None = None,
 ) -> StepDraw:
     r"""
-    Draws `num_draws` decoding steps per block, independently for each block (docs/method.md, section 2).
+    Draws `num_draws` denoising steps per block, independently for each block (docs/method.md, section 2).
 
-    A step takes part if it unmasked at least one drawable token; the others contribute nothing to the log-ratio. With
-    `d[t]` the log-ratio of the tokens unmasked at step `t` of a block with `T` such steps and `n` drawable tokens, and
-    `weighting="unbiased"`, the expectation of `sum_draws weight * d[step]` is `sum_t d[t]`. `K = min(num_draws, T)`
-    different steps are drawn, step `t` with probability `p_t` and weight `1 / p_t`:
+    A step takes part in the draw if it unmasked at least one drawable token. Other steps add nothing to the log-ratio.
 
-    - `"uniform"`: `p_t = K / T`;
-    - `"token"`: `p_t` is proportional to the number `n_t` of tokens that the step unmasked;
-    - `"importance"`: `p_t` is proportional to `0.9 * m_t / m + 0.1 / T`. Here `m_t` is the sum of `1 - p` over the tokens of
-      the step, for the probability `p` that was recorded when a token was unmasked, and `m` that of the block. A step whose
-      tokens were certain has hardly any gradient, and is rarely drawn. A weight is at most `max(1, 10 * T / K)`. In a block
-      without surprises the draw is uniform, as it is where nothing was recorded.
+    Take a block with `T` steps that take part. `d[t]` is the log-ratio of the tokens that step `t` unmasked. With
+    `weighting="unbiased"`, the expectation of `sum_draws weight * d[step]` is `sum_t d[t]`. The draw takes
+    `K = min(num_draws, T)` different steps. Step `t` is drawn with probability `p_t` and has the weight `1 / p_t`:
 
-    Where the share of a step in the `K` draws would be 1 or more, it is always drawn, with weight 1, and the rest is shared
-    among the others likewise. The steps are laid end to end in a random order, each as long as it is probable, and a grid
-    of spacing 1 with a random start picks them: Madow's systematic sampling with probabilities proportional to size. With
-    `num_draws >= T` every distribution is exact.
+    - `"uniform"`: `p_t = K / T`.
+    - `"token"`: `p_t` is proportional to `n_t`, the number of drawable tokens that the step unmasked.
+    - `"importance"`: `p_t` is proportional to `0.9 * m_t / m + 0.1 / T`. Each token has a surprise `1 - p`, where `p`
+      is the probability recorded when the token was unmasked. `m_t` is the sum of the surprises over the tokens of the
+      step, and `m` is the sum over the block. A step whose tokens were certain has almost no gradient and is rarely
+      drawn. A weight is at most `max(1, 10 * T / K)`. The draw is uniform in a block whose surprises are all 0, and in
+      a block without recorded probabilities.
 
-    With `num_blocks`, only `m = min(num_blocks, S)` of a response's `S` blocks are drawn from, without replacement, all
-    equally likely, and weights grow by `S / m`.
+    The `p_t` of a block add up to `K`. For some steps this rule would give a `p_t` of 1 or more. Such a step is always
+    drawn, with weight 1. The remaining draws are shared among the other steps by the same rule.
+
+    The draw uses Madow's systematic sampling with probabilities proportional to size. It puts the steps end to end on
+    a line, in a random order. The length of a step is its probability. A grid with spacing 1 and a random start picks
+    the steps that its points fall into. With `num_draws >= T` every step is drawn, so the result is exact with every
+    distribution.
+
+    With `num_blocks`, steps are drawn only in `m = min(num_blocks, S)` of the `S` blocks of a response. These blocks
+    are chosen uniformly, without replacement. With `weighting="unbiased"`, all weights are then multiplied by `S / m`.
 
     Args:
         tokens ([`TokenStates`]):
-            Block and decoding step of each canvas position, and what takes part. A block with a token that counts is one
-            to draw from.
+            Block and denoising step of each canvas position, and which tokens take part. A block can be drawn from if
+            it has a token that counts.
         seeds (`list[int]` of length `R`):
-            One seed per response. A response's draw depends on its own seed and steps alone: not on its neighbours in
-            the batch, and not on the global random state.
+            One seed per response. The draw of a response depends only on its seed and its steps. It depends neither on
+            the other responses in the batch nor on the global random state.
         distribution (`str`, *optional*, defaults to `"uniform"`):
             `"uniform"`, `"token"` or `"importance"`, as above.
         num_draws (`int`, *optional*, defaults to `1`):
             Draws per block.
         weighting (`str`, *optional*, defaults to `"unbiased"`):
-            `"unbiased"` as above; `"none"` gives every draw the weight `1 / K` (the estimator as it is printed in the
-            paper's figure, up to a factor that beta absorbs when all blocks have the same number of steps).
+            `"unbiased"`: as above. `"none"`: every draw has the weight `1 / K`, as in the paper's figure. If all
+            blocks have the same number of steps, `"none"` only changes the scale of the estimate, which `beta` can
+            absorb.
         num_blocks (`int`, *optional*):
-            Blocks drawn from. All if `None`.
+            Number of blocks to draw from. `None` means all blocks.
         surprises (`Tensor` of shape `(R, C)`, *optional*):
-            `1 - p` of each token, between 0 and 1; `"importance"` needs it.
+            Surprise `1 - p` of each token, between 0 and 1. `"importance"` needs it.
 
     Returns:
         [`StepDraw`]
 
     Raises:
-        ValueError: for an option that is not listed, a number below 1, too few seeds, `"importance"` without `surprises`, or
-            with `weighting="none"`, which would count surprising steps more.
+        ValueError: if an option has an unknown value, a number is below 1, or the number of seeds is not the number of
+            responses. Also if `"importance"` has no `surprises`, or is combined with `weighting="none"`, which would
+            give surprising steps too much weight.
 
-    Example: block 0 has two tokens and two steps, block 1 four tokens and three steps.
+    Example: block 0 has two tokens and two steps. Block 1 has four tokens and three steps.
 
     ```python
     >>> import torch
@@ -123,9 +134,9 @@ def draw_steps(
     >>> steps = torch.tensor([[1, 0, 0, 2, 1, 0]])  # the step at which each token was unmasked
     >>> all_count = torch.ones_like(steps, dtype=torch.bool)
     >>> draw = draw_steps(TokenStates(blocks, steps, all_count, all_count), seeds=[0])
-    >>> draw.steps.tolist()  # of both blocks, step 1
+    >>> draw.steps.tolist()  # step 1 is drawn in both blocks
     [[[1], [1]]]
-    >>> draw.weights.tolist()  # it was one of two steps in block 0, and one of three in block 1
+    >>> draw.weights.tolist()  # block 0 has two steps, block 1 has three
     [[[2.0], [3.0]]]
 
     ```
@@ -134,7 +145,9 @@ def draw_steps(
     if num_blocks is not None:
         check_at_least("num_blocks", num_blocks)
     if len(seeds) != len(tokens.states):
-        raise ValueError(f"`seeds` must hold one seed per response: got {len(seeds)} for {len(tokens.states)}.")
+        raise ValueError(
+            f"`seeds` must hold one seed per response: got {len(seeds)} seeds for {len(tokens.states)} responses."
+        )
     check_one_of("weighting", weighting, ("unbiased", "none"))
     check_one_of("distribution", distribution, STEP_DISTRIBUTIONS)
     if distribution == "importance" and (surprises is None or weighting == "none"):
@@ -161,11 +174,13 @@ def step_sizes(
     tokens: TokenStates, counts: Tensor, distribution: StepDistribution, surprises: Tensor | None = None
 ) -> Tensor:
     """
-    What the probability of drawing a step is proportional to; 0 for a step that does not take part.
+    Size of each step. The probability of drawing a step is proportional to its size.
+
+    A step that does not take part in the draw has size 0.
 
     Args:
         tokens ([`TokenStates`]): see [`draw_steps`].
-        counts (`Tensor` of shape `(R, S, T)`): drawable tokens that each step unmasked.
+        counts (`Tensor` of shape `(R, S, T)`): number of drawable tokens that each step unmasked.
         distribution, surprises: see [`draw_steps`].
 
     Returns:
@@ -188,23 +203,24 @@ def step_sizes(
 
 def inclusion(sizes: Tensor, num_draws: int) -> Tensor:
     """
-    Probability with which each step is among those drawn in its block.
+    Probability that a step is drawn in its block.
 
     Args:
         sizes (float64 `Tensor` of shape `(R, S, T)`): see [`step_sizes`].
         num_draws (`int`): draws per block.
 
     Returns:
-        float64 `Tensor` of shape `(R, S, T)`; its sum over the steps of a block is the number of different steps drawn.
+        float64 `Tensor` of shape `(R, S, T)`. The sum over the steps of a block is the number of different steps
+        drawn.
     """
     support = sizes > 0
     number = support.sum(-1, keepdim=True).clamp(max=num_draws)  # K
     certain = torch.zeros_like(support)
     while True:
         rest = sizes.masked_fill(certain, 0.0)
-        share = rest * (number - certain.sum(-1, keepdim=True))  # p_t times what is left of the sum of sizes
+        share = rest * (number - certain.sum(-1, keepdim=True))  # p_t times the sum of the remaining sizes
         total = rest.sum(-1, keepdim=True)
-        more = (rest > 0) & (share >= total * (1 - 1e-12))  # sums of fractions are rounded
+        more = (rest > 0) & (share >= total * (1 - 1e-12))  # tolerance for rounding in the sum
         if not more.any():
             return torch.where(certain, 1.0, share / torch.where(total > 0, total, 1.0))
         certain |= more
@@ -216,19 +232,24 @@ def expected_weights(
     num_draws: int = 1,
     num_blocks: int | None = None,
 ) -> Tensor:
-    """What the token weights of each response sum to, on average over [`draw_steps`] with `weighting="none"`, `(R,)`."""
+    """
+    Expected sum of the token weights of each response, over the draws of [`draw_steps`] with `weighting="none"`.
+
+    Returns:
+        `Tensor` of shape `(R,)`.
+    """
     in_block, counts = _count(tokens)
     chances = inclusion(step_sizes(tokens, counts, distribution), num_draws).float()
     chances = chances / chances.sum(-1, keepdim=True).clamp(min=1)
     counts = counts.float()
-    always = in_block - counts.sum(-1)  # in every pass over the block
+    always = in_block - counts.sum(-1)  # tokens that every pass over the block scores
     total = (chances * counts).sum((1, 2)) + always.sum(1)
     num = (in_block > 0).sum(1)
     return total if num_blocks is None else total * (num.clamp(max=num_blocks) / num.clamp(min=1))
 
 
 def _count(tokens: TokenStates) -> tuple[Tensor, Tensor]:
-    """Number of tokens that count in each block, `(R, S)`, and of those that each step unmasked, `(R, S, T)`."""
+    """Number of counted tokens in each block, `(R, S)`, and number of drawable tokens of each step, `(R, S, T)`."""
     groups, states, drawable, counted = tokens
     in_block = count_tokens(groups, torch.zeros_like(states), counted)[..., 0]
     counts = count_tokens(groups, states, drawable)
@@ -236,31 +257,31 @@ def _count(tokens: TokenStates) -> tuple[Tensor, Tensor]:
 
 
 def _pick_blocks(support: Tensor, seeds: list[int], num_blocks: int | None) -> Tensor:
-    """Weight of each block, shape `(R, S)`: `S / m` for the `m` drawn ones of a row, 0 for the others."""
+    """Weight of each block, shape `(R, S)`: `S / m` for the `m` drawn blocks of a response, 0 for the others."""
     if num_blocks is None:
         return support.float()
     weights = torch.zeros(support.shape)
     for row, seed in enumerate(seeds):
         blocks = support[row].nonzero().squeeze(1)
         if len(blocks):
-            generator = torch.Generator().manual_seed(derive_seed(seed, 1))  # another stream than that of the steps
+            generator = torch.Generator().manual_seed(derive_seed(seed, 1))  # not the random stream of the steps
             drawn = blocks[torch.randperm(len(blocks), generator=generator)[:num_blocks]]
             weights[row, drawn] = len(blocks) / len(drawn)
     return weights
 
 
 def _pick(sizes: Tensor, seeds: list[int], distribution: StepDistribution, num_draws: int) -> Tensor:
-    """Steps drawn in each block, shape `(R, S, K)`, -1 where there is nothing (more) to draw."""
+    """Steps drawn in each block, shape `(R, S, K)`. A block with fewer than `K` steps is filled up with -1."""
     support = sizes > 0
     width = min(num_draws, sizes.shape[-1])
     keys, starts = _row_uniforms(support, seeds)
     keys = keys.masked_fill(~support, torch.inf)
     if distribution != "uniform":
-        # The steps in a random order, each as long as it is probable, on a line whose whole numbers, shifted by a
-        # random start, are the draws: no step is longer than 1, so none is drawn twice.
+        # Put the steps on a line in a random order. The length of a step is its probability. A grid with spacing 1 and
+        # a random start picks the steps. No step is longer than 1, so no step is drawn twice.
         order = keys.argsort(-1)
         ends = inclusion(sizes, num_draws).gather(-1, order).cumsum(-1)
-        marks = (ends - starts[..., None]).ceil().long().clamp(min=0)  # draws before each end
+        marks = (ends - starts[..., None]).ceil().long().clamp(min=0)  # grid points before the end of each step
         marked = marks.diff(dim=-1, prepend=torch.zeros_like(marks[..., :1])) > 0
         drawn = torch.zeros_like(support).scatter(-1, order, marked) & support
         keys = torch.where(drawn, keys, torch.inf)
@@ -269,8 +290,11 @@ def _pick(sizes: Tensor, seeds: list[int], distribution: StepDistribution, num_d
 
 
 def _row_uniforms(support: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
-    """A uniform number for each step, `(R, S, T)`, and for each block, `(R, S)`. Those of a row depend on its own seed,
-    blocks and steps alone, never on the widest row of the batch."""
+    """
+    A uniform random number for each step, `(R, S, T)`, and for each block, `(R, S)`.
+
+    The numbers of a response depend only on its seed, its blocks and its steps. The size of the batch does not matter.
+    """
     of_steps = torch.full(support.shape, torch.inf, dtype=torch.float64)
     of_blocks = torch.zeros(support.shape[:2], dtype=torch.float64)
     for row, seed in enumerate(seeds):

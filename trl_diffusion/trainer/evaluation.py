@@ -1,4 +1,4 @@
-"""Evaluation while training, by rows: figures do not depend on how the rows were cut into batches."""
+"""Evaluation during training. Its metrics do not depend on how the rows were split into batches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .metrics import How, Tally, add_over_processes, length_figures, reward_figu
 
 logger = get_logger(__name__)
 
-# How TRL's figures of batches are put together. All others are means.
+# How TRL's metrics of several batches are combined. Metrics that are not listed are means.
 _HOW: dict[str, How] = {
     "num_tokens": "last",
     "clip_ratio/low_min": "min",
@@ -39,10 +39,11 @@ _HOW: dict[str, How] = {
     "sampling/importance_sampling_ratio/min": "min",
     "sampling/importance_sampling_ratio/max": "max",
 }
-# Means over tokens; those of ratios only if these are ratios of tokens.
+# Metrics that are means over tokens. The metrics of ratios are so only if the ratios are taken per token.
 _OF_TOKENS = ("kl", "entropy")
 _OF_RATIOS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
-# What TRL divides a loss by: tokens of the batch, or `num_items_in_batch`. All others are means over responses.
+# Losses that TRL divides by the tokens of the batch, and losses that it divides by `num_items_in_batch`. Other
+# losses are means over responses.
 _LOSS_OF_TOKENS = ("bnpo",)
 _LOSS_OF_ITEMS = ("dapo", "cispo", "vespo")
 
@@ -52,18 +53,20 @@ class Evaluation:
     """
     An evaluation in progress.
 
-    Several processes get equally many rows; what is missing for that is filled up with rows of the beginning, which do not
-    count.
+    All processes get the same number of rows. If the rows do not divide evenly, some rows from the beginning are
+    evaluated a second time to fill the last batch. These repeated rows do not count.
 
     Attributes:
-        expected (`Callable[[], int]`): rows that there are, as far as is known by now.
-        rows (`int`): rows evaluated so far, by all processes together.
-        first (`int`): place of the first row of this process's batch in the whole evaluation.
-        new (`int`): rows of the batch that count, of all processes together.
-        counted (`Tensor` of shape `(R,)`, bool): rows of this process's batch that count.
-        rewards (`list[Tensor]` of shape `(new, F)`): rewards of the rows of each batch, of all processes.
-        lengths (`list[Tensor]` of shape `(new, 2)`): number of tokens, and whether the response was cut off.
-        tally ([`~trainer.metrics.Tally`]): all other figures.
+        expected (`Callable[[], int]`): returns the total number of rows, as far as it is known at the moment.
+        rows (`int`): number of rows evaluated so far, by all processes together.
+        first (`int`): index, in the whole evaluation, of the first row of this process's batch.
+        new (`int`): number of rows of the batch that count, in all processes together.
+        counted (`Tensor` of shape `(R,)`, bool): which rows of this process's batch count.
+        rewards (`list[Tensor]` of shape `(new, F)`): for each batch, the rewards of its counted rows, from all
+            processes.
+        lengths (`list[Tensor]` of shape `(new, 2)`): for each batch, the number of tokens of each response, and
+            whether the response was cut off.
+        tally ([`~trainer.metrics.Tally`]): all other metrics.
     """
 
     expected: Callable[[], int]
@@ -76,7 +79,7 @@ class Evaluation:
     tally: Tally = field(default_factory=Tally)
 
     def begin_batch(self, size: int, accelerator: Accelerator) -> None:
-        """Finds out which of the `size` rows of this process's next batch count."""
+        """Determines which of the `size` rows of this process's next batch count."""
         place = accelerator.process_index * size
         self.first = self.rows + place
         self.new = size * accelerator.num_processes
@@ -87,12 +90,13 @@ class Evaluation:
 
     def take(self, figures: dict[str, list[float]], weight: Callable[[str], tuple[float, float]]) -> None:
         """
-        Takes away what TRL has noted for a batch.
+        Moves the metrics that TRL recorded for a batch into the tally.
 
         Args:
-            figures (`dict[str, list[float]]`): TRL's notes, which are empty afterwards.
-            weight (callable): from a name to the number of things that its mean was taken over, and the number of those
-                that count; the others were 0 in it.
+            figures (`dict[str, list[float]]`): TRL's metrics. The dictionary is empty afterwards.
+            weight (callable): maps the name of a metric to two numbers. The first is the number of rows, tokens or
+                items over which TRL took the mean. The second is the number of them that count. In TRL's mean, those
+                that do not count were 0.
         """
         for name, values in figures.items():
             over, counted = weight(name)
@@ -104,7 +108,7 @@ class Evaluation:
         figures.clear()
 
     def figures(self, names: list[str], weights: Tensor, group_size: int) -> dict[str, float | None]:
-        """All figures of the evaluation; `None` for those that do not exist."""
+        """All metrics of the evaluation. A metric without a value is `None`."""
         found: dict[str, float | None] = self.tally.results()
         if self.rewards:
             lengths, truncated = torch.cat(self.lengths).unbind(1)
@@ -117,39 +121,41 @@ class RowwiseEvaluation(TrainerMixin):
     """
     Makes evaluations of a [`~trl.GRPOTrainer`] independent of batches, of processes and of training.
 
-    - Each figure is what TRL computes if all rows are in one batch: means over rows (or tokens), extremes over all rows.
-    - Figures have the name of their dataset: `eval_NAME_...` if there are several, `test_...` for `predict`.
-    - Completions go to `completions/PREFIX_STEP.parquet`, with a prefix such as `eval` or `eval_NAME`; those of training
-      stay as they are.
-    - The random state and the mode of the policy are afterwards what they were before, so a run with evaluations trains
-      like one without.
+    - Each metric has the value that TRL computes if all rows are in one batch. A mean is taken over all rows (or
+      tokens). A minimum or maximum is taken over all rows.
+    - The name of a metric names its dataset: `eval_NAME_...` if there are several datasets, and `test_...` for
+      `predict`.
+    - The completions of an evaluation are written to `completions/PREFIX_STEP.parquet`. The prefix is, for example,
+      `eval` or `eval_NAME`. The table of training completions does not change.
+    - After an evaluation, the random states and the mode of the policy are restored. A run with evaluations therefore
+      trains in the same way as a run without them.
 
-    Use it before the trainer in the list of base classes: `class MyTrainer(RowwiseEvaluation, GRPOTrainer)`.
+    Put this class before the trainer in the list of base classes: `class MyTrainer(RowwiseEvaluation, GRPOTrainer)`.
     """
 
-    evaluation: Evaluation | None = None  # while there is one
+    evaluation: Evaluation | None = None  # the evaluation in progress, if any
     eos_token_ids: list[int] | None = None  # set by TRL, from 1.16 on
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.tally = Tally()  # figures of training since the last log
-        self._streamed = 0  # rows of the stream that is being evaluated that were read so far
+        self.tally = Tally()  # training metrics since the last log
+        self._streamed = 0  # rows read so far from the stream that is evaluated
         super().__init__(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- the loop
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluates the policy, see [`~transformers.Trainer.evaluate`]."""
+        """Evaluates the policy. See [`~transformers.Trainer.evaluate`]."""
         with self._training_untouched():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any):
-        """Evaluates the policy on another dataset, without a log, see [`~transformers.Trainer.predict`]."""
+        """Evaluates the policy on another dataset, without logging. See [`~transformers.Trainer.predict`]."""
         with self._training_untouched():
             return super().predict(*args, **kwargs)
 
     @contextmanager
     def _training_untouched(self) -> Iterator[None]:
-        """Random states and the policy's mode are afterwards what they were before."""
+        """Restores the random states and the mode of the policy at the end of the block."""
         python, numpy, training = random.getstate(), np.random.get_state(), self.model.training
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         try:
@@ -164,7 +170,7 @@ class RowwiseEvaluation(TrainerMixin):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """transformers' loop, with figures over rows."""
+        """Runs the evaluation loop of transformers, and adds metrics over rows to its result."""
         self.evaluation = Evaluation(self._expected_rows(dataloader))
         logs, self._logs = self._logs, self._empty_logs()
         self._metrics["eval"].clear()
@@ -183,16 +189,21 @@ class RowwiseEvaluation(TrainerMixin):
         return output._replace(num_samples=rows)
 
     def _expected_rows(self, dataloader) -> Callable[[], int]:
-        """How many rows an evaluation has. Those of a stream are counted while they are read."""
+        """A function that returns the number of rows to evaluate. Rows of a stream are counted as they are read."""
         dataset, size = dataloader.dataset, self.num_generations_eval
         if isinstance(dataset, IterableDatasetShard):
             return lambda: self._streamed * size
-        if isinstance(dataset, IterableDataset):  # each process reads shards of its own, and nothing is filled up
+        if isinstance(dataset, IterableDataset):  # each process reads other shards, and no row is repeated
             return lambda: sys.maxsize
         return lambda: len(dataset) * size
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """TRL's, which counts the rows of a stream, and which is not kept for another dataset if workers persist."""
+        """
+        TRL's dataloader for evaluation, with two changes.
+
+        The rows of a stream are counted as they are read. If a dataset object is passed, its dataloader is not kept:
+        with persistent workers, the trainer would use it again for another dataset.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
@@ -208,7 +219,7 @@ class RowwiseEvaluation(TrainerMixin):
             self.args.dataloader_persistent_workers = persistent
 
     def get_test_dataloader(self, test_dataset):
-        """Like that of an evaluation: TRL repeats the prompts of a stream in evaluations only."""
+        """The dataloader of an evaluation, because TRL repeats the prompts of a stream only in evaluations."""
         return self.get_eval_dataloader(test_dataset)
 
     def _count_row(self, row: dict[str, Any]) -> bool:
@@ -229,7 +240,7 @@ class RowwiseEvaluation(TrainerMixin):
         return output
 
     def _leave_out(self, output: dict[str, Any], counted: Tensor) -> dict[str, Any]:
-        """A rollout in which rows that do not count have neither tokens nor an advantage."""
+        """The rollout, with no tokens and advantage 0 in rows that do not count."""
         mask = output["completion_mask"] * counted[:, None]
         (tokens,) = add_over_processes(self.accelerator, mask.sum())
         items = torch.as_tensor(output["num_items_in_batch"])
@@ -249,7 +260,7 @@ class RowwiseEvaluation(TrainerMixin):
             self.evaluation.rewards.append(rewards[: self.evaluation.new].cpu())
             self.evaluation.lengths.append(gathered[: self.evaluation.new].cpu())
             if not self.evaluation.counted.any():
-                self._pending_metrics.clear()  # what reward functions noted about rows that do not count
+                self._pending_metrics.clear()  # reward functions logged these for rows that do not count
         return rewards
 
     def _compute_loss(self, model, inputs):
@@ -259,13 +270,13 @@ class RowwiseEvaluation(TrainerMixin):
         return loss
 
     def _tally_loss(self, loss: Tensor, inputs: dict[str, Any]) -> None:
-        """Adds the loss of a batch, and what TRL has noted beside it, with the weights that make them figures of rows."""
+        """Adds the loss of a batch and TRL's other metrics to the tally, weighted as if all rows were in one batch."""
         assert self.evaluation is not None
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        share = 1 / self.accelerator.num_processes  # the number of items is that of all processes together
+        share = 1 / self.accelerator.num_processes  # `num_items_in_batch` counts all processes together
         over = {"rows": float(len(mask)), "tokens": float(mask.sum())}
         over["items"] = float(inputs["num_items_in_batch"]) * share
-        of_loss, least = "rows", 1.0  # TRL divides by no less than one token
+        of_loss, least = "rows", 1.0  # TRL divides by at least one token
         if self.loss_type in _LOSS_OF_TOKENS:
             of_loss = "tokens"
         elif self.loss_type in _LOSS_OF_ITEMS:
@@ -286,18 +297,18 @@ class RowwiseEvaluation(TrainerMixin):
         self.evaluation.take(self._metrics["eval"], weight)
 
     def _counted(self, size: int) -> Tensor:
-        """Which rows of the batch in hand count: all of them, except in an evaluation; shape `(R,)`."""
+        """Which rows of the current batch count, shape `(R,)`: all except repeated rows of an evaluation."""
         if self.evaluation is None:
             return torch.ones(size, dtype=torch.bool, device=self.accelerator.device)
         return self.evaluation.counted
 
     def _record(self, name: str, value: float, weight: float = 1.0, how: How = "mean") -> None:
         """
-        Notes a figure of a batch for the next log, or for the evaluation in progress.
+        Records a metric of a batch, for the evaluation in progress or else for the next log of training.
 
         Args:
-            name (`str`): what it is called.
-            value (`float`): the figure, over all processes.
+            name (`str`): name of the metric.
+            value (`float`): value of the metric over all processes.
             weight, how: see [`~trainer.metrics.Tally.add`].
         """
         if self.evaluation is not None:
@@ -306,7 +317,7 @@ class RowwiseEvaluation(TrainerMixin):
             self.tally.add(name, value, weight, how)
 
     def _record_ratios(self, sums: Tensor) -> None:
-        """Notes [`~scoring.diagnostics.ratio_statistics`] of a batch, summed over processes."""
+        """Records the [`~scoring.diagnostics.ratio_statistics`] of a batch, summed over processes."""
         if self.evaluation is not None:
             self.evaluation.tally.add_ratios(sums)
         elif self.model.training:
@@ -315,8 +326,12 @@ class RowwiseEvaluation(TrainerMixin):
     # ------------------------------------------------------------------------------------------- what is shown
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, with the figures of training that were noted here. The table of completions is shown with figures of
-        training only: an evaluation has shown its own."""
+        """
+        Logs as TRL does, and adds the training metrics recorded here.
+
+        The table of completions is shown only with training metrics, because an evaluation has already shown its own
+        table.
+        """
         if self.model.training:
             for name, value in self.tally.results().items():
                 self._metrics["train"][name] = [float("nan") if value is None else value]
@@ -329,7 +344,11 @@ class RowwiseEvaluation(TrainerMixin):
             self.log_completions = shown
 
     def _empty_logs(self) -> dict[str, Any]:
-        """A table of completions for an evaluation, where one is shown: without TRL's limit of one rollout."""
+        """
+        An empty table for the completions of an evaluation. Unlike TRL's table, it can hold more than one rollout.
+
+        On a process that shows no completions, the table keeps no rows.
+        """
 
         def column():
             return [] if self.log_completions and self.accelerator.is_main_process else deque(maxlen=0)
@@ -339,13 +358,15 @@ class RowwiseEvaluation(TrainerMixin):
         }
 
     def _show_completions(self, name: str, rows: int) -> None:
-        """Prints a sample of the completions of an evaluation, and writes them all."""
+        """Prints a sample of the completions of an evaluation, and writes all of them to a file."""
         if not (self.log_completions and self.accelerator.is_main_process):
             return
         logs, step = self._logs, self.state.global_step
         whole = {column: values[:rows] for column, values in logs["extra"].items() if len(values) >= rows}
         for column in sorted(set(logs["extra"]) - set(whole)):
-            logger.warning(f"{name}: reward functions did not log {column!r} for every response. It is left out.")
+            logger.warning(
+                f"{name}: reward functions did not log {column!r} for every response. The table leaves it out."
+            )
         rewards = {column: values[:rows] for column, values in logs["rewards"].items()}
         prompts, completions, advantages = (logs[key][:rows] for key in ("prompt", "completion", "advantages"))
         if find_spec("rich") is not None:
@@ -368,12 +389,12 @@ class RowwiseEvaluation(TrainerMixin):
 
 def track_completions(name: str, table: pd.DataFrame, trackers: list[str]) -> None:
     """
-    Sends a table of completions to the trackers that take tables, Weights & Biases and Trackio.
+    Sends a table of completions to the trackers that accept tables: Weights & Biases and Trackio.
 
     Args:
-        name (`str`): what it belongs to, such as `"eval"`; it is sent as `NAME/completions`.
-        table (`pandas.DataFrame`): a row for each response.
-        trackers (`list[str]`): the trackers in use, as in `report_to`.
+        name (`str`): prefix of the evaluation, such as `"eval"`. The table is sent as `NAME/completions`.
+        table (`pandas.DataFrame`): one row for each response.
+        trackers (`list[str]`): names of the trackers in use, as in `report_to`.
     """
     for tracker in ("wandb", "trackio"):
         if tracker not in trackers:

@@ -1,4 +1,4 @@
-"""What a trainer is made of: the arguments, checked before weights are loaded, and the policies, made ready afterwards."""
+"""Sets up a trainer: checks its arguments before weights are loaded, and prepares the policies afterwards."""
 
 from __future__ import annotations
 
@@ -56,21 +56,22 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 Model = str | PreTrainedModel | PeftModel
-_ONE_TURN = ("tools", "rollout_func", "environment_factory")  # of TRL's trainer: responses of several turns
+# Arguments of TRL's trainer that serve responses of several turns. Responses here have one turn.
+_ONE_TURN = ("tools", "rollout_func", "environment_factory")
 
 
 @dataclass(frozen=True)
 class Setup:
     """
-    What the arguments of a trainer come to.
+    The arguments of a trainer, checked and completed.
 
     Attributes:
         args ([`DTRPOConfig`]): settings.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer.
         spec ([`DiffusionSpec`]): facts about the policy.
-        reward_funcs: what scores responses.
-        datasets (`tuple`): those to train and to evaluate on.
-        store ([`~trainer.data.OfflineData`], *optional*): where stored responses come from.
+        reward_funcs: the reward functions or models that score responses.
+        datasets (`tuple`): the training dataset and the evaluation dataset(s).
+        store ([`~trainer.data.OfflineData`], *optional*): the source of stored responses, if training uses them.
         kept_columns (`list[str]`): columns of stored responses that training reads.
         removed_columns (`list[str]`): columns that `remove_unused_columns=True` removes.
     """
@@ -86,7 +87,7 @@ class Setup:
 
     @property
     def reference_is_recorded(self) -> bool:
-        """Whether the reference made the stored responses."""
+        """Whether the reference generated the stored responses."""
         return self.store is not None and self.store.reference_is_recorded
 
 
@@ -98,7 +99,7 @@ def set_up(
 
     Args:
         model, reward_funcs, args: as for the trainer.
-        datasets (`tuple`): those to train and to evaluate on.
+        datasets (`tuple`): the training dataset and the evaluation dataset(s).
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): the tokenizer.
         options (`dict`): the trainer's other arguments, by name.
 
@@ -123,13 +124,17 @@ def set_up(
     if offline:
         if args.rescore_old_log_probs:
             raise ValueError(
-                "`rescore_old_log_probs=True` is for fresh responses: another policy may have made stored ones."
+                "`rescore_old_log_probs=True` needs fresh responses, but train_dataset holds stored ones, which "
+                "another policy may have generated. Set `rescore_old_log_probs=False`."
             )
         store = OfflineData(model, config, args, spec, tokenizer, reward_funcs, options.get("quantization_config"))
         datasets = store.prepare(*datasets)
         reward_funcs = reward_funcs or store.reward_funcs
     elif args.precompute_ref_log_probs:
-        raise ValueError("`precompute_ref_log_probs=True` is for stored responses; these are generated as it goes.")
+        raise ValueError(
+            "`precompute_ref_log_probs=True` needs stored responses, but these are generated during training. "
+            "Set `precompute_ref_log_probs=False`."
+        )
     check_number_of_rows(datasets[0], args, 0 if store is None else store.dropped.total())
     named = named_datasets(*datasets)
     kept = stored_columns(dataset for _, dataset in named)
@@ -140,12 +145,14 @@ def set_up(
 
 
 def _settings(model: Model, args: DTRPOConfig | None, options: dict[str, Any]) -> DTRPOConfig:
-    """The settings, by default those of a directory that is called after the model."""
+    """Checks the settings. Without settings, makes default ones, with an output directory named after the model."""
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise TypeError(f"`model` must be a path, a hub id or a model, got {type(model).__name__}.")
     for name in _ONE_TURN:
         if options.get(name):
-            raise ValueError(f"`{name}` is not supported: responses of a diffusion policy are denoised in one turn.")
+            raise ValueError(
+                f"`{name}` is not supported: a diffusion policy denoises its response in one turn. Leave it out."
+            )
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         args = DTRPOConfig(f"{name.rstrip('/').split('/')[-1]}-DTRPO")
@@ -155,7 +162,7 @@ def _settings(model: Model, args: DTRPOConfig | None, options: dict[str, Any]) -
 
 
 def _check_model(model: Model, config: PretrainedConfig, args: DTRPOConfig, adapter: Any) -> None:
-    """Checks the kinds of layers and of adapters."""
+    """Checks that the layers and the adapters of the model are supported, and that its reference can move if asked."""
     check_reference_can_move(args, has_adapter=isinstance(model, PeftModel) or adapter is not None)
     if adapter is not None:
         check_adapter(adapter)
@@ -166,13 +173,13 @@ def _check_model(model: Model, config: PretrainedConfig, args: DTRPOConfig, adap
 
 
 def _check_reference(model: Model, setup: Setup, adapter: Any) -> None:
-    """Checks that there is a reference, if one is needed."""
+    """Checks that a reference exists if the settings need one."""
     if setup.args.beta == 0.0 or setup.reference_is_recorded or adapter is not None:
         return
     if isinstance(model, PreTrainedModel) and not model.config._name_or_path:
         raise ValueError(
-            "`beta` is not 0, so a reference is needed, which is loaded from where the policy was; but this model "
-            "was not loaded from anywhere. Save it and pass the path as `model`, or set `beta=0`."
+            f"`beta={setup.args.beta}` needs a reference, which is loaded from the policy's path, but this model was "
+            "not loaded from anywhere. Save it and pass the path as `model`, or set `beta=0`."
         )
 
 
@@ -180,7 +187,7 @@ def _load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     path = model if isinstance(model, str) else model.config._name_or_path
     if not path:
         raise ValueError(
-            "The model was not loaded from anywhere, so its tokenizer is unknown: pass `processing_class`."
+            "The model was not loaded from anywhere, so its tokenizer is unknown. Pass it as `processing_class`."
         )
     return load_tokenizer(path)
 
@@ -197,15 +204,16 @@ def _load_config(model: Model, args: DTRPOConfig) -> PretrainedConfig:
 
 def make_ready(trainer: DTRPOTrainer, setup: Setup, optimizer: Optimizer | None) -> None:
     """
-    Makes policy and reference of a trainer ready to be trained and scored, and checks the prompts.
+    Prepares the policy of a trainer for training, prepares policy and reference for scoring, and checks the prompts.
 
     Args:
-        trainer ([`DTRPOTrainer`]): the trainer, after TRL's constructor.
-        setup ([`Setup`]): what its arguments came to.
-        optimizer (`torch.optim.Optimizer`, *optional*): the optimizer that was passed, if one was.
+        trainer ([`DTRPOTrainer`]): the trainer, after TRL's constructor has run.
+        setup ([`Setup`]): the trainer's arguments, checked and completed.
+        optimizer (`torch.optim.Optimizer`, *optional*): the optimizer, if the caller passed one.
 
     Raises:
-        ValueError: if the policy cannot be trained, computes something else in packed rows, or a prompt cannot be taken.
+        ValueError: if the policy cannot be trained, if it gives other results in packed rows than in plain rows, or if
+            the policy cannot take a prompt.
     """
     _check_placement(trainer)
     _share_failures(trainer)
@@ -215,35 +223,36 @@ def make_ready(trainer: DTRPOTrainer, setup: Setup, optimizer: Optimizer | None)
     _check_policies(trainer, optimizer)
     planned = [enable_plans(unwrap(policy)) for policy in policies]
     trainer._share_prompts = setup.args.share_prompts and setup.spec.attention == "block" and all(planned)
-    for policy in policies:  # an engine of DeepSpeed has a config of its own
+    for policy in policies:  # unwrapped, because a DeepSpeed engine has another `config`
         set_spec(unwrap(policy).config, setup.spec)
-    # What ends a response here is what TRL calls terminated (before TRL 1.16 it knew the tokenizer's token only).
+    # TRL counts a response as terminated if it ends in one of these tokens. Before TRL 1.16 it knew only the
+    # end-of-text token of the tokenizer.
     trainer.eos_token_ids = list(setup.spec.stop_token_ids)
     if trainer._tokenizer.eos_token_id not in setup.spec.stop_token_ids:
         logger.warning(
-            f"The policy stops at {list(setup.spec.stop_token_ids)}, the tokenizer's end-of-text token is "
-            f"{trainer._tokenizer.eos_token_id}. `clipped_ratio` and `mask_truncated_completions` may take finished "
-            "responses for truncated ones."
+            f"The policy's stop tokens are {list(setup.spec.stop_token_ids)}, but the tokenizer's end-of-text token "
+            f"is {trainer._tokenizer.eos_token_id}. `clipped_ratio` and `mask_truncated_completions` may count "
+            "finished responses as truncated."
         )
     logger.info(f"Diffusion policy: {setup.spec}")
     for name, dataset in named_datasets(*setup.datasets):
         _check_prompts(trainer, name, dataset)
     if setup.removed_columns:
         logger.warning(
-            f"`remove_unused_columns=True` removes the columns {setup.removed_columns}: a reward function that looks for "
-            "them gets nothing."
+            f"`remove_unused_columns=True` removes the columns {setup.removed_columns}. A reward function that takes "
+            "`**kwargs` does not get them. Set `remove_unused_columns=False` to keep them."
         )
     if setup.store is not None:
         setup.store.report()
 
 
 def _check_placement(trainer: DTRPOTrainer) -> None:
-    """Checks where the policy is: on one device, or shared among processes in a way in which it can decode."""
+    """Checks that the policy can decode where it is: whole on one device, or sharded by an engine that can decode."""
     check_attention(trainer.model)
     if trainer._tokenizer.pad_token_id is None:
         raise ValueError(
-            "The tokenizer has neither a padding token nor an end-of-text token. Set `tokenizer.pad_token`; which "
-            "one does not matter, padding is never looked at."
+            "The tokenizer has neither a padding token nor an end-of-text token. Set `tokenizer.pad_token` to any "
+            "token. The policy never sees padding."
         )
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError(
@@ -253,14 +262,14 @@ def _check_placement(trainer: DTRPOTrainer) -> None:
     devices = set(getattr(unwrap(trainer.model), "hf_device_map", {}).values())
     if len(devices) > 1:
         raise ValueError(
-            f"The policy is spread over {len(devices)} devices ({', '.join(sorted(map(str, devices)))}): its attention "
-            "masks are on one of them. Start with `accelerate launch`, which gives each process one GPU, or load the "
-            "model with device_map=None. A policy that does not fit on one GPU trains with ZeRO-3 or FSDP."
+            f"The policy is spread over {len(devices)} devices ({', '.join(sorted(map(str, devices)))}), but its "
+            "attention masks are on one device. Start with `accelerate launch`, which gives each process one GPU, or "
+            "load the model with `device_map=None`. If the policy does not fit on one GPU, use ZeRO-3 or FSDP."
         )
 
 
 def _share_failures(trainer: DTRPOTrainer) -> None:
-    """Lets every process stop if a reward function fails on one."""
+    """Makes every process stop if a reward function fails on one process."""
     if trainer.accelerator.num_processes == 1:
         return
     trainer.reward_funcs = [
@@ -271,23 +280,25 @@ def _share_failures(trainer: DTRPOTrainer) -> None:
 
 def _check_policies(trainer: DTRPOTrainer, optimizer: Optimizer | None) -> None:
     """
-    Makes policy and reference ready to be scored, and tries them on a few tokens. Where parameters will be shared among
-    processes, they cannot be used yet, and are tried at the first pass.
+    Prepares policy and reference for scoring, and tries them on a few tokens.
+
+    With FSDP and DeepSpeed the policies cannot run yet. They are then tried at the first forward pass.
     """
     whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    # Recorded and re-scored log-probabilities are compared: no dropout between them.
+    # Updates compare recorded log-probabilities with re-scored ones. Dropout would make them differ.
     dropout = random_settings(trainer.model, DROPS)
     if dropout:
         logger.warning(
-            f"Dropout is switched off ({', '.join(f'{name}={value}' for name, value in dropout.items())}): the log-"
-            "probabilities that decoding records are compared with those that an update computes."
+            f"Dropout is switched off ({', '.join(f'{name}={value}' for name, value in dropout.items())}), because an "
+            "update compares its log-probabilities with the ones that were recorded while decoding."
         )
     balance = switch_off_router_loss(trainer.model)
     trainer.aux_loss_enabled = False
     if balance:
         logger.warning(
-            f"The load-balancing loss of the experts is off (the model's config has router_aux_loss_coef={balance}): it "
-            "would count the copies of a packed row. In a long run, look at how evenly the experts are used."
+            f"The load-balancing loss of the experts is off (the model's config has router_aux_loss_coef={balance}), "
+            "because it would also count the noisy copies in a packed row. In a long run, check how evenly the "
+            "experts are used."
         )
     for policy in (trainer.model, trainer.ref_model):
         if policy is not None:
@@ -302,7 +313,7 @@ def _check_policies(trainer: DTRPOTrainer, optimizer: Optimizer | None) -> None:
 
 
 def _check_prompts(trainer: DTRPOTrainer, name: str, dataset: Dataset | IterableDataset) -> None:
-    """Finds prompts that the policy cannot take before anything is trained. A stream is checked as it comes."""
+    """Checks before training that the policy can take all prompts. A stream is not checked here, but as it is read."""
     if isinstance(dataset, IterableDataset):
         return
     forms: set = set()
@@ -314,8 +325,8 @@ def _check_prompts(trainer: DTRPOTrainer, name: str, dataset: Dataset | Iterable
         prompt_ids = trainer._tokenize_prompts(prompts)[0]
         if prompts and not any(prompt_ids):
             raise ValueError(
-                f"{name}: the tokenizer turns every prompt into no tokens at all. If there is none beside the "
-                "model, transformers makes an empty one: pass the right one as `processing_class`."
+                f"{name}: the tokenizer turns every prompt into no tokens at all. transformers makes an empty "
+                "tokenizer if the model's directory has none. Pass the right tokenizer as `processing_class`."
             )
         try:
             check_prompts(prompt_ids, trainer.spec, trainer.model.config, trainer.max_completion_length)
