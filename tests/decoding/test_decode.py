@@ -29,9 +29,9 @@ def assert_valid(batch: TrajectoryBatch, spec: DiffusionSpec, config: DecodingCo
         blocks_done = torch.where(unmasked, blocks, -1).max(1).values
         inside = inside & (blocks <= blocks_done[:, None])
     columns = torch.arange(width)
-    if config.stop_rule == "token":  # the last block may keep masks, behind a stop token only
+    if config.stop_rule == "token":  # the last block may keep masks, behind a stop token or the limit only
         stops = torch.isin(batch.canvas_ids, torch.tensor(spec.stop_token_ids)) & unmasked
-        first = torch.where(stops.any(1), stops.long().argmax(1), width)[:, None]
+        first = torch.where(stops.any(1), stops.long().argmax(1), width)[:, None].clamp(max=config.max_new_tokens - 1)
         last = torch.where(inside, blocks, -1).max(1, keepdim=True).values
         loose = (columns > first) & (blocks == last)
         assert not (unmasked & ~inside).any() and (batch.canvas_ids[loose & inside & ~unmasked] == MASK).all()

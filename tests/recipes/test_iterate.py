@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
+from trl import ModelConfig
 
 from trl_diffusion import tiny_policy_path
+from trl_diffusion.commands import recipes_path
 from trl_diffusion.commands.collect import CollectArguments
 from trl_diffusion.commands.iterate import Rounds, _arguments, main, run
 from trl_diffusion.commands.train import parse
+from trl_diffusion.utils import load_yaml
 
 
 def make(tmp_path, **changes) -> Rounds:
@@ -123,6 +127,18 @@ def test_what_is_refused(tmp_path, changes, message):
 def test_options_as_words():
     words = _arguments({"a": 1.5, "b": None, "c": ["x", "y"], "d": {"k": [1]}, "e": False})
     assert words == ["--a", "1.5", "--c", "x", "y", "--d", '{"k": [1]}', "--e", "false"]
+
+
+def test_the_recipe_is_made_of_options_of_the_two_commands():
+    """No more responses in all rounds together than `tiny_sudoku.yaml` takes, and every option is known."""
+    rounds = Rounds(**load_yaml(recipes_path() / "tiny_iterate.yaml"))
+    _, online, _ = parse(["--config", str(recipes_path() / "tiny_sudoku.yaml")])
+    answers = rounds.rounds * rounds.collect["train_size"] * rounds.collect["num_responses"]
+    assert answers <= online.max_steps * online.per_device_train_batch_size
+    script, training, _ = parse(_arguments(rounds.train_options(1)))
+    assert script.task == "sudoku" and training.output_dir == str(rounds.directory(1) / "policy")
+    names = {field.name for kind in (CollectArguments, ModelConfig) for field in fields(kind)}
+    assert set(rounds.collect_options(1)) <= names
 
 
 @pytest.mark.slow

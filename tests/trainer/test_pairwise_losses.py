@@ -10,8 +10,7 @@ from trl import DPOConfig, DPOTrainer
 from tests.closeness import assert_close, assert_close_gradients, close_to
 from tests.conftest import disturb, make_policy
 from tests.offline.conftest import collection, start  # noqa: F401
-from tests.trainer.conftest import make_dataset
-from tests.trainer.test_autoregression import blocks_of_one
+from tests.trainer.conftest import blocks_of_one, make_dataset
 from trl_diffusion import DTRPOConfig, load_trajectories
 from trl_diffusion.trainer.metrics import WINDOW, chosen_sinks
 
