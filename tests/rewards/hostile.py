@@ -123,7 +123,7 @@ ATTEMPTS: dict[str, Attempt] = {
     "a huge answer": Attempt("return 'x' * (64 * 2**20)", "too long|MemoryError"),
     "an endless answer": Attempt("import itertools\nreturn [*itertools.count()]", "MemoryError"),
     "a nested answer": Attempt(
-        "data = '[' * 10**6 + ']' * 10**6\nfor fd in range(3, 32):\n    try:\n"
+        "data = '[' * 10**6 + ']' * 10**6\nfor fd in range(3, 4096):\n    try:\n"
         "        os.write(fd, b'{\"value\": ' + data.encode() + b'}\\n')\n    except OSError:\n        pass",
         "RecursionError",
     ),
@@ -309,12 +309,12 @@ ATTEMPTS: dict[str, Attempt] = {
         "AssertionError",
     ),
     "a stand-in made up": Attempt(
-        'for fd in range(3, 32):\n    try:\n        os.write(fd, b\'{"value": {"type": "object", "id": 0}}\\n\')\n'
+        'for fd in range(3, 4096):\n    try:\n        os.write(fd, b\'{"value": {"type": "object", "id": 0}}\\n\')\n'
         "    except OSError:\n        pass",
         "plain data|real number",
     ),
     "an answer that is no answer": Attempt(
-        "for fd in range(3, 32):\n    try:\n        os.write(fd, b'\\xff\\x00 no JSON\\n')\n    except OSError:\n        pass",
+        "for fd in range(3, 4096):\n    try:\n        os.write(fd, b'\\xff\\x00 no JSON\\n')\n    except OSError:\n        pass",
         "Error",
     ),
     "looking for the tests": Attempt(
