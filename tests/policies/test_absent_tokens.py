@@ -344,5 +344,5 @@ def test_mask_tokens_are_not_collected(padded, tokenizer, tmp_path):
 
 def test_a_trainer_that_cannot_know_the_tokenizer(tmp_path):
     args = DTRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
-    with pytest.raises(ValueError, match="its tokenizer is unknown: pass `processing_class`"):
+    with pytest.raises(ValueError, match="its tokenizer is unknown. Pass it as `processing_class`"):
         DTRPOTrainer(make_policy(SPECS["block-from-sequence"]), codes, args, prompt_dataset(8))
