@@ -134,11 +134,12 @@ class RowwiseEvaluation(TrainerMixin):
     """
 
     evaluation: Evaluation | None = None  # the evaluation in progress, if any
-    eos_token_ids: list[int] | None = None  # set by TRL, from 1.16 on
+    eos_token_ids: list[int] | None  # of TRL, from 1.16 on
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.tally = Tally()  # training metrics since the last log
         self._streamed = 0  # rows read so far from the stream that is evaluated
+        self.eos_token_ids = None  # TRL sets it from 1.16 on
         super().__init__(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- the loop
