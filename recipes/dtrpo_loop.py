@@ -102,9 +102,8 @@ def chances(trajectories: Trajectories) -> Tensor:
 
 def draw(trajectories: Trajectories, rng: Generator) -> Tensor:
     """State reduction (section 2): one step of each block is drawn. That of the block of each position, (R, P + C)."""
-    race = chances(trajectories) / torch.empty_like(chances(trajectories)).exponential_(
-        generator=rng
-    )  # argmax ~ chances
+    likely = chances(trajectories)
+    race = likely / torch.empty_like(likely).exponential_(generator=rng)  # its largest entry is a draw by `likely`
     return race.argmax(2).gather(1, trajectories.blocks.clamp(min=0))
 
 

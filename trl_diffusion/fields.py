@@ -53,6 +53,14 @@ def check_within(name: str, value: Any, interval: str) -> None:
         raise ValueError(f"`{name}` must be a number {_in_words(interval)}, got {value!r}.")
 
 
+def check_names(what: str, names: Iterable[str], kind: type) -> None:
+    """Raises a `ValueError` if some names are no fields of the dataclass `kind`; `what` says what they name."""
+    known = sorted(one.name for one in fields(kind))
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(f"Unknown {what} {unknown}; there are {known}.")
+
+
 def check_fields(config: Any, names: Collection[str] | None = None) -> None:
     """
     Checks the fields of a dataclass for which their own type or metadata says what they may be.

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes import dtrpo_loop as loop
 from tests.closeness import assert_close, assert_close_gradients
 from tests.conftest import SPECS, STOP, make_policy, make_prompts, shared
-from tests.reference import another
+from tests.reference import another, rollout
 from tests.trainer.conftest import codes, make_dataset
 from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, get_spec, set_spec, tiny_policy_path
 from trl_diffusion.scoring.draws import StepDraw, draw_steps
@@ -44,21 +44,6 @@ def named(request):
     changes = {**FAMILIES[request.param], "stop_token_ids": (STOP,), "predicts_mask_token": False}
     set_spec(policy.config, get_spec(policy.config, changes))
     return policy, get_spec(policy.config)
-
-
-@pytest.fixture
-def policy(named):
-    return named[0]
-
-
-@pytest.fixture
-def spec(named):
-    return named[1]
-
-
-def rollout(policy, decoding) -> TrajectoryBatch:
-    prompts = make_prompts()
-    return decode(policy, prompts, decoding, seeds=[100 + row for row in range(len(prompts))])
 
 
 def sequences(batch: TrajectoryBatch, prompt: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:

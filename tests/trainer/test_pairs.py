@@ -108,16 +108,20 @@ def trajectories(collection):  # noqa: F811
     return load_trajectories(collection)
 
 
+# Columns with an entry for each response.
+OF_RESPONSES = (
+    "canvas_lengths",
+    "completion_lengths",
+    "event_steps",
+    "event_positions",
+    "event_tokens",
+    "event_logps",
+)
+
+
 def repeat_first(row) -> None:
     """The first response of a row becomes all of them, each with a reward of its own."""
-    for name in (
-        "canvas_lengths",
-        "completion_lengths",
-        "event_steps",
-        "event_positions",
-        "event_tokens",
-        "event_logps",
-    ):
+    for name in OF_RESPONSES:
         row[name] = [copy.deepcopy(row[name][0]) for _ in row[name]]
     row["reward_codes"], row["reward_length"] = [1.0, 2.0, 3.0, 4.0], [None] * 4
 
@@ -145,14 +149,7 @@ def test_a_group_of_more_responses_than_are_taken(make_trainer, start, trajector
     rows = trajectories.to_list()[:1]
     repeat_first(rows[0])
     other = trajectories[1]
-    for name in (
-        "canvas_lengths",
-        "completion_lengths",
-        "event_steps",
-        "event_positions",
-        "event_tokens",
-        "event_logps",
-    ):
+    for name in OF_RESPONSES:
         rows[0][name][1] = other[name][1]
     options = {**PAIRS, "reward_funcs": None, "dataset": Dataset.from_list(rows)}
     make_trainer(str(start), num_generations=2, per_device_train_batch_size=2, **options)

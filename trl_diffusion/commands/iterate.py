@@ -24,10 +24,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..fields import AtLeast, check_fields
+from ..cli import file_or_name, launch_command
+from ..fields import AtLeast, check_fields, check_names
 from ..policies.tiny import tiny_policy_path
 from ..seeds import derive_seed
-from ..utils import errors_in_a_line, load_yaml, write_text
+from ..utils import exit_code, load_yaml, write_text
 from . import recipes_path
 
 
@@ -176,9 +177,28 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command, with the options of the command line."""
-    from ..cli import file_or_name, launch_command
+    """
+    Runs the command.
 
+    Args:
+        arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
+
+    Returns:
+        `int`: exit code, 0, 2 after one line on stderr that says what is wrong, or that of the command that failed.
+    """
+    options = vars(_parser().parse_args(arguments))
+    engine = options.pop("accelerate_config"), options.pop("num_processes")
+
+    def start(name: str, words: list[str]) -> None:
+        subprocess.run(launch_command(name, words, *engine), check=True)
+
+    try:
+        return exit_code(lambda: print(table(run(_rounds(options), start))))
+    except subprocess.CalledProcessError as error:
+        return error.returncode  # the command has said what is wrong
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "trl-diffusion iterate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -193,25 +213,18 @@ def main(arguments: list[str] | None = None) -> int:
     engines = file_or_name(recipes_path() / "accelerate")
     parser.add_argument("--accelerate_config", type=engines, help="engine, as for `train`")
     parser.add_argument("--num_processes", type=int, help="instead of one for each GPU")
-    options = vars(parser.parse_args(arguments))
-    engine = options.pop("accelerate_config"), options.pop("num_processes")
+    return parser
 
-    def start(name: str, words: list[str]) -> None:
-        subprocess.run(launch_command(name, words, *engine), check=True)
 
-    with errors_in_a_line():
-        given = load_yaml(options.pop("config"))
-        known = set(Rounds.__dataclass_fields__)
-        if not isinstance(given, dict) or set(given) - known:
-            raise ValueError(
-                f"The file must hold some of {sorted(known)}, got {sorted(given) if isinstance(given, dict) else given!r}."
-            )
-        rounds = Rounds(**{**given, **{name: value for name, value in options.items() if value is not None}})
-        try:
-            print(table(run(rounds, start)))
-        except subprocess.CalledProcessError as error:
-            return error.returncode  # the command has said what is wrong
-    return 0
+def _rounds(options: dict[str, Any]) -> Rounds:
+    """What the file says, with the options of the command line in front of it."""
+    path = options["config"]
+    given = load_yaml(path)
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must hold the options of `iterate`, got {given!r}.")
+    check_names(f"options in {path}", given, Rounds)
+    mine = {name: value for name, value in options.items() if name != "config" and value is not None}
+    return Rounds(**{**given, **mine})
 
 
 if __name__ == "__main__":

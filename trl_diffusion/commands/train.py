@@ -86,8 +86,9 @@ class ScriptArguments:
     )
 
 
-def random_policy(fields: str, tokenizer, directory: Path) -> str:
-    """Makes a small randomly initialised policy for a tokenizer, and saves it: a reference is loaded from there."""
+def random_policy(fields: str, tokenizer, directory: Path, seed: int) -> str:
+    """Makes a small randomly initialised policy for a tokenizer, and saves it: a reference is loaded from there. The
+    global random state is afterwards what it was before."""
     options = json.loads(fields) if isinstance(fields, str) else dict(fields)
     config = AutoConfig.for_model(
         options.pop("model_type", "qwen3"),
@@ -98,7 +99,9 @@ def random_policy(fields: str, tokenizer, directory: Path) -> str:
     )
     state = PartialState()
     if state.is_main_process:
-        model = AutoModelForCausalLM.from_config(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config)
         model.generation_config = GenerationConfig.from_model_config(config)
         model.save_pretrained(directory)
     state.wait_for_everyone()
@@ -111,9 +114,8 @@ def find_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_
         if not script_args.tokenizer_name_or_path:
             raise ValueError("`--random_policy` needs `--tokenizer_name_or_path`.")
         tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
-        torch.manual_seed(training_args.seed)
         directory = Path(training_args.output_dir) / "random_policy"
-        return random_policy(script_args.random_policy, tokenizer, directory), tokenizer
+        return random_policy(script_args.random_policy, tokenizer, directory, training_args.seed), tokenizer
     path = model_args.model_name_or_path or tiny_policy_path()
     tokenizer = load_tokenizer(script_args.tokenizer_name_or_path or path)
     training_args.model_init_kwargs = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ..fields import AtLeast, Within, check_fields, explained
+from ..fields import AtLeast, Within, check_fields, check_names, explained
 from .strategies import SCHEDULED, STRATEGIES, Strategy
 
 
@@ -164,10 +164,7 @@ class DecodingConfig(RolloutSettings):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DecodingConfig:
         """Settings by name; unknown names raise a `ValueError`."""
-        known = {one.name for one in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"Unknown decoding settings {unknown}; there are {sorted(known)}.")
+        check_names("decoding settings", values, cls)
         return cls(**values)
 
     @property

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from transformers import PretrainedConfig
 
-from ..fields import AtLeast, check_fields
+from ..fields import AtLeast, check_fields, check_names
 
 
 CONFIG_KEY = "diffusion_spec"
@@ -114,10 +114,7 @@ class DiffusionSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionSpec:
         """Builds a spec from a mapping of field names to values; unknown names raise a `ValueError`."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"Unknown diffusion spec fields {unknown}; the known ones are {sorted(known)}.")
+        check_names("diffusion spec fields", values, cls)
         if "mask_token_id" not in values:
             raise ValueError("A diffusion spec needs `mask_token_id`, the id of the token that stands for [MASK].")
         return cls(**values)
