@@ -17,7 +17,7 @@ from .forward import check_attention, check_implementation, unwrap
 from .limits import check_layers, context_length
 from .loading import load_config, load_tokenizer, resolve_spec
 from .lora import check_adapter, check_targets, empty_model
-from .quantized import keep_trainable
+from .quantized import prepare_rounded
 from .spec import DiffusionSpec
 from .trial import try_policy
 
@@ -131,7 +131,7 @@ def load_model(
         raise ValueError(f"The weights of {path} cannot be read: {error}. Is the file whole?") from error
     if quantization is None:
         return model.to(device)  # type: ignore[arg-type]  # transformers wraps the method
-    keep_trainable(model)  # it computes what the policy computes that is trained
+    prepare_rounded(model)  # it computes what the policy computes that is trained
     return model
 
 

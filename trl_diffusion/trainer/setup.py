@@ -20,7 +20,7 @@ from ..policies.limits import check_layers
 from ..policies.loading import load_config, load_tokenizer, resolve_spec
 from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
 from ..policies.prompts import check_visible
-from ..policies.quantized import keep_trainable
+from ..policies.quantized import prepare_rounded
 from ..policies.spec import set_spec
 from ..policies.training import (
     DROPS,
@@ -219,7 +219,7 @@ def make_ready(trainer: DTRPOTrainer, setup: Setup, optimizer: Optimizer | None)
     _share_failures(trainer)
     policies = [policy for policy in (trainer.model, trainer.ref_model) if policy is not None]
     for policy in policies:
-        keep_trainable(policy)
+        prepare_rounded(policy)
     _check_policies(trainer, optimizer)
     planned = [enable_plans(unwrap(policy)) for policy in policies]
     trainer._share_prompts = setup.args.share_prompts and setup.spec.attention == "block" and all(planned)
