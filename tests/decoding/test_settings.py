@@ -20,6 +20,8 @@ from trl_diffusion.decoding.options import OLD_NAMES, given_decoding
 
 def another(setting: Field) -> Any:
     """A value of a setting that is not the default."""
+    if setting.name == "strategy":
+        return "sampled_threshold"  # the one that every other setting goes with
     if "choices" in setting.metadata:
         return list(setting.metadata["choices"])[-1]
     return True if setting.default is False else 0.25 if isinstance(setting.default, float) else 5
@@ -45,7 +47,7 @@ def training(**options) -> DTRPOConfig:
 
 
 def test_every_shared_setting_reaches_the_decoder_from_everywhere(tmp_path):
-    assert OTHER.items() >= {"strategy": "left_to_right", "tokens_per_step": 5, "threshold": 0.25}.items()
+    assert OTHER.items() >= {"strategy": "sampled_threshold", "tokens_per_step": 5, "threshold": 0.25}.items()
     expected = DecodingConfig(9, 0.5, **OTHER)
     assert training(max_completion_length=9, temperature=0.5, **OTHER).decoding() == expected
     both = {"max_completion_length": 9, "temperature": 0.5, **OTHER}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.closeness import ROUNDING, assert_close, close_to
 from tests.conftest import make_policy
 from tests.offline.conftest import codes, collection, length, prompt_dataset, run_collect, start  # noqa: F401
-from trl_diffusion import from_preferences, load_trajectories
+from trl_diffusion import DecodingConfig, from_preferences, load_trajectories
 
 
 def logs_of(trainer):
@@ -281,6 +281,9 @@ def test_bad_data_is_refused_by_row_and_column(offline, trajectories, char_spec,
         ({"loss_type": "dpo", "beta": 0.1, "pair_selection": "some"}, "pair_selection"),
         ({"decoding_order": "backwards"}, "decoding_order"),
         ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model"),
+        ({"score_selection": True, "strategy": "sampled_confidence"}, "`decoding`: .* Set `score_selection`"),
+        ({"score_selection": True}, "'confidence' needs no such score"),
+        ({"score_selection": True, "strategy": "sampled_confidence", "estimator": "elbo"}, "`selection` is for"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_the_data(offline, options, message):
@@ -418,13 +421,27 @@ def test_evaluation_on_stored_responses(offline, trajectories):
     assert len(logs) == 1 and logs[0]["eval_rewards/codes/mean"] > 0 and "eval_rewards/margins" in logs[0]
 
 
-def test_collecting_with_another_temperature(make_trainer, start, tokenizer, tmp_path):  # noqa: F811
-    """Log-probabilities are recorded and scored at the same temperature."""
-    from trl_diffusion import DecodingConfig
-
-    directory = run_collect(start, tmp_path / "run", tokenizer, decoding=DecodingConfig(14, 0.7, tokens_per_step=2))
-    trainer = make_trainer(
-        str(start), reward_funcs=None, dataset=load_trajectories(directory), temperature=0.7, max_steps=1, **OFFLINE
-    )
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"strategy": "sampled_threshold", "threshold": 0.4, "score_selection": True}],
+    ids=["tokens", "selection"],
+)
+def test_what_is_scored_is_what_was_recorded(make_trainer, start, tokenizer, tmp_path, settings):  # noqa: F811
+    """Log-probabilities are recorded and scored at the same temperature, and both with the selection or both without."""
+    decoding = DecodingConfig(14, 0.7, tokens_per_step=2, **settings)
+    directory = run_collect(start, tmp_path / "run", tokenizer, decoding=decoding)
+    same = {
+        "reward_funcs": None,
+        "dataset": load_trajectories(directory),
+        "temperature": 0.7,
+        "max_steps": 1,
+        **OFFLINE,
+    }
+    if settings:
+        with pytest.raises(
+            ValueError, match="Row 0, column `decoding`: .* Set `score_selection`, `strategy`, `threshold`"
+        ):
+            make_trainer(str(start), **same, **{**settings, "threshold": 0.5})
+    trainer = make_trainer(str(start), **same, **settings)
     trainer.train()
     assert logs_of(trainer)[0]["diffusion/recorded_gap/max"] < ROUNDING

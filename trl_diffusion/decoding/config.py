@@ -7,7 +7,8 @@ from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..fields import AtLeast, Within, check_fields, check_names, explained
-from .strategies import SCHEDULED, STRATEGIES, Strategy
+from ..trajectories.selection import Selection
+from .strategies import SCHEDULED, SELECT_BY_SAMPLE, STRATEGIES, Strategy
 
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class RolloutSettings:
             (Dream, SDAR, Fast-dLLM v2). With a low temperature every token then looks sure. The two are the same at
             temperatures 0 and 1 without `suppress_tokens`, `top_k` and `top_p`. Log-probabilities are recorded after
             `temperature` either way.
+        score_selection (`bool`, *optional*, defaults to `False`):
+            For `"sampled_confidence"` and `"sampled_threshold"` above temperature 0: whether log-probabilities are those of
+            the tokens *and* of their selection, which makes the policy gradient of these strategies exact (docs/method.md,
+            section 1). Each token that a step unmasks gets an equal share of the selection's. An update then runs the LM
+            head at every masked position of the scored blocks.
     """
 
     strategy: StrategyOption = field(default="confidence", metadata={"choices": STRATEGIES})
@@ -85,6 +91,7 @@ class RolloutSettings:
     stop_rule: str = field(default="token", metadata={"choices": ("block", "token")})
     approximate_cache: str | None = field(default=None, metadata={"choices": ("prefix", "dual", "sub_block")})
     tempered_confidence: bool = False
+    score_selection: bool = False
 
     def rollout_settings(self) -> dict[str, Any]:
         """The settings of this class alone, by name."""
@@ -149,6 +156,11 @@ class DecodingConfig(RolloutSettings):
                 f"`allow_mask_token=True` needs `steps_per_block`, or a block might never end, a strategy of {SCHEDULED}, "
                 "and no temperature."
             )
+        if self.score_selection and self.strategy not in SELECT_BY_SAMPLE:
+            raise ValueError(
+                f"`score_selection=True` is for the strategies {SELECT_BY_SAMPLE}, where sampled tokens decide what is "
+                f"unmasked; {self.strategy!r} needs no such score. Leave it at False."
+            )
         if self.approximate_cache == "sub_block" and self.sub_block_size is None:
             raise ValueError("`approximate_cache='sub_block'` needs `sub_block_size`.")
         if self.approximate_cache is not None and self.allow_mask_token:
@@ -168,6 +180,11 @@ class DecodingConfig(RolloutSettings):
         return cls(**values)
 
     @property
+    def selection(self) -> Selection | None:
+        """What scores the selection of positions; `None` if it is not scored."""
+        return stored_selection(vars(self))
+
+    @property
     def is_truncated(self) -> bool:
         """Whether some tokens are never sampled although the policy gives them a share."""
         return bool(self.suppress_tokens) or self.top_k is not None or self.top_p is not None
@@ -183,3 +200,11 @@ class DecodingConfig(RolloutSettings):
         if callable(self.strategy):
             values["strategy"] = getattr(self.strategy, "__qualname__", repr(self.strategy))
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def stored_selection(settings: Mapping[str, Any]) -> Selection | None:
+    """What scores the selection of positions under decoding settings that were stored; `None` if it was not scored."""
+    if not settings.get("score_selection") or not settings["temperature"]:
+        return None
+    threshold = settings["threshold"] if settings["strategy"] == "sampled_threshold" else None
+    return Selection(threshold, settings["sub_block_size"], settings["tempered_confidence"])

@@ -336,9 +336,14 @@ class DenoisingLoop:
             chosen = chosen | torch.from_numpy(window.autoregressive).to(self.device)[places[0]]
         if self.config.allow_mask_token:
             chosen = chosen & (tokens != self.spec.mask_token_id)
+        logps = proposal.logps
+        if self.config.selection is not None:
+            logps = logps + self.config.selection.shares(
+                proposal.log_probs, proposal.seen, tokens, places[0], chosen, ~chosen
+            )
         where = (self._to_device(rows[row_of]), self._to_device(window.positions[row_of, column_of]))
         self.ids[where] = torch.where(chosen, tokens, self.spec.mask_token_id)
-        self.logps[where] = torch.where(chosen, proposal.logps, 0.0)
+        self.logps[where] = torch.where(chosen, logps, 0.0)
         return tokens, chosen, ~proposal.logps.isfinite()
 
     def _broken(self, lane: Lane, logits: Tensor) -> NonFiniteLogits:

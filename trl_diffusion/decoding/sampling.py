@@ -22,6 +22,7 @@ class Proposal(NamedTuple):
             what a trajectory records.
         seen_logps (`Tensor` of shape `(M,)`): their log-probabilities under `seen`.
         best_logps (`Tensor` of shape `(M,)`): those of the likeliest tokens that may be proposed, under `seen`.
+        log_probs (`Tensor` of shape `(M, V)`): the log-distributions that the tokens were sampled from.
         seen (`Tensor` of shape `(M, V)`): the log-distributions that a strategy looks at, see
             `DecodingConfig.tempered_confidence`.
     """
@@ -30,6 +31,7 @@ class Proposal(NamedTuple):
     logps: Tensor
     seen_logps: Tensor
     best_logps: Tensor
+    log_probs: Tensor
     seen: Tensor
 
 
@@ -93,9 +95,9 @@ def propose(logits: Tensor, spec: DiffusionSpec, config: DecodingConfig, uniform
         logps = _at(log_probs, tokens)
         log_probs[:, never] = share
     if config.tempered_confidence or (config.temperature in (0.0, 1.0) and not config.is_truncated):
-        return Proposal(tokens, logps, logps, _at(log_probs, best), log_probs)
+        return Proposal(tokens, logps, logps, _at(log_probs, best), log_probs, log_probs)
     seen = log_distribution(logits, spec)
-    return Proposal(tokens, logps, _at(seen, tokens), _at(seen, best), seen)
+    return Proposal(tokens, logps, _at(seen, tokens), _at(seen, best), log_probs, seen)
 
 
 def _pick(log_probs: Tensor, scaled: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:

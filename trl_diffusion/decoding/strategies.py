@@ -173,6 +173,8 @@ STRATEGIES: dict[str, Strategy] = {
         left_to_right,
     )  # fmt: skip
 }
+# These look at the tokens that were sampled.
+SELECT_BY_SAMPLE = ("sampled_confidence", "sampled_threshold")
 # These unmask as many positions as the schedule says, no more and no fewer.
 SCHEDULED = ("confidence", "sampled_confidence", "entropy", "margin", "random", "left_to_right")
 

@@ -71,7 +71,7 @@ def estimate_quality(
         layout = pack(batch, spec, estimator.states(batch, spec, seeds, config), estimator.one_row)
         return (log_ratios(layout).double() * layout.weights).sum(1)
 
-    exact = estimate(EstimatorConfig("exact"), seeds)
+    exact = estimate(EstimatorConfig("exact", selection=config.selection), seeds)
     estimates = [estimate(config, [derive_seed(seed, n) for seed in seeds]) for n in range(num_estimates)]
     return EstimateQuality(exact, torch.stack(estimates))
 

@@ -13,9 +13,10 @@ from ..fields import AtLeast, Within, check_fields, check_one_of
 from ..policies.spec import DiffusionSpec
 from ..seeds import derive_seed
 from ..trajectories.by_block import at_block, rank_in_block, sum_by_block
+from ..trajectories.selection import Selection
 from ..trajectories.trajectory import NEVER, TrajectoryBatch, token_states
 from .draws import StepDistribution, draw_steps
-from .states import States, all_states, drawn_states
+from .states import States, all_states, drawn_states, states_to_draw
 
 
 COUPLED_RANGE = (0.2, 0.8)  # of the mask ratio of coupled-GRPO
@@ -39,6 +40,8 @@ class EstimatorConfig:
             `"dtrpo"` with block attention: blocks scored per response, drawn at random. All if `None`.
         prompt_mask_probability (`float`, *optional*, defaults to `0.15`):
             `"mean_field"`: probability with which a prompt token is masked.
+        selection ([`Selection`], *optional*):
+            `"dtrpo"` and `"exact"`: how positions were selected, where that is scored, too.
 
     Raises:
         ValueError: for an unknown estimator or a value out of range.
@@ -50,6 +53,7 @@ class EstimatorConfig:
     weighting: Literal["unbiased", "none"] = "unbiased"
     num_blocks: Annotated[int, AtLeast(1)] | None = None
     prompt_mask_probability: Annotated[float, Within("[0, 1)")] = 0.15
+    selection: Selection | None = None
 
     def __post_init__(self):
         check_one_of("estimator", self.name, ESTIMATORS)
@@ -65,6 +69,7 @@ class EstimatorConfig:
             ("weighting", ("dtrpo",)),
             ("num_blocks", ("dtrpo",)),
             ("prompt_mask_probability", ("mean_field",)),
+            ("selection", ("dtrpo", "exact")),
         ):
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default and self.name not in users:
@@ -105,7 +110,7 @@ def dtrpo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config:
             "`num_blocks` is for block attention; with full attention a pass holds one state, and `num_draws` sets how many."
         )
     draw = draw_steps(
-        token_states(spec, batch),
+        states_to_draw(batch, spec, config.selection),
         seeds,
         distribution=config.step_distribution,
         num_draws=config.num_draws,
@@ -113,7 +118,7 @@ def dtrpo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config:
         num_blocks=config.num_blocks,
         surprises=-torch.expm1(batch.logps),
     )
-    return drawn_states(batch, spec, draw)
+    return drawn_states(batch, spec, draw, selection=config.selection)
 
 
 def exact(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
@@ -123,7 +128,7 @@ def exact(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config:
     Forward passes per response: as many as the block with the most steps has (block attention); as many as there are
     steps (full attention).
     """
-    return all_states(batch, spec)
+    return all_states(batch, spec, selection=config.selection)
 
 
 def elbo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:

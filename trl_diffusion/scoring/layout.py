@@ -9,12 +9,31 @@ from torch import Tensor
 
 from ..policies.attention import PackedMask
 from ..policies.spec import DiffusionSpec
+from ..trajectories.selection import Selection
 from ..trajectories.trajectory import (
     TrajectoryBatch,
     autoregressive_positions,
     response_blocks,
 )
 from .states import States
+
+
+@dataclass
+class SelectionLayout:
+    """
+    Where the selection of positions is scored.
+
+    Attributes:
+        selection ([`Selection`]): how positions were selected.
+        states (`Tensor` of shape `(M,)`): number of the state that each place of a [`PackedLayout`] belongs to.
+        unmasked, rejected (boolean `Tensor` of shape `(M,)`): places that the step of the state unmasked, and those that it
+            could have unmasked and did not. Tokens that are made autoregressively are neither.
+    """
+
+    selection: Selection
+    states: Tensor
+    unmasked: Tensor
+    rejected: Tensor
 
 
 @dataclass
@@ -34,6 +53,7 @@ class PackedLayout:
         responses, canvas_columns (`Tensor` of shape `(M,)`): the response and the canvas position of that token.
         coefficients (`Tensor` of shape `(M,)`, float32): share of the log-probability in the token's estimate.
         weights (`Tensor` of shape `(R, C)`, float32): weight of each canvas position, 0 where it is not scored.
+        selected ([`SelectionLayout`], *optional*): where the selection is scored, too; its rejected places have coefficient 0.
     """
 
     input_ids: Tensor
@@ -46,6 +66,7 @@ class PackedLayout:
     canvas_columns: Tensor
     coefficients: Tensor
     weights: Tensor
+    selected: SelectionLayout | None = None
 
 
 def pack(
@@ -147,7 +168,7 @@ def _pack_full(batch: TrajectoryBatch, spec: DiffusionSpec, states: States) -> P
     valid = positions < (prompt_lengths + batch.canvas_lengths)[responses, None]
 
     scored = states.coefficients[responses, views]
-    rows, columns = (scored != 0).nonzero(as_tuple=True)
+    rows, columns = states.read[responses, views].nonzero(as_tuple=True)
     return PackedLayout(
         input_ids=sequence[responses].masked_fill(hidden, spec.mask_token_id).masked_fill(~valid, 0),
         position_ids=positions.masked_fill(~valid, 0),
@@ -159,6 +180,9 @@ def _pack_full(batch: TrajectoryBatch, spec: DiffusionSpec, states: States) -> P
         canvas_columns=columns,
         coefficients=scored[rows, columns],
         weights=states.weights,
+        selected=_selected(
+            states, responses[rows], views[rows], columns, rows, torch.zeros_like(rows, dtype=torch.bool)
+        ),
     )
 
 
@@ -175,7 +199,7 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
         members = None  # nothing to share
 
     # Which token is read where: made autoregressively, from the clean part; else from the noisy copy of its block.
-    responses, views, columns = (states.coefficients != 0).nonzero(as_tuple=True)
+    responses, views, columns = states.read.nonzero(as_tuple=True)
     blocks = token_blocks[responses, columns]
     from_clean = autoregressive_positions(spec, prompt_lengths, canvas_width)[responses, columns]
 
@@ -230,6 +254,22 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
         canvas_columns=columns,
         coefficients=states.coefficients[responses, views, columns],
         weights=states.weights,
+        selected=_selected(
+            states, responses, views, columns, responses * needed.shape[1] + views * num_blocks + blocks, from_clean
+        ),
+    )
+
+
+def _selected(
+    states: States, responses: Tensor, views: Tensor, columns: Tensor, numbers: Tensor, autoregressive: Tensor
+) -> SelectionLayout | None:
+    """Where the selection of `M` places is scored. `numbers`, `(M,)`: any number for each state; all arguments but the first
+    have this shape."""
+    if states.selection is None or states.rejected is None:
+        return None
+    rejected = states.rejected[responses, views, columns]
+    return SelectionLayout(
+        states.selection, numbers.unique(return_inverse=True)[1], ~rejected & ~autoregressive, rejected
     )
 
 

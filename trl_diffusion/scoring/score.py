@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..policies.forward import log_distribution, policy_logits
 from ..policies.spec import DiffusionSpec
-from .layout import PackedLayout
+from .layout import PackedLayout, SelectionLayout
 
 
 def score(
@@ -49,7 +49,12 @@ def score_logits(
 ) -> tuple[Tensor, Tensor | None]:
     """[`score`] for logits that are there already, of shape `(M, V)`: those at the scored places of the layout."""
     log_probs = log_distribution(logits, spec, temperature)  # (M, V)
-    picked = log_probs.gather(1, layout.targets[:, None]).squeeze(1) * layout.coefficients
+    scored = layout.coefficients != 0
+    picked = log_probs.gather(1, layout.targets[:, None]).squeeze(1)
+    if layout.selected is not None:
+        picked = picked + _selection_shares(log_probs, logits, layout, layout.selected, spec, temperature)
+        picked = torch.where(scored, picked, 0.0)  # the mask token at a rejected place may have probability 0
+    picked = picked * layout.coefficients
     shape, places = layout.weights.shape, (layout.responses, layout.canvas_columns)
     # `index_put` on fresh zeros, out of place, keeps the result connected to the graph even when nothing is scored.
     logps = torch.zeros(shape, device=picked.device).index_put(places, picked, accumulate=True)
@@ -60,9 +65,26 @@ def score_logits(
         entropies = -(finite.exp() * finite).sum(-1)
         sums, counts = (
             torch.zeros(shape, device=picked.device).index_put(places, values, accumulate=True)
-            for values in (entropies, torch.ones_like(entropies))
+            for values in (entropies * scored, scored.float())
         )
     return logps, sums / counts.clamp(min=1)
+
+
+def _selection_shares(
+    log_probs: Tensor,
+    logits: Tensor,
+    layout: PackedLayout,
+    selected: SelectionLayout,
+    spec: DiffusionSpec,
+    temperature: float,
+) -> Tensor:
+    """What the selection adds to the log-probability of each place of a layout, `(M,)`; see [`Selection.shares`]."""
+    seen = log_probs
+    if not selected.selection.tempered and temperature not in (0.0, 1.0):
+        seen = log_distribution(logits.detach(), spec)
+    return selected.selection.shares(
+        log_probs, seen, layout.targets, selected.states, selected.unmasked, selected.rejected
+    )
 
 
 def high_entropy(entropies: Tensor, weights: Tensor, pool: tuple[Tensor, Tensor], quantile: float) -> Tensor:

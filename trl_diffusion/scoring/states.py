@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from ..policies.spec import DiffusionSpec
-from ..trajectories.trajectory import NEVER, TrajectoryBatch, token_states
+from ..trajectories.by_block import at_block, max_by_block
+from ..trajectories.selection import Selection
+from ..trajectories.trajectory import (
+    NEVER,
+    TokenStates,
+    TrajectoryBatch,
+    autoregressive_positions,
+    counted_writes,
+    response_blocks,
+    token_states,
+)
 from .draws import StepDraw
 
 
@@ -30,12 +40,24 @@ class States:
         coefficients (`Tensor` of shape `(R, W, C)`, float32): 0 where the view does not score the token.
         weights (`Tensor` of shape `(R, C)`, float32): weight of each token in the loss, 0 where it is not scored.
         prompt_hidden (boolean `Tensor` of shape `(R, P)`, *optional*): prompt tokens replaced by the mask token.
+        selection ([`Selection`], *optional*): how positions were selected, where that is scored, too: a token's
+            log-probability then has its share of the selection's.
+        rejected (boolean `Tensor` of shape `(R, W, C)`, *optional*): with `selection`, positions that the step of the view
+            could have unmasked and did not.
     """
 
     hidden: Tensor
     coefficients: Tensor
     weights: Tensor
     prompt_hidden: Tensor | None = None
+    selection: Selection | None = None
+    rejected: Tensor | None = None
+
+    @property
+    def read(self) -> Tensor:
+        """Where logits are needed, boolean, `(R, W, C)`."""
+        scored = self.coefficients != 0
+        return scored if self.rejected is None else scored | self.rejected
 
     def view_rows(self) -> tuple[Tensor, States]:
         """
@@ -51,10 +73,18 @@ class States:
             coefficients=self.coefficients.flatten(0, 1)[:, None],
             weights=self.weights[rows],
             prompt_hidden=None if self.prompt_hidden is None else self.prompt_hidden[rows],
+            selection=self.selection,
+            rejected=None if self.rejected is None else self.rejected.flatten(0, 1)[:, None],
         )
 
 
-def drawn_states(batch: TrajectoryBatch, spec: DiffusionSpec, draw: StepDraw, counted: Tensor | None = None) -> States:
+def drawn_states(
+    batch: TrajectoryBatch,
+    spec: DiffusionSpec,
+    draw: StepDraw,
+    counted: Tensor | None = None,
+    selection: Selection | None = None,
+) -> States:
     """
     The states just before the drawn decoding steps, in which the tokens that those steps unmasked are scored.
 
@@ -62,7 +92,8 @@ def drawn_states(batch: TrajectoryBatch, spec: DiffusionSpec, draw: StepDraw, co
         batch ([`TrajectoryBatch`]): the responses.
         spec ([`DiffusionSpec`]): facts about the policy.
         draw ([`StepDraw`]): groups and steps are those of [`token_states`].
-        counted (boolean `Tensor` of shape `(R, C)`, *optional*): tokens that may be scored. Defaults to the completions.
+        counted (boolean `Tensor` of shape `(R, C)`, *optional*): tokens that may be scored. Defaults to [`counted_writes`].
+        selection ([`Selection`], *optional*): how positions were selected, where that is to be scored, too.
 
     Example: a prompt of two tokens, and blocks of four. So block 0 has the prompt and two tokens of the canvas, and
     block 1 the other four.
@@ -93,7 +124,8 @@ def drawn_states(batch: TrajectoryBatch, spec: DiffusionSpec, draw: StepDraw, co
 
     ```
     """
-    groups, steps, drawable, counted = token_states(spec, batch, counted)
+    tokens = states_to_draw(batch, spec, selection) if counted is None else token_states(spec, batch, counted)
+    groups, steps, drawable, counted = tokens
     num_groups, num_draws = draw.steps.shape[1:]
 
     def of_token(values: Tensor) -> Tensor:  # (R, S, ...) -> (R, C, ...)
@@ -106,18 +138,46 @@ def drawn_states(batch: TrajectoryBatch, spec: DiffusionSpec, draw: StepDraw, co
     always = (counted & ~drawable).float()  # made autoregressively: their state is in every pass
     coefficients = hit.float()
     coefficients[..., 0] += always * (of_token(draw.block_weights) > 0)
+    hidden = ((steps[..., None] == NEVER) | (steps[..., None] >= drawn)).transpose(1, 2)
     return States(
-        hidden=((steps[..., None] == NEVER) | (steps[..., None] >= drawn)).transpose(1, 2),
+        hidden=hidden,
         coefficients=coefficients.transpose(1, 2),
         weights=(hit * weights).sum(-1) + always * of_token(draw.block_weights),
+        selection=selection,
+        rejected=None if selection is None else _rejected(batch, spec, selection, hidden, hit.transpose(1, 2)),
     )
 
 
-def all_states(batch: TrajectoryBatch, spec: DiffusionSpec, counted: Tensor | None = None) -> States:
+def states_to_draw(batch: TrajectoryBatch, spec: DiffusionSpec, selection: Selection | None) -> TokenStates:
+    """[`token_states`] of the tokens that count, which depend on whether their selection is scored."""
+    return token_states(spec, batch, counted_writes(spec, batch, whole_steps=selection is not None))
+
+
+def _rejected(
+    batch: TrajectoryBatch, spec: DiffusionSpec, selection: Selection, hidden: Tensor, unmasked: Tensor
+) -> Tensor:
+    """What the step of each view could have unmasked and did not, boolean, `(R, W, C)`: what is masked of the block, or the
+    part of a block, in which it `unmasked` something, `(R, W, C)`."""
+    lengths, width = batch.prompt_lengths, batch.canvas_ids.shape[1]
+    columns = torch.arange(width, device=lengths.device)
+    blocks = response_blocks(spec, lengths, width)
+    places = spec.place_of(lengths[:, None] + columns, lengths[:, None])
+    part_size = selection.sub_block_size or spec.block_size
+    parts = blocks * spec.block_size + places // part_size  # a number of its own for each part
+    groups = blocks if spec.attention == "block" else torch.zeros_like(blocks)
+    active = at_block(groups, max_by_block(groups, torch.where(unmasked, parts[:, None] + 1, 0)))
+    open_to_all = (columns < batch.canvas_lengths[:, None]) & ~autoregressive_positions(spec, lengths, width)
+    return hidden & ~unmasked & (parts[:, None] + 1 == active) & open_to_all[:, None]
+
+
+def all_states(
+    batch: TrajectoryBatch, spec: DiffusionSpec, counted: Tensor | None = None, selection: Selection | None = None
+) -> States:
     """Every state of every trajectory, one decoding step in each view: every token is scored, with weight 1."""
-    groups, steps, drawable, counted = token_states(spec, batch, counted)
+    tokens = states_to_draw(batch, spec, selection) if counted is None else token_states(spec, batch, counted)
+    groups, steps, drawable, counted = tokens
     num_groups = int(groups[counted].max()) + 1 if counted.any() else 1
     num_steps = int(steps[drawable].max()) + 1 if drawable.any() else 1
     every = torch.arange(num_steps, device=steps.device).expand(len(batch), num_groups, -1)
     ones = torch.ones(every.shape, device=steps.device)
-    return drawn_states(batch, spec, StepDraw(every, ones, ones[..., 0]), counted)
+    return drawn_states(batch, spec, StepDraw(every, ones, ones[..., 0]), counted, selection)

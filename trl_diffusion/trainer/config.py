@@ -375,6 +375,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
             weighting=cast(Literal["unbiased", "none"], self.weighting),
             num_blocks=self.num_scored_blocks,
             prompt_mask_probability=self.prompt_mask_probability,
+            selection=self.decoding().selection,
         )
 
     def pairwise(self) -> PairwiseConfig:

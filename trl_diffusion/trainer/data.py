@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..decoding.config import OTHER_DISTRIBUTION
+from ..decoding.config import OTHER_DISTRIBUTION, stored_selection
 from ..objectives.pairwise import make_pairs
 from ..offline.preferences import from_preferences, is_preference_dataset
 from ..policies.policy import load_model
@@ -220,6 +220,13 @@ class OfflineData:
                 raise ValueError(
                     f"Row {number}, column `decoding`: the log-probabilities were recorded at temperature {temperature}. "
                     f"Set `temperature={temperature}` (it is {self.args.temperature})."
+                )
+            selection = stored_selection(decoding)
+            if selection != self.args.decoding().selection:
+                raise ValueError(
+                    f"Row {number}, column `decoding`: the log-probabilities were recorded with the selection scored as "
+                    f"{selection}, but these settings score {self.args.decoding().selection}. Set `score_selection`, "
+                    "`strategy`, `threshold`, `sub_block_size` and `tempered_confidence` as they were."
                 )
             changed = {name: decoding.get(name) for name in OTHER_DISTRIBUTION if decoding.get(name)}
             if changed:

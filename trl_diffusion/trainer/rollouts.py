@@ -16,9 +16,10 @@ from ..decoding.decode import decode
 from ..decoding.pace import PeerFailed
 from ..objectives.pairwise import differing_groups
 from ..scoring.draws import expected_weights
+from ..scoring.states import states_to_draw
 from ..seeds import CHOICE, DRAWS, EVALUATION, STORED, TRAINING, derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows
-from ..trajectories.trajectory import TrajectoryBatch, response_blocks, token_states
+from ..trajectories.trajectory import TrajectoryBatch, response_blocks
 from ._trl import unwrapped_policy
 from .agreement import fail_together
 from .batches import is_rows, trajectories_of
@@ -309,7 +310,10 @@ class DiffusionRollouts(DiffusionScoring):
     def _total_weight(self, output: dict[str, Any]) -> Tensor:
         """What the weights of the tokens of a rollout sum to on average, over all processes: the number of tokens that count,
         unless draws are not weighted. TRL divides its loss by it."""
-        tokens, config = token_states(self.spec, trajectories_of(output)), self.scoring_config
+        tokens, config = (
+            states_to_draw(trajectories_of(output), self.spec, self.scoring_config.selection),
+            self.scoring_config,
+        )
         total = tokens.counted.sum()
         if config.weighting == "none":
             total = expected_weights(tokens, config.step_distribution, config.num_draws, config.num_blocks).sum()

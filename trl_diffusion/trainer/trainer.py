@@ -19,7 +19,8 @@ from ..policies.loading import load_renamed_weights
 from ..scoring.diagnostics import ratio_statistics, summarise_ratios
 from ..scoring.estimators import ESTIMATORS
 from ..scoring.score import score
-from ..trajectories.trajectory import TrajectoryBatch, counted_writes
+from ..scoring.states import states_to_draw
+from ..trajectories.trajectory import TrajectoryBatch
 from .agreement import fail_together
 from .batches import is_rows, trajectories_of, ungroup
 from .callbacks import SinkingRewardCallback
@@ -199,7 +200,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
                 kl = self.accelerator.reduce(ratios, reduction="sum")
                 self._record("kl", summarise_ratios(kl)["kl_to_old"], kl[0].item())
             self.log_scores(logps.detach())
-        lengths = counted_writes(self.spec, trajectories_of(inputs)).sum(1)
+        lengths = states_to_draw(trajectories_of(inputs), self.spec, self.scoring_config.selection).counted.sum(1)
         responses = Responses((logps * weights).sum(1), log_ratios, lengths)
         loss, sums = pairwise_loss(responses, pairs, self.args.pairwise())
 

@@ -186,7 +186,7 @@ def token_states(spec: DiffusionSpec, batch: TrajectoryBatch, counted: Tensor | 
     return TokenStates(torch.zeros_like(blocks), global_steps(blocks, batch.steps), counted, counted)
 
 
-def counted_writes(spec: DiffusionSpec, batch: TrajectoryBatch) -> Tensor:
+def counted_writes(spec: DiffusionSpec, batch: TrajectoryBatch, whole_steps: bool = False) -> Tensor:
     """
     The tokens whose log-probabilities make up that of a response: those of the completion, and those behind it that were
     unmasked before the step that unmasked its last token. The policy saw them while it wrote the completion, so the
@@ -195,6 +195,9 @@ def counted_writes(spec: DiffusionSpec, batch: TrajectoryBatch) -> Tensor:
     Args:
         spec ([`DiffusionSpec`]): facts about the policy.
         batch ([`TrajectoryBatch`]): the responses.
+        whole_steps (`bool`, *optional*, defaults to `False`):
+            whether the step that unmasked the last token counts with all that it unmasked. It has to where the selection is
+            scored: the step is then one action, and its tokens are not independent.
 
     Returns:
         Boolean `Tensor` of shape `(R, C)`. A response without a completion has no such token.
@@ -202,7 +205,8 @@ def counted_writes(spec: DiffusionSpec, batch: TrajectoryBatch) -> Tensor:
     blocks = response_blocks(spec, batch.prompt_lengths, batch.canvas_ids.shape[1])
     steps = global_steps(blocks, batch.steps)
     settled = steps.masked_fill(~batch.completion_mask, NEVER).amax(1, keepdim=True)
-    return (batch.completion_mask | (steps < settled)) & (batch.steps != NEVER)
+    before = steps <= settled if whole_steps else steps < settled
+    return (batch.completion_mask | before) & (batch.steps != NEVER)
 
 
 def global_steps(blocks: Tensor, steps: Tensor) -> Tensor:

@@ -1,0 +1,72 @@
+"""The probability that a decoding step selects the positions it does, where the sampled tokens decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+_NOTHING = -100.0  # log-probability, in nats, of what cannot happen: finite, so that its gradient is 0 and not NaN
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    How a decoding step selected positions by the tokens that were sampled for them.
+
+    Args:
+        threshold (`float`, *optional*): `"sampled_threshold"`'s; `None` for `"sampled_confidence"`.
+        sub_block_size (`int`, *optional*): size of the parts of a block that are unmasked one after another.
+        tempered (`bool`, *optional*, defaults to `False`): see `DecodingConfig.tempered_confidence`.
+    """
+
+    threshold: float | None = None
+    sub_block_size: int | None = None
+    tempered: bool = False
+
+    def rejected_logps(self, log_probs: Tensor, seen: Tensor, lowest: Tensor) -> Tensor:
+        """
+        How likely positions were to be left masked: the log-probability of sampling a token with which they would have been.
+
+        Args:
+            log_probs (`Tensor` of shape `(M, V)`): log-distributions that tokens are sampled from.
+            seen (`Tensor` of shape `(M, V)`): log-distributions that the selection reads confidences from.
+            lowest (`Tensor` of shape `(M,)`): the lowest log-confidence among the tokens that the step unmasked.
+
+        Returns:
+            `Tensor` of shape `(M,)`, in nats.
+        """
+        leaves = seen < lowest[:, None]
+        if self.threshold is not None:
+            # Either all that were unmasked are above the threshold, or the quota was filled up with the surest.
+            leaves = torch.where(lowest[:, None].exp() > self.threshold, seen.exp() <= self.threshold, leaves)
+        return log_probs.masked_fill(~leaves, _NOTHING).logsumexp(-1)
+
+    def shares(
+        self, log_probs: Tensor, seen: Tensor, tokens: Tensor, states: Tensor, unmasked: Tensor, rejected: Tensor
+    ) -> Tensor:
+        """
+        The log-probability of a step's selection, given the tokens that it unmasked, in equal shares for these tokens
+        (docs/method.md, section 1).
+
+        Args:
+            log_probs, seen (`Tensor` of shape `(M, V)`): see [`Selection.rejected_logps`].
+            tokens (`Tensor` of shape `(M,)`): token at each place; looked at where `unmasked`.
+            states (`Tensor` of shape `(M,)`): number of the state that each place belongs to.
+            unmasked, rejected (boolean `Tensor` of shape `(M,)`): places that the step unmasked, and those that it could
+                have unmasked and did not.
+
+        Returns:
+            `Tensor` of shape `(M,)`, in nats; 0 where nothing was unmasked.
+        """
+        number = int(states.max()) + 1 if len(states) else 0
+        confidences = seen.detach()[unmasked].gather(1, tokens[unmasked, None]).squeeze(1)
+        lowest = torch.full((number,), torch.inf, device=seen.device, dtype=seen.dtype)
+        lowest = lowest.scatter_reduce(0, states[unmasked], confidences, reduce="amin")
+        own = self.rejected_logps(log_probs[rejected], seen.detach()[rejected], lowest[states[rejected]])
+        zeros = torch.zeros(number, device=own.device, dtype=own.dtype)
+        sums = zeros.index_add(0, states[rejected], own)
+        counts = zeros.index_add(0, states[unmasked], torch.ones_like(confidences))
+        return torch.where(unmasked, (sums / counts.clamp(min=1))[states], 0.0)
