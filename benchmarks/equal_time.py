@@ -1,11 +1,13 @@
 """
-The embedded task trained with every estimator for the same wall-clock time.
+The embedded task trained for the same time in several ways: estimators, draws, and decoding strategies.
 
-    python benchmarks/equal_time.py --seconds 180 --jobs 2 --json
+    python benchmarks/equal_time.py --seconds 120 --jobs 2 --json
+    python benchmarks/equal_time.py --runs dtrpo entropy sampled selection --seeds 0 1 2 3 4 --directory outputs/strategies
 
-Every run has the settings of `recipes/tiny_sudoku.yaml`, apart from the estimator and a learning rate that falls linearly
-with time instead of updates. The clock runs while the trainer does (rollouts, rewards, updates) and stands still while
-the policy is measured (200 evaluation puzzles, greedily). Runs have a thread each; `--jobs` of them go at once.
+Every run has the settings of `recipes/tiny_sudoku.yaml`, apart from what `RUNS` says and a learning rate that falls linearly
+with time instead of updates. Time is that of a processor core (the run has one thread), so that what else a machine does
+matters less. The clock runs while the trainer does (rollouts, rewards, updates) and stands still while the policy is measured
+(200 evaluation puzzles, greedily). A run that is over is kept in `--directory`: the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,16 +27,23 @@ from transformers import TrainerCallback
 
 from trl_diffusion import DTRPOConfig, DTRPOTrainer, tiny_policy_path
 from trl_diffusion.tasks import load_task
+from trl_diffusion.utils import write_text
 
 
 RUNS = {
-    "dtrpo": {"estimator": "dtrpo"},
+    "dtrpo": {},
+    "uniform": {"step_distribution": "uniform"},
     "exact": {"estimator": "exact"},
     "elbo": {"estimator": "elbo"},
+    "elbo_4": {"estimator": "elbo", "num_draws": 4},
     "mean_field": {"estimator": "mean_field"},
     "coupled": {"estimator": "coupled"},
+    "entropy": {"strategy": "entropy"},
+    "sampled": {"strategy": "sampled_confidence"},
+    "selection": {"strategy": "sampled_confidence", "score_selection": True},
 }
 LEARNING_RATE = 6e-4
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # 97.5 % quantile, by number of seeds
 
 
 class Clock(TrainerCallback):
@@ -47,7 +56,7 @@ class Clock(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.curve.append((0.0, 0, self.measure()))
-        self.started = time.perf_counter()
+        self.started = time.process_time()
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         share = self.elapsed / self.seconds
@@ -55,12 +64,12 @@ class Clock(TrainerCallback):
             group["lr"] = LEARNING_RATE * min((state.global_step + 1) / 3, 1.0) * max(1 - share, 0.0)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.elapsed += time.perf_counter() - self.started
+        self.elapsed += time.process_time() - self.started
         if self.due and self.elapsed >= self.due[0]:
             self.due = [due for due in self.due if due > self.elapsed]
             self.curve.append((self.elapsed, state.global_step, self.measure()))
         control.should_training_stop = self.elapsed >= self.seconds
-        self.started = time.perf_counter()
+        self.started = time.process_time()
         return control
 
 
@@ -96,7 +105,7 @@ def plot(curves: dict[str, list], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for index, name in enumerate(RUNS):
+    for index, name in enumerate(curves):
         for number, curve in enumerate(curves[name]):
             axis.plot(
                 [point[0] for point in curve],
@@ -105,19 +114,50 @@ def plot(curves: dict[str, list], path: Path) -> None:
                 alpha=0.8,
                 label=name if number == 0 else None,
             )
-    axis.set(xlabel="seconds of training", ylabel="sudokus solved greedily, %", title="equal wall-clock time, 3 seeds")
+    axis.set(xlabel="seconds of one core", ylabel="sudokus solved greedily, %", title="equal time")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)
 
 
+def interval(values: list[float]) -> str:
+    """Mean of the seeds with its 95 % interval (Student's t), in points."""
+    mean = 100 * statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    half = 100 * STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.1f} +- {half:.1f}"
+
+
+def table(curves: dict[str, list]) -> str:
+    """The runs beside the first one, seed by seed."""
+    lines = [
+        "| run | updates | solve rate at the end, by seed | mean, % | first run minus this one |",
+        "|---|---|---|---|---|",
+    ]
+    best = [curve[-1][2] for curve in next(iter(curves.values()))]
+    for name, runs in curves.items():
+        rates = [curve[-1][2] for curve in runs]
+        updates = statistics.mean(curve[-1][1] for curve in runs)
+        ahead = interval([first - rate for first, rate in zip(best, rates, strict=True)])
+        shown = ", ".join(f"{rate:.1%}" for rate in rates)
+        lines.append(f"| {name} | {updates:.0f} | {shown} | {interval(rates)} | {ahead} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument(
+        "--runs", nargs="+", choices=RUNS, default=list(RUNS)[:7], metavar="RUN", help=f"of {list(RUNS)}"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument(
+        "--directory", type=Path, default=Path("outputs/equal_time"), help="where runs that are over are kept"
+    )
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help="run this one only and print its curve")
-    parser.add_argument("--plot", type=Path, default=Path(__file__).parent / "equal_time.png")
+    parser.add_argument("--plot", type=Path, help="draw the curves to this file")
     parser.add_argument("--json", action="store_true", help="print all curves as one JSON object on the last line")
     args = parser.parse_args()
     if args.one:
@@ -126,24 +166,23 @@ def main() -> None:
 
     def run(pair: tuple[str, int]) -> list:
         name, seed = pair
-        command = [sys.executable, __file__, "--seconds", str(args.seconds), "--one", name, str(seed)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        print(f"{name}, seed {seed}: {output.splitlines()[-1]}", flush=True)
-        return json.loads(output.splitlines()[-1])
+        kept = args.directory / f"{name}_{seed}_{args.seconds:g}.json"
+        if not kept.is_file():
+            command = [sys.executable, __file__, "--seconds", str(args.seconds), "--one", name, str(seed)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            write_text(kept, output.splitlines()[-1] + "\n")
+        curve = json.loads(kept.read_text())
+        print(f"{name}, seed {seed}: {curve[-1]}", flush=True)
+        return curve
 
-    pairs = [(name, seed) for seed in args.seeds for name in RUNS]
+    args.directory.mkdir(parents=True, exist_ok=True)
+    pairs = [(name, seed) for seed in args.seeds for name in args.runs]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(pairs, pool.map(run, pairs), strict=True))
-    curves = {name: [results[name, seed] for seed in args.seeds] for name in RUNS}
-    print("| estimator | updates | solve rate at the end, by seed | mean |\n|---|---|---|---|")
-    for name, runs in curves.items():
-        rates = [curve[-1][2] for curve in runs]
-        updates = statistics.mean(curve[-1][1] for curve in runs)
-        print(
-            f"| {name} | {updates:.0f} | {', '.join(f'{rate:.1%}' for rate in rates)} | {statistics.mean(rates):.1%} |"
-        )
-    plot(curves, args.plot)
-    print(f"Plot: {args.plot}")
+    curves = {name: [results[name, seed] for seed in args.seeds] for name in args.runs}
+    print(table(curves))
+    if args.plot:
+        plot(curves, args.plot)
     if args.json:
         print(json.dumps(curves))
 
