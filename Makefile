@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast test-lowest coverage check lint types docs clean
+.PHONY: help train test test-fast test-lowest test-newest coverage check lint types docs clean
 
 help: ## Shows this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -39,6 +39,16 @@ test-lowest: .venv-lowest/.installed ## Runs the contract and trainer tests on t
 	.venv-lowest/bin/python -m pytest -n auto --dist worksteal $(addprefix tests/trainer/test_,$(addsuffix .py, \
 		trl_contract training old_policy loss rollouts precision config input_checks autoregression throughput)) $(ARGS)
 
+# What moves fastest at the newest version that the index has, whatever pyproject.toml allows. Not kept: the newest is another one soon.
+test-newest: $(BIN)/.installed ## Runs the tests that take no more than a few seconds each on the newest TRL, transformers, ...
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$(.venv-newest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/others.pth"
+	.venv-newest/bin/python -m pip install --quiet --upgrade transformers trl peft accelerate datasets
+	.venv-newest/bin/python -m pip list | grep -E "^(transformers|trl|peft|accelerate|datasets) "
+	.venv-newest/bin/python -m pytest -n auto --dist worksteal -m "not slow and not distributed" $(ARGS)
+
 lint: $(BIN)/.installed ## Checks style.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,4 +65,4 @@ coverage: $(BIN)/.installed ## Runs the tests, and shows which lines of the pack
 check: lint types docs ## Checks all that needs no run: style, types, documentation.
 
 clean: ## Removes the virtual environment and what runs have written.
-	rm -rf $(VENV) .venv-lowest outputs site
+	rm -rf $(VENV) .venv-lowest .venv-newest outputs site

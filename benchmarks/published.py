@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from trl_diffusion.policies.forward import CACHE
+
 
 def _seen(model: nn.Module, ids: Tensor, cache: DynamicCache | None, allowed: Tensor, begin: int) -> Tensor:
     """Logits of `ids`, which stand at positions `begin` and following; keys are the cache and `ids`. Shape `(1, N, V)`."""
@@ -22,7 +24,7 @@ def _seen(model: nn.Module, ids: Tensor, cache: DynamicCache | None, allowed: Te
         input_ids=ids,
         position_ids=positions,
         attention_mask=allowed[None, None],
-        past_key_values=cache,
+        **{CACHE: cache},
         use_cache=cache is not None,
     ).logits
 

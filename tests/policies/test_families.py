@@ -23,6 +23,7 @@ from tests.closeness import assert_close
 from tests.conftest import shared
 from trl_diffusion import DiffusionSpec, get_spec, set_spec
 from trl_diffusion.policies.families import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
+from trl_diffusion.policies.forward import CACHE
 from trl_diffusion.policies.loading import load_config, resolve_mask_token
 from trl_diffusion.policies.spec import spec_fields
 
@@ -134,8 +135,8 @@ def test_padding_and_a_cache_change_nothing(model):
     assert_close(model.model(inputs_embeds=model.get_input_embeddings()(ids)).last_hidden_state, model.model(ids)[0])
 
     if spec_fields(model.config)["attention"] == "block":
-        cache = model(ids[:, :32], use_cache=True).past_key_values
-        assert_close(model(ids[:, 32:], past_key_values=cache).logits, expected[:, 32:])
+        cache = model(ids[:, :32], use_cache=True)[CACHE]
+        assert_close(model(ids[:, 32:], **{CACHE: cache}).logits, expected[:, 32:])
 
 
 @torch.no_grad()

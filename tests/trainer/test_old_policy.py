@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.closeness import ROUNDING
+from trl_diffusion.policies.forward import CACHE
 
 
 def test_several_iterations_draw_afresh(make_trainer):
@@ -40,11 +41,7 @@ def test_old_logps_come_from_the_recording(make_trainer):
     trainer = make_trainer(steps_per_generation=3, gradient_accumulation_steps=1, max_steps=3)
     packed_widths = []
     trainer.model.register_forward_pre_hook(
-        lambda module, args, kwargs: (
-            packed_widths.append(kwargs["past_key_values"] is None and torch.is_grad_enabled())
-            if kwargs["past_key_values"] is None
-            else None
-        ),
+        lambda module, args, kwargs: packed_widths.append(torch.is_grad_enabled()) if kwargs[CACHE] is None else None,
         with_kwargs=True,
     )
     trainer.train()

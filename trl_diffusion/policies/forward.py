@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, LlamaModel
 
 from .attention import PLANNED_FOR, AttentionPlan
 from .spec import DiffusionSpec
@@ -22,6 +23,10 @@ NON_FINITE_ADVICE = (
     "Look for NaN and infinity in its weights (a training run that diverged, a damaged checkpoint), or load it in bfloat16 or "
     "float32 instead of float16."
 )
+
+
+# How models call the argument that takes a cache: transformers 5.24 has renamed it in all of them.
+CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 class NonFiniteLogits(FloatingPointError):
@@ -69,8 +74,8 @@ def policy_logits(
         output = model(
             input_ids=input_ids,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
             **attention_arguments(model, allowed),
         )
     return output.logits[0]

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from ..forward import attention_mask
+from ..forward import CACHE, attention_mask
 from ..spec import sequence_blocks, spec_fields
 from ..training import train_padding_token
 from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
@@ -60,14 +60,14 @@ def own_attention(backbone: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
     Forward pre-hook: where the caller gives no mask or a padding mask, gives the family's own attention to the
     backbone, which would be causal, and positions that padding does not move. A 4-D mask is left as it is.
     """
-    names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+    names = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds")
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     padding = kwargs.get("attention_mask")
     if padding is not None and not (isinstance(padding, Tensor) and padding.ndim == 2):
         return (), kwargs
 
     tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("past_key_values") if kwargs.get(CACHE) is None else kwargs[CACHE]
     rows, queries = tokens.shape[:2]
     length = queries + (0 if cache is None else cache.get_seq_length())
     valid = torch.ones(rows, length, dtype=torch.bool, device=tokens.device)
