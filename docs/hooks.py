@@ -4,6 +4,7 @@ What the site has beside the pages of `docs`.
 - `benchmarks/RESULTS.md` and its pictures become a part of the site, under the links that they have in the repository.
 - Formulas are typeset by KaTeX while the site is built: pages need its style sheet and its fonts, which the site serves, and no
   JavaScript. With the environment variable `DOCS_PLAIN_FORMULAS` formulas stay TeX, and KaTeX is not needed.
+- A line of code that is wider than its box is an error.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mkdocs.structure.files import File
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks"
 KATEX = DOCS / "node_modules" / "katex" / "dist"
+CODE_WIDTH = 80  # characters that a box of the theme shows in a window 1440 pixels wide
 # As `pymdownx.arithmatex` writes a formula: \(...\) inside of a line, \[...\] on lines of its own.
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
@@ -57,8 +59,17 @@ def on_page_markdown(markdown, page, config, files):
     return re.sub(r"\]\(\.\./((?:\.\./)*benchmarks/)", r"](\1", markdown)
 
 
+def check_code(output, page):
+    for block in re.findall(r"<pre[^>]*>(.*?)</pre>", output, re.DOTALL):
+        for line in html.unescape(re.sub(r"<[^>]*>", "", block)).splitlines():
+            if len(line) > CODE_WIDTH:
+                where = f"{page.file.src_uri}: a line of code of {len(line)} characters"
+                raise PluginError(f"{where} is wider than its box. Break it after at most {CODE_WIDTH}: {line.strip()}")
+
+
 def on_post_page(output, page, config):
     """Typesets the formulas of a page. This comes after the search index, which has the TeX."""
+    check_code(output, page)
     formulas = [(html.unescape(tex), tag == "div") for tag, tex in FORMULA.findall(output)]
     if not formulas or "katex/katex.min.css" not in config.extra_css:
         return output
