@@ -64,7 +64,9 @@ def check_code(output, page):
         for line in html.unescape(re.sub(r"<[^>]*>", "", block)).splitlines():
             if len(line) > CODE_WIDTH:
                 where = f"{page.file.src_uri}: a line of code of {len(line)} characters"
-                raise PluginError(f"{where} is wider than its box. Break it after at most {CODE_WIDTH}: {line.strip()}")
+                raise PluginError(
+                    f"{where} is wider than its box. Break it after at most {CODE_WIDTH}: {line.strip()}"
+                )
 
 
 def on_post_page(output, page, config):
