@@ -132,7 +132,7 @@ def draw_steps(
     >>> from trl_diffusion.scoring.draws import draw_steps
     >>> from trl_diffusion.trajectories.trajectory import TokenStates
     >>> blocks = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    >>> steps = torch.tensor([[1, 0, 0, 2, 1, 0]])  # at which step each was unmasked
+    >>> steps = torch.tensor([[1, 0, 0, 2, 1, 0]])  # step that unmasked it
     >>> all_count = torch.ones_like(steps, dtype=torch.bool)
     >>> tokens = TokenStates(blocks, steps, all_count, all_count)
     >>> draw = draw_steps(tokens, seeds=[0])
