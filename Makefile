@@ -56,7 +56,13 @@ lint: $(BIN)/.installed ## Checks style.
 types: $(BIN)/.installed ## Checks types.
 	$(BIN)/mypy
 
-docs: $(BIN)/.installed ## Builds the documentation into site/. Links that lead nowhere are errors.
+# What typesets the formulas of the documentation.
+docs/node_modules/.installed: docs/package.json docs/package-lock.json
+	@command -v npm > /dev/null || { echo "The formulas of the documentation are typeset by KaTeX: install Node.js with npm."; exit 1; }
+	npm ci --prefix docs --loglevel=error
+	touch $@
+
+docs: $(BIN)/.installed docs/node_modules/.installed ## Builds the documentation into site/. Links that lead nowhere are errors.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 coverage: $(BIN)/.installed ## Runs the tests, and shows which lines of the package they run. Fewer than 90 % are an error.
@@ -65,4 +71,4 @@ coverage: $(BIN)/.installed ## Runs the tests, and shows which lines of the pack
 check: lint types docs ## Checks all that needs no run: style, types, documentation.
 
 clean: ## Removes the virtual environment and what runs have written.
-	rm -rf $(VENV) .venv-lowest .venv-newest outputs site
+	rm -rf $(VENV) .venv-lowest .venv-newest docs/node_modules outputs site

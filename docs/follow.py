@@ -87,13 +87,13 @@ def main() -> int:
     )
     parser.add_argument("--list", action="store_true", help="say what would be run")
     args = parser.parse_args()
-    pages = args.pages or ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+    found = [page.relative_to(ROOT) for page in sorted((ROOT / "docs").rglob("*.md"))]
+    pages = args.pages or ["README.md", *(str(page) for page in found if "node_modules" not in page.parts)]
     rows, seen, failed = [], set(), False
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "checkout"
-        shutil.copytree(
-            ROOT, directory, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", "site")
-        )
+        left_out = shutil.ignore_patterns(".git", ".venv*", "node_modules", "outputs", "site")
+        shutil.copytree(ROOT, directory, symlinks=True, ignore=left_out)
         if not args.list:
             subprocess.run([sys.executable, "-m", "venv", str(directory.parent / "environment")], check=True)
         if args.data:

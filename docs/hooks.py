@@ -1,22 +1,87 @@
-"""Makes `benchmarks/RESULTS.md` and its pictures a part of the site, under the links that they have in the repository."""
+"""
+What the site has beside the pages of `docs`.
+
+- `benchmarks/RESULTS.md` and its pictures become a part of the site, under the links that they have in the repository.
+- Formulas are typeset by KaTeX while the site is built: pages need its style sheet and its fonts, which the site serves, and no
+  JavaScript. With the environment variable `DOCS_PLAIN_FORMULAS` formulas stay TeX, and KaTeX is not needed.
+- A line of code that is wider than its box is an error.
+"""
 
 from __future__ import annotations
 
+import html
+import json
+import logging
+import os
 import re
+import subprocess
 from pathlib import Path
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks"
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks"
+KATEX = DOCS / "node_modules" / "katex" / "dist"
+CODE_WIDTH = 80  # characters that a box of the theme shows in a window 1440 pixels wide
+# As `pymdownx.arithmatex` writes a formula: \(...\) inside of a line, \[...\] on lines of its own.
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_config(config):
+    if os.environ.get("DOCS_PLAIN_FORMULAS"):
+        logging.getLogger(__name__).warning("DOCS_PLAIN_FORMULAS is set: formulas stay TeX.")
+    elif not KATEX.is_dir():
+        raise PluginError(
+            "KaTeX is not in docs/node_modules. Run `make docs` or `npm ci --prefix docs`. "
+            "Or set DOCS_PLAIN_FORMULAS=1, which leaves formulas as TeX."
+        )
+    else:
+        config.extra_css.append("katex/katex.min.css")
+    return config
 
 
 def on_files(files, config):
     for path in (RESULTS / "RESULTS.md", *sorted(RESULTS.glob("*.png"))):
         files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
+    if "katex/katex.min.css" in config.extra_css:
+        style = re.sub(r",url\([^)]*\.(?:woff|ttf)\) format\([^)]*\)", "", (KATEX / "katex.min.css").read_text())
+        style += ".katex-display{overflow:auto hidden}"  # a wide formula can be scrolled
+        files.append(File.generated(config, "katex/katex.min.css", content=style))
+        for path in sorted(KATEX.glob("fonts/*.woff2")):
+            files.append(File.generated(config, f"katex/fonts/{path.name}", abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
     """The folder lies beside `docs` in the repository, and in it on the site: one step up less."""
     return re.sub(r"\]\(\.\./((?:\.\./)*benchmarks/)", r"](\1", markdown)
+
+
+def check_code(output, page):
+    for block in re.findall(r"<pre[^>]*>(.*?)</pre>", output, re.DOTALL):
+        for line in html.unescape(re.sub(r"<[^>]*>", "", block)).splitlines():
+            if len(line) > CODE_WIDTH:
+                where = f"{page.file.src_uri}: a line of code of {len(line)} characters"
+                raise PluginError(
+                    f"{where} is wider than its box. Break it after at most {CODE_WIDTH}: {line.strip()}"
+                )
+
+
+def on_post_page(output, page, config):
+    """Typesets the formulas of a page. This comes after the search index, which has the TeX."""
+    check_code(output, page)
+    formulas = [(html.unescape(tex), tag == "div") for tag, tex in FORMULA.findall(output)]
+    if not formulas or "katex/katex.min.css" not in config.extra_css:
+        return output
+    try:
+        done = subprocess.run(
+            ["node", str(DOCS / "typeset.js")], input=json.dumps(formulas), capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise PluginError("Node.js is needed to typeset formulas, and there is no `node`. Install it.") from None
+    if done.returncode:
+        raise PluginError(f"{page.file.src_uri}: {done.stderr.strip()}")
+    typeset = iter(json.loads(done.stdout))
+    return FORMULA.sub(lambda match: f'<{match[1]} class="arithmatex">{next(typeset)}</{match[1]}>', output)

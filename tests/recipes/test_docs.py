@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     "README.md",
     "benchmarks/RESULTS.md",
-    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md") if "node_modules" not in path.parts),
 ]
 UNRUNNABLE = "<!-- needs a 7B model -->\n"  # before a Python block that is compiled only
 # Commands of others, which are not parsed.
@@ -362,7 +363,8 @@ def test_every_concept_has_one_file():
         for path in (ROOT / "trl_diffusion").rglob("*.py")
         if "docs/method.md" in path.read_text()
     }
-    assert citing - set(files) <= {"trl_diffusion/trainer/config.py"}  # which has an option for each
+    settings = {"trl_diffusion/trainer/config.py", "trl_diffusion/decoding/config.py"}  # which have an option for each
+    assert citing - set(files) <= settings
 
 
 def test_pictures_can_be_drawn_again(tmp_path, monkeypatch):
@@ -376,16 +378,26 @@ def test_pictures_can_be_drawn_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_site_is_built(tmp_path):
-    """Nothing is missing in the navigation, no link or anchor leads nowhere, and every public name is on the page."""
+def test_the_site_is_built(tmp_path, monkeypatch):
+    """
+    Nothing is missing in the navigation, no link or anchor leads nowhere, every public name is on the page, and formulas are
+    typeset where KaTeX is installed, as `make docs` does.
+    """
     pytest.importorskip("mkdocstrings", reason="needs the extra `docs`")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
+    typeset = (ROOT / "docs" / "node_modules").is_dir() and shutil.which("node") is not None
+    monkeypatch.setenv("DOCS_PLAIN_FORMULAS", "" if typeset else "1")
     config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True)
     config.plugins.on_startup(command="build", dirty=False)
     build(config)
     page = (tmp_path / "api.html").read_text()
     assert all(f'id="trl_diffusion.{name}"' in page for name in trl_diffusion.__all__)
-    outside = re.findall(r"<(?:script|link)[^>]*(?:src|href)=\"https?://", page)
+    method = (tmp_path / "method.html").read_text()
+    assert method.count('class="arithmatex">') > 50
+    assert method.count('class="arithmatex"><span class="katex') == (
+        method.count('class="arithmatex">') if typeset else 0
+    )
+    outside = re.findall(r"<(?:script|link)[^>]*(?:src|href)=\"https?://", page + method)
     assert not outside  # nothing is loaded from elsewhere

@@ -1,1 +1,1 @@
-"""How a response is made: the denoising loop, and the strategies that pick what to unmask."""
+"""Generates responses: the denoising loop, and the strategies that select which positions to unmask."""

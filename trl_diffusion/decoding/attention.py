@@ -1,4 +1,4 @@
-"""Who looks at whom while sequences of different lengths are denoised side by side."""
+"""Attention masks for sequences of different lengths that are denoised in one row."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..policies.spec import DiffusionSpec
 @dataclass
 class Spans:
     """
-    What a forward pass runs: of each of `L` sequences, the tokens at positions `begins` to `ends - 1`, one sequence behind
-    the other in one row of `N` tokens. Integer arrays of shape `(L,)`.
+    The tokens that a forward pass runs. It runs positions `begins` to `ends - 1` of each of `L` sequences, concatenated in
+    one row of `N` tokens. All attributes are integer arrays of shape `(L,)`.
 
     Attributes:
-        rows: which response.
-        lanes: where it is in the cache.
-        heads: position at which its block 0 begins.
-        begins, ends: the tokens to run.
-        key_ends: how many of its tokens are looked at, from its first on.
+        rows: index of the response.
+        lanes: its lane in the cache.
+        heads: first position of its block 0.
+        begins, ends: range of the tokens to run.
+        key_ends: number of its first tokens that are visible.
     """
 
     rows: np.ndarray
@@ -40,26 +40,26 @@ class Spans:
 
     @property
     def offsets(self) -> np.ndarray:
-        """Where each sequence begins in the row, `(L,)`."""
+        """First column of each sequence in the row, `(L,)`."""
         return np.cumsum(self.lengths) - self.lengths
 
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sequence, as an index into the `L`, and position of every token of the row, `(N,)` each."""
+        """Index of the sequence, and position in it, of every token of the row, `(N,)` each."""
         sequence = np.repeat(np.arange(len(self.rows)), self.lengths)
         return sequence, np.arange(len(sequence)) - (self.offsets - self.begins)[sequence]
 
 
 def ragged_mask(spans: Spans, spec: DiffusionSpec, capacity: int | None, num_keys: int, device) -> RaggedMask:
     """
-    The attention of a pass over `spans`: with block attention, a token looks at its own block and those before it; with
-    full attention at everything.
+    The attention mask of a pass over `spans`. With block attention, a token sees its own block and earlier blocks. With
+    full attention, it sees all tokens.
 
     Args:
-        spans ([`Spans`]): what is run.
+        spans ([`Spans`]): the tokens that are run.
         spec ([`DiffusionSpec`]): facts about the policy.
-        capacity (`int`, *optional*): slots of a lane, if there is a cache. Without one, the keys are the tokens of the pass.
+        capacity (`int`, *optional*): slots of a lane of the cache. Without a cache, the keys are the tokens of the pass.
         num_keys (`int`): slots of the cache, or tokens of the pass.
-        device: of the policy.
+        device: device of the policy.
     """
     groups = []
     for length in np.unique(spans.lengths).tolist():
@@ -79,17 +79,17 @@ def ragged_mask(spans: Spans, spec: DiffusionSpec, capacity: int | None, num_key
 
 
 def _places(starts: np.ndarray, length: int, size: int, device) -> Places:
-    """The first `length` places of pieces of `size` that begin at `starts`; a run if one stands behind the other."""
+    """The first `length` places of pieces of `size` that begin at `starts`. A slice if the pieces are contiguous."""
     together = (np.diff(starts) == size).all()
     run = slice(int(starts[0]), int(starts[-1]) + size) if together else None
     return Places(_tensor(starts[:, None] + np.arange(length), device), run)
 
 
 def _sees_everything(spans: Spans, members: np.ndarray, spec: DiffusionSpec, width: int) -> bool:
-    """Whether each token of these sequences looks at all `width` keys: no mask is needed then."""
+    """Whether each token of these sequences sees all `width` keys, so that no mask is needed."""
     if (spans.key_ends[members] != width).any():
         return False
-    # With block attention: nothing that is run is in a block before the last one looked at.
+    # With block attention: no token that is run is in a block before the last visible one.
     heads = spans.heads[members]
     last_block = spec.block_start(spec.block_of(width - 1, heads), heads)
     return spec.attention == "full" or bool((spans.begins[members] >= last_block).all())

@@ -1,4 +1,4 @@
-"""How a response is made: every setting of the denoising loop, with its help text and its range."""
+"""All settings of the denoising loop, each with its help text and its range."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .strategies import SCHEDULED, SELECT_BY_SAMPLE, STRATEGIES, Strategy
 if TYPE_CHECKING:
     StrategyOption = str | Strategy
 else:
-    StrategyOption = str  # what can be said on a command line
+    StrategyOption = str  # as given on a command line
 
-# Settings that have tokens sampled from something else than the policy's own distribution, which is the one that is scored.
+# With these settings, tokens are sampled from another distribution than the policy's own, which is the one that is scored.
 OTHER_DISTRIBUTION = ("top_k", "top_p", "suppress_tokens", "approximate_cache")
 
 
@@ -24,21 +24,21 @@ OTHER_DISTRIBUTION = ("top_k", "top_p", "suppress_tokens", "approximate_cache")
 @explained
 class RolloutSettings:
     r"""
-    Settings of the denoising loop that training and collecting have, too: [`DecodingConfig`], [`DTRPOConfig`] and the
-    commands take them from here, under the same names.
+    Settings of the denoising loop that training and collecting have as well. [`DecodingConfig`], [`DTRPOConfig`] and the
+    commands inherit them, under the same names.
 
     Args:
         strategy (`str` or callable, *optional*, defaults to `"confidence"`):
-            Which masked positions of the active block are unmasked at a step. As many as `tokens_per_step` or
-            `steps_per_block` say: `"confidence"` (those whose likeliest token is most probable), `"entropy"` (lowest
-            entropy), `"margin"` (best token furthest ahead of the second), `"random"`, `"left_to_right"`. As many as the
-            distributions allow: `"threshold"` (every position whose likeliest token has a probability above `threshold`,
-            at least as many as the schedule says), `"entropy_bound"` (lowest entropy, as long as they add up to less than
-            `entropy_bound`, at least one). `"sampled_confidence"` (low-confidence remasking) and `"sampled_threshold"`
-            look at the token that was sampled, as the published loops of LLaDA, Fast-dLLM and SDAR do. At temperature 0
-            there is no difference; above it, their policy gradient has a bias. In
-            [`DecodingConfig`] also a function of your own, see [`decoding.strategies`]. `tempered_confidence` says which
-            distributions they look at.
+            Which masked positions of the active block a step unmasks. These strategies unmask as many positions as
+            `tokens_per_step` or `steps_per_block` say: `"confidence"` (the likeliest token has the highest probability),
+            `"entropy"` (the lowest entropy), `"margin"` (the largest difference between the two highest probabilities),
+            `"random"`, `"left_to_right"`. The number of positions of these depends on the distributions: `"threshold"`
+            (every position whose likeliest token has a probability above `threshold`, but at least the number in the
+            schedule), `"entropy_bound"` (the lowest entropies, as long as their sum is below `entropy_bound`, and at least
+            one). `"sampled_confidence"` (low-confidence remasking) and `"sampled_threshold"` look at the token that was
+            sampled, as the published loops of LLaDA, Fast-dLLM and SDAR do. At temperature 0 there is no difference. At a
+            higher temperature, their policy gradient has a bias. [`DecodingConfig`] also takes a function of your own, see
+            [`decoding.strategies`]. `tempered_confidence` decides which distributions a strategy looks at.
         tokens_per_step (`int`, *optional*, defaults to `1`):
             Positions unmasked at a step, unless `steps_per_block` is set.
         threshold (`float`, *optional*, defaults to `0.9`):
@@ -46,39 +46,40 @@ class RolloutSettings:
         entropy_bound (`float`, *optional*, defaults to `0.1`):
             Bound of `"entropy_bound"`, in nats.
         steps_per_block (`int`, *optional*):
-            Number of steps over which a block is spread, instead of `tokens_per_step`. With `sub_block_size`, a step ends
-            with its part, so there may be more.
+            Number of steps that unmask a block, instead of `tokens_per_step`. With `sub_block_size`, a step does not go
+            beyond its part, so there may be more steps.
         schedule (`str`, *optional*, defaults to `"even"`):
-            How `steps_per_block` spreads a block. `"even"`: the same number at each step, one more at the first ones if it
-            does not divide (LLaDA's generation). `"linear"`: each step unmasks the share `1 - t[i + 1] / t[i]` of what is
-            left, rounded down, for times `t` that fall linearly from 1 to 0.001; the last step unmasks the rest (Dream's
-            generation). Steps that would unmask nothing are left out.
+            How `steps_per_block` divides a block into steps. `"even"`: each step unmasks the same number of positions, and the
+            first steps one more if the division has a remainder (LLaDA's generation). `"linear"`: each step unmasks the
+            share `1 - t[i + 1] / t[i]` of the masked positions, rounded down, for times `t` that fall linearly from 1 to
+            0.001, and the last step unmasks the rest (Dream's generation). Steps that would unmask nothing are left out.
         sub_block_size (`int`, *optional*):
-            Unmask the parts of a block of this many positions one after another, from left to right (Fast-dLLM v2).
+            Divide a block into parts of this many positions, and unmask one part after another, from left to right
+            (Fast-dLLM v2).
         stop_rule (`str`, *optional*, defaults to `"token"`):
-            When a response ends: `"token"`, as soon as no position before its stop token (or the end of `max_new_tokens`) is
-            masked (Fast-dLLM v2's generation), or `"block"`, with the block that holds the stop token. Responses and scores
-            are the same; `"token"` saves steps, and leaves what is left of the block masked.
+            When a response ends. `"token"`: as soon as no position before its stop token (or the end of `max_new_tokens`) is
+            masked (Fast-dLLM v2's generation). `"block"`: at the end of the block that holds the stop token. Responses and
+            scores are the same. `"token"` saves steps and leaves the rest of the block masked.
         approximate_cache (`str`, *optional*):
-            Reuse keys and values that are out of date. Faster, and **not** exact: tokens and log-probabilities are others,
-            and the recorded log-probabilities are not those of the policy's states. `"prefix"`: what is before the
-            active block, with full attention; `"dual"`: what is after it, too (both Fast-dLLM; refreshed at the first
-            step of each block); `"sub_block"`: what is outside the active part of the block, with block attention and
-            `sub_block_size` (Fast-dLLM v2; refreshed at the first step of each part). In training,
-            `diffusion/recorded_gap` shows by how much the recorded log-probabilities miss those of the policy, and
-            `rescore_old_log_probs=True` computes them again.
+            Reuse keys and values that are out of date. This is faster, but **not** exact: tokens and log-probabilities change,
+            and the recorded log-probabilities are not those of the policy in the recorded states. `"prefix"`: reuses what
+            is before the active block, with full attention. `"dual"`: also what is after it (both Fast-dLLM; refreshed at
+            the first step of each block). `"sub_block"`: reuses what is outside the active part of the block, with block
+            attention and `sub_block_size` (Fast-dLLM v2; refreshed at the first step of each part). In training,
+            `diffusion/recorded_gap` shows the difference between the recorded log-probabilities and those of the policy,
+            and `rescore_old_log_probs=True` computes them again.
         tempered_confidence (`bool`, *optional*, defaults to `False`):
-            Which distribution `strategy` reads probabilities, entropies and margins from. `False`: the policy's own, at
-            temperature 1 and without `suppress_tokens`, `top_k` and `top_p`, so that a threshold means the same at
-            every temperature (LLaDA, Fast-dLLM). `True`: the one that tokens are sampled from, after all of these
-            (Dream, SDAR, Fast-dLLM v2). With a low temperature every token then looks sure. The two are the same at
-            temperatures 0 and 1 without `suppress_tokens`, `top_k` and `top_p`. Log-probabilities are recorded after
-            `temperature` either way.
+            The distribution from which `strategy` reads probabilities, entropies and margins. `False`: the policy's own, at
+            temperature 1 and without `suppress_tokens`, `top_k` and `top_p`, so that a threshold means the same at every
+            temperature (LLaDA, Fast-dLLM). `True`: the distribution from which tokens are sampled, after all of these
+            (Dream, SDAR, Fast-dLLM v2). A low temperature then brings every probability close to 1. The two are the same
+            at temperatures 0 and 1 without `suppress_tokens`, `top_k` and `top_p`. Recorded log-probabilities include
+            `temperature` with both values.
         score_selection (`bool`, *optional*, defaults to `False`):
-            For `"sampled_confidence"` and `"sampled_threshold"` above temperature 0: whether log-probabilities are those of
-            the tokens *and* of their selection, which makes the policy gradient of these strategies exact (docs/method.md,
-            section 1). Each token that a step unmasks gets an equal share of the selection's. An update then runs the LM
-            head at every masked position of the scored blocks.
+            For `"sampled_confidence"` and `"sampled_threshold"` above temperature 0: whether log-probabilities are those of the
+            tokens *and* of their selection. This makes the policy gradient of these strategies exact (docs/method.md,
+            section 1). Each token that a step unmasks gets an equal share of the selection's log-probability. An update
+            then runs the LM head at every masked position of the scored blocks.
     """
 
     strategy: StrategyOption = field(default="confidence", metadata={"choices": STRATEGIES})
@@ -102,30 +103,31 @@ class RolloutSettings:
 @explained
 class DecodingConfig(RolloutSettings):
     r"""
-    Settings of the denoising loop: these, and those of [`RolloutSettings`]. They cannot be changed afterwards; make another
-    one with `dataclasses.replace`.
+    Settings of the denoising loop: those below, and those of [`RolloutSettings`]. They cannot be changed afterwards. Use
+    `dataclasses.replace` to make changed ones.
 
     Args:
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Most tokens a response may count. The canvas is filled up to the end of the block that holds the last one.
+            Largest number of tokens of a response. The canvas is filled up to the end of the block of the last one.
         temperature (`float`, *optional*, defaults to `0.0`):
-            What the logits are divided by before sampling; 0 takes the most likely token.
+            The logits are divided by this number before sampling. 0 takes the most likely token.
         top_k (`int`, *optional*):
-            Keep the `top_k` most likely tokens of each distribution only, before confidence and sampling. (Dream's
-            published generation runs with 50 under transformers 4, whose configs say so.)
+            Keep only the `top_k` most likely tokens of each distribution, before sampling. (Dream's published generation
+            uses 50 under transformers 4, where this is the default.)
         top_p (`float`, *optional*):
             Keep only the most likely tokens whose probabilities add up to `top_p` (nucleus sampling).
         suppress_tokens (`tuple[int, ...]`, *optional*, defaults to `()`):
-            Tokens that are never proposed; the others share their probability.
+            Tokens that are never proposed. Their probability goes to the other tokens.
         stop_token_ids (`tuple[int, ...]`, *optional*):
             Tokens that end a response, instead of those of the policy's spec; `()` for none.
         allow_mask_token (`bool`, *optional*, defaults to `False`):
-            Whether the mask token may be proposed, with full attention and temperature 0. A position for which it is
-            chosen stays masked and competes with those of later blocks for their steps; what is left in the end stays
-            masked. This is LLaDA's published loop, token for token; its trajectories are no use for training.
+            Whether the mask token may be proposed, with full attention and temperature 0. A position for which it is chosen
+            stays masked, and competes with positions of later blocks for their steps. Positions that are left at the end
+            stay masked. This equals LLaDA's published loop, token for token. Its trajectories cannot be used for training.
 
-    Log-probabilities are recorded under the distribution that was sampled from: after temperature, `suppress_tokens`,
-    `top_k` and `top_p`. Scoring knows the temperature only, so training refuses the other three.
+    Recorded log-probabilities are those of the distribution from which tokens were sampled: after temperature,
+    `suppress_tokens`, `top_k` and `top_p`. Scoring takes into account only the temperature, so training refuses the other
+    three.
 
     Raises:
         ValueError: if a setting is out of its range, or contradicts another.
@@ -175,18 +177,18 @@ class DecodingConfig(RolloutSettings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DecodingConfig:
-        """Settings by name; unknown names raise a `ValueError`."""
+        """Makes a config from settings by name. Raises a `ValueError` for unknown names."""
         check_names("decoding settings", values, cls)
         return cls(**values)
 
     @property
     def selection(self) -> Selection | None:
-        """What scores the selection of positions; `None` if it is not scored."""
+        """How the selection of positions is scored. `None` if it is not scored."""
         return stored_selection(vars(self))
 
     @property
     def is_truncated(self) -> bool:
-        """Whether some tokens are never sampled although the policy gives them a share."""
+        """Whether some tokens are never sampled although the policy gives them a probability."""
         return bool(self.suppress_tokens) or self.top_k is not None or self.top_p is not None
 
     @property
@@ -195,7 +197,7 @@ class DecodingConfig(RolloutSettings):
         return self.temperature > 0 or self.strategy == "random"
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON types; a function of your own by its name."""
+        """The settings as plain JSON types. A strategy that is a function is given by its name."""
         values = asdict(self)
         if callable(self.strategy):
             values["strategy"] = getattr(self.strategy, "__qualname__", repr(self.strategy))
@@ -203,7 +205,7 @@ class DecodingConfig(RolloutSettings):
 
 
 def stored_selection(settings: Mapping[str, Any]) -> Selection | None:
-    """What scores the selection of positions under decoding settings that were stored; `None` if it was not scored."""
+    """How the selection of positions is scored, from stored decoding settings. `None` if it was not scored."""
     if not settings.get("score_selection") or not settings["temperature"]:
         return None
     threshold = settings["threshold"] if settings["strategy"] == "sampled_threshold" else None

@@ -30,12 +30,12 @@ def decode(
     on_step: Callable[[DenoisingLoop], None] | None = None,
 ) -> TrajectoryBatch:
     """
-    Denoises one response for each prompt, block by block, and remembers how.
+    Denoises one response for each prompt, block by block, and records the trajectories.
 
-    With block attention, finished blocks are kept in a key-value cache, and the clean pass that fills it shares a
-    forward with the first step of the next block. With full attention every step runs the whole canvas, whose blocks
-    to come are masks. Either way nothing is padded, logits are computed only for positions that may be unmasked, and a
-    response that has ended makes room for the next prompt.
+    With block attention, finished blocks are kept in a key-value cache. The clean pass that fills the cache shares a
+    forward pass with the first step of the next block. With full attention, every step runs the whole canvas, in which
+    later blocks are masked. In both cases nothing is padded, logits are computed only for positions that may be unmasked,
+    and the next prompt takes the place of a response that has ended.
 
     Args:
         model (`nn.Module`):
@@ -45,27 +45,27 @@ def decode(
         config ([`DecodingConfig`]):
             Settings of the loop.
         spec ([`DiffusionSpec`], *optional*):
-            Facts about the policy. Defaults to the ones stored in the model's config.
+            Facts about the policy. Defaults to those in the model's config.
         seeds (`list[int]`, *optional*):
-            One seed for each prompt; needed if `config.temperature > 0` and for `strategy="random"`. A response depends on
-            its own prompt and seed alone, not on its neighbours in the batch, and not on the global random state. (But for
-            rounding: on a GPU, kernels depend on the shape of the batch.)
+            One seed for each prompt. Needed if `config.temperature > 0` and for `strategy="random"`. A response depends only
+            on its own prompt and seed. It depends neither on other responses in the batch nor on the global random state.
+            (The exception is rounding: on a GPU, it depends on the shape of the batch.)
         batch_size (`int`, *optional*):
-            Most responses decoded at once; the others wait until there is room. All of them if `None`.
+            Largest number of responses decoded at once. The others wait. All are decoded at once if `None`.
         keep_pace (`bool`, *optional*, defaults to `False`):
-            Whether all processes of the default process group run the same number of forward passes. Needed where a
-            forward pass gathers parameters from all of them (ZeRO-3 without gathering, FSDP).
+            Whether all processes of the default process group run the same number of forward passes. Needed if a forward
+            pass gathers parameters from all of them (ZeRO-3 without gathering, FSDP).
         on_step (callable, *optional*):
-            Called after each step with the [`DenoisingLoop`], for those who want to watch.
+            Called after each step with the [`DenoisingLoop`], for example to show its progress.
 
     Returns:
         [`TrajectoryBatch`]
 
     Raises:
-        ValueError: if there is no prompt, or one is empty, holds the mask token, or leaves no room for the response in
-            the model's context; if the response is random and there is not one seed per prompt; or if a setting means
-            nothing for this policy.
-        NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite; its message names the prompt
+        ValueError: if there is no prompt; if a prompt is empty, holds the mask token, or leaves no room for the response in
+            the model's context; if the response is random and the number of seeds is not the number of prompts; or if a
+            setting does not apply to this policy.
+        NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite. Its message names the prompt
             and the step.
         PeerFailed: with `keep_pace`, if decoding failed on another process.
     """
@@ -90,7 +90,7 @@ def decode(
 
 
 def _check_settings(config: DecodingConfig, spec: DiffusionSpec, vocab_size: int) -> None:
-    """Raises a `ValueError` for a setting that means nothing for this policy."""
+    """Raises a `ValueError` for a setting that does not apply to this policy."""
     if config.allow_mask_token and spec.attention != "full":
         raise ValueError("`allow_mask_token=True` is for full-attention policies only.")
     attention: dict[str | None, str] = {"prefix": "full", "dual": "full", "sub_block": "block"}
@@ -113,7 +113,7 @@ def _check_settings(config: DecodingConfig, spec: DiffusionSpec, vocab_size: int
 
 
 def check_prompts(prompts: list[list[int]], spec: DiffusionSpec, config, max_new_tokens: int) -> None:
-    """Raises a `ValueError` that names the first prompt that the policy cannot take, and why."""
+    """Raises a `ValueError` with the first prompt that the policy cannot take, and the reason."""
     (context, limit), vocab_size = context_length(config), config.get_text_config().vocab_size
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:

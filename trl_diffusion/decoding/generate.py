@@ -1,4 +1,4 @@
-"""Text in, text out."""
+"""Responses to text prompts, as text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Generation:
 
     Attributes:
         texts (`list[str]`): the response to each prompt, without special tokens.
-        trajectories ([`TrajectoryBatch`]): how each was denoised.
+        trajectories ([`TrajectoryBatch`]): how each response was denoised.
     """
 
     texts: list[str]
@@ -48,34 +48,35 @@ def generate(
     **settings: Any,
 ) -> Generation:
     """
-    Answers prompts.
+    Generates a response to each prompt.
 
     ```python
-    answers = generate(model, tokenizer, ["sudoku 3100243010040003"], max_new_tokens=17, tokens_per_step=2)
+    prompts = ["sudoku 3100243010040003"]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=17)
     answers.texts
     ```
 
     Args:
-        model (`nn.Module`): the policy. It is put into evaluation mode for the time being.
+        model (`nn.Module`): the policy. It is in evaluation mode during the call.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        prompts (`str` or `list`): a prompt or several: strings, or conversations (lists of messages).
-        config ([`DecodingConfig`], *optional*): settings. Or give them one by one as `settings`.
-        seed (`int`, *optional*, defaults to `0`): source of randomness if there is a temperature. Each prompt has a stream
-            of its own, made from it and the prompt's place.
-        batch_size (`int`, *optional*): most responses decoded at once. All of them if `None`.
-        streamer (`bool` or callable, *optional*, defaults to `False`): `True` shows the canvas being denoised in the terminal
-            (see [`TerminalStreamer`]); a function is called after each step with the [`DenoisingLoop`].
-        spec ([`DiffusionSpec`], *optional*): facts about the policy. Defaults to those of the model's config. What
-            is left open (mask token, tokens that do not exist) comes from the tokenizer.
+        prompts (`str` or `list`): one or more prompts, as strings or conversations (lists of messages).
+        config ([`DecodingConfig`], *optional*): settings, unless they are given as `settings`.
+        seed (`int`, *optional*, defaults to `0`): seed of the random numbers, used if there is a temperature. Each prompt has
+            its own random numbers, derived from this seed and the prompt's place.
+        batch_size (`int`, *optional*): largest number of responses decoded at once. All of them if `None`.
+        streamer (`bool` or callable, *optional*, defaults to `False`): `True` shows in the terminal how the
+            canvas is denoised (see [`TerminalStreamer`]). A function is called after each step with the [`DenoisingLoop`].
+        spec ([`DiffusionSpec`], *optional*): facts about the policy. Defaults to those of the model's config. Fields
+            that are not set (mask token, tokens that do not exist) come from the tokenizer.
         settings: fields of [`DecodingConfig`], instead of `config`.
 
     Returns:
         [`Generation`]
 
     Raises:
-        ValueError: if both `config` and `settings` are given, and for what [`decode`] refuses.
+        ValueError: if both `config` and `settings` are given, and as for [`decode`].
     """
-    from ..policies.prompts import tokenize_prompts  # here, since it brings TRL along
+    from ..policies.prompts import tokenize_prompts  # here, because it imports TRL
 
     if config is not None and settings:
         raise ValueError(f"Give `config` or single settings, not both; got `config` and {sorted(settings)}.")
@@ -102,13 +103,13 @@ def generate(
 
 class TerminalStreamer:
     """
-    Shows responses while they are denoised: a line for each that is in work, `░` for what is masked. On a terminal the
-    lines are drawn over; elsewhere each step adds its lines.
+    Shows responses while they are denoised. Each response that is decoded has a line, in which `░` stands for a masked
+    position. On a terminal, each step overwrites the lines. Elsewhere, each step adds new lines.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): turns tokens into text.
-        file (`TextIO`, *optional*): where to write. Standard output if `None`.
-        max_rows (`int`, *optional*, defaults to `8`): most responses shown, the first ones.
+        file (`TextIO`, *optional*): output file. Standard output if `None`.
+        max_rows (`int`, *optional*, defaults to `8`): largest number of responses shown, from the first on.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, file: TextIO | None = None, max_rows: int = 8):
@@ -120,7 +121,7 @@ class TerminalStreamer:
         lines = "\n".join(f"{lane.row:>3} {self._text(loop, lane.row)}" for lane in shown).split("\n")
         if self.file.isatty():
             columns = get_terminal_size().columns
-            lines = [line[:columns] for line in lines]  # a wrapped line would be two to go back over
+            lines = [line[:columns] for line in lines]  # a wrapped line would count as two
             if self._lines:
                 self.file.write(f"\x1b[{self._lines}F\x1b[J")
         self._lines = len(lines)
@@ -128,7 +129,7 @@ class TerminalStreamer:
         self.file.flush()
 
     def end(self) -> None:
-        """The next response is drawn below."""
+        """Makes the next response appear below the current lines."""
         self._lines = 0
 
     def _text(self, loop: DenoisingLoop, row: int) -> str:

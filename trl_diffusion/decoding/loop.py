@@ -1,10 +1,10 @@
 """
-The denoising loop: one for block and full attention, for any number of responses.
+The denoising loop, for block and full attention and for any number of responses.
 
-Responses are denoised in *lanes*. Every forward pass advances every lane by one decoding step: its tokens stand one behind
-the other in a single row, so there is no padding, and a lane waits for no other. A lane whose response has ended takes the
-next prompt of the queue. What is masked is known on the host, so that the device is waited for once a step: for the
-positions that were unmasked.
+Responses are denoised in *lanes*. Every forward pass advances every lane by one denoising step. The tokens of the lanes are
+concatenated in a single row, so there is no padding, and no lane waits for another. When the response of a lane ends, the
+lane takes the next prompt of the queue. The host knows which positions are masked. It waits for the device only once a step,
+for the positions that were unmasked.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ from .strategies import STRATEGIES, StepView, step_quota
 @dataclass
 class Lane:
     """
-    A place where a response is denoised.
+    A lane, in which one response after another is denoised.
 
     Attributes:
-        row (`int`): which response.
+        row (`int`): index of the response.
         block (`int`): its active block.
-        step (`int`): steps of the block's schedule that are over, those that would unmask nothing included.
-        taken (`int`): decoding steps taken in this block.
-        total (`int`): positions that the schedule of the block spreads.
-        cached (`int`): clean tokens in the cache, from the first on; with an approximate cache, tokens that may be reused.
-        part (`int`): part of the block whose surroundings are in the cache, -1 for none; `"sub_block"` only.
-        uniforms (`Tensor` of shape `(kinds, T, B)`, *optional*): random numbers for the block: kind, step, position.
+        step (`int`): finished steps of the block's schedule, including those that would unmask nothing.
+        taken (`int`): denoising steps taken in this block.
+        total (`int`): positions that the schedule of the block divides into steps.
+        cached (`int`): number of first tokens in the cache. They are clean; with an approximate cache, they may be reused.
+        part (`int`): part of the block whose surroundings are in the cache, -1 for none. Only for `"sub_block"`.
+        uniforms (`Tensor` of shape `(kinds, T, B)`, *optional*): random numbers for the block, by kind, step and
+            position.
     """
 
     row: int
@@ -57,15 +58,17 @@ class Lane:
 @dataclass
 class Window:
     """
-    The positions that may be unmasked in this step, for `L` lanes; the active block of each. Arrays on the host.
+    The active block of each of `L` lanes, and the positions in it that may be unmasked in this step. All attributes are
+    arrays on the host.
 
     Attributes:
-        starts (`np.ndarray` of shape `(L,)`): first position of each.
-        positions (`np.ndarray` of shape `(L, B)`): all of them; behind the end of a shorter one, its last.
-        masked (boolean `np.ndarray` of shape `(L, B)`): those that are masked.
-        candidates (boolean `np.ndarray` of shape `(L, B)`): those that may be unmasked now.
-        autoregressive (boolean `np.ndarray` of shape `(L,)`): lanes whose block waits for its first token.
-        quota (`np.ndarray` of shape `(L,)`): how many to unmask.
+        starts (`np.ndarray` of shape `(L,)`): first position of each block.
+        positions (`np.ndarray` of shape `(L, B)`): positions of each block. A shorter block repeats its last one.
+        masked (boolean `np.ndarray` of shape `(L, B)`): positions that are masked.
+        candidates (boolean `np.ndarray` of shape `(L, B)`): positions that may be unmasked now.
+        autoregressive (boolean `np.ndarray` of shape `(L,)`): lanes whose next token is the autoregressive first one of
+            the block.
+        quota (`np.ndarray` of shape `(L,)`): number of positions to unmask.
     """
 
     starts: np.ndarray
@@ -77,7 +80,7 @@ class Window:
 
 
 class DenoisingLoop:
-    """State of one call of [`decode`], whose arguments these are."""
+    """State of one call of [`decode`], with the same arguments."""
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class DenoisingLoop:
         self.canvas_ends = spec.canvas_end(self.lengths, config.max_new_tokens)
         width = int(self.canvas_ends.max(initial=0))
 
-        # Row by row, at its position: no padding before the prompt.
+        # Each row begins at position 0: there is no padding before the prompt.
         ids = torch.full((len(prompts), width), spec.mask_token_id)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
@@ -116,7 +119,7 @@ class DenoisingLoop:
         self.steps = np.full(self.masked.shape, NEVER, dtype=np.int64)
         self.stops = torch.tensor(spec.stop_token_ids, dtype=torch.long, device=self.device)
         self.stopped_at = np.full(len(prompts), np.iinfo(np.int64).max)  # position of the leftmost stop token so far
-        self.reached = np.zeros(len(prompts), dtype=np.int64)  # blocks that were begun
+        self.reached = np.zeros(len(prompts), dtype=np.int64)  # number of blocks begun
 
         num_lanes = min(len(prompts), batch_size or len(prompts))
         self.lanes: list[Lane | None] = [None] * num_lanes
@@ -153,7 +156,7 @@ class DenoisingLoop:
         """Moves a lane to the next block of its response."""
         lane.block, lane.step, lane.taken, lane.part = lane.block + 1, 0, 0, -1
         if self.spec.attention == "full":
-            lane.cached = 0  # everything has changed for everybody
+            lane.cached = 0  # all keys and values have changed
         start = self.spec.block_start(lane.block, self.lengths[lane.row])
         masked = self.masked[lane.row, start : start + self.spec.block_size]
         lane.total = int(masked.sum()) - int(self.spec.first_token == "autoregressive" and masked[0])
@@ -170,8 +173,8 @@ class DenoisingLoop:
         return callable(self.config.strategy) or self.config.strategy == "random"
 
     def _is_over(self, lane: Lane, left: int) -> bool:
-        """Whether nothing more happens in the active block, of which `left` positions are masked."""
-        if self.config.allow_mask_token:  # the schedule ends, whatever is left
+        """Whether the active block, of which `left` positions are masked, is finished."""
+        if self.config.allow_mask_token:  # the schedule ends even if positions are left
             steps = self.config.steps_per_block
             assert steps is not None  # see DecodingConfig
             while lane.step < steps and not step_quota(lane.step, lane.total, left, self.config):
@@ -186,18 +189,18 @@ class DenoisingLoop:
         return self.stopped_at[row] < self.canvas_ends[row]
 
     def active_lanes(self) -> list[Lane]:
-        """The lanes that are in work; for those who watch."""
+        """The lanes with a response, for a function that shows progress."""
         return [lane for lane in self.lanes if lane is not None]
 
     def canvas(self, row: int) -> list[tuple[int, bool]]:
-        """Token of each position of a response up to the end of its active block, and whether it is masked."""
+        """Each token of a response up to the end of its active block, and whether it is masked."""
         positions = slice(self.lengths[row], self.spec.block_start(self.reached[row], self.lengths[row]))
         return list(zip(self.ids[row, positions].tolist(), self.masked[row, positions].tolist(), strict=True))
 
     # ----------------------------------------------------------------------------------------------------- step
 
     def _step(self) -> None:
-        """One decoding step of every lane."""
+        """One denoising step of every lane."""
         places = [place for place, lane in enumerate(self.lanes) if lane is not None]
         lanes = self.active_lanes()
         rows = np.array([lane.row for lane in lanes])
@@ -209,7 +212,7 @@ class DenoisingLoop:
         tokens, chosen, broken = self._unmask(lanes, rows, window, row_of, column_of, logits)
         stops = torch.isin(tokens, self.stops) & chosen
         flags = torch.stack([chosen, stops, broken])
-        chosen, stops, broken = flags.cpu().numpy()  # the one time that the device is waited for
+        chosen, stops, broken = flags.cpu().numpy()  # the only wait for the device
         if broken.any():
             candidate = int(broken.argmax())
             raise self._broken(lanes[row_of[candidate]], logits[candidate])
@@ -222,11 +225,11 @@ class DenoisingLoop:
                 self.lanes[place] = None if last else self._begin_block(lane)
 
     def _window(self, lanes: list[Lane], rows: np.ndarray) -> Window:
-        """The active block of each lane, and what may be unmasked of it."""
+        """The active block of each lane, and the positions in it that may be unmasked."""
         size = self.spec.block_size
         starts = self.heads[rows] + np.array([lane.block for lane in lanes]) * size
         ends = starts + size
-        if self.config.allow_mask_token:  # what earlier blocks have left is tried again
+        if self.config.allow_mask_token:  # positions left by earlier blocks are tried again
             starts = self.heads[rows]
         positions = starts[:, None] + np.arange((ends - starts).max())
         inside = positions < ends[:, None]
@@ -243,13 +246,13 @@ class DenoisingLoop:
         return Window(starts, positions, masked, candidates, autoregressive, quota)
 
     def _quota(self, lane: Lane, left: int) -> int:
-        """How many positions the next step of the schedule unmasks; steps that unmask nothing are passed over."""
+        """Number of positions that the next step of the schedule unmasks. Steps that unmask nothing are skipped."""
         while not (quota := step_quota(lane.step, lane.total, left, self.config)):
             lane.step += 1
         return quota
 
     def _spans(self, places: np.ndarray, lanes: list[Lane], rows: np.ndarray, window: Window) -> Spans:
-        """What has to be run for this step: whatever is not in the cache."""
+        """The tokens that this step runs: those that are not in the cache."""
         size, shift = self.spec.block_size, int(self.spec.token_shift)
         starts = self.heads[rows] + np.array([lane.block for lane in lanes]) * size
         cached = np.array([lane.cached for lane in lanes])
@@ -257,11 +260,11 @@ class DenoisingLoop:
         if self.spec.attention == "full":
             begins, key_ends = cached, self.canvas_ends[rows]
             ends = np.where(cached > 0, starts + size, key_ends) if cache == "dual" else key_ends
-            if cache is not None:  # good until the block is over
+            if cache is not None:  # valid until the block is finished
                 for lane, start in zip(lanes, starts, strict=True):
                     lane.cached = int(start) - shift
         else:
-            # Clean tokens that are not in the cache yet ride along, and are in it from now on.
+            # Clean tokens that are not in the cache yet run in the same pass, which adds them to the cache.
             begins, ends = cached, np.where(window.autoregressive, starts, starts + size)
             key_ends = ends
             for lane, start in zip(lanes, starts, strict=True):
@@ -273,7 +276,7 @@ class DenoisingLoop:
     def _part_spans(
         self, lanes: list[Lane], window: Window, begins: np.ndarray, ends: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """With `"sub_block"`: only the active part of a block, once its surroundings are in the cache."""
+        """With `"sub_block"`: only the active part of a block, as soon as its surroundings are in the cache."""
         begins, ends, size = begins.copy(), ends.copy(), self.config.sub_block_size
         parts = window.candidates.argmax(1) // size
         for index, (lane, part) in enumerate(zip(lanes, parts, strict=True)):
@@ -306,8 +309,8 @@ class DenoisingLoop:
         )
 
     def _unmask(self, lanes, rows, window: Window, row_of, column_of, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Proposes a token for each candidate and unmasks those that the strategy picks; returns tokens, a boolean mask of
-        what was unmasked, and one of candidates that no token can be proposed for, `(M,)` each."""
+        """Proposes a token for each candidate, and unmasks those that the strategy selects. Returns three tensors `(M,)`: the
+        tokens, which candidates were unmasked, and for which candidates no token can be proposed."""
         places = (self._to_device(row_of), self._to_device(column_of))
         uniforms = self._uniforms(lanes, window)
         noise = uniforms[0][places] if uniforms is not None and self.config.temperature > 0 else None
@@ -347,7 +350,7 @@ class DenoisingLoop:
         return tokens, chosen, ~proposal.logps.isfinite()
 
     def _broken(self, lane: Lane, logits: Tensor) -> NonFiniteLogits:
-        """The error for a candidate of a lane whose logits, `(V,)`, leave no token to propose."""
+        """The error for a candidate whose logits, `(V,)`, leave no token to propose."""
         advice = NON_FINITE_ADVICE
         tempered = logits.float() / (self.config.temperature or 1.0)
         if logits.isnan().any():
@@ -367,7 +370,7 @@ class DenoisingLoop:
         """Random numbers of this step, `(kinds, L, B)`."""
         if self.generators is None:
             return None
-        drawn = [lane.uniforms for lane in lanes if lane.uniforms is not None]  # every lane has them
+        drawn = [lane.uniforms for lane in lanes if lane.uniforms is not None]  # every lane has some
         uniforms = torch.zeros(drawn[0].shape[0], *window.masked.shape)
         for index, (lane, own) in enumerate(zip(lanes, drawn, strict=True)):
             step = 0 if window.autoregressive[index] else lane.step + 1
@@ -375,7 +378,7 @@ class DenoisingLoop:
         return uniforms.to(self.device, non_blocking=True)
 
     def _remember(self, lanes, rows, window: Window, row_of, column_of, stops) -> None:
-        """What was unmasked at this step, on the host; all arrays of the same length."""
+        """Records on the host what this step unmasked. All arrays have the same length."""
         progress = np.bincount(row_of, minlength=len(lanes))
         if not progress.all() and not self.config.allow_mask_token:
             raise ValueError(
@@ -397,7 +400,7 @@ class DenoisingLoop:
         return (self.masked[rows[:, None], window.positions] & window.masked).sum(1)
 
     def _idle(self) -> None:
-        """A forward pass for the sake of other processes, whose parameters are gathered together."""
+        """An empty forward pass, because all processes must gather parameters together."""
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         policy_logits(self.model, zero, zero, allowed, zero[0], zero[0])
@@ -408,8 +411,8 @@ class DenoisingLoop:
     # --------------------------------------------------------------------------------------------------- result
 
     def _trajectories(self) -> TrajectoryBatch:
-        """The canvases, cut out of their rows."""
-        # With full attention, what was never reached was seen all the same, as masks.
+        """The trajectories, with canvases cut from their rows."""
+        # With full attention, the policy saw blocks that were never reached, as masks.
         blocks = self.num_blocks if self.spec.attention == "full" else self.reached
         lengths = blocks * self.spec.block_size - self.tails
         width = max(int(lengths.max(initial=0)), 1)
@@ -418,7 +421,7 @@ class DenoisingLoop:
         slots = np.minimum(self.lengths[:, None] + columns, max(self.masked.shape[1] - 1, 0))
         steps = np.where(inside, np.take_along_axis(self.steps, slots, 1), NEVER)
 
-        # Of what was unmasked in whole: up to the first stop token that counts.
+        # A completion ends at the first stop token, or at `max_new_tokens`.
         counted = np.minimum(self.reached * self.spec.block_size - self.tails, self.config.max_new_tokens)
         ends = np.minimum(counted, self.stopped_at - self.lengths + 1)
 
@@ -441,7 +444,7 @@ class DenoisingLoop:
 
 
 def leftmost_part(masked: np.ndarray, size: int | None) -> np.ndarray:
-    """The masked positions of the leftmost part, of `size` positions, that still has any: boolean `(L, B)`, a copy."""
+    """The masked positions of the leftmost part, of `size` positions, that has any: boolean `(L, B)`, a copy."""
     if size is None:
         return masked.copy()
     parts = np.arange(masked.shape[1]) // size

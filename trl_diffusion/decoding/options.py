@@ -1,4 +1,4 @@
-"""How decoding settings are given: to a config beside other options, or to the parser of a command."""
+"""Decoding settings among the options of a config or of a command."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, get_args, get_type_hints
 from .config import DecodingConfig, RolloutSettings
 
 
-# Names that settings had in `DTRPOConfig` and in `trl-diffusion collect`.
+# Earlier names of settings in `DTRPOConfig` and in `trl-diffusion collect`.
 OLD_NAMES = {"decoding_strategy": "strategy", "confidence_threshold": "threshold", "step_schedule": "schedule"}
 
 
 @dataclass(kw_only=True)
 class RolloutOptions(RolloutSettings):
     """
-    [`RolloutSettings`], which may be given under their old names, too. Version 0.2 will not know these any more.
+    [`RolloutSettings`], which can also be given under their old names. Version 0.2 will remove the old names.
 
     Args:
         decoding_strategy, confidence_threshold, step_schedule:
@@ -30,7 +30,7 @@ class RolloutOptions(RolloutSettings):
 
     def take_old_names(self) -> None:
         """
-        Gives the settings what was given under their old names, with a `FutureWarning`.
+        Copies values that were given under old names to the new names, with a `FutureWarning`.
 
         Raises:
             ValueError: if a setting was given under both names.
@@ -49,20 +49,20 @@ class RolloutOptions(RolloutSettings):
 
 
 def add_decoding_options(parser: argparse._ArgumentGroup) -> None:
-    """Adds an option for every setting of [`DecodingConfig`] to a parser; one that is not given is `None`."""
+    """Adds an option for every setting of [`DecodingConfig`] to a parser. An option that is not given is `None`."""
     for one in fields(DecodingConfig):
         text = f"{one.metadata['help']} (default: {one.default})"
         parser.add_argument(f"--{one.name}", help=text, default=None, **_kind(one))
 
 
 def given_decoding(options: argparse.Namespace) -> DecodingConfig:
-    """The settings that were given to such a parser."""
+    """The settings that were given on the command line of such a parser."""
     given = {one.name: getattr(options, one.name) for one in fields(DecodingConfig)}
     return DecodingConfig(**{name: value for name, value in given.items() if value is not None})
 
 
 def _kind(one: Field) -> dict[str, Any]:
-    """How argparse is to read a setting."""
+    """How argparse reads a setting."""
     if "choices" in one.metadata:
         return {"choices": one.metadata["choices"]}
     kind = get_type_hints(DecodingConfig)[one.name]

@@ -1,4 +1,4 @@
-"""Keeping processes in step that share a policy's parameters."""
+"""Makes processes that share a policy's parameters run the same number of forward passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class PeerFailed(RuntimeError):
 
 
 class Pace:
-    """One process alone: it goes on as long as it has something to do."""
+    """A single process. It continues as long as it has something to decode."""
 
     def go_on(self, busy: bool) -> bool:
         """
@@ -24,7 +24,7 @@ class Pace:
             busy (`bool`): whether this process has something to decode.
 
         Returns:
-            `bool`: whether there is another pass.
+            `bool`: whether to run another pass.
         """
         return busy
 
@@ -37,12 +37,12 @@ class Pace:
 
 class SharedPace(Pace):
     """
-    Processes whose parameters are sharded (ZeRO-3 without gathering, FSDP): each forward pass gathers them, so all
-    processes must run the same number of passes. One that is done keeps pace until all are. One that fails tells the
-    others, which then fail as well, instead of waiting for it.
+    Processes whose parameters are sharded (ZeRO-3 without gathering, FSDP). Each forward pass gathers the parameters, so
+    all processes must run the same number of passes. A process that is done makes empty passes until all are done. A
+    process that fails tells the others, which then fail as well instead of waiting.
 
     Args:
-        device (`torch.device`): where the processes' messages are exchanged: the policy's.
+        device (`torch.device`): device of the policy, on which the processes exchange messages.
 
     Raises:
         PeerFailed: from [`Pace.go_on`], if another process failed.

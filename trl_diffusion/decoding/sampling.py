@@ -1,4 +1,4 @@
-"""From logits to a proposed token for each candidate position."""
+"""Proposes a token for each candidate position, from its logits."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from .config import DecodingConfig
 
 class Proposal(NamedTuple):
     """
-    A token for each of `M` candidates, and how likely it is. All log-probabilities are float32, in nats.
+    A token for each of `M` candidates, with log-probabilities. All log-probabilities are float32, in nats.
 
     Attributes:
         tokens (`Tensor` of shape `(M,)`): the tokens.
-        logps (`Tensor` of shape `(M,)`): their log-probabilities under the distributions they were sampled from. This is
-            what a trajectory records.
+        logps (`Tensor` of shape `(M,)`): their log-probabilities under the distributions they were sampled from. A
+            trajectory records these.
         seen_logps (`Tensor` of shape `(M,)`): their log-probabilities under `seen`.
-        best_logps (`Tensor` of shape `(M,)`): those of the likeliest tokens that may be proposed, under `seen`.
+        best_logps (`Tensor` of shape `(M,)`): log-probabilities of the likeliest tokens that may be proposed,
+            under `seen`.
         log_probs (`Tensor` of shape `(M, V)`): the log-distributions that the tokens were sampled from.
         seen (`Tensor` of shape `(M, V)`): the log-distributions that a strategy looks at, see
             `DecodingConfig.tempered_confidence`.
@@ -45,7 +46,7 @@ def sampled_distribution(logits: Tensor, spec: DiffusionSpec, config: DecodingCo
         config ([`DecodingConfig`]): settings.
 
     Returns:
-        float32 `Tensor` of shape `(M, V)`, a fresh one.
+        A new float32 `Tensor` of shape `(M, V)`.
     """
     log_probs = log_distribution(logits, spec, config.temperature)
     if not config.is_truncated:
@@ -53,7 +54,7 @@ def sampled_distribution(logits: Tensor, spec: DiffusionSpec, config: DecodingCo
     if config.suppress_tokens:
         log_probs[:, list(config.suppress_tokens)] = -torch.inf
     if (config.top_k is not None or config.top_p is not None) and not config.allow_mask_token:
-        # Or it might be all that is kept, and nothing would be left to propose.
+        # Otherwise it could be the only token that is kept, and no token could be proposed.
         log_probs[:, spec.mask_token_id] = -torch.inf
     if config.top_k is not None and config.top_k < log_probs.shape[-1]:
         log_probs = log_probs.masked_fill(log_probs < log_probs.topk(config.top_k).values[:, -1:], -torch.inf)
@@ -68,28 +69,28 @@ def sampled_distribution(logits: Tensor, spec: DiffusionSpec, config: DecodingCo
 
 def propose(logits: Tensor, spec: DiffusionSpec, config: DecodingConfig, uniforms: Tensor | None) -> Proposal:
     """
-    One token for each row of logits.
+    Proposes one token for each row of logits.
 
     Args:
         logits (`Tensor` of shape `(M, V)`): logits of the model.
         spec ([`DiffusionSpec`]): facts about the policy.
         config ([`DecodingConfig`]): settings.
-        uniforms (`Tensor` of shape `(M,)`, *optional*): picks the token from the cumulative distribution; without it the
-            most likely one is taken.
+        uniforms (`Tensor` of shape `(M,)`, *optional*): picks the token from the cumulative distribution. Without it, the
+            most likely token is taken.
 
     Returns:
-        [`Proposal`]. A row whose logits hold NaN or `+inf`, or that leaves no token to propose, has a `logps` that is NaN
-        or `-inf`; a row that does not has a finite one.
+        [`Proposal`]. `logps` is NaN or `-inf` for a row whose logits hold NaN or `+inf`, or leave no token to propose. It is
+        finite for all other rows.
     """
     log_probs = sampled_distribution(logits, spec, config)
     never = spec.mask_token_id if spec.predicts_mask_token and not config.allow_mask_token else None
     if never is None:
         tokens, best = _pick(log_probs, log_probs, uniforms)
         logps = _at(log_probs, tokens)
-    else:  # it has a share of the distribution, yet it is no answer
+    else:  # it keeps its probability, but is never proposed
         share = log_probs[:, never].clone()
         log_probs[:, never] = -torch.inf
-        # Without it the rest may be too small for float32 before it is scaled up.
+        # Without this, the other probabilities could be too small for float32 before they are scaled.
         scaled = log_probs if uniforms is None else log_probs - log_probs.amax(-1, keepdim=True)
         tokens, best = _pick(log_probs, scaled, uniforms)
         logps = _at(log_probs, tokens)
@@ -102,8 +103,8 @@ def propose(logits: Tensor, spec: DiffusionSpec, config: DecodingConfig, uniform
 
 def _pick(log_probs: Tensor, scaled: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
     """
-    A token of each row, and the most likely one, `(M,)` each. The first is the second, or, with `uniforms`, a sample from
-    `scaled`, which is `log_probs` up to a constant for each row.
+    A token of each row, and the most likely token, `(M,)` each. The first is a sample from `scaled` with `uniforms`, and the
+    most likely token without. `scaled` is `log_probs` up to a constant for each row.
     """
     best = log_probs.argmax(-1)
     if uniforms is None:
@@ -111,10 +112,10 @@ def _pick(log_probs: Tensor, scaled: Tensor, uniforms: Tensor | None) -> tuple[T
     cumulative = scaled.exp().cumsum(-1)
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
     tokens = tokens.clamp(max=log_probs.shape[-1] - 1)
-    # A sum in parallel may rise by rounding where a token of probability 0 stands: such a token is not taken.
+    # A parallel cumulative sum may increase by rounding at a token of probability 0. Such a token is not taken.
     return torch.where(_at(log_probs, tokens) == -torch.inf, best, tokens), best
 
 
 def _at(log_probs: Tensor, tokens: Tensor) -> Tensor:
-    """The entry of each row at its token, `(M,)`."""
+    """The value of each row at its token, `(M,)`."""
     return log_probs.gather(-1, tokens[:, None]).squeeze(-1)

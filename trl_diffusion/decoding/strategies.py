@@ -1,6 +1,7 @@
 """
-Which masked positions of the active block to unmask at a step. Each strategy is one small function from a [`StepView`] to
-the chosen positions; `DecodingConfig(strategy=...)` takes the name of one below, or a function of your own.
+Strategies, which select the masked positions of the active block that a step unmasks. Each strategy is one small function
+from a [`StepView`] to the selected positions. `DecodingConfig(strategy=...)` takes the name of one below, or a function of
+your own.
 """
 
 from __future__ import annotations
@@ -21,24 +22,25 @@ if TYPE_CHECKING:
 @dataclass
 class StepView:
     """
-    What a strategy sees: `R` responses, the `B` positions of the active block of each, and a proposal for each of the
-    `M` candidates. Every strategy works row by row, so a response does not depend on its neighbours.
+    The input of a strategy: `R` responses, the `B` positions of the active block of each, and a proposal for each of the
+    `M` candidates. Every strategy treats each row independently, so a response does not depend on the others.
 
-    Distributions are those of the policy at temperature 1, whatever tokens are sampled from; with
-    `config.tempered_confidence` those that tokens are sampled from.
+    Distributions are those of the policy at temperature 1. With `config.tempered_confidence`, they are the distributions
+    that tokens are sampled from.
 
     Attributes:
         candidates (boolean `Tensor` of shape `(R, B)`): positions that may be unmasked.
-        quota (integer `Tensor` of shape `(R,)`): how many the schedule wants unmasked, at least 1, never more than
-            there are candidates.
+        quota (integer `Tensor` of shape `(R,)`): number of positions that the schedule unmasks, at least 1 and at most
+            the number of candidates.
         token_logps (`Tensor` of shape `(R, B)`, float32): log-probability of the proposed token; 0 elsewhere.
-        best_logps (`Tensor` of shape `(R, B)`, float32): that of the likeliest token that may be proposed; 0 elsewhere.
+        best_logps (`Tensor` of shape `(R, B)`, float32): log-probability of the likeliest token that may be
+            proposed; 0 elsewhere.
         log_probs (`Tensor` of shape `(M, V)`, float32): log-distribution of each candidate, in the order of
             `candidates.nonzero()`.
         places (`tuple[Tensor, Tensor]`): row and column of each candidate, of shape `(M,)` each.
         config ([`DecodingConfig`]): settings.
-        uniforms (`Tensor` of shape `(R, B)`, *optional*): random numbers in [0, 1), from the response's own seed. Only for
-            `"random"` and functions of your own, if there are seeds.
+        uniforms (`Tensor` of shape `(R, B)`, *optional*): random numbers in [0, 1), from the seed of each response. Only
+            for `"random"` and functions of your own, if there are seeds.
     """
 
     candidates: Tensor
@@ -52,7 +54,7 @@ class StepView:
 
     @cached_property
     def confidences(self) -> Tensor:
-        """Probability of the likeliest token, `(R, B)`. The same whatever token is sampled."""
+        """Probability of the likeliest token, `(R, B)`. It does not depend on the sampled token."""
         return self.best_logps.exp()
 
     @cached_property
@@ -74,10 +76,10 @@ class StepView:
 
     def top(self, scores: Tensor) -> Tensor:
         """
-        The candidates with the highest scores, as many as the quota; ties go to the left.
+        The candidates with the highest scores, as many as the quota. Of equal scores, the left ones are taken.
 
         Args:
-            scores (`Tensor` of shape `(R, B)`): the higher, the sooner.
+            scores (`Tensor` of shape `(R, B)`): higher scores come first.
 
         Returns:
             Boolean `Tensor` of shape `(R, B)`.
@@ -85,7 +87,7 @@ class StepView:
         return (self.ranks(scores) < self.quota[:, None]) & self.candidates
 
     def ranks(self, scores: Tensor) -> Tensor:
-        """Rank of each candidate by falling score, counted from 0, `(R, B)`; what is no candidate comes last."""
+        """Rank of each candidate, `(R, B)`; the highest score has rank 0. Other positions come last."""
         order = scores.masked_fill(~self.candidates, -torch.inf).sort(dim=1, descending=True, stable=True).indices
         places = torch.arange(order.shape[1], device=order.device).expand_as(order)
         return torch.empty_like(order).scatter_(1, order, places)
@@ -99,26 +101,26 @@ Strategy = Callable[[StepView], Tensor]
 
 
 def confidence(view: StepView) -> Tensor:
-    """Those whose likeliest token has the highest probability. The choice does not depend on the token that is sampled, so
-    the policy gradient has no bias (docs/method.md, section 1)."""
+    """The candidates whose likeliest token has the highest probability. The choice does not depend on the token that is
+    sampled, so the policy gradient has no bias (docs/method.md, section 1)."""
     return view.top(view.confidences)
 
 
 def threshold(view: StepView) -> Tensor:
-    """Every one whose likeliest token has a probability above `config.threshold`; if these are fewer than the quota, as many
-    as the quota of those with the highest. The choice does not depend on the token that is sampled."""
+    """All candidates whose likeliest token has a probability above `config.threshold`. If these are fewer than the quota, the
+    most likely ones fill the quota. The choice does not depend on the token that is sampled."""
     return _above_threshold(view, view.confidences)
 
 
 def sampled_confidence(view: StepView) -> Tensor:
-    """Those whose sampled token has the highest probability: low-confidence remasking as published (LLaDA,
-    `low_confidence_static` of SDAR, `maskgit_plus` of Dream). At temperature 0 the same as [`confidence`]."""
+    """The candidates whose sampled token has the highest probability: low-confidence remasking as published (LLaDA,
+    `low_confidence_static` of SDAR, `maskgit_plus` of Dream). At temperature 0 it equals [`confidence`]."""
     return view.top(view.sampled_confidences)
 
 
 def sampled_threshold(view: StepView) -> Tensor:
-    """Every one whose sampled token has a probability above `config.threshold`, as published (Fast-dLLM,
-    `low_confidence_dynamic` of SDAR). At temperature 0 the same as [`threshold`]."""
+    """All candidates whose sampled token has a probability above `config.threshold`, as published (Fast-dLLM,
+    `low_confidence_dynamic` of SDAR). At temperature 0 it equals [`threshold`]."""
     return _above_threshold(view, view.sampled_confidences)
 
 
@@ -128,13 +130,13 @@ def _above_threshold(view: StepView, confidences: Tensor) -> Tensor:
 
 
 def entropy(view: StepView) -> Tensor:
-    """Those with the lowest entropy (`entropy` of Dream)."""
+    """The candidates with the lowest entropy (`entropy` of Dream)."""
     return view.top(-view.entropies)
 
 
 def entropy_bound(view: StepView) -> Tensor:
-    """Those with the lowest entropy, as long as their entropies add up to less than `config.entropy_bound` nats, and
-    always one (`entropy_bounded` of SDAR's engines)."""
+    """The candidates with the lowest entropies, as long as their sum is below `config.entropy_bound` nats, and at least one
+    (`entropy_bounded` of SDAR's engines)."""
     entropies = view.entropies.masked_fill(~view.candidates, torch.inf)
     ordered, order = entropies.sort(dim=1, stable=True)
     within = ordered.cumsum(1) < view.config.entropy_bound
@@ -143,18 +145,18 @@ def entropy_bound(view: StepView) -> Tensor:
 
 
 def margin(view: StepView) -> Tensor:
-    """Those whose best token is furthest ahead of the second best (`topk_margin` of Dream)."""
+    """The candidates with the largest difference between the two highest probabilities (`topk_margin` of Dream)."""
     return view.top(view.margins)
 
 
 def random(view: StepView) -> Tensor:
-    """Any, all equally likely (`random` of LLaDA, `origin` of Dream with a fixed number a step)."""
-    assert view.uniforms is not None  # `decode` asks for seeds
+    """Random candidates, all equally likely (`random` of LLaDA, `origin` of Dream with a fixed number a step)."""
+    assert view.uniforms is not None  # `decode` requires seeds
     return view.top(view.uniforms)
 
 
 def left_to_right(view: StepView) -> Tensor:
-    """The leftmost ones (`sequential` of SDAR)."""
+    """The leftmost candidates (`sequential` of SDAR)."""
     columns = torch.arange(view.candidates.shape[1], device=view.candidates.device, dtype=torch.float)
     return view.top(-columns.expand(view.candidates.shape))
 
@@ -173,20 +175,20 @@ STRATEGIES: dict[str, Strategy] = {
         left_to_right,
     )  # fmt: skip
 }
-# These look at the tokens that were sampled.
+# Strategies that depend on the sampled tokens.
 SELECT_BY_SAMPLE = ("sampled_confidence", "sampled_threshold")
-# These unmask as many positions as the schedule says, no more and no fewer.
+# Strategies that unmask exactly as many positions as the schedule says.
 SCHEDULED = ("confidence", "sampled_confidence", "entropy", "margin", "random", "left_to_right")
 
 
 def step_quota(step: int, total: int, left: int, config: DecodingConfig) -> int:
     """
-    How many positions of a block a step is to unmask.
+    Number of positions that a step of a block unmasks.
 
     Args:
         step (`int`): step of the block's schedule, counted from 0.
         total (`int`): positions of the block that were masked before its first step.
-        left (`int`): positions that still are.
+        left (`int`): positions that are still masked.
         config ([`DecodingConfig`]): settings.
 
     Returns:
@@ -199,5 +201,5 @@ def step_quota(step: int, total: int, left: int, config: DecodingConfig) -> int:
         return total // steps + (step < total % steps)
     if step >= steps - 1:
         return left
-    times = torch.linspace(1, 1e-3, steps + 1)  # float32, as Dream has them: the rounding matters
+    times = torch.linspace(1, 1e-3, steps + 1)  # float32 as in Dream, because the rounding matters
     return int(left * (1 - times[step + 1] / times[step]))

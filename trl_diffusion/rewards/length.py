@@ -30,7 +30,8 @@ def truncation_penalty(stop_token_ids: Collection[int], penalty: float = -1.0) -
     Example:
 
     ```python
-    >>> truncation_penalty(stop_token_ids=[2])(completion_ids=[[5, 6, 2], [5, 6, 7]])
+    >>> reward = truncation_penalty(stop_token_ids=[2])
+    >>> reward(completion_ids=[[5, 6, 2], [5, 6, 7]])
     [0.0, -1.0]
     ```
     """

@@ -1,1 +1,1 @@
-"""How likely it was: step draws and weights, packed layouts, log-probabilities at scored positions."""
+"""Log-probabilities of responses: draws of steps and their weights, packed layouts, scored tokens."""

@@ -1,4 +1,4 @@
-"""How far an estimate, and the policy behind it, can be trusted."""
+"""Statistics that show how reliable an estimate is, and how far the policy has moved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .layout import PackedLayout, pack
 @dataclass
 class EstimateQuality:
     """
-    Estimates of log-ratios between two policies beside their exact values, for `R` trajectories.
+    Estimates of the log-ratios of two policies, and the exact log-ratios, for `R` trajectories.
 
     Attributes:
         exact (`Tensor` of shape `(R,)`): `D`, the log-ratio of the whole trajectory in nats (docs/method.md, section 2).
@@ -35,12 +35,12 @@ class EstimateQuality:
 
     @property
     def std(self) -> float:
-        """Standard deviation of an estimate around its own mean, in nats: the root of the mean variance."""
+        """Standard deviation of the estimates of a trajectory, in nats: the root of the mean variance."""
         return self.estimates.var(0, correction=1).mean().sqrt().item()
 
     @property
     def correlation(self) -> float:
-        """Pearson correlation of estimates with exact values; NaN where either does not vary."""
+        """Pearson correlation of estimates with exact values. NaN if one of the two does not vary."""
         pairs = torch.stack([self.estimates.flatten(), self.exact.expand_as(self.estimates).flatten()])
         return torch.corrcoef(pairs)[0, 1].item() if (pairs.std(1) > 1e-6).all() else float("nan")
 
@@ -55,15 +55,15 @@ def estimate_quality(
     num_estimates: int = 8,
 ) -> EstimateQuality:
     """
-    Computes the exact log-ratio of some trajectories, and an estimator's estimates of it with several seeds.
+    Computes the exact log-ratios of some trajectories, and an estimator's estimates of them with several seeds.
 
     Args:
-        log_ratios (callable): from a layout to the log-ratio of each token, `(R, C)`.
+        log_ratios (callable): computes the log-ratio of each token of a layout, `(R, C)`.
         batch ([`TrajectoryBatch`]): the trajectories.
         spec ([`DiffusionSpec`]): facts about the policy.
         config ([`EstimatorConfig`]): the estimator.
         seeds (`list[int]` of length `R`): one seed per trajectory.
-        num_estimates (`int`, *optional*, defaults to `8`): number of estimates of each.
+        num_estimates (`int`, *optional*, defaults to `8`): number of estimates per trajectory.
     """
 
     def estimate(config: EstimatorConfig, seeds: list[int]) -> Tensor:
@@ -78,7 +78,7 @@ def estimate_quality(
 
 def ratio_statistics(log_ratios: Tensor, weights: Tensor) -> Tensor:
     """
-    Sums from which [`summarise_ratios`] makes statistics of importance ratios; sums of several batches add up.
+    Sums from which [`summarise_ratios`] computes statistics of importance ratios. Sums of several batches can be added.
 
     Args:
         log_ratios (`Tensor` of shape `(R, C)`): log-ratio of each token, policy over old policy, in nats.
@@ -104,11 +104,11 @@ def ratio_statistics(log_ratios: Tensor, weights: Tensor) -> Tensor:
 
 def summarise_ratios(sums: Tensor) -> dict[str, float]:
     """
-    From the sums of [`ratio_statistics`], weighted over scored tokens:
+    Statistics of importance ratios over scored tokens, with their weights, from the sums of [`ratio_statistics`]:
 
     - `log_ratio_std`: standard deviation of the log-ratio, in nats;
     - `effective_sample_size`: `(sum w r)^2 / (sum w * sum w r^2)` of the ratios `r`, 1 if all are equal (Kish);
-    - `kl_to_old`: mean of `r - 1 - log r`, the KL divergence from the old policy that samples estimate
+    - `kl_to_old`: mean of `r - 1 - log r`, an estimate of the KL divergence from the old policy
       (http://joschu.net/blog/kl-approx.html, "k3");
     - `effective_draws`: `(sum w)^2 / (n sum w^2)` of the weights `w` of the `n` scored tokens, 1 if all are equal (Kish).
     """

@@ -73,28 +73,29 @@ def draw_steps(
 
     A step takes part in the draw if it unmasked at least one drawable token. Other steps add nothing to the log-ratio.
 
-    Take a block with `T` steps that take part. `d[t]` is the log-ratio of the tokens that step `t` unmasked. With
-    `weighting="unbiased"`, the expectation of `sum_draws weight * d[step]` is `sum_t d[t]`. The draw takes
-    `K = min(num_draws, T)` different steps. Step `t` is drawn with probability `p_t` and has the weight `1 / p_t`:
+    Take a block with $T$ steps that take part. $d_t$ is the log-ratio of the tokens that step $t$ unmasked. With
+    `weighting="unbiased"`, the expected sum of the weighted log-ratios of the drawn steps is $\sum_t d_t$. The draw takes
+    $K = \min(\text{num draws}, T)$ different steps. Step $t$ is drawn with probability $p_t$ and has the weight $1 / p_t$:
 
-    - `"uniform"`: `p_t = K / T`.
-    - `"token"`: `p_t` is proportional to `n_t`, the number of drawable tokens that the step unmasked.
-    - `"importance"`: `p_t` is proportional to `0.9 * m_t / m + 0.1 / T`. Each token has a surprise `1 - p`, where `p`
-      is the probability recorded when the token was unmasked. `m_t` is the sum of the surprises over the tokens of the
-      step, and `m` is the sum over the block. A step whose tokens were certain has almost no gradient and is rarely
-      drawn. A weight is at most `max(1, 10 * T / K)`. The draw is uniform in a block whose surprises are all 0, and in
+    - `"uniform"`: $p_t = K / T$.
+    - `"token"`: $p_t$ is proportional to $n_t$, the number of drawable tokens that the step unmasked.
+    - `"importance"`: $p_t$ is proportional to $0.9 m_t / m + 0.1 / T$. Each token has a surprise $1 - p$, where $p$
+      is the probability recorded when the token was unmasked. $m_t$ is the sum of the surprises over the tokens of the
+      step, and $m$ is the sum over the block. A step whose tokens were certain has almost no gradient and is rarely
+      drawn. A weight is at most $\max(1, 10 T / K)$. The draw is uniform in a block whose surprises are all 0, and in
       a block without recorded probabilities.
 
-    The `p_t` of a block add up to `K`. For some steps this rule would give a `p_t` of 1 or more. Such a step is always
+    The $p_t$ of a block add up to $K$. For some steps this rule would give a $p_t$ of 1 or more. Such a step is always
     drawn, with weight 1. The remaining draws are shared among the other steps by the same rule.
 
     The draw uses Madow's systematic sampling with probabilities proportional to size. It puts the steps end to end on
     a line, in a random order. The length of a step is its probability. A grid with spacing 1 and a random start picks
-    the steps that its points fall into. With `num_draws >= T` every step is drawn, so the result is exact with every
+    the steps that its points fall into. With at least $T$ draws every step is drawn, so the result is exact with every
     distribution.
 
-    With `num_blocks`, steps are drawn only in `m = min(num_blocks, S)` of the `S` blocks of a response. These blocks
-    are chosen uniformly, without replacement. With `weighting="unbiased"`, all weights are then multiplied by `S / m`.
+    With `num_blocks`, steps are drawn only in $k = \min(\text{num blocks}, S)$ of the $S$ blocks of a response. These
+    blocks are chosen uniformly, without replacement. With `weighting="unbiased"`, all weights are then multiplied by
+    $S / k$.
 
     Args:
         tokens ([`TokenStates`]):
@@ -108,13 +109,13 @@ def draw_steps(
         num_draws (`int`, *optional*, defaults to `1`):
             Draws per block.
         weighting (`str`, *optional*, defaults to `"unbiased"`):
-            `"unbiased"`: as above. `"none"`: every draw has the weight `1 / K`, as in the paper's figure. If all
+            `"unbiased"`: as above. `"none"`: every draw has the weight $1 / K$, as in the paper's figure. If all
             blocks have the same number of steps, `"none"` only changes the scale of the estimate, which `beta` can
             absorb.
         num_blocks (`int`, *optional*):
             Number of blocks to draw from. `None` means all blocks.
         surprises (`Tensor` of shape `(R, C)`, *optional*):
-            Surprise `1 - p` of each token, between 0 and 1. `"importance"` needs it.
+            Surprise $1 - p$ of each token, between 0 and 1. `"importance"` needs it.
 
     Returns:
         [`StepDraw`]
@@ -131,9 +132,10 @@ def draw_steps(
     >>> from trl_diffusion.scoring.draws import draw_steps
     >>> from trl_diffusion.trajectories.trajectory import TokenStates
     >>> blocks = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    >>> steps = torch.tensor([[1, 0, 0, 2, 1, 0]])  # the step at which each token was unmasked
+    >>> steps = torch.tensor([[1, 0, 0, 2, 1, 0]])  # step that unmasked it
     >>> all_count = torch.ones_like(steps, dtype=torch.bool)
-    >>> draw = draw_steps(TokenStates(blocks, steps, all_count, all_count), seeds=[0])
+    >>> tokens = TokenStates(blocks, steps, all_count, all_count)
+    >>> draw = draw_steps(tokens, seeds=[0])
     >>> draw.steps.tolist()  # step 1 is drawn in both blocks
     [[[1], [1]]]
     >>> draw.weights.tolist()  # block 0 has two steps, block 1 has three

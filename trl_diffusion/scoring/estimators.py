@@ -1,4 +1,4 @@
-"""Estimators of a response's log-probability, one signature: which states are scored, and what each is worth."""
+"""Estimators of a response's log-probability. Each decides which states are scored, and with which weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .draws import StepDistribution, draw_steps
 from .states import States, all_states, drawn_states, states_to_draw
 
 
-COUPLED_RANGE = (0.2, 0.8)  # of the mask ratio of coupled-GRPO
+COUPLED_RANGE = (0.2, 0.8)  # range of the mask ratio of coupled-GRPO
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EstimatorConfig:
         num_draws (`int`, *optional*, defaults to `1`):
             `"dtrpo"`: steps drawn per block. `"elbo"`: random masks per response.
         step_distribution (`str`, *optional*, defaults to `"importance"`):
-            `"dtrpo"`: how a step is drawn, `"importance"`, `"uniform"` or `"token"` (see [`draw_steps`]).
+            `"dtrpo"`: distribution from which a step is drawn, `"importance"`, `"uniform"` or `"token"` (see [`draw_steps`]).
         weighting (`str`, *optional*, defaults to `"unbiased"`):
             `"dtrpo"`: `"unbiased"` or `"none"` (see [`draw_steps`]).
         num_blocks (`int`, *optional*):
@@ -41,7 +41,7 @@ class EstimatorConfig:
         prompt_mask_probability (`float`, *optional*, defaults to `0.15`):
             `"mean_field"`: probability with which a prompt token is masked.
         selection ([`Selection`], *optional*):
-            `"dtrpo"` and `"exact"`: how positions were selected, where that is scored, too.
+            `"dtrpo"` and `"exact"`: how positions were selected, if the selection is scored as well.
 
     Raises:
         ValueError: for an unknown estimator or a value out of range.
@@ -87,10 +87,10 @@ class Estimator:
     Attributes:
         states (callable): `(batch, spec, seeds, config) -> States`; `seeds` holds one seed per response.
         recorded (`bool`):
-            Whether it scores tokens in the states in which they were unmasked, so that the log-probabilities recorded
-            while decoding are those of the policy that decoded.
+            Whether it scores tokens in the states in which they were unmasked. The log-probabilities recorded while
+            decoding are then those of the old policy in these states.
         one_row (`bool`):
-            Whether block attention runs all views of a response in one packed row, instead of one row for each.
+            Whether, with block attention, all views of a response run in one packed row, instead of one row each.
     """
 
     states: Callable[[TrajectoryBatch, DiffusionSpec, list[int], EstimatorConfig], States]
@@ -100,8 +100,8 @@ class Estimator:
 
 def dtrpo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
     """
-    State reduction of dTRPO (https://huggingface.co/papers/2603.18806; docs/method.md, section 2): `num_draws` random
-    decoding steps of each block (full attention: of the response), of which the newly unmasked tokens are scored.
+    State reduction of dTRPO (https://huggingface.co/papers/2603.18806; docs/method.md, section 2). It draws `num_draws`
+    denoising steps of each block (full attention: of the response), and scores the tokens that these steps unmasked.
 
     Forward passes per response: 1 with block attention, `num_draws` with full attention.
     """
@@ -123,9 +123,10 @@ def dtrpo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config:
 
 def exact(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
     """
-    The whole trajectory: every token in the state in which it was unmasked (docs/method.md, section 1). Nothing is random.
+    The whole trajectory: scores every token in the state in which it was unmasked (docs/method.md, section 1). Nothing
+    is random.
 
-    Forward passes per response: as many as the block with the most steps has (block attention); as many as there are
+    Forward passes per response: the number of steps of the block that has most (block attention), or the number of all
     steps (full attention).
     """
     return all_states(batch, spec, selection=config.selection)
@@ -133,13 +134,13 @@ def exact(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config:
 
 def elbo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
     """
-    Evidence lower bound as in VRPO (LLaDA 1.5, https://huggingface.co/papers/2505.19223): of the `N` tokens of the
-    response, `m` are masked, `m` uniform in 1 to `N`, which ones at random; their log-probabilities are summed with
-    weight `N / m`, and the mean over `num_draws` masks is taken. With block attention this holds for each block,
-    given the blocks before it.
+    Evidence lower bound as in VRPO (LLaDA 1.5, https://huggingface.co/papers/2505.19223). Of the `N` tokens of the
+    response, `m` random ones are masked, where `m` is uniform in 1 to `N`. The sum of their log-probabilities is
+    multiplied by `N / m`. The bound is the mean over `num_draws` masks. With block attention this is done for each
+    block, given the blocks before it.
 
-    A token's estimate is the weighted mean of its log-probabilities over the masks that hide it, and its weight the sum
-    of those weights, so that the weighted sum over tokens is the bound.
+    The weight of a token is the sum of `N / m` over the masks that hide it. Its estimate is the mean of its
+    log-probabilities over these masks, weighted by `N / m`. The weighted sum of the estimates is then the bound.
 
     Forward passes per response: `num_draws`.
     """
@@ -147,7 +148,7 @@ def elbo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: 
     keys = _uniforms(batch, seeds, config.num_draws)  # (R, W, C)
     sizes = at_block(groups, sum_by_block(groups, drawn[:, None].float()))  # (R, 1, C): N of the token's group
     sizes = sizes.expand(-1, config.num_draws, -1)
-    # Group `g` takes number `g`, the same for all its positions.
+    # All positions of group `g` use number `g`.
     numbers = at_block(groups, _uniforms(batch, [derive_seed(seed, 1) for seed in seeds], config.num_draws))
     num_masked = (numbers * sizes).floor() + 1  # m, uniform in 1 to N
     masked = drawn[:, None] & (rank_in_block(groups, keys, drawn[:, None]) < num_masked)
@@ -159,9 +160,9 @@ def elbo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: 
 
 def mean_field(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
     """
-    One-step log-probabilities as in diffu-GRPO (d1, https://huggingface.co/papers/2504.12216): every token of the
-    response is scored with the whole response masked (block attention: with its whole block masked), and each prompt
-    token is masked with probability `prompt_mask_probability`.
+    One-step log-probabilities as in diffu-GRPO (d1, https://huggingface.co/papers/2504.12216). Every token of the
+    response is scored while the whole response is masked (block attention: while its whole block is masked). Each
+    prompt token is masked with probability `prompt_mask_probability`.
 
     Forward passes per response: 1.
     """
@@ -180,11 +181,11 @@ def mean_field(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], co
 
 def coupled(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
     """
-    Coupled sampling as in DiffuCoder (https://huggingface.co/papers/2506.20639): with a mask ratio `r` uniform in 0.2 to
-    0.8, every token is masked with probability `r` in one state, and the other tokens are in a second one; a third one
-    masks everything. The estimate of a token is half its log-probability in the third, plus half of it, divided by
-    `r` or `1 - r`, in the one of the other two that masks it. With block attention, states are those of each block, given
-    the blocks before it.
+    Coupled sampling as in DiffuCoder (https://huggingface.co/papers/2506.20639). The mask ratio `r` is uniform in 0.2 to
+    0.8. There are three states. The first masks each token with probability `r`. The second masks the tokens that the
+    first leaves visible. The third masks all tokens. The estimate of a token is half its log-probability in the third
+    state, plus half its log-probability in the first or second state, whichever masks it, divided by `r` or `1 - r`.
+    With block attention, each block has its own states, given the blocks before it.
 
     Forward passes per response: 3.
     """
@@ -212,8 +213,8 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def _tokens(batch: TrajectoryBatch, spec: DiffusionSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Groups that are masked together, tokens made autoregressively, tokens that masks are drawn from, and tokens that
-    count; all of shape `(R, C)`."""
+    """The group of each token, whose tokens are masked together; which tokens are autoregressive, which can be masked,
+    and which count. All of shape `(R, C)`."""
     unmasked = batch.steps != NEVER
     groups, _, drawn, _ = token_states(spec, batch, unmasked)
     return groups, unmasked & ~drawn, drawn, batch.completion_mask & unmasked
@@ -227,7 +228,7 @@ def _random_states(
     autoregressive: Tensor,
     counted: Tensor,
 ) -> States:
-    """States that hide the `masked` tokens. Those made autoregressively are always visible, and always scored."""
+    """States that hide the `masked` tokens. Autoregressive tokens are always visible and always scored."""
     always = (autoregressive & counted).float()
     coefficients = coefficients.clone()
     coefficients[:, 0] += always
@@ -235,7 +236,7 @@ def _random_states(
 
 
 def _uniforms(batch: TrajectoryBatch, seeds: list[int], num: int) -> Tensor:
-    """Uniform numbers of shape `(R, num, C)` (float64) that depend on a row's own seed and canvas length alone."""
+    """Uniform random numbers, `(R, num, C)`, float64. Those of a row depend only on its seed and canvas length."""
     values = torch.zeros(len(batch), num, batch.canvas_ids.shape[1], dtype=torch.float64)
     for row, (seed, length) in enumerate(zip(seeds, batch.canvas_lengths.tolist(), strict=True)):
         generator = torch.Generator().manual_seed(seed)

@@ -26,8 +26,9 @@ class SelectionLayout:
     Attributes:
         selection ([`Selection`]): how positions were selected.
         states (`Tensor` of shape `(M,)`): number of the state that each place of a [`PackedLayout`] belongs to.
-        unmasked, rejected (boolean `Tensor` of shape `(M,)`): places that the step of the state unmasked, and those that it
-            could have unmasked and did not. Tokens that are made autoregressively are neither.
+        unmasked (boolean `Tensor` of shape `(M,)`): places that the step of the state unmasked.
+        rejected (boolean `Tensor` of shape `(M,)`): places that this step could have unmasked but did not. Autoregressive
+            tokens are neither unmasked nor rejected.
     """
 
     selection: Selection
@@ -39,21 +40,23 @@ class SelectionLayout:
 @dataclass
 class PackedLayout:
     """
-    `Q` packed rows of `N` tokens, and the `M` places in them where tokens of `R` responses are scored. With block
-    attention a row holds all views of a response (and, with a shared prompt, of several responses); with full attention
-    it holds one view of one response.
+    `Q` packed rows of `N` tokens, and the `M` places in them where tokens of `R` responses are scored.
+
+    With block attention, a row holds all views of a response. If responses share a prompt, it holds several responses.
+    With full attention, a row holds one view of one response.
 
     Attributes:
         input_ids (`Tensor` of shape `(Q, N)`): token ids.
         position_ids (`Tensor` of shape `(Q, N)`): position of each token in its unpadded sequence.
-        allowed (boolean `Tensor` of shape `(Q, 1, N or 1, N)`, or [`PackedMask`]): True where the token of the row may
-            look at the column's.
+        allowed (boolean `Tensor` of shape `(Q, 1, N or 1, N)`, or [`PackedMask`]): True where the token of the
+            mask's row sees the token of its column.
         rows, columns (`Tensor` of shape `(M,)`): where the logits of a scored token are read.
-        targets (`Tensor` of shape `(M,)`): the token whose log-probability is wanted there.
+        targets (`Tensor` of shape `(M,)`): the token that is scored there.
         responses, canvas_columns (`Tensor` of shape `(M,)`): the response and the canvas position of that token.
-        coefficients (`Tensor` of shape `(M,)`, float32): share of the log-probability in the token's estimate.
+        coefficients (`Tensor` of shape `(M,)`, float32): factor of the log-probability in the token's estimate.
         weights (`Tensor` of shape `(R, C)`, float32): weight of each canvas position, 0 where it is not scored.
-        selected ([`SelectionLayout`], *optional*): where the selection is scored, too; its rejected places have coefficient 0.
+        selected ([`SelectionLayout`], *optional*): set if the selection is scored as well. Its rejected
+            places have coefficient 0.
     """
 
     input_ids: Tensor
@@ -81,37 +84,41 @@ def pack(
 
     Block attention: one row for each response (or for each of its views).
 
-        tokens     [ prompt and canvas up to the last block that anything looks back to | noisy copies of blocks ]
-        attention  clean token: clean tokens of its own block and the blocks before it
-                   noisy token: clean tokens of the blocks before its own, and its own noisy copy
+        tokens     [ clean: prompt and canvas | noisy: copies of blocks ]
+        attention  a clean token sees: clean tokens of its own block
+                                       and of earlier blocks
+                   a noisy token sees: clean tokens of earlier blocks,
+                                       and its own noisy copy
 
-    The noisy copy of a block shows what a view shows of it. Tokens that are made autoregressively are read from the
-    clean part, whose state is in every pass.
+    The clean part ends at the last block that a later block looks back to. The noisy copy of a block shows its state in
+    a view. Autoregressive tokens are scored in the clean part, because it contains their state.
 
-    With `share_prompts`, neighbours in the batch that have the same prompt share a row and its whole blocks, in which no
-    response is visible:
+    With `share_prompts`, neighbours in the batch with the same prompt share a row. They share the whole blocks of the
+    prompt, in which no response is visible:
 
-        tokens     [ whole blocks of the prompt | clean and noisy part of response 1 | of response 2 | ... ]
+        tokens     [ whole blocks of the prompt | response 1 | response 2 | ... ]
 
-    Full attention: one row for each view, `[ prompt and canvas as the view shows them ]`, in which every token sees every
-    other.
+    Each response consists of a clean and a noisy part, as above.
+
+    Full attention: one row for each view, with prompt and canvas as the view shows them. Every token sees every other
+    token.
 
     Args:
         batch ([`TrajectoryBatch`]):
-            The responses. Padding, wherever it is, changes nothing.
+            The responses. Padding on either side changes nothing.
         spec ([`DiffusionSpec`]):
             Facts about the policy.
         states ([`States`]):
-            What to show and what to score.
+            Which tokens are visible, and which are scored.
         one_row (`bool`, *optional*, defaults to `True`):
-            Block attention: whether the views of a response share a row and its clean part, or have a row each. The
-            numbers are the same; attention inside a row costs the square of its length.
+            Block attention: whether the views of a response share one row and its clean part, or have a row each. The
+            numbers are the same. The cost of attention grows with the square of the length of a row.
         share_prompts (`bool`, *optional*, defaults to `False`):
-            Block attention: whether responses share their prompt as above. Needs
+            Block attention: whether responses share their prompt, as above. This needs
             [`~policies.attention.enable_plans`] on the model.
 
-    Example: the states of the example of [`drawn_states`]. The clean part ends with block 0, since nothing looks back to
-    block 1.
+    Example: the states of the example of [`drawn_states`]. The clean part ends with block 0, since no block looks back
+    to block 1.
 
     ```python
     >>> import torch
@@ -129,17 +136,18 @@ def pack(
     ...     canvas_lengths=torch.tensor([6]),
     ...     completion_lengths=torch.tensor([6]),
     ... )
-    >>> draw = StepDraw(torch.tensor([[[0], [1]]]), torch.tensor([[[2.0], [3.0]]]), torch.ones(1, 2))
+    >>> steps, weights = torch.tensor([[[0], [1]]]), torch.tensor([[[2.0], [3.0]]])
+    >>> draw = StepDraw(steps, weights, torch.ones(1, 2))
     >>> layout = pack(batch, spec, drawn_states(batch, spec, draw))
-    >>> layout.input_ids.tolist()  # clean block 0, noisy block 0 (with the prompt), noisy block 1
+    >>> layout.input_ids.tolist()  # clean block 0, noisy block 0, noisy block 1
     [[7, 8, 11, 12, 7, 8, 0, 0, 13, 0, 0, 16]]
     >>> layout.position_ids.tolist()
     [[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]]
-    >>> layout.allowed.dense()[0, 0, [0, 4, 8]].int()  # what the first token of each of these three sees
+    >>> layout.allowed.dense()[0, 0, [0, 4, 8]].int()  # what their first tokens see
     tensor([[1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
             [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0],
             [1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1]], dtype=torch.int32)
-    >>> layout.columns.tolist(), layout.targets.tolist()  # where which token is scored
+    >>> layout.columns.tolist(), layout.targets.tolist()  # places, scored tokens
     ([7, 10], [12, 15])
 
     ```
@@ -160,7 +168,7 @@ def _pack_full(batch: TrajectoryBatch, spec: DiffusionSpec, states: States) -> P
     prompt_lengths = batch.prompt_lengths
     sequence, canvas_columns = _unpad(batch, prompt_lengths)
     needed = (states.coefficients != 0).any(-1)
-    needed[:1, :1] |= ~needed.any()  # a pass over nothing still is a pass
+    needed[:1, :1] |= ~needed.any()  # a pass needs at least one row
     responses, views = needed.nonzero(as_tuple=True)
     positions = torch.arange(sequence.shape[1], device=sequence.device).expand(len(responses), -1)
     hidden = states.hidden[responses, views].gather(1, canvas_columns[responses])
@@ -198,25 +206,25 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
     if members is not None and starts.max() == 0:
         members = None  # nothing to share
 
-    # Which token is read where: made autoregressively, from the clean part; else from the noisy copy of its block.
+    # Where each token is scored: autoregressive ones in the clean part, others in the noisy copy of their block.
     responses, views, columns = states.read.nonzero(as_tuple=True)
     blocks = token_blocks[responses, columns]
     from_clean = autoregressive_positions(spec, prompt_lengths, canvas_width)[responses, columns]
 
-    # Clean part: up to the start of the last block that is scored, and from where no prompt is shared.
+    # Clean part: from the end of the shared prompt to the start of the last scored block.
     first = starts if members is not None else torch.zeros_like(starts)
     last_block = torch.full((num_rows,), -1, device=device).scatter_reduce(0, responses, blocks, reduce="amax")
     clean_lengths = torch.where(last_block >= 0, spec.block_start(last_block, starts) - first, 0)
-    clean_width = max(int(clean_lengths.max()), 1) if num_rows else 1  # a part without tokens is no part
+    clean_width = max(int(clean_lengths.max()), 1) if num_rows else 1  # at least one column
     clean_columns = torch.arange(clean_width, device=device)
     clean_positions = first[:, None] + clean_columns
     clean_valid = clean_columns < clean_lengths[:, None]
 
-    # Noisy part: copies of `B` positions, one for each pair of a view and a block of it that is scored.
+    # Noisy part: a copy of `B` positions for each pair of a view and a block that it scores.
     num_blocks = int(token_blocks.max()) + 1 if token_blocks.numel() else 1
     needed = torch.zeros(num_rows, states.hidden.shape[1] * num_blocks, dtype=torch.bool, device=device)
     needed[responses[~from_clean], (views * num_blocks + blocks)[~from_clean]] = True
-    copy_of = needed.cumsum(1) - 1  # number of the copy, for each pair that is needed
+    copy_of = needed.cumsum(1) - 1  # number of each pair's copy
     noisy = _noisy_part(states, spec, needed, sequence, canvas_columns, prompt_lengths, starts)
 
     clean_ids = sequence.gather(1, clean_positions.clamp(max=sequence.shape[1] - 1))
@@ -263,8 +271,8 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
 def _selected(
     states: States, responses: Tensor, views: Tensor, columns: Tensor, numbers: Tensor, autoregressive: Tensor
 ) -> SelectionLayout | None:
-    """Where the selection of `M` places is scored. `numbers`, `(M,)`: any number for each state; all arguments but the first
-    have this shape."""
+    """Where the selection of `M` places is scored. All arguments but `states` have shape `(M,)`. `numbers` holds a number
+    that identifies the state of each place."""
     if states.selection is None or states.rejected is None:
         return None
     rejected = states.rejected[responses, views, columns]
@@ -275,7 +283,7 @@ def _selected(
 
 @dataclass
 class _Part:
-    """Tokens of some rows; `copies` (W,) says which noisy copy each column belongs to, 0 for the clean part."""
+    """Tokens of some rows. `copies` (W,) is the number of the noisy copy of each column, 0 in the clean part."""
 
     ids: Tensor
     positions: Tensor
@@ -283,7 +291,7 @@ class _Part:
     copies: Tensor
 
     def blocks(self, spec: DiffusionSpec, starts: Tensor) -> Tensor:
-        """Attention block of each token: blocks of the response count from 0, those of the prompt are negative."""
+        """Attention block of each token. Blocks of the response are numbered from 0. Blocks of the prompt are negative."""
         return spec.block_of(self.positions, starts[:, None])
 
 
@@ -297,12 +305,12 @@ def _noisy_part(
     starts: Tensor,
 ) -> _Part:
     """
-    Noisy copies of blocks: `B` positions for each that a response needs, as many for all as for the one that needs most.
+    Noisy copies of blocks, `B` positions each. All rows have as many copies as the response that needs most.
 
     Args:
         states ([`States`]): what each view hides.
         spec ([`DiffusionSpec`]): facts about the policy.
-        needed (boolean `Tensor` of shape `(R, W * S)`): pairs of a view and a block, in this order, that are needed.
+        needed (boolean `Tensor` of shape `(R, W * S)`): which pairs of a view and a block are needed.
         sequence, canvas_columns: see [`_unpad`].
         prompt_lengths, starts (`Tensor` of shape `(R,)`): length of the prompt, and first position of block 0.
     """
@@ -330,8 +338,8 @@ def shared_prompts(batch: TrajectoryBatch) -> Tensor | None:
     Neighbours in a batch that have the same prompt.
 
     Returns:
-        `Tensor` of shape `(Q, G)`: the responses to each of `Q` prompts, -1 where a prompt has fewer than `G`; or `None`
-        if sharing would save nothing, because prompts differ or groups are too unequal.
+        `Tensor` of shape `(Q, G)`: the responses to each of `Q` prompts, filled up with -1 for prompts with fewer than `G`
+        responses. `None` if sharing would save nothing, because prompts differ or groups are too unequal.
     """
     num_rows = len(batch)
     if num_rows < 2:
@@ -352,7 +360,7 @@ def shared_prompts(batch: TrajectoryBatch) -> Tensor | None:
 def _seats(members: Tensor) -> tuple[Tensor, Tensor]:
     """Group of each response and its place in it, both `(R,)`."""
     groups, seats = (members >= 0).nonzero(as_tuple=True)
-    return groups, seats  # members are numbered in this order
+    return groups, seats  # `members` lists the responses in this order
 
 
 def _shared_prefix(sequence: Tensor, starts: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -366,7 +374,7 @@ def _shared_prefix(sequence: Tensor, starts: Tensor, members: Tensor) -> tuple[T
 def _join(
     prefix: _Part, part: _Part, spec: DiffusionSpec, starts: Tensor, members: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, PackedMask]:
-    """One row for each group: its prefix, and behind it the parts of its members side by side."""
+    """One row for each group: its prefix, followed by the parts of its members."""
     group_starts = starts[members[:, 0]]
     flat = members.clamp(min=0).flatten()
 

@@ -1,4 +1,4 @@
-"""How likely the policy finds what was unmasked."""
+"""Log-probabilities that the policy gives to unmasked tokens."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ def score(
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """
-    Estimated log-probabilities of the tokens of a layout, in one forward pass: for each token, the sum of its
-    log-probabilities in the states that score it, times their coefficients (see [`States`]).
+    Estimated log-probabilities of the tokens of a layout, computed in one forward pass. The estimate of a token is the sum
+    of its log-probabilities in the states that score it, times their coefficients (see [`States`]).
 
     Args:
         model (`nn.Module`): the policy, wrapped or not.
         layout ([`PackedLayout`]): the states to score.
         spec ([`DiffusionSpec`]): facts about the policy.
-        temperature (`float`, *optional*, defaults to `1.0`): the one the tokens were sampled with.
+        temperature (`float`, *optional*, defaults to `1.0`): temperature at which the tokens were sampled.
         compute_entropy (`bool`, *optional*, defaults to `False`): whether to return entropies as well.
         entropy_gradient (`bool`, *optional*, defaults to `False`):
-            whether gradients flow through the entropies. Costs two more tensors of the size of the logits.
+            whether gradients flow through the entropies. This needs two more tensors of the size of the logits.
 
     Returns:
-        Two float32 tensors of shape `(R, C)`, 0 where nothing is scored: log-probabilities, and the entropies of the
-        distributions they come from (the mean over the states that score the token), or `None`; both in nats.
+        Two float32 tensors of shape `(R, C)`, in nats and 0 where nothing is scored. The first holds log-probabilities.
+        The second holds the entropies of their distributions (the mean over the states that score the token), or is
+        `None`.
     """
     logits = policy_logits(model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns)
     return score_logits(logits, layout, spec, temperature, compute_entropy, entropy_gradient)
@@ -47,7 +48,7 @@ def score_logits(
     compute_entropy: bool = False,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """[`score`] for logits that are there already, of shape `(M, V)`: those at the scored places of the layout."""
+    """[`score`] for given logits of shape `(M, V)`, at the scored places of the layout."""
     log_probs = log_distribution(logits, spec, temperature)  # (M, V)
     scored = layout.coefficients != 0
     picked = log_probs.gather(1, layout.targets[:, None]).squeeze(1)
@@ -78,7 +79,7 @@ def _selection_shares(
     spec: DiffusionSpec,
     temperature: float,
 ) -> Tensor:
-    """What the selection adds to the log-probability of each place of a layout, `(M,)`; see [`Selection.shares`]."""
+    """The part of the selection in the log-probability of each place, `(M,)`; see [`Selection.shares`]."""
     seen = log_probs
     if not selected.selection.tempered and temperature not in (0.0, 1.0):
         seen = log_distribution(logits.detach(), spec)
@@ -89,10 +90,12 @@ def _selection_shares(
 
 def high_entropy(entropies: Tensor, weights: Tensor, pool: tuple[Tensor, Tensor], quantile: float) -> Tensor:
     """
-    Which scored tokens are among the most uncertain ones of a pool (https://huggingface.co/papers/2506.01939, where every
-    token is scored). A drawn token stands for as many tokens as its weight says: of the weight of the other tokens of the
-    pool, at least the share `quantile` must be on tokens with no higher entropy. With equal weights, these are the tokens
-    above `torch.quantile(entropies, quantile)`.
+    Which scored tokens have the highest entropies of a pool (https://huggingface.co/papers/2506.01939, where every token
+    is scored).
+
+    A scored token stands for as many tokens as its weight says. A token is chosen if tokens with no higher entropy have
+    at least the share `quantile` of the weight of all other tokens. With equal weights, these are the tokens above
+    `torch.quantile(entropies, quantile)`.
 
     Args:
         entropies (`Tensor` of shape `(R, C)`): entropy of each token, in nats.
@@ -110,5 +113,5 @@ def high_entropy(entropies: Tensor, weights: Tensor, pool: tuple[Tensor, Tensor]
     cumulated = pool[1][order].double().cumsum(0)
     below = cumulated[torch.searchsorted(ordered, entropies[scored], right=True) - 1] - weights[scored]
     others = cumulated[-1] - weights[scored]
-    chosen = below >= quantile * others - 1e-6 * cumulated[-1]  # what rounding takes away
+    chosen = below >= quantile * others - 1e-6 * cumulated[-1]  # tolerance for rounding
     return scored.masked_scatter(scored, chosen)

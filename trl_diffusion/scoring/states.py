@@ -1,4 +1,4 @@
-"""States to be scored: what the policy is shown, and what its log-probabilities there are worth."""
+"""States to be scored: which tokens the policy sees, which tokens are scored, and with which weights."""
 
 from __future__ import annotations
 
@@ -25,25 +25,28 @@ from .draws import StepDraw
 @dataclass
 class States:
     r"""
-    `W` views of each of `R` responses. The estimate of a token's log-probability is
+    `W` views of each of `R` responses. The estimate of the log-probability of token $c$ of response $r$ is
 
-        estimate[r, c] = sum_v coefficients[r, v, c] * log p(token c | view v of response r)
+    $$
+    e_{r,c} = \sum_{v} a_{r,v,c} \log p(y_{r,c} \mid \text{view } v)
+    $$
 
-    and `sum_c weights[r, c] * estimate[r, c]` is the estimate of the log-probability of the response.
+    with the coefficients $a$. The estimate of the log-probability of the response is $\sum_c w_{r,c} e_{r,c}$, with the
+    weights $w$.
 
-    With block attention, a view is one state of every block (the blocks before it are clean), and a block of a view that
-    has no coefficient is not run. With full attention, a view is one state of the whole response. Tokens that are made
-    autoregressively are read from the clean tokens before them, whatever the view hides.
+    With block attention, a view shows one state of every block, after clean blocks. A block without coefficients in a
+    view is not run. With full attention, a view is one state of the whole response. Autoregressive tokens are scored
+    from the clean tokens before them, and do not depend on what the view hides.
 
     Attributes:
         hidden (boolean `Tensor` of shape `(R, W, C)`): True where the view shows the mask token.
         coefficients (`Tensor` of shape `(R, W, C)`, float32): 0 where the view does not score the token.
         weights (`Tensor` of shape `(R, C)`, float32): weight of each token in the loss, 0 where it is not scored.
         prompt_hidden (boolean `Tensor` of shape `(R, P)`, *optional*): prompt tokens replaced by the mask token.
-        selection ([`Selection`], *optional*): how positions were selected, where that is scored, too: a token's
-            log-probability then has its share of the selection's.
+        selection ([`Selection`], *optional*): how positions were selected, if the selection is scored as well. A token's
+            log-probability then contains its share of the selection's.
         rejected (boolean `Tensor` of shape `(R, W, C)`, *optional*): with `selection`, positions that the step of the view
-            could have unmasked and did not.
+            could have unmasked but did not.
     """
 
     hidden: Tensor
@@ -55,16 +58,16 @@ class States:
 
     @property
     def read(self) -> Tensor:
-        """Where logits are needed, boolean, `(R, W, C)`."""
+        """Places where logits are needed, boolean, `(R, W, C)`."""
         scored = self.coefficients != 0
         return scored if self.rejected is None else scored | self.rejected
 
     def view_rows(self) -> tuple[Tensor, States]:
         """
-        Every view as a response of its own.
+        Turns every view into a response with a single view.
 
         Returns:
-            `(R * W,)` indices of the response each row belongs to, and its states with a single view.
+            The index of the response that each row belongs to, `(R * W,)`, and the states.
         """
         num_responses, num_views = self.hidden.shape[:2]
         rows = torch.arange(num_responses, device=self.hidden.device).repeat_interleave(num_views)
@@ -86,17 +89,18 @@ def drawn_states(
     selection: Selection | None = None,
 ) -> States:
     """
-    The states just before the drawn decoding steps, in which the tokens that those steps unmasked are scored.
+    The states just before the drawn denoising steps. The tokens that these steps unmasked are scored in them.
 
     Args:
         batch ([`TrajectoryBatch`]): the responses.
         spec ([`DiffusionSpec`]): facts about the policy.
-        draw ([`StepDraw`]): groups and steps are those of [`token_states`].
+        draw ([`StepDraw`]): the drawn steps. Groups and steps are numbered as in [`token_states`].
         counted (boolean `Tensor` of shape `(R, C)`, *optional*): tokens that may be scored. Defaults to [`counted_writes`].
-        selection ([`Selection`], *optional*): how positions were selected, where that is to be scored, too.
+        selection ([`Selection`], *optional*): how positions were selected, if the selection is scored
+            as well.
 
-    Example: a prompt of two tokens, and blocks of four. So block 0 has the prompt and two tokens of the canvas, and
-    block 1 the other four.
+    Example: the prompt has two tokens, and blocks have four positions. Block 0 therefore has the prompt and two tokens of
+    the canvas. Block 1 has the other four tokens.
 
     ```python
     >>> import torch
@@ -113,11 +117,12 @@ def drawn_states(
     ...     canvas_lengths=torch.tensor([6]),
     ...     completion_lengths=torch.tensor([6]),
     ... )
-    >>> draw = StepDraw(torch.tensor([[[0], [1]]]), torch.tensor([[[2.0], [3.0]]]), torch.ones(1, 2))
+    >>> steps, weights = torch.tensor([[[0], [1]]]), torch.tensor([[[2.0], [3.0]]])
+    >>> draw = StepDraw(steps, weights, torch.ones(1, 2))
     >>> states = drawn_states(batch, spec, draw)
-    >>> states.hidden.int().tolist()  # what steps 0 and 1 of the two blocks, and later ones, unmasked
+    >>> states.hidden.int().tolist()  # unmasked at the drawn step or later
     [[[1, 1, 0, 1, 1, 0]]]
-    >>> states.coefficients.tolist()  # what these two steps unmasked is scored
+    >>> states.coefficients.tolist()  # unmasked at the drawn step
     [[[0.0, 1.0, 0.0, 0.0, 1.0, 0.0]]]
     >>> states.weights.tolist()
     [[0.0, 2.0, 0.0, 0.0, 3.0, 0.0]]
@@ -135,7 +140,7 @@ def drawn_states(
     drawn, weights = of_token(draw.steps), of_token(draw.weights)  # (R, C, K)
     hit = (drawn == steps[..., None]) & (drawn >= 0) & drawable[..., None]
     hit &= (groups < num_groups)[..., None]
-    always = (counted & ~drawable).float()  # made autoregressively: their state is in every pass
+    always = (counted & ~drawable).float()  # autoregressive: their state is in every pass
     coefficients = hit.float()
     coefficients[..., 0] += always * (of_token(draw.block_weights) > 0)
     hidden = ((steps[..., None] == NEVER) | (steps[..., None] >= drawn)).transpose(1, 2)
@@ -149,21 +154,21 @@ def drawn_states(
 
 
 def states_to_draw(batch: TrajectoryBatch, spec: DiffusionSpec, selection: Selection | None) -> TokenStates:
-    """[`token_states`] of the tokens that count, which depend on whether their selection is scored."""
+    """[`token_states`] of the tokens that count. Which tokens count depends on whether the selection is scored."""
     return token_states(spec, batch, counted_writes(spec, batch, whole_steps=selection is not None))
 
 
 def _rejected(
     batch: TrajectoryBatch, spec: DiffusionSpec, selection: Selection, hidden: Tensor, unmasked: Tensor
 ) -> Tensor:
-    """What the step of each view could have unmasked and did not, boolean, `(R, W, C)`: what is masked of the block, or the
-    part of a block, in which it `unmasked` something, `(R, W, C)`."""
+    """Positions that the step of each view could have unmasked but did not, boolean, `(R, W, C)`. These are the masked
+    positions of the block, or of the part of a block, in which it unmasked something. `unmasked` has the same shape."""
     lengths, width = batch.prompt_lengths, batch.canvas_ids.shape[1]
     columns = torch.arange(width, device=lengths.device)
     blocks = response_blocks(spec, lengths, width)
     places = spec.place_of(lengths[:, None] + columns, lengths[:, None])
     part_size = selection.sub_block_size or spec.block_size
-    parts = blocks * spec.block_size + places // part_size  # a number of its own for each part
+    parts = blocks * spec.block_size + places // part_size  # a different number for each part
     groups = blocks if spec.attention == "block" else torch.zeros_like(blocks)
     active = at_block(groups, max_by_block(groups, torch.where(unmasked, parts[:, None] + 1, 0)))
     open_to_all = (columns < batch.canvas_lengths[:, None]) & ~autoregressive_positions(spec, lengths, width)
@@ -173,7 +178,7 @@ def _rejected(
 def all_states(
     batch: TrajectoryBatch, spec: DiffusionSpec, counted: Tensor | None = None, selection: Selection | None = None
 ) -> States:
-    """Every state of every trajectory, one decoding step in each view: every token is scored, with weight 1."""
+    """Every state of every trajectory, with one denoising step in each view. Every token is scored with weight 1."""
     tokens = states_to_draw(batch, spec, selection) if counted is None else token_states(spec, batch, counted)
     groups, steps, drawable, counted = tokens
     num_groups = int(groups[counted].max()) + 1 if counted.any() else 1

@@ -1,1 +1,1 @@
-"""DTRPOConfig and DTRPOTrainer. The only folder that knows TRL."""
+"""`DTRPOConfig` and `DTRPOTrainer`. Only this folder depends on TRL's trainer."""

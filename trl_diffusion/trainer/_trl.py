@@ -1,4 +1,4 @@
-"""Every import from TRL that its documentation does not promise. When TRL moves something, this is where it breaks."""
+"""All imports from TRL that its documentation does not guarantee. If TRL moves something, this file breaks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
     class TrainerMixin(GRPOTrainer):
-        """What is mixed with a [`~trl.GRPOTrainer`]: narrowed types of inherited attributes."""
+        """Base of mixins for a [`~trl.GRPOTrainer`]: narrowed types of inherited attributes."""
 
         args: Any
         eval_dataset: Any
@@ -46,17 +46,17 @@ def unwrapped_policy(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ):
     """
-    `unwrap_model_for_generation`, with three differences. It undoes what it did (to hooks of ZeRO-3, to gradient
-    checkpointing) when something is raised inside, too. Gradient checkpointing is of the same kind afterwards, in every
-    version of TRL. And with gathered parameters, processes may run different numbers of forward passes: DeepSpeed would
-    compare notes at the first ones.
+    `unwrap_model_for_generation`, with three differences. It also restores hooks of ZeRO-3 and gradient checkpointing if an
+    error is raised inside. Gradient checkpointing has the same kind afterwards, in every version of TRL. With gathered
+    parameters, processes may run different numbers of forward passes, because DeepSpeed's comparison of the first passes
+    is switched off.
     """
     failure, base = None, accelerator.unwrap_model(model)
     checkpointing = base.is_gradient_checkpointing
     with unwrap_model_for_generation(model, accelerator, gather_deepspeed3_params=gather_deepspeed3_params) as policy:
         coordinator = _coordinator(model) if gather_deepspeed3_params else None
         if coordinator is not None:
-            coordinator.reset_step = lambda: None  # hides the method; all other hooks are removed
+            coordinator.reset_step = lambda: None  # replaces the method; all other hooks are removed
         try:
             yield policy
         except BaseException as error:
@@ -71,6 +71,6 @@ def unwrapped_policy(
 
 
 def _coordinator(model):
-    """What fetches the parameters of a ZeRO-3 engine, `None` for anything else."""
+    """The object that fetches the parameters of a ZeRO-3 engine. `None` for other models."""
     optimizer = getattr(model, "optimizer", None)
     return getattr(getattr(optimizer, "parameter_offload", optimizer), "param_coordinator", None)

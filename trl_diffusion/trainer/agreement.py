@@ -1,4 +1,4 @@
-"""One process fails, and all of them say so, instead of waiting for it."""
+"""If one process fails, all processes raise an error instead of waiting for it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..rewards.call import check_rewards, is_asynchronous
 
 def fail_together(accelerator: Accelerator, error: Exception | None, what: str) -> None:
     """
-    Must be called by every process. Does nothing if no process has an error.
+    Raises an error on every process if one process has an error. Every process must call it.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): knows the processes.
-        error (`Exception`, *optional*): what went wrong on this one.
+        accelerator ([`~accelerate.Accelerator`]): connects the processes.
+        error (`Exception`, *optional*): the error of this process, if any.
         what (`str`): what the processes were doing, for the message.
 
     Raises:
-        Exception: `error` itself where there is one.
-        RuntimeError: on the other processes, naming the ones that failed and their errors.
+        Exception: `error` itself, on a process that has one.
+        RuntimeError: on the other processes, with the processes that failed and their errors.
     """
     if accelerator.num_processes > 1:
         failed = accelerator.gather(torch.tensor([error is not None], device=accelerator.device))
@@ -36,12 +36,12 @@ def fail_together(accelerator: Accelerator, error: Exception | None, what: str) 
 
 def failing_together(reward_func: Callable, name: str, accelerator: Accelerator) -> Callable:
     """
-    A reward function that raises on every process if it raises on one, or returns there what are not rewards.
+    Wraps a reward function. It raises on every process if, on one of them, it raises or returns invalid rewards.
 
     Args:
         reward_func (callable): a reward function, asynchronous or not.
         name (`str`): its name.
-        accelerator ([`~accelerate.Accelerator`]): knows the processes.
+        accelerator ([`~accelerate.Accelerator`]): connects the processes.
     """
     what = f"The reward function {name!r}"
 

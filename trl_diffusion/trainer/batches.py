@@ -1,4 +1,4 @@
-"""The batches that TRL hands to the loss: a rollout, shuffled and split."""
+"""The batches that TRL passes to the loss: a rollout, shuffled and split."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..trajectories.trajectory import TrajectoryBatch
 
 
 def is_rows(value: Any) -> bool:
-    """Whether this entry of a batch has a row for each response (or group)."""
+    """Whether this entry of a batch has one row for each response (or group)."""
     return isinstance(value, Tensor) and value.dim() > 0
 
 
 def ungroup(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A batch with a row for each response, whether TRL was given groups or not; always a copy."""
+    """A copy of the batch with one row for each response, also if its rows were groups."""
     if inputs["prompt_ids"].dim() == 2:
         return dict(inputs)
     return {key: value.flatten(0, 1) if is_rows(value) else value for key, value in inputs.items()}

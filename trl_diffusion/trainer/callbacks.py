@@ -1,4 +1,4 @@
-"""What a run shows while it goes on."""
+"""Callbacks that show the progress of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..viz.plots import plot_trajectory
 from .metrics import SUNK, chosen_sinks
 
 
-if TYPE_CHECKING:  # not at run time: a recipe of this name lies beside those that are run
+if TYPE_CHECKING:  # not at run time: a recipe named `evaluate` may be in the same folder as the script
     from evaluate import EvaluationModule
 
     from .trainer import DTRPOTrainer
@@ -29,8 +29,8 @@ logger = get_logger(__name__)
 
 class RewardProgressCallback(ProgressCallback):
     """
-    A progress bar that carries the rewards, instead of a page of metrics at every log. All metrics still go to
-    `trainer.state.log_history` and to the trackers named by `report_to`.
+    A progress bar that shows the rewards, instead of all metrics at every log. All metrics are still in
+    `trainer.state.log_history` and in the trackers named by `report_to`.
     """
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -47,8 +47,8 @@ class RewardProgressCallback(ProgressCallback):
 
 class SinkingRewardCallback(TrainerCallback):
     """
-    Warns, once, when the pairwise loss makes the better responses less likely while it orders more pairs as the data does
-    (see [`~trainer.metrics.chosen_sinks`]). [`DTRPOTrainer`] adds it for `loss_type="dpo"`.
+    Warns once if the pairwise loss makes the better responses less likely while more pairs are in the right order (see
+    [`~trainer.metrics.chosen_sinks`]). [`DTRPOTrainer`] adds it for `loss_type="dpo"`.
     """
 
     def __init__(self):
@@ -67,7 +67,7 @@ class SinkingRewardCallback(TrainerCallback):
 
 class TrajectoryCallback(TrainerCallback):
     """
-    Draws responses of the latest rollout while they train the policy. Pictures go to files, and to Weights & Biases or
+    Draws responses of the latest rollout during training. Pictures are written to files, and sent to Weights & Biases or
     TensorBoard if `report_to` names them. Only the main process draws.
 
     Example:
@@ -83,13 +83,12 @@ class TrajectoryCallback(TrainerCallback):
         every (`int`):
             Draw every this many optimizer steps.
         directory (`str` or `Path`, *optional*):
-            Where pictures go, as `step_000123.png` and, for further responses, `step_000123_1.png`. Defaults to
+            Directory of the pictures: `step_000123.png` and, for further responses, `step_000123_1.png`. Defaults to
             `trajectories` in the output directory.
         rows (`int`, *optional*, defaults to `1`):
-            Responses to draw, from the first of the rollout on.
+            Number of responses to draw, from the first of the rollout on.
         max_positions (`int`, *optional*, defaults to `64`):
-            Positions to draw of a response, from its first on: a picture of a long one would be too large to look at,
-            or to hold in memory.
+            Number of positions to draw of a response, from its first on. The picture of a long response would be too large.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -136,7 +135,7 @@ class TrajectoryCallback(TrainerCallback):
         if wandb.run is None:
             return
         images = [wandb.Image(str(path)) for path in paths]
-        # As transformers logs: with `step=`, wandb drops what comes after a later step of its own count of calls.
+        # As transformers logs. With `step=`, wandb drops entries whose step is below its own count of calls.
         wandb.log({"trajectory": images[0] if len(images) == 1 else images, "train/global_step": step})
 
     def _log_to_tensorboard(self, paths: list[Path], step: int) -> None:
@@ -152,41 +151,50 @@ class TrajectoryCallback(TrainerCallback):
 
 class MetricCallback(TrainerCallback):
     """
-    Computes an `evaluate` metric at every evaluation: the policy, as it is then, answers prompts, and the metric sees all
-    answers. Results are logged and added to those of the evaluation as `eval_NAME_KEY`, so that `metric_for_best_model`
-    can name one. Processes share the prompts, and the metric is computed once, on the main process.
+    Computes an `evaluate` metric at every evaluation. The current policy responds to prompts, and the metric gets all
+    responses. Results are logged and added to those of the evaluation as `eval_NAME_KEY`, so `metric_for_best_model` can
+    name one. Processes share the prompts. The main process computes the metric once.
 
     Example:
 
     ```python
     from trl_diffusion.metrics import SudokuSolved
 
-    args = DTRPOConfig(..., eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True,
-                       metric_for_best_model="eval_sudoku_solved", greater_is_better=True)
+    args = DTRPOConfig(
+        ...,
+        eval_strategy="steps",
+        save_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_sudoku_solved",
+        greater_is_better=True,
+    )
     trainer = DTRPOTrainer(..., args=args, eval_dataset=puzzles)
-    trainer.add_callback(MetricCallback(trainer, SudokuSolved(), "sudoku", puzzles["prompt"], puzzles["puzzle"]))
+    prompts, references = puzzles["prompt"], puzzles["puzzle"]
+    metric = SudokuSolved()
+    callback = MetricCallback(trainer, metric, "sudoku", prompts, references)
+    trainer.add_callback(callback)
     ```
 
     Args:
         trainer ([`DTRPOTrainer`]):
-            The trainer that this callback is added to (before an `EarlyStoppingCallback` that looks at the metric).
+            The trainer that this callback is added to. Add it before an `EarlyStoppingCallback` that uses the metric.
         metric (`evaluate.EvaluationModule`):
-            The metric, for one process; see `trl_diffusion.metrics`.
+            The metric, set up for one process (see `trl_diffusion.metrics`).
         name (`str`):
-            What the results are logged under.
+            Name of the results in the log.
         prompts (`list`):
             Standard or conversational prompts, the same on every process.
         references (`list`, *optional*):
-            What the metric compares with, one for each prompt.
+            The references of the metric, one for each prompt.
         decoding ([`DecodingConfig`], *optional*):
-            How to answer. Defaults to the rollouts' settings with temperature 0.
+            Decoding settings. Defaults to those of the rollouts, with temperature 0.
         prepare (`Callable[[list[str]], list]`, *optional*):
-            Makes the metric's predictions of the answers, such as rewards for [`~metrics.PassAtK`].
+            Computes the metric's predictions from the responses, such as rewards for [`~metrics.PassAtK`].
         options (`dict`, *optional*):
             Further arguments of the metric's `compute`.
 
     Raises:
-        ValueError: if there is no prompt, or not one reference for each.
+        ValueError: if there is no prompt, or if the number of references is not the number of prompts.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Checkpoints as files: which are complete, what is wrong with one, and which are deleted; and who may write them."""
+"""Files of checkpoints: which checkpoints are complete, which are damaged, which are deleted, and which process may write."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def _close_inherited_locks() -> None:
 
 
 if fcntl is not None:
-    # A copy of the process, such as a worker of a data loader, would hold a lock after the end of this one.
+    # Otherwise a copy of the process, such as a worker of a data loader, would hold the lock after this process ends.
     os.register_at_fork(after_in_child=_close_inherited_locks)
 
 Engine = Literal["plain", "deepspeed", "fsdp"]
 
 MARK = "checkpoint_complete"
-LOCK = "_training.lock"  # an upload of the directory passes over names that begin with `_`
+LOCK = "_training.lock"  # uploads of the directory skip names that begin with `_`
 # Files that resuming reads. Others in a checkpoint, such as its model card, may change.
 _STATE = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
 
 
 def step_of(checkpoint: str | Path) -> int:
-    """The optimizer step after which a checkpoint was written, by its name."""
+    """The optimizer step of a checkpoint, read from its name."""
     return int(Path(checkpoint).name.split("-")[1])
 
 
@@ -60,7 +60,7 @@ def checkpoints_in(run_dir: str | Path) -> list[Path]:
 
 
 def make_durable(directory: str | Path) -> None:
-    """Waits until everything in a directory is on the disk, and not only in the cache of the operating system."""
+    """Waits until all files of a directory are on the disk, and not only in the cache of the operating system."""
     for path in [*Path(directory).rglob("*"), Path(directory), Path(directory).parent]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -70,7 +70,7 @@ def make_durable(directory: str | Path) -> None:
 
 
 def mark_complete(checkpoint: str | Path) -> None:
-    """Marks a checkpoint as written to its end, with the sizes of its files. What is not marked does not count."""
+    """Marks a checkpoint as complete, with the sizes of its files. Checkpoints without a mark do not count."""
     checkpoint = Path(checkpoint)
     files = [path for path in checkpoint.rglob("*") if path.suffix in _STATE or path.name == TRAINER_STATE_NAME]
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in sorted(files) if path.is_file()}
@@ -78,13 +78,13 @@ def mark_complete(checkpoint: str | Path) -> None:
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint is marked as written to its end."""
+    """Whether a checkpoint is marked as complete."""
     return (Path(checkpoint) / MARK).is_file()
 
 
 def unmark_later(run_dir: str | Path, step: int) -> None:
-    """Once a run that went back, or started anew, has a checkpoint of its own, later ones do not count: they are those of a
-    run that was given up."""
+    """Removes the marks of later checkpoints, so that they do not count. They belong to a previous run: this run started from
+    an earlier checkpoint or from the beginning, and now has a checkpoint of its own."""
     for checkpoint in checkpoints_in(run_dir):
         if step_of(checkpoint) > step:
             (checkpoint / MARK).unlink(missing_ok=True)
@@ -92,11 +92,11 @@ def unmark_later(run_dir: str | Path, step: int) -> None:
 
 def find_fault(checkpoint: str | Path, engine: Engine = "plain") -> str | None:
     """
-    Why training cannot go on from a checkpoint, `None` if it can. Headers and sizes are looked at, not all of the content.
+    Why training cannot continue from a checkpoint. `None` if it can. Only headers and sizes of files are checked.
 
     Args:
         checkpoint (`str` or `Path`): its directory.
-        engine (`str`, *optional*, defaults to `"plain"`): what has written it: torch alone or DDP (`"plain"`),
+        engine (`str`, *optional*, defaults to `"plain"`): the engine that wrote it: torch alone or DDP (`"plain"`),
             `"deepspeed"` or `"fsdp"`.
     """
     checkpoint = Path(checkpoint)
@@ -129,7 +129,7 @@ def _differs_from_mark(checkpoint: Path) -> str | None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """The first file of a checkpoint that cannot be what it should be."""
+    """The first damaged file of a checkpoint."""
     for path in sorted(checkpoint.iterdir()):
         if path.name == TRAINER_STATE_NAME:
             try:
@@ -149,10 +149,10 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def _missing_state(checkpoint: Path, engine: Engine) -> str | None:
-    """Optimizer, scheduler and random state: transformers goes on without them."""
+    """Missing optimizer, scheduler and random state, without which transformers would continue."""
     if not any(checkpoint.glob("rng_state*.pth")):
         return "rng_state.pth is missing"
-    if engine == "deepspeed":  # keeps optimizer and scheduler in a directory that `latest` names
+    if engine == "deepspeed":  # optimizer and scheduler are in the directory that `latest` names
         latest = checkpoint / "latest"
         if not latest.is_file() or not (checkpoint / latest.read_text().strip()).is_dir():
             return "the directory that `latest` names, with DeepSpeed's optimizer, is missing"
@@ -170,38 +170,38 @@ def _missing_state(checkpoint: Path, engine: Engine) -> str | None:
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """
-    The newest checkpoint of a run that was written to its end.
+    The newest complete checkpoint of a run.
 
     Args:
         output_dir (`str` or `Path`): the run's directory.
 
     Returns:
-        Path of the newest checkpoint that is marked as complete. Of the newest one that another program wrote, if none is
-        marked; `None` if there is none.
+        Path of the newest checkpoint that is marked as complete. If none is marked, path of the newest one that another
+        program wrote. `None` if there is none.
     """
     found = _candidates(output_dir)
     return str(found[-1]) if found else None
 
 
 def _candidates(output_dir: str | Path) -> list[Path]:
-    """Checkpoints that were written to their end, the newest last."""
+    """The complete checkpoints, the newest last."""
     found = checkpoints_in(output_dir)
     complete = [path for path in found if is_complete(path)]
-    # Without a mark, but with a rollout: one of ours that was not finished, or does not count any more.
+    # A rollout without a mark: a checkpoint of ours that is not complete, or does not count any more.
     foreign = [path for path in found if (path / TRAINER_STATE_NAME).exists() and not any(path.glob("rollout_*.pt"))]
     return complete or foreign
 
 
 def last_usable_checkpoint(output_dir: str | Path, engine: Engine = "plain") -> Path | None:
     """
-    The newest checkpoint from which training can go on. Warns if a newer one is damaged.
+    The newest checkpoint from which training can continue. Warns if a newer one is damaged.
 
     Args:
         output_dir (`str` or `Path`): the run's directory.
         engine (`str`, *optional*, defaults to `"plain"`): see [`find_fault`].
 
     Raises:
-        ValueError: if there are checkpoints, but not one from which training can go on.
+        ValueError: if there are checkpoints, but training can continue from none of them.
     """
     faults: list[str] = []
     for checkpoint in reversed(_candidates(output_dir)):
@@ -220,12 +220,12 @@ def last_usable_checkpoint(output_dir: str | Path, engine: Engine = "plain") -> 
 
 def rotate(run_dir: str | Path, limit: int | None, keep: list[str | Path | None]) -> None:
     """
-    Deletes checkpoints until `limit` are left: first those that are not complete, then the oldest.
+    Deletes checkpoints until `limit` are left: first the incomplete ones, then the oldest.
 
     Args:
-        run_dir (`str` or `Path`): where they are.
-        limit (`int`, *optional*): how many may be there; any number if `None` or not positive.
-        keep (`list[str | Path | None]`): checkpoints that stay.
+        run_dir (`str` or `Path`): directory of the checkpoints.
+        limit (`int`, *optional*): largest number of checkpoints. No limit if `None` or not positive.
+        keep (`list[str | Path | None]`): checkpoints that are not deleted.
     """
     if limit is None or limit <= 0:
         return
@@ -233,20 +233,21 @@ def rotate(run_dir: str | Path, limit: int | None, keep: list[str | Path | None]
     found = sorted(checkpoints_in(run_dir), key=lambda path: (is_complete(path), step_of(path)))
     free = [path for path in found if path.resolve() not in kept]
     for checkpoint in free[: max(len(found) - max(limit, len(kept)), 0)]:
-        (checkpoint / MARK).unlink(missing_ok=True)  # first: a half-deleted one must not count
+        (checkpoint / MARK).unlink(missing_ok=True)  # first, because a partly deleted checkpoint must not count
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 @contextmanager
 def only_training_in(output_dir: str | Path) -> Iterator[None]:
     """
-    Inside, no other training may begin in this directory, on this machine or on another that shares the file system.
+    Context in which no other training can begin in this directory, neither on this machine nor on another one with the
+    same file system.
 
-    The operating system lifts the lock when the process ends, however that happens. On a file system without locks, which
-    some networks have, there is a warning and no protection.
+    The operating system releases the lock when the process ends, for whatever reason. Some network file systems have no
+    locks. There is then a warning, and no protection.
 
     Raises:
-        ValueError: if another training is going on there.
+        ValueError: if another training uses the directory.
     """
     if fcntl is None:
         yield
@@ -265,7 +266,7 @@ def only_training_in(output_dir: str | Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int | None:
-    """Locks a file, and writes into it who has it. `None` where the file system knows no locks."""
+    """Locks a file, and writes the owner into it. `None` if the file system has no locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -285,7 +286,7 @@ def _lock(path: Path) -> int | None:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
-        os.close(descriptor)  # the holder before has just deleted this file
+        os.close(descriptor)  # the previous owner has just deleted this file
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     _open_locks.add(descriptor)

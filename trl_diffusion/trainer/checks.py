@@ -1,4 +1,4 @@
-"""What can be known to be wrong before the weights are loaded: options out of their range, and too few rows."""
+"""Checks before the weights are loaded: options that are out of range, too few rows, unusable columns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .config import DTRPOConfig
 
 
-# Whole numbers, each with the least that it may be.
+# Whole numbers, each with its smallest value.
 _WHOLE = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -36,21 +36,21 @@ _WHOLE = {
     "ref_model_sync_steps": 1,
     "seed": 0,
 }
-# Other numbers, each with its interval; a round bracket leaves the end out.
+# Other numbers, each with its interval. A round bracket excludes the end.
 _INTERVALS = {
     "learning_rate": "[0, inf)",
     "weight_decay": "[0, inf)",
     "adam_beta1": "[0, 1)",
     "adam_beta2": "[0, 1)",
     "adam_epsilon": "[0, inf)",
-    "max_grad_norm": "[0, inf]",  # 0 does not clip
+    "max_grad_norm": "[0, inf]",  # 0 means no clipping
     "warmup_steps": "[0, inf)",
     "warmup_ratio": "[0, 1]",
     "temperature": "(0, inf)",
     "beta": "[0, inf)",
     "epsilon": "[0, inf)",
     "epsilon_high": "[0, inf)",
-    "delta": "(1, inf)",  # a ratio starts at 1: clipped from there on, it has no gradient
+    "delta": "(1, inf)",  # a ratio starts at 1, so a bound of 1 would leave no gradient
     "sapo_temperature_neg": "(0, inf)",
     "sapo_temperature_pos": "(0, inf)",
     "vespo_k_pos": "[0, inf)",
@@ -70,7 +70,7 @@ _INTERVALS = {
 _CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")
 _ENTROPY = ("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy")
 _ADAPTIVE = ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")
-# Options that only some losses look at.
+# Options that only some losses use.
 _LOOKED_AT_BY = {
     "epsilon": (*_CLIPPED, "cispo"),
     "epsilon_high": (*_CLIPPED, "cispo"),
@@ -89,10 +89,10 @@ _LOOKED_AT_BY = {
 
 def check_whole_numbers(args: DTRPOConfig) -> None:
     """
-    Checks the options that count something, before anything is divided by them.
+    Checks the options that are whole numbers, before anything is divided by them.
 
     Raises:
-        ValueError: naming the option, if it is no whole number or too small.
+        ValueError: with the option, if its value is not a whole number or is too small.
     """
     for name, least in _WHOLE.items():
         value = getattr(args, name)
@@ -108,15 +108,15 @@ def check_whole_numbers(args: DTRPOConfig) -> None:
 
 def check_numbers(args: DTRPOConfig) -> None:
     """
-    Checks the options that are numbers but count nothing, and how the rewards are weighed.
+    Checks the options that are other numbers, and the weights of the rewards.
 
     Raises:
-        ValueError: naming the option, if its value is no number, is outside its interval, or would not be looked at.
+        ValueError: with the option, if its value is not a number, is outside its interval, or would not be used.
     """
     intervals = dict(_INTERVALS)
     if args.max_steps == -1:
         intervals["num_train_epochs"] = "(0, inf)"
-    if args.loss_type == "cispo":  # ratios are cut off at this one
+    if args.loss_type == "cispo":  # upper bound of the ratios
         intervals["epsilon" if args.epsilon_high is None else "epsilon_high"] = "(0, inf)"
     for kind in ("logging", "save"):
         if getattr(args, f"{kind}_strategy") == "steps":
@@ -135,10 +135,10 @@ def check_numbers(args: DTRPOConfig) -> None:
 
 def check_looked_at(args: DTRPOConfig) -> None:
     """
-    Checks that the loss looks at the options that were set.
+    Checks that the loss uses the options that were set.
 
     Raises:
-        ValueError: naming the option, if it does not.
+        ValueError: with the option that the loss does not use.
     """
     for name, losses in _LOOKED_AT_BY.items():
         default = _default(args, name)
@@ -155,10 +155,10 @@ def check_looked_at(args: DTRPOConfig) -> None:
 
 def check_pairwise_losses(args: DTRPOConfig) -> None:
     """
-    Checks the losses of `loss_type="dpo"`, their weights, and that they look at the options that were set.
+    Checks the losses of `loss_type="dpo"`, their weights, and that they use the options that were set.
 
     Raises:
-        ValueError: naming the option.
+        ValueError: with the option.
     """
     names, weights = args.dpo_loss_type, args.dpo_loss_weights
     if not isinstance(names, list) or not names or not set(map(str, names)) <= set(LOSSES):
@@ -196,13 +196,13 @@ def _is_left_open(args: DTRPOConfig, name: str) -> bool:
 
 
 def prompts_per_rollout(args: DTRPOConfig) -> int:
-    """Prompts that a rollout takes, on all processes together."""
+    """Number of prompts of a rollout, on all processes together."""
     assert args.generation_batch_size is not None and args.num_generations is not None  # TRL has computed the first
     return args.generation_batch_size // args.num_generations
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
-    """The datasets that there are, each with what messages call it."""
+    """The datasets that were passed, each with its name for messages."""
     named = [("train_dataset", train_dataset)]
     if isinstance(eval_dataset, dict):
         named += [(f"eval_dataset[{name!r}]", dataset) for name, dataset in eval_dataset.items()]
@@ -213,11 +213,11 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any
 
 def check_columns(name: str, dataset: Any) -> None:
     """
-    Checks that a dataset can be one of prompts.
+    Checks that a dataset can be used as a dataset of prompts.
 
     Raises:
-        TypeError: if it is no dataset.
-        ValueError: if it is not there, empty, without prompts, or has columns that a reward function cannot get.
+        TypeError: if it is not a dataset.
+        ValueError: if it is missing, empty or without prompts, or has columns that cannot be passed to a reward function.
     """
     if dataset is None:
         raise ValueError(f"`{name}` is required.")
@@ -226,7 +226,7 @@ def check_columns(name: str, dataset: Any) -> None:
     columns = dataset.column_names
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")
-    if columns is None:  # a stream that does not know its columns
+    if columns is None:  # a stream whose columns are not known
         return
     if is_preference_dataset(dataset):
         return
@@ -243,7 +243,7 @@ def check_columns(name: str, dataset: Any) -> None:
 
 
 def check_form(where: str, prompt: Any) -> None:
-    """Raises a `ValueError` if a prompt is neither text nor a list of messages with text."""
+    """Raises a `ValueError` if a prompt is neither text nor a list of text messages."""
     if not prompt and not isinstance(prompt, int | float):
         raise ValueError(f"{where} has no prompt (it is {prompt!r}).")
     if isinstance(prompt, str):
@@ -261,15 +261,15 @@ def check_form(where: str, prompt: Any) -> None:
 
 def check_number_of_rows(dataset: Dataset | IterableDataset, args: DTRPOConfig, dropped: int = 0) -> None:
     """
-    Checks that the rows to train on are enough for one rollout. A stream does not know how many it has.
+    Checks that there are enough training rows for one rollout. The number of rows of a stream is not known.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): the rows.
         args ([`DTRPOConfig`]): settings of the trainer.
-        dropped (`int`, *optional*, defaults to `0`): groups that were dropped before, for the message.
+        dropped (`int`, *optional*, defaults to `0`): number of groups that were already dropped, for the message.
 
     Raises:
-        ValueError: if they are fewer; no optimizer step would be made.
+        ValueError: if there are too few rows, so that training would make no optimizer step.
     """
     wanted = prompts_per_rollout(args)
     if isinstance(dataset, Dataset) and len(dataset) < wanted:
@@ -288,7 +288,7 @@ def _what_a_rollout_takes(args: DTRPOConfig) -> str:
 
 def check_steps_made(steps: int, dataset: Dataset | IterableDataset, args: DTRPOConfig) -> None:
     """
-    Checks that training made a step.
+    Checks that training made at least one step.
 
     Raises:
         ValueError: if a stream ended before its first rollout.
@@ -301,10 +301,10 @@ def check_steps_made(steps: int, dataset: Dataset | IterableDataset, args: DTRPO
 
 def check_one_gpu(args: DTRPOConfig) -> None:
     """
-    Checks that this process has one GPU at most.
+    Checks that this process has at most one GPU.
 
     Raises:
-        ValueError: if it sees several, among which transformers would split the rows of each batch, whatever is in them.
+        ValueError: if it sees several. transformers would split the rows of each batch among them.
     """
     if args.n_gpu > 1:
         raise ValueError(
@@ -316,10 +316,10 @@ def check_one_gpu(args: DTRPOConfig) -> None:
 
 def check_reference_can_move(args: DTRPOConfig, has_adapter: bool) -> None:
     """
-    Checks that there is a reference that `sync_ref_model` can move.
+    Checks that there is a reference that `sync_ref_model` can update.
 
     Raises:
-        ValueError: if an adapter is trained; its reference is the model below it, which stays.
+        ValueError: if an adapter is trained. Its reference is the model below it, which does not change.
     """
     if args.sync_ref_model and has_adapter:
         raise ValueError(
@@ -330,7 +330,7 @@ def check_reference_can_move(args: DTRPOConfig, has_adapter: bool) -> None:
 
 def check_order_is_asked_for(args: DTRPOConfig, datasets: list[Any]) -> None:
     """
-    Checks that `decoding_order`, if it is set, is looked at.
+    Checks that `decoding_order`, if it is set, is used.
 
     Raises:
         ValueError: if no dataset holds preference pairs.
@@ -346,19 +346,19 @@ def check_removed_columns(
     datasets: list[tuple[str, Any]], reward_funcs: Any, kept: list[str], args: DTRPOConfig
 ) -> list[str]:
     """
-    With `remove_unused_columns=True`, checks that no reward function asks for a column that is removed.
+    With `remove_unused_columns=True`, checks that no reward function needs a column that is removed.
 
     Args:
-        datasets (`list[tuple[str, Dataset]]`): the datasets, each with what it is called.
+        datasets (`list[tuple[str, Dataset]]`): the datasets, each with its name.
         reward_funcs: one reward function or several.
         kept (`list[str]`): columns that are not removed.
         args ([`DTRPOConfig`]): settings of the trainer.
 
     Returns:
-        `list[str]`: columns that are removed; a reward function that takes them as `**kwargs` does not get them.
+        `list[str]`: columns that are removed. A reward function with `**kwargs` does not get them.
 
     Raises:
-        ValueError: naming the function and its columns.
+        ValueError: with the function and its columns.
     """
     if not args.remove_unused_columns:
         return []
@@ -382,5 +382,5 @@ def check_removed_columns(
 def _parameters(function: Callable) -> list[str]:
     try:
         return list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # of a built-in
+    except (TypeError, ValueError):  # a built-in function
         return []

@@ -26,7 +26,7 @@ _NO_ENGINE = "generation would be from left to right; a diffusion policy is deno
 _NO_TRANSFORM = "the distribution that is sampled from would not be the one that is scored"
 _NO_REMOTE_CODE = "the families load without their hub code, which hides its attention masks from this library"
 _NO_DROPOUT = "log-probabilities that decoding records are compared with those that an update computes"
-# Options of GRPOConfig that mean nothing for a diffusion policy, and why; so do all that begin with `vllm_`.
+# Options of GRPOConfig that do not apply to a diffusion policy, and why. Nor do those that begin with `vllm_`.
 _REFUSED = {
     "use_vllm": _NO_ENGINE,
     "use_transformers_continuous_batching": _NO_ENGINE,
@@ -61,26 +61,26 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
     Configuration class for the [`DTRPOTrainer`].
 
     It has every parameter of [`~trl.GRPOConfig`], with the same meaning, and the ones below. Parameters of
-    [`~trl.GRPOConfig`] that mean nothing for a diffusion policy are refused (see [`DTRPOConfig.refused`]). `bf16` defaults
-    to `True` only on a GPU that computes in bfloat16, and to `False` elsewhere.
+    [`~trl.GRPOConfig`] that do not apply to a diffusion policy are refused (see [`DTRPOConfig.refused`]). `bf16` defaults
+    to `True` on a GPU that computes in bfloat16, and to `False` elsewhere.
 
-    Decoding has the settings of [`RolloutSettings`] (`strategy`, which is given by its name, `tokens_per_step`, `threshold`,
-    ...), and TRL's `max_completion_length` and `temperature`.
+    Decoding has the settings of [`RolloutSettings`] (`strategy` by its name, `tokens_per_step`, `threshold`, ...), and TRL's
+    `max_completion_length` and `temperature`.
 
     Parameters:
         > Parameters that control the policy
 
         diffusion_spec (`dict[str, Any]` or `str`, *optional*):
-            Fields of [`DiffusionSpec`] that complete or override the ones stored in the model's config, as a mapping or
-            a JSON string. This is how a model that says nothing about diffusion becomes a policy.
+            Fields of [`DiffusionSpec`], as a mapping or a JSON string. They complete or override those in the model's config.
+            With them, a model without such a config becomes a policy.
         disable_dropout (`bool`, *optional*, defaults to `True`):
-            Whether dropout is off, of the model and of an adapter. Log-probabilities that decoding records are compared with
-            those that an update computes, so `False` is refused.
+            Whether dropout of the model and of an adapter is off. Log-probabilities recorded while decoding are compared with
+            those of an update, so `False` is refused.
 
         > Parameters that control decoding
 
         rollout_batch_size (`int`, *optional*):
-            Responses that a process decodes at once; the others wait until one has ended. All of them if `None`.
+            Number of responses that a process decodes at once. The others wait until one has ended. All if `None`.
 
         > Parameters that control the estimator
 
@@ -89,60 +89,63 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
             `"elbo"` (VRPO), `"mean_field"` (diffu-GRPO) or `"coupled"` (coupled-GRPO). See [`scoring.estimators`].
         num_draws (`int`, *optional*, defaults to `1`):
             Steps drawn per block (`"dtrpo"`; with full attention, per response), or random masks per response
-            (`"elbo"`). More draws shrink the variance of the estimate and lengthen the pass.
+            (`"elbo"`). More draws reduce the variance of the estimate and make the pass longer.
         step_distribution (`str`, *optional*, defaults to `"importance"`):
-            How `"dtrpo"` draws the scored step of a block: `"importance"` for nearly proportional to how surprised the
-            policy was by its tokens when it unmasked them (the sum of `1 - p`, as recorded), which makes the estimate far
-            less noisy; `"uniform"` over its steps; or `"token"` for proportional to the number of tokens a step unmasked.
-            Where no log-probabilities are recorded, `"importance"` is `"uniform"`.
+            How `"dtrpo"` draws the scored step of a block. `"importance"`: with a probability nearly proportional to the
+            surprise of its tokens (the sum of `1 - p`, with the recorded probabilities `p`). This makes the estimate far
+            less noisy. `"uniform"`: with the same probability for all steps. `"token"`: with a probability proportional to
+            the number of tokens that the step unmasked. Without recorded log-probabilities, `"importance"` equals
+            `"uniform"`.
         weighting (`str`, *optional*, defaults to `"unbiased"`):
-            `"unbiased"` weighs a drawn step by the inverse of its probability; `"none"` gives all the same weight.
+            `"unbiased"`: the weight of a drawn step is one divided by its probability. `"none"`: all weights are equal.
         num_scored_blocks (`int`, *optional*):
-            Blocks of a response that `"dtrpo"` scores, drawn at random and weighted. All if `None`.
+            Number of blocks of a response that `"dtrpo"` scores, drawn at random and weighted. All if `None`.
         prompt_mask_probability (`float`, *optional*, defaults to `0.15`):
             Probability with which `"mean_field"` masks a prompt token.
         rescore_old_log_probs (`bool`, *optional*, defaults to `False`):
-            Whether the policy scores its fresh responses itself for the old log-probabilities, as the update does,
-            instead of taking those recorded while decoding. Costs a forward pass where an update is not the first one
-            since the rollout, and none where it is. For rollouts whose `diffusion/recorded_gap/...` is too large.
+            Whether the policy scores its fresh responses again for the old log-probabilities, as the update does, instead of
+            using those recorded while decoding. The first update after a rollout needs no additional forward pass for
+            this, later updates need one. Use it if `diffusion/recorded_gap/...` is too large.
         share_prompts (`bool`, *optional*, defaults to `True`):
-            Whether responses to the same prompt share its part of the pass. Numbers are the same. Takes effect with
-            block attention, `attn_implementation="sdpa"` or `"flex_attention"`, and `per_device_train_batch_size` a multiple of
-            `num_generations` (groups then stay together when rollouts are shuffled).
+            Whether responses to the same prompt share the prompt's part of the pass. The numbers are the same. It needs block
+            attention, `attn_implementation="sdpa"` or `"flex_attention"`, and a `per_device_train_batch_size` that is a
+            multiple of `num_generations` (groups then stay together when rollouts are shuffled).
         estimator_check_steps (`int`, *optional*):
-            Every this many optimizer steps, compute the exact log-ratio of a few trajectories to the reference (to the
-            policy that decoded them if `beta=0`) and log the bias, standard deviation and correlation of eight estimates
-            of it as `diffusion/check/...`. Costs some extra forward passes at these steps.
+            Every this many optimizer steps, compute the exact log-ratio of a few trajectories to the reference (with `beta=0`,
+            to the policy that decoded them). `diffusion/check/...` logs the bias, the standard deviation and the
+            correlation of eight estimates of it. This needs additional forward passes at these steps.
         estimator_check_size (`int`, *optional*, defaults to `8`):
-            Most trajectories per process to check on.
+            Largest number of trajectories per process for this check.
 
         > Parameters that control training on stored responses and preferences
 
         decoding_order (`str`, *optional*, defaults to `"random"`):
-            The order in which responses of a preference dataset count as denoised, `tokens_per_step` at a time:
-            `"random"`, `"left_to_right"` or `"confidence"` (what the reference is surest of first; asked once, before
-            training).
+            The assumed order of denoising for responses of a preference dataset, `tokens_per_step` at a time: `"random"`,
+            `"left_to_right"` or `"confidence"`. With `"confidence"`, the reference unmasks first the tokens that it is most
+            confident about. It runs once, before training.
         pair_selection (`str`, *optional*, defaults to `"best_worst"`):
             Pairs that `loss_type="dpo"` makes of a group: its best and its worst response, or `"all"` ordered pairs. Responses
-            without a reward, or masked ones (`mask_truncated_completions`), are in no pair; two of the same tokens make none.
+            without a reward, and masked ones (`mask_truncated_completions`), are in no pair. Two responses with the same
+            tokens do not form a pair.
         dpo_loss_type (`list[str]`, *optional*, defaults to `["sigmoid", "sft"]`):
-            Losses of a pair that `loss_type="dpo"` adds up, with the names of [`~trl.DPOConfig`]: `"sigmoid"` (DPO),
-            `"robust"` (DPO for pairs in the wrong order), `"hinge"`, `"ipo"`, and `"sft"`, the negative log-likelihood of
-            the better response per token, which keeps it from becoming less likely together with the worse one.
+            Losses whose sum is the loss of a pair with `loss_type="dpo"`, with the names of [`~trl.DPOConfig`]: `"sigmoid"`
+            (DPO), `"robust"` (DPO for data in which some pairs are in the wrong order), `"hinge"`, `"ipo"`, and `"sft"`.
+            `"sft"` is the negative log-likelihood of the better response per token. It keeps the better response
+            from becoming less likely together with the worse one.
         dpo_loss_weights (`list[float]`, *optional*):
-            Their weights, one for each. All 1 if `None`.
+            Weights of these losses, one for each. All are 1 if `None`.
         dpo_length_normalization (`bool`, *optional*, defaults to `False`):
             Whether `"sigmoid"`, `"robust"` and `"hinge"` divide the log-ratio of a response by its number of tokens that
             count (`"ipo"` always does). `"sigmoid"` is then TRL's `"sigmoid_norm"`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             For `"robust"`: the probability that a pair is in the wrong order, below 0.5.
         precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
-            Whether the reference scores all stored responses before training, in exactly the states that training will
-            draw, instead of at every step. It then leaves memory, unless there is an evaluation dataset. Not for a reference
-            that moves (`sync_ref_model`).
+            Whether the reference scores all stored responses before training, in exactly the states that training will draw,
+            instead of at every step. Without an evaluation dataset, it is then removed from memory. This does not work
+            with a reference that changes (`sync_ref_model`).
 
-    `loss_type="dpo"` is the pairwise loss of dTRPO (docs/method.md, section 5); it needs `beta > 0`, unless `"sft"` is its only
-    part.
+    `loss_type="dpo"` is the pairwise loss of dTRPO (docs/method.md, section 5). It needs `beta > 0`, unless `"sft"` is its
+    only part.
 
     > [!NOTE]
     > All other defaults are those of the installed [`~trl.GRPOConfig`].
@@ -237,7 +240,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
         },
     )
     estimator_check_size: Annotated[int, AtLeast(1)] = field(
-        default=8, metadata={"help": "Most trajectories per process to check on."}
+        default=8, metadata={"help": "Largest number of trajectories per process for this check."}
     )
 
     # Parameters that control training on stored responses and preferences
@@ -287,7 +290,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
     )
 
     if TYPE_CHECKING:
-        output_dir: str = "trainer_output"  # transformers has a directory for `None`
+        output_dir: str = "trainer_output"  # the directory that transformers uses for `None`
 
     def __post_init__(self):
         if isinstance(self.diffusion_spec, str):
@@ -310,7 +313,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
             reasons = "\n".join(f"- `{name}`: {why}" for name, why in refused.items())
             raise ValueError(f"These options of GRPOConfig cannot be used with a diffusion policy:\n{reasons}")
         check_looked_at(self)
-        # TRL finds these only when the first rollout is over.
+        # TRL finds these only after the first rollout.
         for name, choices in _CHOICES.items():
             check_one_of(name, getattr(self, name), choices)
         check_fields(self, type(self).__dataclass_fields__.keys() - GRPOConfig.__dataclass_fields__.keys())
@@ -332,7 +335,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
         self.decoding()  # checks the decoding settings
 
     def _check_reference(self) -> None:
-        """Checks that what is to be done to the reference can be done, and reaches the loss."""
+        """Checks that the options of the reference can be used together, and that the loss uses them."""
         for name in ("sync_ref_model", "precompute_ref_log_probs"):
             if getattr(self, name) and self.beta == 0.0:
                 raise ValueError(f"`{name}=True` needs a reference: set `beta`, which is 0.")
@@ -358,7 +361,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
                 )
 
     def decoding(self, temperature: float | None = None) -> DecodingConfig:
-        """Settings of the denoising loop; `temperature` replaces the one that rollouts are sampled with."""
+        """Settings of the denoising loop. `temperature` replaces the temperature of the rollouts."""
         assert self.max_completion_length is not None  # as checked above
         return DecodingConfig(
             max_new_tokens=self.max_completion_length,
@@ -389,15 +392,15 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
         )
 
     def spec_overrides(self) -> dict[str, Any] | None:
-        """`diffusion_spec`, which is no text any more."""
+        """`diffusion_spec` as a mapping, after `__post_init__` has parsed it."""
         return self.diffusion_spec if isinstance(self.diffusion_spec, dict) else None
 
     def model_options(self) -> dict[str, Any]:
-        """What the model is loaded with: `model_init_kwargs`, which transformers makes a mapping of."""
+        """Options for loading the model: `model_init_kwargs`, which transformers has parsed into a mapping."""
         return cast(dict[str, Any], self.model_init_kwargs or {})
 
     def refused(self) -> dict[str, str]:
-        """Options that are set although they mean nothing for a diffusion policy, each with the reason."""
+        """Options that are set although they do not apply to a diffusion policy, each with the reason."""
         fields = type(self).__dataclass_fields__
         reasons = {**_REFUSED, **{name: _NO_ENGINE for name in fields if name.startswith("vllm_")}}
         found = {}
@@ -406,7 +409,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
                 continue
             neutral = fields[name].default
             if name == "router_aux_loss_coef" and getattr(self, name) == 0.0:
-                continue  # asks for what is done
+                continue  # asks for the behaviour that it has anyway
             if getattr(self, name) not in (neutral, None):
                 found[name] = f"{why} (got {getattr(self, name)!r}, leave it at {neutral!r})"
         if self.model_options().get("trust_remote_code"):

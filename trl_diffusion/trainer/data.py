@@ -47,7 +47,7 @@ logger = get_logger(__name__)
 
 def count_epochs(num_rows: int, args: DTRPOConfig) -> int:
     """
-    How often training goes through the rows. The last rows of an epoch are left out if they do not fill a rollout.
+    Number of passes that training makes over the rows. The last rows of a pass are left out if they do not fill a rollout.
 
     Args:
         num_rows (`int`): rows of the training dataset.
@@ -70,7 +70,7 @@ def stored_columns(datasets: Iterable[Any]) -> list[str]:
 
 
 class StoredReward:
-    """A reward function that gives what a trajectory dataset holds."""
+    """A reward function that returns the stored rewards of a trajectory dataset."""
 
     def __init__(self, name: str):
         self.__name__ = name
@@ -81,7 +81,7 @@ class StoredReward:
 
 class OfflineData:
     """
-    Checks and prepares stored responses, and finds out whether the reference made them.
+    Checks and prepares stored responses, and determines whether the reference generated them.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]): the policy as it is before training, which is the reference.
@@ -89,8 +89,8 @@ class OfflineData:
         args ([`DTRPOConfig`]): settings of the trainer.
         spec ([`DiffusionSpec`]): facts about the policy.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        reward_funcs: what scores the responses anew, if anything.
-        quantization (*optional*): how the weights are rounded when the policy is loaded.
+        reward_funcs: reward functions that score the responses again, if any.
+        quantization (*optional*): how the weights are quantized when the policy is loaded.
     """
 
     def __init__(
@@ -108,14 +108,14 @@ class OfflineData:
         self.rescored, self.quantization = bool(reward_funcs), quantization
         self.reward_funcs: list[StoredReward] = []
         self.reference_is_recorded = False
-        self.recorded = True  # whether somebody recorded how likely the tokens were
+        self.recorded = True  # whether log-probabilities were recorded
         self._rows = 0
         self.dropped: Counter[str] = Counter()  # groups without a pair, by the reason
         self._makers: set[str | None] = set()
         self._fingerprint: str | None = None
 
     def prepare(self, train_dataset, eval_dataset):
-        """The datasets, checked and as trajectories. Raises a `ValueError` that names the dataset, row and column."""
+        """Checks the datasets and turns them into trajectories. A `ValueError` names the dataset, row and column."""
         several = isinstance(eval_dataset, dict)
         evaluations = eval_dataset if several else {"eval_dataset": eval_dataset}
         group_size = cast(int, self.args.num_generations)
@@ -160,7 +160,7 @@ class OfflineData:
         model: PreTrainedModel | PeftModel | None = None
         if self.args.decoding_order == "confidence":
             if name == "train_dataset":
-                check_number_of_rows(dataset, self.args)  # before it is replayed
+                check_number_of_rows(dataset, self.args)  # before the responses are replayed
             if is_deepspeed_zero3_enabled():
                 raise ValueError(
                     f"{name}: `decoding_order='confidence'` asks the whole reference, which ZeRO-3 shares among processes. "
@@ -172,7 +172,7 @@ class OfflineData:
                 model = self.model
             model.eval()
         try:
-            with PartialState().main_process_first():  # the others find its replay in the cache
+            with PartialState().main_process_first():  # the other processes read its replay from the cache
                 return from_preferences(
                     dataset,
                     self.tokenizer,
@@ -189,7 +189,7 @@ class OfflineData:
             raise ValueError(f"{name}: {error}") from error
 
     def _check_fit(self, dataset: Dataset, group_size: int) -> None:
-        """Whether these responses can be trained on with these settings."""
+        """Checks that these responses can be trained on with these settings."""
         columns = ("canvas_lengths", "completion_lengths", "decoding", "event_logps")
         for number, row in enumerate(dataset.select_columns(list(columns))):
             count = len(row["canvas_lengths"])
@@ -214,7 +214,7 @@ class OfflineData:
                 self.recorded = False
                 continue
             decoding = json.loads(row["decoding"])
-            # The distribution that greedy decoding looks at is the untempered one.
+            # Greedy decoding uses the distribution at temperature 1.
             temperature = decoding.get("temperature") or 1.0
             if temperature != self.args.temperature:
                 raise ValueError(
@@ -236,8 +236,8 @@ class OfflineData:
                 )
 
     def _with_differences(self, name: str, dataset: Dataset) -> Dataset:
-        """The dataset without groups of which `loss_type="dpo"` can make no pair. There must be a group with two responses
-        whose stored rewards differ, whatever the loss."""
+        """The dataset. With `loss_type="dpo"`, groups without a pair are removed. With any loss, at least one group must have
+        two responses whose stored rewards differ."""
         rewards = [REWARD_PREFIX + reward for reward in reward_columns(dataset)]
         if self.rescored or not rewards:
             return dataset
@@ -263,11 +263,11 @@ class OfflineData:
         return dataset.select(kept)
 
     def _no_pair(self, scores: Tensor, completions: list[list[int]] | None) -> str | None:
-        """Why a group has no pair, `None` if it has one."""
+        """Why a group has no pair. `None` if it has one."""
         same = None
         if completions is not None:
             same = torch.tensor([[a == b for b in completions] for a in completions])[None]
-        # Of a larger group, other responses are taken in every epoch.
+        # In every epoch, other responses of a larger group are used.
         whole = len(scores) == self.args.num_generations
         which = cast(Literal["best_worst", "all"], self.args.pair_selection if whole else "all")
         pairs = make_pairs(scores[None], which, same)
@@ -280,12 +280,13 @@ class OfflineData:
         return "fewer than two responses are scored"
 
     def _find_reference(self, datasets: list[Dataset]) -> None:
-        """Whether the policy before training made all of the data, so that what it recorded is the reference's."""
+        """Whether the policy before training generated all of the data. The recorded log-probabilities are then those of the
+        reference."""
         if self.args.beta == 0.0:
             return
         for dataset in datasets:
             self._makers |= set(dataset["policy_fingerprint"]) if _is_stored(dataset) else {"a rollout"}
-        # An adapter that goes on being trained has a reference of its own.
+        # An adapter that is trained further has its own reference.
         unknown = self.quantization is not None or isinstance(self.model, PeftModel)
         self._fingerprint = None if unknown else fingerprint_policy(self.model)
         self.reference_is_recorded = (
@@ -297,7 +298,7 @@ class OfflineData:
             raise ValueError("`sync_ref_model=True` moves the reference away from the recorded log-probabilities.")
 
     def report(self) -> None:
-        """Says what was found, once the trainer is there."""
+        """Logs what was found, after the trainer has been created."""
         if self.dropped:
             logger.warning(
                 f"{self.dropped.total()} of {self._rows} groups were dropped, which have no pair: {_in_words(self.dropped)}."
@@ -318,9 +319,9 @@ class OfflineData:
 
 
 def _with_numbers(dataset: Dataset) -> Dataset:
-    """The dataset with a `row` column in which no number comes twice: draws and references are kept by it. That of one
-    collection, or of some of its rows in any order, stays as it is; where collections were put together, it is the place
-    in the dataset."""
+    """The dataset with a `row` column whose numbers are unique. Draws and precomputed references are identified by them. The
+    column of one collection, or of some of its rows in any order, does not change. If a number occurs twice, because
+    collections were joined, the numbers are replaced by the places in the dataset."""
     numbers = dataset["row"][:] if "row" in dataset.column_names else []
     if len(numbers) == len(set(numbers)) == len(dataset) and all(type(number) is int for number in numbers):
         return dataset
@@ -330,7 +331,7 @@ def _with_numbers(dataset: Dataset) -> Dataset:
 
 
 def _group_scores(values: Tensor, weights: Tensor, aggregation: str) -> Tensor:
-    """What orders the responses of a group, `(G,)`, from the rewards of `F` functions, `(F, G)`, as TRL aggregates them;
+    """Scores that order the responses of a group, `(G,)`, from the rewards of `F` functions, `(F, G)`, aggregated as in TRL.
     NaN where no function applies."""
     if aggregation == "normalize_then_sum":
         centred = values - values.nanmean(1, keepdim=True)

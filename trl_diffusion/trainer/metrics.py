@@ -1,4 +1,4 @@
-"""Figures of many rows: how those of batches are put together, and those that follow from all rows at once."""
+"""Metrics of many rows: how those of several batches are combined, and those that need all rows at once."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def add_over_processes(accelerator: Accelerator, *values: Tensor | float) -> lis
     Sums of some numbers over all processes. Must be called by every process.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): knows the processes.
+        accelerator ([`~accelerate.Accelerator`]): connects the processes.
         values (scalar `Tensor` or `float`): the numbers of this process.
 
     Returns:
-        `list[float]`: one sum for each, the same on every process.
+        `list[float]`: one sum for each number, the same on every process.
     """
     device = accelerator.device
     local = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device).detach() for value in values])
@@ -34,14 +34,14 @@ def add_over_processes(accelerator: Accelerator, *values: Tensor | float) -> lis
 @dataclass
 class Tally:
     """
-    Figures that are added batch by batch and come out as if all rows had been in one batch.
+    Metrics that are added batch by batch. The results are the same as if all rows had been in one batch.
 
-    Values are those of all processes together, so every process holds the same tally. It consists of numbers, text, lists
-    and mappings only, so that a checkpoint can hold it.
+    Values are over all processes, so every process holds the same tally. It consists only of numbers, text, lists and
+    mappings, so that a checkpoint can hold it.
 
     Attributes:
-        figures (`dict[str, list]`): of each name, how it is put together, a value, and the weight of the value.
-        ratios (`list[float]`): sums of [`~scoring.diagnostics.ratio_statistics`]; empty if there is none.
+        figures (`dict[str, list]`): for each name, how values are combined, the value so far, and its weight.
+        ratios (`list[float]`): sums of [`~scoring.diagnostics.ratio_statistics`]. Empty if there are none.
     """
 
     figures: dict[str, list] = field(default_factory=dict)
@@ -49,13 +49,13 @@ class Tally:
 
     def add(self, name: str, value: float, weight: float = 1.0, how: How = "mean") -> None:
         """
-        Adds the figure of a batch.
+        Adds the metric of a batch.
 
         Args:
-            name (`str`): what it is called.
-            value (`float`): the figure. NaN stands for one that does not exist, and does not count.
-            weight (`float`, *optional*, defaults to `1.0`): for a mean, the number of things that it is a mean of.
-            how (`str`, *optional*, defaults to `"mean"`): how it is put together with those of other batches: `"mean"`,
+            name (`str`): name of the metric.
+            value (`float`): its value. NaN means that there is no value, and does not count.
+            weight (`float`, *optional*, defaults to `1.0`): for a mean, the number of items over which it was taken.
+            how (`str`, *optional*, defaults to `"mean"`): how it is combined with those of other batches: `"mean"`,
                 `"sum"`, `"min"`, `"max"`, or `"last"`, which keeps the newest.
         """
         entry = self.figures.setdefault(name, [how, None, 0.0])
@@ -78,7 +78,7 @@ class Tally:
         self.ratios = [a + b for a, b in zip(self.ratios, values, strict=True)] if self.ratios else values
 
     def results(self) -> dict[str, float | None]:
-        """The figures, `None` for one of which there was no value."""
+        """The metrics. A metric without a value is `None`."""
         found: dict[str, float | None] = {}
         for name, (how, value, weight) in self.figures.items():
             found[name] = value / weight if how == "mean" and value is not None and weight else value
@@ -89,7 +89,7 @@ class Tally:
 
 
 def deviation(values: Tensor, dim: int = 0) -> Tensor:
-    """Standard deviation of the values that are not NaN (with Bessel's correction), NaN where there are fewer than 2."""
+    """Standard deviation of the values that are not NaN (with Bessel's correction). NaN if there are fewer than 2."""
     count = (~values.isnan()).sum(dim)
     squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim)
     return torch.where(count > 1, squares / (count - 1).clamp(min=1), torch.nan).sqrt()
@@ -97,20 +97,20 @@ def deviation(values: Tensor, dim: int = 0) -> Tensor:
 
 def reward_figures(rewards: Tensor, names: list[str], weights: Tensor, group_size: int) -> dict[str, float]:
     """
-    TRL's figures of rewards, from all rows at once.
+    TRL's metrics of rewards, from all rows at once.
 
     Args:
-        rewards (`Tensor` of shape `(R, F)`): rewards of `R` responses, groups one after another, by `F` reward functions;
-            NaN where a function does not apply.
-        names (`list[str]` of length `F`): the functions.
-        weights (`Tensor` of shape `(F,)`): their weights in the whole reward.
-        group_size (`int`): responses to a prompt.
+        rewards (`Tensor` of shape `(R, F)`): rewards of `R` responses, group after group, by `F` reward functions. NaN where
+            a function does not apply.
+        names (`list[str]` of length `F`): names of the functions.
+        weights (`Tensor` of shape `(F,)`): weights of the functions in the total reward.
+        group_size (`int`): number of responses to a prompt.
 
     Returns:
-        `dict[str, float]`: `rewards/NAME/mean` and `rewards/NAME/std` over the rows to which a function applies; `reward`
-        and `reward_std` over the rows to which any does; NaN where there is no such row. `frac_reward_zero_std` is the
-        share of groups whose responses all have the same reward, whatever rewards are scaled by (TRL's is 0 or 1 with
-        `scale_rewards="batch"`).
+        `dict[str, float]`: `rewards/NAME/mean` and `rewards/NAME/std` are over the rows to which a function applies. `reward`
+        and `reward_std` are over the rows to which any function applies. They are NaN without such rows.
+        `frac_reward_zero_std` is the share of groups whose responses all have the same reward, for any scaling of the
+        rewards (TRL's is 0 or 1 with `scale_rewards="batch"`).
     """
     rewards = rewards.double()
     found = {}
@@ -122,7 +122,7 @@ def reward_figures(rewards: Tensor, names: list[str], weights: Tensor, group_siz
     found["reward"] = whole.nanmean().item()
     found["reward_std"] = deviation(whole).item()
     if group_size == 1:
-        found["frac_reward_zero_std"] = 1.0  # a single response differs from no other
+        found["frac_reward_zero_std"] = 1.0  # a group of one response has no differing rewards
     else:
         spread = deviation(whole.view(-1, group_size), 1)
         found["frac_reward_zero_std"] = torch.isclose(spread, torch.zeros_like(spread)).double().mean().item()
@@ -131,15 +131,15 @@ def reward_figures(rewards: Tensor, names: list[str], weights: Tensor, group_siz
 
 def length_figures(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
     """
-    TRL's figures of the lengths of responses, from all rows at once.
+    TRL's metrics of the lengths of responses, from all rows at once.
 
     Args:
         lengths (`Tensor` of shape `(R,)`): number of tokens of each response.
-        truncated (`Tensor` of shape `(R,)`): whether it was cut off.
+        truncated (`Tensor` of shape `(R,)`): whether each response was cut off.
 
     Returns:
-        `dict[str, float]`: under `completions/`, mean, smallest and largest length, of all responses and of those that
-        ended by themselves (0 if none did), and the share of those that were cut off.
+        `dict[str, float]`: with the prefix `completions/`, the mean, smallest and largest length of all responses, and of those
+        that ended with a stop token (0 if there are none), and the share of responses that were cut off.
     """
     ended = lengths[~truncated] if (~truncated).any() else lengths.new_zeros(1)
     found = {"completions/clipped_ratio": truncated.double().mean().item()}
@@ -151,20 +151,20 @@ def length_figures(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
 
 
 WINDOW = 5  # logs whose means are compared
-SUNK = -3.0  # implicit reward of the chosen responses, `beta` times log-ratio; runs that go well may pass through -2
+SUNK = -3.0  # implicit reward of the chosen responses, `beta` times log-ratio; good runs may reach -2
 
 
 def chosen_sinks(history: list[dict[str, float]]) -> bool:
     """
-    Whether the better responses become less likely while the order of the pairs improves: the loss is then satisfied by
-    making the worse ones less likely still, and the policy forgets both.
+    Whether the better responses become less likely while more pairs are in the right order. The loss then falls only because
+    the worse responses become unlikely faster, and the policy forgets both.
 
     Args:
-        history (`list[dict[str, float]]`): what was logged so far. Logs without figures of pairs do not count.
+        history (`list[dict[str, float]]`): the log so far. Entries without metrics of pairs do not count.
 
     Returns:
-        `bool`: whether, in the mean over the last [`WINDOW`] logs, the chosen responses' reward is below [`SUNK`] and lower
-        than in the logs before them, and more pairs are in the order of the data than in the first ones.
+        `bool`: whether all of these hold for the mean over the last [`WINDOW`] logs. The reward of the chosen responses is
+        below [`SUNK`]. It is lower than in the logs before. More pairs are in the right order than in the first logs.
     """
     known = [log for log in history if "rewards/chosen" in log and log["rewards/chosen"] is not None]
     if len(known) < 2 * WINDOW:

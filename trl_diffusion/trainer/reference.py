@@ -1,4 +1,4 @@
-"""The reference policy: where its log-probabilities come from, and how one that moves is kept in a checkpoint."""
+"""The reference policy: the source of its log-probabilities, and its weights in a checkpoint if it changes."""
 
 from __future__ import annotations
 
@@ -36,17 +36,18 @@ FILE = "reference.pt"
 
 class Reference:
     """
-    The log-probabilities of the reference: recorded with stored responses, computed for all of them before training, or
-    computed by a pass of its own.
+    The log-probabilities of the reference. They are recorded with stored responses, or computed for all stored responses
+    before training, or computed in a forward pass at each step.
 
     Args:
         trainer ([`DTRPOTrainer`]): the trainer that it belongs to.
-        recorded (`bool`): whether the reference made the stored responses, so that their log-probabilities are its own.
+        recorded (`bool`): whether the reference generated the stored responses, so that the recorded log-probabilities are its
+            own.
     """
 
     def __init__(self, trainer: DTRPOTrainer, recorded: bool):
         self.trainer, self.recorded = trainer, recorded
-        self.estimates: dict[tuple[int, int], Tensor] = {}  # by epoch and row, shape (responses, iterations, C)
+        self.estimates: dict[tuple[int, int], Tensor] = {}  # by epoch and row; shape (responses, iterations, C)
         self._epochs = 0  # of `estimates`
 
     def of_batch(self, inputs: dict[str, Any], layout: PackedLayout, iteration: int) -> Tensor:
@@ -54,8 +55,8 @@ class Reference:
         The reference's log-probabilities of the tokens that a pass scores, `(R, C)`.
 
         Args:
-            inputs (`dict[str, Any]`): a batch of a rollout, a row for each response.
-            layout ([`PackedLayout`]): what the pass scores.
+            inputs (`dict[str, Any]`): a batch of a rollout, one row for each response.
+            layout ([`PackedLayout`]): the packed states that the pass scores.
             iteration (`int`): number of passes over the rollout before this one.
         """
         if self.recorded:
@@ -66,7 +67,7 @@ class Reference:
 
     @torch.no_grad()
     def logps(self, layout: PackedLayout) -> Tensor:
-        """The reference's log-probabilities of the tokens that a layout scores, `(R, C)`: one forward pass."""
+        """The reference's log-probabilities of the tokens that a layout scores, `(R, C)`, from one forward pass."""
         trainer = self.trainer
         if trainer.ref_model is not None:
             trainer.try_policy(trainer.ref_model)
@@ -82,14 +83,14 @@ class Reference:
 
     @torch.no_grad()
     def precompute(self) -> None:
-        """Scores every stored response of the training dataset, for every draw that training will make of it."""
+        """Scores every stored response of the training dataset, for every draw that training will make."""
         trainer = self.trainer
         rows = cast(Dataset, trainer.train_dataset)
         epochs = count_epochs(len(rows), trainer.args)
-        if epochs <= self._epochs:  # `train` was called before
+        if epochs <= self._epochs:  # an earlier call of `train` has computed them
             return
         processes, process = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        # Every process scores the same number of rows, since the passes of sharded models must match; the last rows repeat.
+        # Every process scores the same number of rows, since the passes of sharded models must match. The last rows repeat.
         own = [(process + turn * processes) % len(rows) for turn in range(-(-len(rows) // processes))]
         bar = tqdm(own, desc="reference", unit="prompt", disable=not trainer.accelerator.is_main_process)
         found = []
@@ -109,8 +110,8 @@ class Reference:
             trainer.ref_model = None
 
     def precomputed(self, stored: list[StoredResponse] | None) -> dict[str, Tensor]:
-        """What was precomputed for the responses of a rollout, as the entry `ref_estimates` of a batch, `(R, I, C)` for `I`
-        iterations; no entry if nothing was."""
+        """The precomputed log-probabilities for the responses of a rollout, as the entry `ref_estimates` of a batch,
+        `(R, I, C)` for `I` iterations. No entry if nothing was precomputed."""
         if stored is None or not self.estimates:
             return {}
         rows = [self.estimates[epoch, row["row"]][index] for row, index, epoch in stored]
@@ -120,10 +121,10 @@ class Reference:
 
 def save_reference(model: nn.Module, checkpoint: str | Path, write: bool) -> None:
     """
-    Adds the weights of the reference to a checkpoint. Every process must call it, since they may share the weights.
+    Adds the weights of the reference to a checkpoint. Every process must call it, since the weights may be sharded.
 
     Args:
-        model (`nn.Module`): the reference, out of its wrappers.
+        model (`nn.Module`): the reference, unwrapped.
         checkpoint (`str` or `Path`): directory of the checkpoint.
         write (`bool`): whether this process writes.
     """
@@ -140,14 +141,14 @@ def save_reference(model: nn.Module, checkpoint: str | Path, write: bool) -> Non
 @torch.no_grad()
 def load_reference(model: nn.Module, checkpoint: str | Path) -> None:
     """
-    Gives the reference the weights that it had at a checkpoint. Every process must call it.
+    Restores the weights of the reference from a checkpoint. Every process must call it.
 
     Args:
-        model (`nn.Module`): the reference, out of its wrappers.
+        model (`nn.Module`): the reference, unwrapped.
         checkpoint (`str` or `Path`): directory of the checkpoint.
 
     Raises:
-        ValueError: if the checkpoint holds no reference, a damaged one, or that of another model.
+        ValueError: if the checkpoint has no reference, a damaged reference, or the reference of another model.
     """
     path = Path(checkpoint) / FILE
     if not path.is_file():
@@ -172,14 +173,14 @@ def load_reference(model: nn.Module, checkpoint: str | Path) -> None:
 
 
 def _shape(parameter: Tensor) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3, a parameter that is shared is empty
+    return getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3, a sharded parameter is empty
 
 
 @contextmanager
 def _whole(parameter: Tensor, change: bool = False) -> Iterator[bool]:
     """
-    Inside, a parameter that ZeRO-3 shares among processes is whole. With `change`, what the first process makes of it holds
-    for all. Gives whether it is for this process to change it.
+    Context in which a parameter that ZeRO-3 shards is complete. With `change`, changes by the first process apply to all
+    processes. Yields whether this process is the one that changes it.
     """
     if not is_deepspeed_zero3_enabled():
         yield True

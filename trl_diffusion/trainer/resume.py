@@ -1,4 +1,4 @@
-"""Training that goes on from a checkpoint as if it had never been interrupted."""
+"""Exact resuming: training from a checkpoint equals training that was never interrupted."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# Settings of a trainer that decide how rollouts are cut into batches, beside those of GRPO itself.
+# Settings of a trainer that decide how rollouts are split into batches, in addition to those of GRPO.
 _SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
-# Settings of GRPO that a rollout does not depend on.
+# Settings of GRPO that do not affect a rollout.
 _HARMLESS = frozenset(
     """
     log_completions num_completions_to_print log_unique_prompts log_multimodal log_completions_hub_repo
@@ -45,19 +45,19 @@ _HARMLESS = frozenset(
 @dataclass
 class Progress:
     """
-    Where a process is in a run, beside what transformers keeps.
+    The position of a process in a run, in addition to what transformers saves.
 
     Attributes:
         batches (`int`): batches trained on so far.
-        epoch (`int`): passes over the dataset before this one.
-        batches_in_epoch (`int`): batches of this pass that were trained on.
-        settings (`dict[str, str]`): what decides how rollouts are made and cut into batches.
+        epoch (`int`): number of passes over the dataset before this one.
+        batches_in_epoch (`int`): batches of this pass trained on so far.
+        settings (`dict[str, str]`): settings that decide how rollouts are generated and split into batches.
         rollout (`list[dict[str, Any]]`, *optional*): the batches of the rollout that is still being trained on.
-        completions (`dict[str, Any]`): the table of its completions, if one is shown.
-        metrics (`dict[str, list[float]]`): figures that were not logged yet.
+        completions (`dict[str, Any]`): the table of the rollout's completions, if it is shown.
+        metrics (`dict[str, list[float]]`): metrics that were not logged yet.
         loss (`Tensor`): sum of the losses that were not logged yet.
-        steps_since_log (`int`): optimizer steps that they belong to.
-        extra (`dict[str, Any]`): what a trainer adds, see [`ExactResume.extra_state`].
+        steps_since_log (`int`): number of optimizer steps of these losses.
+        extra (`dict[str, Any]`): state that a trainer adds, see [`ExactResume.extra_state`].
     """
 
     batches: int
@@ -76,7 +76,7 @@ class Progress:
         return Path(checkpoint) / f"rollout_{process_index}.pt"
 
     def save(self, checkpoint: str | Path, process_index: int) -> None:
-        """Adds it to a checkpoint."""
+        """Writes the progress to a checkpoint."""
         torch.save(
             {entry.name: getattr(self, entry.name) for entry in fields(self)}, self.path(checkpoint, process_index)
         )
@@ -84,7 +84,7 @@ class Progress:
     @classmethod
     def load(cls, checkpoint: str | Path, process_index: int, device: torch.device) -> Progress | None:
         """
-        Reads it from a checkpoint; `None` if another program wrote that.
+        Reads the progress from a checkpoint. `None` if another program wrote the checkpoint.
 
         Raises:
             ValueError: if the file is damaged.
@@ -106,27 +106,27 @@ class Progress:
 
 class ExactResume(TrainerMixin):
     """
-    Makes training with a [`~trl.GRPOTrainer`] that goes on from a checkpoint equal, to the bit, to training that was never
-    interrupted, also in the middle of a rollout.
+    Makes resuming of a [`~trl.GRPOTrainer`] exact: training from a checkpoint equals, bit for bit, training that was never
+    interrupted. This also holds in the middle of a rollout.
 
-    - A checkpoint also holds the rollout that is being trained on, the place in the data and in the log, and the state of
+    - A checkpoint also holds the rollout that is being trained on, the position in the data and in the log, and the state of
       callbacks. What a reward function or a random dataset keeps in memory is not part of it.
-    - It counts as complete once all of it is on the disk; only then are older ones deleted (`save_total_limit`).
-    - With other settings of batches or rollouts, or on another number of processes, training goes on with a fresh rollout,
+    - A checkpoint is complete once all of it is on the disk. Only then are older ones deleted (`save_total_limit`).
+    - If settings of batches or rollouts, or the number of processes, have changed, training continues with a fresh rollout,
       and a warning says what has changed.
-    - One training at a time works in `output_dir`.
+    - Only one training at a time can use `output_dir`.
 
-    Use it before the trainer in the list of base classes: `class MyTrainer(ExactResume, GRPOTrainer)`. What such a class
-    keeps in memory between steps goes into a checkpoint by `extra_state` and `restore_extra_state`, or, if it is large, by
-    `save_extra_files` and `load_extra_files`.
+    Put this class before the trainer in the list of base classes: `class MyTrainer(ExactResume, GRPOTrainer)`. If such a
+    class keeps state in memory between steps, `extra_state` and `restore_extra_state` add it to a checkpoint. Large state
+    uses `save_extra_files` and `load_extra_files`.
     """
 
     train_sampler: Sampler | None = None
-    # Place in the data: the pass over the dataset, and the batches before it. `_skipped`: those of it that a resumed run
-    # does not see.
+    # Position in the data: the pass over the dataset, and the batches before it. `_skipped`: batches of this pass that a
+    # resumed run does not read.
     _epoch = -1
     _epoch_start = _skipped = 0
-    # Of a resumed run, until it begins: the checkpoint, the losses not logged yet, and the steps they belong to.
+    # For a resumed run, until it begins: the checkpoint, the losses not logged yet, and the number of their steps.
     _resumed: tuple[Path, Tensor, int] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -136,32 +136,32 @@ class ExactResume(TrainerMixin):
     # ------------------------------------------------------------------------------------------- for subclasses
 
     def prepare_run(self) -> None:
-        """What is to be done once it is known that training can begin, and before it does."""
+        """Called when it is certain that training can begin, and before it begins."""
 
     def extra_state(self) -> dict[str, Any]:
-        """What else a process keeps in memory from step to step: tensors, numbers, text, lists and mappings."""
+        """Other state that a process keeps in memory between steps: tensors, numbers, text, lists and mappings."""
         return {}
 
     def restore_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes what [`extra_state`] returned when the checkpoint was written."""
+        """Restores the state that [`extra_state`] returned when the checkpoint was written."""
 
     def save_extra_files(self, checkpoint: Path) -> None:
         """Adds files to a checkpoint, such as the weights of another model. Every process calls it, before the checkpoint
         counts as complete."""
 
     def load_extra_files(self, checkpoint: Path) -> None:
-        """Reads them. Every process calls it, when all models are where they train, and before the first batch."""
+        """Reads these files. Every process calls it before the first batch, when all models are on their devices."""
 
     # --------------------------------------------------------------------------------------------- starting a run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
-        Trains the policy. With `resume_from_checkpoint=True` it goes on from the newest complete checkpoint in
-        `output_dir`, and starts anew if there is none yet, so that a command that may be killed can just be given again.
-        The other arguments are those of [`~transformers.Trainer.train`].
+        Trains the policy. With `resume_from_checkpoint=True` it continues from the newest complete checkpoint in
+        `output_dir`, or starts from the beginning if there is none. A command that was killed can therefore be given
+        again unchanged. The other arguments are those of [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: if another training is going on in `output_dir`, or the checkpoint is damaged or lacks something.
+            ValueError: if another training uses `output_dir`, or the checkpoint is damaged or incomplete.
         """
         failure = None
         with ExitStack() as held:
@@ -176,7 +176,7 @@ class ExactResume(TrainerMixin):
             return super().train(checkpoint, *args, **kwargs)
 
     def _find_checkpoint(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint to go on from, the same on every process, without a fault on any."""
+        """The checkpoint to continue from: the same on all processes, and without a fault on any of them."""
         failure: Exception | None = None
         engine = self._engine()
         if wanted is True:
@@ -215,8 +215,8 @@ class ExactResume(TrainerMixin):
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
-        """transformers' state of a run, and the place in data and rollout. Returns the passes over the dataset and the
-        batches of the next one that were trained on."""
+        """Sets the state of a run in transformers, and the position in data and rollout. Returns the number of passes over the
+        dataset, and the number of batches of the next pass, that were trained on."""
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -231,11 +231,11 @@ class ExactResume(TrainerMixin):
         self._epoch, self._skipped = epochs - 1, batches
         if self.train_sampler is not None:
             for _ in range(epochs):
-                next(iter(self.train_sampler), None)  # draws the order of a pass
+                next(iter(self.train_sampler), None)  # draws the order of one pass
         return epochs, batches
 
     def _is_over(self, max_steps: int) -> bool:
-        """Whether there is nothing left to train; transformers would make a step before it looks."""
+        """Whether no step is left. transformers would make a step before it checks this."""
         step, reason = self.state.global_step, None
         if step >= max_steps:
             reason = f"`max_steps` is {max_steps}"
@@ -248,7 +248,7 @@ class ExactResume(TrainerMixin):
         return reason is not None
 
     def _restore_callbacks(self) -> None:
-        """Callbacks go on as they were, with the settings of this run."""
+        """Restores the state of callbacks, with the settings of this run."""
         found: dict[str, list] = {}
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
@@ -256,7 +256,7 @@ class ExactResume(TrainerMixin):
         for name, callbacks in found.items():
             states = self.state.stateful_callbacks.get(name, [])
             states = states if isinstance(states, list) else [states]
-            # transformers appends the states of several to those of earlier checkpoints
+            # with several callbacks of a class, transformers appends their states to those of earlier checkpoints
             for callback, state in zip(callbacks, states[-len(callbacks) :], strict=False):
                 for attribute, value in state.get("attributes", {}).items():
                     setattr(callback, attribute, value)
@@ -266,8 +266,8 @@ class ExactResume(TrainerMixin):
     # ------------------------------------------------------------------------------------- the place in a rollout
 
     def _restore(self, checkpoint: Path, epochs: int, batches: int) -> tuple[int, int]:
-        """Takes up a rollout where the checkpoint left it, or begins with a fresh one. Returns the place in the data, which
-        is that of transformers but for streams."""
+        """Continues a rollout at the position of the checkpoint, or begins with a fresh one. Returns the position in the data.
+        It is that of transformers, except for streams."""
         progress, failure = None, None
         try:
             progress = Progress.load(checkpoint, self.accelerator.process_index, self.accelerator.device)
@@ -284,7 +284,7 @@ class ExactResume(TrainerMixin):
             )
             if streams and progress is not None:
                 epochs, batches = progress.epoch, self._place_in_stream(progress, now)
-            self._step = batches  # a pass over the data holds whole rollouts, so this is the place inside one
+            self._step = batches  # a pass over the data consists of whole rollouts, so this is the position inside one
             return epochs, batches
         assert progress is not None
         self._step, self._buffered_inputs = progress.batches, progress.rollout
@@ -295,7 +295,7 @@ class ExactResume(TrainerMixin):
         return (progress.epoch, progress.batches_in_epoch) if streams else (epochs, batches)
 
     def _changes(self, progress: Progress | None, now: Mapping[str, str]) -> list[str]:
-        """What stands in the way of an exact continuation, on any process; the same on all."""
+        """The changes, on any process, that prevent an exact continuation. The result is the same on all processes."""
         if progress is None:
             changes = ["holds no rollout"]
         else:
@@ -306,7 +306,7 @@ class ExactResume(TrainerMixin):
         return list(dict.fromkeys(gather_object(changes)))
 
     def _settings(self) -> dict[str, str]:
-        """What decides how rollouts are made and cut into batches."""
+        """The settings that decide how rollouts are generated and split into batches."""
         general = {entry.name for entry in fields(TrainingArguments)}
         own = [
             entry.name
@@ -321,7 +321,7 @@ class ExactResume(TrainerMixin):
 
     @staticmethod
     def _place_in_stream(progress: Progress, now: Mapping[str, str]) -> int:
-        """Batches, with the settings of this run, in which as many prompts were asked as in those of the checkpoint's."""
+        """Number of batches, with the settings of this run, that have as many prompts as the batches before the checkpoint."""
 
         def prompts_per_batch(settings: Mapping[str, str]) -> Fraction:
             prompts = Fraction(int(settings["generation_batch_size"]), int(settings["num_generations"]))
@@ -333,11 +333,11 @@ class ExactResume(TrainerMixin):
     # --------------------------------------------------------------------------------------------------- saving
 
     def inside_rollout(self) -> bool:
-        """Whether the rollout in hand will be trained on in the next step, too."""
+        """Whether the next step will train on the current rollout as well."""
         return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """With the random state, a checkpoint gets the rollout that is still being trained on."""
+        """Saves the random state and, with it, the rollout that is still being trained on."""
         super()._save_rng_state(output_dir)
         shown = self.log_completions and self.accelerator.is_main_process
         progress = Progress(
@@ -355,7 +355,7 @@ class ExactResume(TrainerMixin):
         progress.save(output_dir, self.accelerator.process_index)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """A checkpoint counts, and older ones are deleted, once all of it is on the disk."""
+        """Writes a checkpoint. It counts, and older ones are deleted, only after all of it is on the disk."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -373,7 +373,7 @@ class ExactResume(TrainerMixin):
             checkpoints.rotate(run_dir, limit, keep=[checkpoint, self.state.best_model_checkpoint])
 
     def _restore_completions(self, table: dict[str, Any]) -> None:
-        """Fills the table of completions again."""
+        """Restores the table of completions."""
         for name, values in table.items():
             if isinstance(values, dict):
                 for column, cells in values.items():
@@ -383,7 +383,7 @@ class ExactResume(TrainerMixin):
 
 
 class _PlaceCallback(TrainerCallback):
-    """Follows the passes over the dataset, and completes a resumed run when it begins."""
+    """Counts the passes over the dataset, and finishes the set-up of a resumed run when training begins."""
 
     def __init__(self, trainer: ExactResume):
         self.trainer = trainer
@@ -407,7 +407,7 @@ class _PlaceCallback(TrainerCallback):
 
 
 def _plain(value: Any) -> Any:
-    """The same in lists, mappings, text and numbers alone, which a file may be read for without running code."""
+    """The same value as lists, mappings, text and numbers only, so that a file can be read without running code."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Tensor | np.ndarray | np.generic):

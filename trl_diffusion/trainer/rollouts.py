@@ -1,4 +1,4 @@
-"""Rollouts: fresh responses that the policy denoises, or stored ones."""
+"""Rollouts of fresh responses, which the policy denoises, or of stored responses."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 class StoredResponse(NamedTuple):
     """
-    A response of a trajectory dataset that a rollout takes.
+    A response of a trajectory dataset that a rollout uses.
 
     Attributes:
         row (`dict[str, Any]`): row of the dataset.
         place (`int`): place of the response in the row.
-        epoch (`int`): number of times that training went through the dataset before.
+        epoch (`int`): number of passes of training over the dataset before this one.
     """
 
     row: dict[str, Any]
@@ -46,20 +46,21 @@ class StoredResponse(NamedTuple):
     epoch: int
 
     def seed(self, seed: int) -> int:
-        """Seed of the draws of this response, from that of the run: another one in every epoch, the same in a resumed run."""
+        """Seed of the draws of this response. It differs in every epoch, and is the same in a resumed run."""
         return derive_seed(seed, STORED, self.epoch, self.row["row"], self.place)
 
 
 @dataclass(frozen=True)
 class Rollout:
     """
-    The rollout that is being made. TRL's hooks fill it in, one after the other.
+    The rollout in progress. TRL's hooks set its attributes, one after another.
 
     Attributes:
-        stored (`list[StoredResponse]`, *optional*): the stored responses that it consists of; `None` for fresh ones.
-        seeds (`list[int]` of length `R`): source of randomness of each response.
-        trajectories ([`TrajectoryBatch`], *optional*): the responses, once they are there.
-        unscored (bool `Tensor` of shape `(R,)`, *optional*): responses that no reward function scored, once they are scored.
+        stored (`list[StoredResponse]`, *optional*): the stored responses of the rollout. `None` for fresh ones.
+        seeds (`list[int]` of length `R`): seed of each response.
+        trajectories ([`TrajectoryBatch`], *optional*): the responses, as soon as they exist.
+        unscored (bool `Tensor` of shape `(R,)`, *optional*): responses to which no reward function applies,
+            after scoring.
         differing (bool `Tensor` of shape `(R,)`, *optional*): responses of groups whose rewards are not all the same.
     """
 
@@ -72,12 +73,12 @@ class Rollout:
 
 class DiffusionRollouts(DiffusionScoring):
     """
-    The rollouts of a [`~trl.GRPOTrainer`] whose policy writes by denoising. Each response is a row of every tensor of a
-    rollout, so TRL shuffles and splits trajectories as it does its own tensors.
+    The rollouts of a [`~trl.GRPOTrainer`] for a diffusion policy. Each response is a row of every tensor of a rollout, so
+    TRL shuffles and splits trajectories in the same way as its own tensors.
 
     Attributes:
-        rollout ([`Rollout`], *optional*): the rollout that is being made; `None` otherwise.
-        last_rollouts ([`TrajectoryBatch`], *optional*): the last rollout of training, of this process.
+        rollout ([`Rollout`], *optional*): the rollout in progress. `None` if there is none.
+        last_rollouts ([`TrajectoryBatch`], *optional*): the last rollout of training on this process.
     """
 
     rollout: Rollout | None = None
@@ -86,13 +87,13 @@ class DiffusionRollouts(DiffusionScoring):
     num_generations: int
     _throughput: ThroughputCallback
     _rollout_clock: tuple[int, int] = (-1, 0)  # optimizer step, and rollouts so far in it
-    _learnt: bool | None = None  # whether a response of this run made a gradient; `None` before a rollout
+    _learnt: bool | None = None  # whether any response of this run had a gradient; `None` before the first rollout
 
     # ---------------------------------------------------------------------------------------------- TRL's hooks
 
     def _generate_and_score_completions(self, inputs):
         """TRL's rollout, with the trajectories in its output, one row for each response."""
-        beta, self.beta = self.beta, 0.0  # the reference scores the states that are drawn later
+        beta, self.beta = self.beta, 0.0  # the reference scores later, in the drawn states
         try:
             self.rollout = Rollout()
             if "event_steps" in inputs[0]:
@@ -117,7 +118,7 @@ class DiffusionRollouts(DiffusionScoring):
             output["num_items_in_batch"] = self._total_weight(output)
         if "old_per_token_logps" in output and not self._old_is_recorded:
             output["old_estimates"] = self.old_estimates(output)
-        if self.loss_type == "dpo":  # where nobody scored, TRL's advantage is 0
+        if self.loss_type == "dpo":  # TRL gives responses without a reward the advantage 0
             output["pair_scores"] = torch.where(rollout.unscored, torch.nan, output["advantages"])
         self._log_trajectories(trajectories)
         if self.model.training:
@@ -127,7 +128,7 @@ class DiffusionRollouts(DiffusionScoring):
         return self._group(output)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        """A response to each prompt: denoised, or the stored one."""
+        """A response to each prompt, fresh or stored."""
         assert self.rollout is not None  # `_generate_and_score_completions` has begun one
         if self.rollout.stored is not None:
             trajectories = self._take(self.rollout.stored, prompt_ids)
@@ -140,7 +141,7 @@ class DiffusionRollouts(DiffusionScoring):
         return trajectories.completions(), trajectories.completion_logps()
 
     def _calculate_rewards(self, inputs, prompts, completions, *args, **kwargs):
-        """TRL's rewards, which must be finite, or NaN where no function applies."""
+        """TRL's rewards. They must be finite, or NaN if no function applies."""
         assert self.rollout is not None
         with self._throughput.timed("reward"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)  # of all processes
@@ -154,7 +155,7 @@ class DiffusionRollouts(DiffusionScoring):
         return rewards
 
     def _infinite_reward(self, rewards: Tensor, prompts: list, completions: list) -> ValueError | None:
-        """The error for the first infinite reward of this process, `None` if it has none. `rewards`: `(R, F)`."""
+        """The error for the first infinite reward of this process. `None` if there is none. `rewards`: `(R, F)`."""
         if not rewards.isinf().any():
             return None
         row, function = rewards.isinf().nonzero()[0].tolist()
@@ -173,7 +174,7 @@ class DiffusionRollouts(DiffusionScoring):
         Args:
             prompt_ids (`list[list[int]]`): token ids of the prompts.
             decoding ([`DecodingConfig`]): settings.
-            seeds (`list[int]`): source of randomness of each prompt.
+            seeds (`list[int]`): seed of each prompt.
         """
         sharded = self._decodes_sharded()
         failure: Exception | None = None
@@ -191,44 +192,44 @@ class DiffusionRollouts(DiffusionScoring):
                     policy, prompt_ids, decoding, self.spec, seeds, self.args.rollout_batch_size, keep_pace=sharded
                 )
             except PeerFailed:
-                pass  # the other process says what it was
+                pass  # the other process reports its error
             except Exception as error:
                 failure = error
             finally:
                 policy.train(was_training)
         fail_together(self.accelerator, failure, "Decoding")
-        assert batch is not None  # or a process would have failed
+        assert batch is not None  # otherwise a process would have failed
         return batch
 
     def _decodes_sharded(self) -> bool:
-        """Whether rollouts run on sharded parameters, so that processes have to run the same number of passes."""
+        """Whether rollouts run on sharded parameters, so that all processes must run the same number of passes."""
         if isinstance(self.model_wrapped, FSDPModule):
             return True
-        is_engine = self.model_wrapped is not self.model  # before training there is none yet
+        is_engine = self.model_wrapped is not self.model  # before training there is no engine yet
         return is_deepspeed_zero3_enabled() and is_engine and not self.args.ds3_gather_for_generation
 
     def answer(
         self, prompts: list, decoding: DecodingConfig | None = None, seed: int = 0
     ) -> tuple[list[str], TrajectoryBatch]:
         """
-        Lets the policy, as it is now, answer some prompts. Processes share the work.
+        Generates responses to some prompts with the current policy. Processes share the work.
 
         Args:
             prompts (`list`): standard or conversational prompts, the same on every process.
-            decoding ([`DecodingConfig`], *optional*): settings. Defaults to the rollouts' with temperature 0.
-            seed (`int`, *optional*, defaults to `0`): source of randomness if there is a temperature.
+            decoding ([`DecodingConfig`], *optional*): settings. Defaults to those of the rollouts, with temperature 0.
+            seed (`int`, *optional*, defaults to `0`): seed of the random numbers, used if there is a temperature.
 
         Returns:
-            `tuple[list[str], TrajectoryBatch]`: the text of each answer, in the order of the prompts and the same on
-            every process, and the trajectories of those that this process decoded.
+            `tuple[list[str], TrajectoryBatch]`: the text of each response, in the order of the prompts and the same on every
+            process, and the trajectories of the responses that this process decoded.
         """
         decoding = self.args.decoding(temperature=0.0) if decoding is None else decoding
-        prompts = list(prompts)  # a dataset's column is not one
+        prompts = list(prompts)  # the column of a dataset is not a list
         if not prompts:
             raise ValueError("There is no prompt to answer.")
         prompt_ids = self._tokenize_prompts(prompts)[0]
         seeds = [derive_seed(seed, row) for row in range(len(prompts))]
-        # Every process has the same number of rows; the last ones wrap around.
+        # Every process has the same number of rows, so the last ones repeat the first ones.
         share = -(-len(prompts) // self.accelerator.num_processes)
         first = self.accelerator.process_index * share
         rows = [row % len(prompts) for row in range(first, first + share)]
@@ -238,12 +239,12 @@ class DiffusionRollouts(DiffusionScoring):
 
     def row_seeds(self, num_rows: int) -> list[int]:
         """
-        One seed for each response of this process's part of a rollout: a function of the run's seed, the optimizer step and
-        the response's place in the whole rollout. So it does not depend on the number of processes or on evaluations in
-        between, and a resumed run repeats it.
+        One seed for each response of this process's part of a rollout. It depends on the seed of the run, the optimizer
+        step and the place of the response in the whole rollout. It does not depend on the number of processes or on
+        evaluations, and a resumed run repeats it.
         """
         step = self.state.global_step
-        if self.evaluation is not None:  # a row's place in the whole evaluation, so batches do not matter either
+        if self.evaluation is not None:  # place in the whole evaluation, so that the batches do not matter
             first = self.evaluation.first
             return [derive_seed(self.args.seed, EVALUATION, step, first + row) for row in range(num_rows)]
         last_step, rollouts = self._rollout_clock
@@ -256,8 +257,8 @@ class DiffusionRollouts(DiffusionScoring):
 
     def _choose(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """
-        Begins a rollout of stored responses, one for each row; a group with more responses than are asked for gives others
-        in every epoch. Returns the rows as a prompt dataset would have them.
+        Begins a rollout of stored responses, one for each row. If a group has more responses than needed, every epoch uses
+        others. Returns the rows in the form of a prompt dataset.
         """
         size = self.num_generations if self.model.training else self.num_generations_eval
         epoch = int(self.state.epoch or 0) if self.model.training else 0
@@ -295,8 +296,9 @@ class DiffusionRollouts(DiffusionScoring):
 
     def _group(self, output: dict[str, Any]) -> dict[str, Any]:
         """
-        Tensors of shape `(R, ...)` as `(R / G, G, ...)` for groups of `G` responses to a prompt, so that TRL shuffles and
-        splits groups instead of responses, and a batch can share prompts. As it was, if a batch does not hold groups.
+        Reshapes tensors from `(R, ...)` to `(R / G, G, ...)`, for groups of `G` responses to a prompt. TRL then shuffles and
+        splits groups instead of responses, and a batch can share prompts. If a batch does not consist of whole groups, the
+        tensors are returned unchanged.
         """
         size = self.num_generations
         if (
@@ -308,7 +310,7 @@ class DiffusionRollouts(DiffusionScoring):
         return {key: value.unflatten(0, (-1, size)) if is_rows(value) else value for key, value in output.items()}
 
     def _total_weight(self, output: dict[str, Any]) -> Tensor:
-        """What the weights of the tokens of a rollout sum to on average, over all processes: the number of tokens that count,
+        """Expected sum of the weights of the tokens of a rollout, over all processes. It is the number of tokens that count,
         unless draws are not weighted. TRL divides its loss by it."""
         tokens, config = (
             states_to_draw(trajectories_of(output), self.spec, self.scoring_config.selection),
@@ -320,14 +322,14 @@ class DiffusionRollouts(DiffusionScoring):
         return self.accelerator.reduce(total, reduction="sum")
 
     def _note_gradient(self, rollout: Rollout, counted: Tensor) -> None:
-        """Remembers whether a response of this rollout makes a gradient; pairs say so themselves. `counted`, `(R,)`: those
+        """Records whether a response of this rollout has a gradient. Pairs record this themselves. `counted`, `(R,)`: responses
         of this process that are not masked."""
         assert rollout.differing is not None  # TRL has called `_calculate_rewards`
         number = self.accelerator.reduce((rollout.differing & counted).sum(), reduction="sum").item()
         self._learnt = bool(self._learnt) or (number > 0 and self.loss_type != "dpo")
 
     def _log_trajectories(self, trajectories: TrajectoryBatch) -> None:
-        """Notes the shape of the trajectories of a rollout."""
+        """Records metrics about the trajectories of a rollout."""
         rows = self._counted(len(trajectories))
         counted = trajectories.completion_mask & rows[:, None]
         blocks = response_blocks(self.spec, trajectories.prompt_lengths, trajectories.canvas_ids.shape[1])

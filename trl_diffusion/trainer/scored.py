@@ -1,4 +1,4 @@
-"""What one pass over a batch scores: the drawn states, packed, and the old policy's log-probabilities there."""
+"""The tokens that one pass over a batch scores: the packed drawn states, and the old policy's log-probabilities."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Scored:
     """
-    What one pass scores. Policy, old policy and reference share it.
+    The tokens that one pass scores. Policy, old policy and reference use the same.
 
     Attributes:
         layout ([`PackedLayout`]): the drawn states in packed rows, with the weight of each token.
         recorded (`Tensor` of shape `(R, C)`): log-probabilities recorded while decoding; 0 where nothing is scored.
-        old (`Tensor` of shape `(R, C)`, *optional*): the old policy's. `None` if that is the policy as it is now.
+        old (`Tensor` of shape `(R, C)`, *optional*): log-probabilities of the old policy. `None` if it is the current policy.
     """
 
     layout: PackedLayout
@@ -49,10 +49,10 @@ class Scored:
 
 class DiffusionScoring(RowwiseEvaluation):
     """
-    The log-probabilities of a [`~trl.GRPOTrainer`] whose policy writes by denoising.
+    The log-probabilities of a [`~trl.GRPOTrainer`] for a diffusion policy.
 
     Attributes:
-        scored ([`Scored`], *optional*): what the present pass scores; `None` outside [`scoring`].
+        scored ([`Scored`], *optional*): the tokens that the current pass scores. `None` outside [`scoring`].
     """
 
     scored: Scored | None = None
@@ -67,15 +67,15 @@ class DiffusionScoring(RowwiseEvaluation):
     current_gradient_accumulation_steps: int
     _share_prompts: bool
     _old_is_recorded: bool  # whether the old policy's log-probabilities are those recorded while decoding
-    _is_recorded: bool  # whether there are any
+    _is_recorded: bool  # whether log-probabilities were recorded
 
     def try_policy(self, policy: nn.Module, training: bool = False) -> None:
-        """Tries a policy in the ways in which this trainer runs it; done once for each."""
+        """Tries a policy once, in all ways in which this trainer runs it."""
         cached = self.spec.attention == "block" or self.args.approximate_cache is not None
         try_policy(policy, self.spec, cached, training)
 
     def layout(self, batch: TrajectoryBatch, seeds: list[int], iteration: int) -> tuple[PackedLayout, Tensor]:
-        """Draws the states that a pass over a batch scores, and packs them. Also returns the weights, `(R, C)`."""
+        """Draws and packs the states that a pass over a batch scores. Also returns the weights, `(R, C)`."""
         draws = [derive_seed(seed, iteration) for seed in seeds]
         states = self.estimator.states(batch, self.spec, draws, self.scoring_config)
         return pack(batch, self.spec, states, self.estimator.one_row, self._share_prompts), states.weights
@@ -83,16 +83,16 @@ class DiffusionScoring(RowwiseEvaluation):
     @contextmanager
     def scoring(self, inputs: dict[str, Any], iteration: int = 0) -> Iterator[Scored]:
         """
-        Draws what a pass over a batch scores; inside, it is `self.scored`.
+        Draws the states that a pass over a batch scores. Inside this context, `self.scored` holds them.
 
         Args:
-            inputs (`dict[str, Any]`): a batch of a rollout, a row for each response.
+            inputs (`dict[str, Any]`): a batch of a rollout, one row for each response.
             iteration (`int`, *optional*, defaults to `0`): number of passes over the rollout before this one.
         """
         self.try_policy(self.model, training=True)
         batch = trajectories_of(inputs)
         layout, weights = self.layout(batch, inputs["draw_seeds"].tolist(), iteration)
-        recorded = torch.where(weights > 0, batch.logps, 0.0)  # what is not scored has ratio 1
+        recorded = torch.where(weights > 0, batch.logps, 0.0)  # tokens that are not scored have ratio 1
         old = recorded if self._old_is_recorded else None
         if old is None and "old_estimates" in inputs:
             old = inputs["old_estimates"][:, iteration]
@@ -105,8 +105,8 @@ class DiffusionScoring(RowwiseEvaluation):
     @torch.no_grad()
     def old_estimates(self, output: dict[str, Any]) -> Tensor:
         """
-        What the policy of this rollout estimates for the states that each pass over it will draw, where the recording does
-        not say. Shape `(R, I, C)`, for `I` iterations.
+        The estimates of the policy of this rollout, in the states that each pass over the rollout will draw, if the recorded
+        log-probabilities cannot be used. Shape `(R, I, C)`, for `I` iterations.
         """
         size = self.args.per_device_train_batch_size
         estimates = []
@@ -138,14 +138,14 @@ class DiffusionScoring(RowwiseEvaluation):
             return fit(self.rollout.trajectories.logps, logits_to_keep), None, None
         gradient = self.args.entropy_coef != 0.0 or self.args.use_adaptive_entropy
         logps, entropies = score(model, self.scored.layout, self.spec, self.temperature, compute_entropy, gradient)
-        if compute_entropy:  # the policy's own pass, not the reference's
+        if compute_entropy:  # the pass of the policy, not of the reference
             self.log_scores(logps.detach())
         return logps, entropies, None
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """
-        The scored tokens that `top_entropy_quantile` keeps, of the tokens of all processes. `mask` holds the weights of
-        the tokens, which TRL takes for 0 and 1.
+        The scored tokens that `top_entropy_quantile` keeps, among the tokens of all processes. `mask` holds the weights of the
+        tokens, where TRL has 0 and 1.
         """
         entropies, weights = entropies.detach().float(), mask.float()
         local = (values[weights > 0] for values in (entropies, weights))
@@ -159,8 +159,8 @@ class DiffusionScoring(RowwiseEvaluation):
     # -------------------------------------------------------------------------------------------------- figures
 
     def log_scores(self, logps: Tensor) -> None:
-        """Notes how the scored log-probabilities compare with the old policy's: those recorded while decoding, for
-        estimators that score what was recorded (docs/method.md, section 4)."""
+        """Records the difference between scored log-probabilities and those recorded while decoding, for estimators that score
+        tokens in the states in which they were unmasked (docs/method.md, section 4)."""
         assert self.scored is not None  # inside `scoring`
         weights, recorded = self.scored.layout.weights, self.scored.recorded
         scored, old = weights > 0, logps if self.scored.old is None else self.scored.old
@@ -176,8 +176,8 @@ class DiffusionScoring(RowwiseEvaluation):
             self._record("diffusion/recorded_gap/max", self.accelerator.gather(gap.max()).max().item(), how="max")
 
     def check_estimator(self, inputs: dict[str, Any]) -> None:
-        """Notes how estimates compare with the exact log-ratio of a few trajectories, in the first batch of an optimizer
-        step at which `estimator_check_steps` asks for it."""
+        """Compares estimates with the exact log-ratio of a few trajectories. Does so in the first batch of each
+        optimizer step that `estimator_check_steps` selects."""
         every = self.args.estimator_check_steps
         due = every is not None and self.model.training and self.state.global_step % every == 0
         if not due or self._step % self.current_gradient_accumulation_steps:
@@ -201,5 +201,5 @@ class DiffusionScoring(RowwiseEvaluation):
 
 
 def fit(values: Tensor, width: int) -> Tensor:
-    """Pads or cuts the columns of a canvas tensor to the width of TRL's completion tensors."""
+    """Pads or truncates the columns of a canvas tensor to the width of TRL's completion tensors."""
     return F.pad(values, (0, width - values.shape[1]))

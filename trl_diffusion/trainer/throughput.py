@@ -1,4 +1,4 @@
-"""How fast a run is, where its time goes, and how much memory it needs."""
+"""Measures the speed of a run, the time of its parts, and its memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory that this process has held so far, in bytes: of its GPU (allocated by torch), or else resident."""
+    """Largest memory of this process so far, in bytes: on its GPU (allocated by torch), or resident if there is no GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -28,12 +28,13 @@ class ThroughputCallback(TrainerCallback):
     Adds to the metrics of every optimizer step:
 
     - `time/rollout`, `time/reward` and `time/update`: seconds for decoding, for the reward functions, and for everything
-      from the rollout's end to the end of the optimizer step. Of the slowest process.
-    - `throughput/responses_per_second` and `throughput/tokens_per_second`: responses trained on, and their tokens, over the
-      seconds of all steps since the last log. Of all processes together.
-    - `memory/peak_gib`: most memory of a process so far, in GiB (see [`peak_memory`]). Of the one with the most.
+      from the end of the rollout to the end of the optimizer step. The values are those of the slowest process.
+    - `throughput/responses_per_second` and `throughput/tokens_per_second`: responses and tokens trained on, divided by the
+      seconds of all steps since the last log. The values are over all processes.
+    - `memory/peak_gib`: largest memory of a process so far, in GiB (see [`peak_memory`]). The value is that of the process
+      with the most.
 
-    A step that trains on a rollout of an earlier one has 0 seconds of rollout and reward.
+    A step that trains on an earlier rollout has 0 seconds of rollout and reward.
 
     Args:
         trainer ([`DTRPOTrainer`]): the trainer that this callback is added to.
@@ -51,7 +52,7 @@ class ThroughputCallback(TrainerCallback):
 
     @contextmanager
     def timed(self, name: str):
-        """Adds the time spent inside to `"rollout"`, `"reward"` or `"sampling"`, which is all that is not the update."""
+        """Adds the time spent inside to `"rollout"`, `"reward"` or `"sampling"` (everything except the update)."""
         begin = time.perf_counter()
         try:
             yield
@@ -59,7 +60,7 @@ class ThroughputCallback(TrainerCallback):
             self.seconds[name] += time.perf_counter() - begin
 
     def count(self, completion_mask: torch.Tensor) -> None:
-        """Counts a batch that is trained on, by its mask of shape `(R, C)`."""
+        """Counts the responses and tokens of a batch that is trained on, by its mask of shape `(R, C)`."""
         self.responses += len(completion_mask)
         self.tokens = self.tokens + completion_mask.sum()
 
@@ -80,7 +81,7 @@ class ThroughputCallback(TrainerCallback):
         tally = self.trainer.tally
         for name, value in (("time/rollout", rollout), ("time/reward", reward), ("time/update", update)):
             tally.add(name, value)
-        # Over several steps: all responses over all seconds.
+        # Over several steps: all responses divided by all seconds.
         tally.add("throughput/responses_per_second", responses / whole, whole)
         tally.add("throughput/tokens_per_second", tokens / whole, whole)
         tally.add("memory/peak_gib", memory, how="max")

@@ -1,4 +1,4 @@
-"""GRPO for diffusion language models: dTRPO under TRL."""
+"""The trainer: dTRPO, as a subclass of TRL's `GRPOTrainer`."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ logger = get_logger(__name__)
 
 class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
     r"""
-    Trainer for dTRPO (dLLM Trajectory Reduction Policy Optimization, https://huggingface.co/papers/2603.18806), with the
+    Trainer for dTRPO (dLLM Trajectory Reduction Policy Optimization, https://huggingface.co/papers/2603.18806). It has the
     constructor, dataset format, reward functions and metrics of [`~trl.GRPOTrainer`].
 
-    Responses are denoised block by block instead of written from left to right, and the order in which their tokens
-    were unmasked is remembered. An update then scores one drawn decoding step of each block, all blocks in one packed
-    forward pass, and weighs each scored token by the inverse of the probability that it was drawn. TRL's own loss does
-    the rest, with these weights where it has a mask. Old log-probabilities are the ones recorded while decoding.
+    Responses are denoised block by block, instead of generated from left to right. The order in which their tokens were
+    unmasked is recorded. An update draws one denoising step of each block, and scores its tokens, for all blocks in one
+    packed forward pass. The weight of a scored token is one divided by the probability that its step was drawn. The loss
+    is TRL's own, with these weights in place of its mask. The old log-probabilities are those recorded while decoding.
 
     Example:
 
@@ -61,46 +61,50 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
     from trl_diffusion.rewards import sudoku
 
     puzzles = sudoku.generate(1000, seed=0)
-    dataset = Dataset.from_list([{"prompt": sudoku.prompt(row["puzzle"]), **row} for row in puzzles])
+    rows = [{"prompt": sudoku.prompt(row["puzzle"]), **row} for row in puzzles]
 
     trainer = DTRPOTrainer(
         model=tiny_policy_path(),
         reward_funcs=sudoku.sudoku_solved,
         args=DTRPOConfig("sudoku", max_completion_length=17),
-        train_dataset=dataset,
+        train_dataset=Dataset.from_list(rows),
     )
     trainer.train()
     ```
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy: a path or hub id, or a model. Its config holds a [`DiffusionSpec`], or
-            `args.diffusion_spec` gives one.
+            The policy: a path, a hub id, or a model. The [`DiffusionSpec`] is in its config or in
+            `args.diffusion_spec`.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             As for [`~trl.GRPOTrainer`].
         args ([`DTRPOConfig`], *optional*):
             Configuration of this trainer.
         train_dataset, eval_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Must have a `prompt` column, standard or conversational; other columns reach the reward functions. Or a
-            trajectory dataset (see [`collect`] and [`load_trajectories`]): nothing is generated then, and
-            `reward_funcs` may be left out, for the stored rewards. Or, for `loss_type="dpo"`, a preference dataset.
+            A dataset with a `prompt` column, standard or conversational. Its other columns are passed to the reward
+            functions. Or a trajectory dataset (see [`collect`] and [`load_trajectories`]). Nothing is generated then, and
+            without `reward_funcs` the stored rewards are used. Or, for `loss_type="dpo"`, a preference dataset.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer. Loaded from where the model is by default.
+            The tokenizer. By default, it is loaded from the path or hub id of the model.
         kwargs (`dict`):
             The other arguments of [`~trl.GRPOTrainer`], by name: `callbacks`, `optimizers`, `peft_config`, ...
 
     Raises:
-        TypeError: if the model, the arguments or a dataset are of another type.
-        ValueError: before anything is trained, if there is no reward function, a dataset is empty, has no `prompt`
-            column, or fewer rows than a rollout takes, the stored rewards of each group are all the same, the policy has no
-            mask token, or a prompt holds the mask token, is too long for the policy, made of unknown tokens alone, or dropped
-            by the chat template.
+        TypeError: if the model, the arguments or a dataset have an unsupported type.
+        ValueError: before any training, in these cases:
+
+            - There is no reward function.
+            - A dataset is empty, has no `prompt` column, or has fewer rows than one rollout needs.
+            - The stored rewards are the same within each group.
+            - The policy has no mask token.
+            - A prompt holds the mask token, is too long for the policy, consists only of unknown tokens, or is dropped by
+              the chat template.
     """
 
     _tag_names = ["trl", "trl-diffusion", "dtrpo"]
     _name = "dTRPO"
 
-    # What the trainers below may lack, or hold in a wider type, is there.
+    # Narrowed types of inherited attributes.
     args: DTRPOConfig
     model: PreTrainedModel
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
@@ -152,7 +156,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         make_ready(self, setup, kwargs.get("optimizers", (None, None))[0])
 
     def _set_signature_columns_if_needed(self):
-        """TRL's columns, and those of stored responses; what else there is, is unused."""
+        """Keeps TRL's columns and those of stored responses. All other columns are unused."""
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
         columns += [name for name in self._kept_columns if name not in columns]
@@ -160,7 +164,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
     # ------------------------------------------------------------------------------------------------- the loss
 
     def _compute_loss(self, model, inputs):
-        """TRL's loss with the weights of the scored tokens as its mask (docs/method.md, sections 2 and 5)."""
+        """TRL's loss, with the weights of the scored tokens in place of its mask (docs/method.md, sections 2 and 5)."""
         inputs = ungroup(inputs)
         self._throughput.count(inputs["completion_mask"])
         per_rollout = cast(int, self.args.steps_per_generation)
@@ -172,21 +176,21 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
             layout = scored.layout
             if self.beta != 0.0:
                 inputs["ref_per_token_logps"] = self.reference.of_batch(inputs, layout, iteration)
-            # For TRL's loss the response is the whole canvas: tokens behind the completion may count, too.
+            # TRL's loss gets the whole canvas, because tokens after the completion may count as well.
             inputs["completion_ids"], inputs["completion_mask"] = inputs["canvas_ids"], layout.weights
             for name in ("old_per_token_logps", "sampling_per_token_logps"):
                 inputs.pop(name, None)
             if scored.old is not None:
                 inputs["old_per_token_logps"] = scored.old
-            if self.estimator.recorded:  # with the others, what was recorded is of other states
+            if self.estimator.recorded:  # the other estimators score other states than the recorded ones
                 inputs["sampling_per_token_logps"] = scored.recorded
             return self._finite(super()._compute_loss(model, inputs))
 
     def _pairwise_loss(self, model, inputs: dict[str, Any], iteration: int) -> Tensor:
-        """Losses of better against worse responses of a group (docs/method.md, section 5)."""
+        """The pairwise loss of better and worse responses of a group (docs/method.md, section 5)."""
         training = self.model.training
         pairs, left_out = self._pairs(inputs)
-        if training:  # others would cost their part of the pass; an evaluation has figures of all
+        if training:  # other responses would only lengthen the pass; an evaluation has metrics of all
             used, pairs = pairs.used()
             inputs = {key: value[used] if is_rows(value) else value for key, value in inputs.items()}
         with self.scoring(inputs, iteration) as scored:
@@ -207,7 +211,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         figures: dict[str, Tensor | float] = {**sums, "pairs/count": len(pairs.chosen), **left_out}
         totals = dict(zip(figures, add_over_processes(self.accelerator, *figures.values()), strict=True))
         count = totals["pairs/count"]
-        how: How = "mean" if self.evaluation is None else "sum"  # of a batch, or of all of an evaluation
+        how: How = "mean" if self.evaluation is None else "sum"  # over a batch, or over an evaluation
         for name, value in totals.items():
             if name not in sums:
                 self._record(name, value, how=how)
@@ -220,7 +224,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         return loss / self.current_gradient_accumulation_steps if training else loss
 
     def _pairs(self, inputs: dict[str, Any]) -> tuple[Pairs, dict[str, float]]:
-        """The pairs of a batch, and how much is in none, by the name under which it is logged."""
+        """The pairs of a batch, and counts of responses and groups without a pair, by their names in the log."""
         size = self.num_generations if self.model.training else self.num_generations_eval
         which = cast(Literal["best_worst", "all"], self.args.pair_selection)
         masked, scores = ~inputs["completion_mask"].any(1), inputs["pair_scores"]
@@ -235,7 +239,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         }
 
     def _finite(self, loss: Tensor) -> Tensor:
-        """The loss, if it is finite on every process."""
+        """Returns the loss, after a check that it is finite on every process."""
         failure = None
         if not torch.isfinite(loss):
             failure = FloatingPointError(
@@ -250,13 +254,13 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
-        Trains the policy. With `resume_from_checkpoint=True` it goes on from the newest complete checkpoint in
-        `output_dir`, and starts anew if there is none yet, so that a command that may be killed can just be given again.
-        The other arguments are those of [`~transformers.Trainer.train`].
+        Trains the policy. With `resume_from_checkpoint=True` it continues from the newest complete checkpoint in
+        `output_dir`, or starts from the beginning if there is none. A command that was killed can therefore be given
+        again unchanged. The other arguments are those of [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: if another training is going on in `output_dir`, the checkpoint is damaged or lacks something, or a
-                stream ended before its first rollout.
+            ValueError: if another training uses `output_dir`, if the checkpoint is damaged or incomplete, or if a stream ended
+                before its first rollout.
         """
         self._learnt = None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -269,17 +273,17 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         return result
 
     def prepare_run(self) -> None:
-        """Lets the reference score stored responses, if it is to do so before training."""
+        """Scores stored responses with the reference, if this is done before training."""
         if self.args.precompute_ref_log_probs and not self.reference.recorded:
             self.reference.precompute()
 
     def save_extra_files(self, checkpoint: Path) -> None:
-        """Adds the reference, if it is one that moves."""
+        """Adds the reference, if it changes during training."""
         if self.args.sync_ref_model:
             save_reference(unwrap(cast(nn.Module, self.ref_model)), checkpoint, self.args.should_save)
 
     def load_extra_files(self, checkpoint: Path) -> None:
-        """The reference as it was at a checkpoint, if it is one that moves."""
+        """Restores the reference of a checkpoint, if it changes during training."""
         if self.args.sync_ref_model:
             load_reference(unwrap(cast(nn.Module, self.ref_model)), checkpoint)
         elif self.beta != 0.0 and Path(checkpoint, REFERENCE).is_file():
@@ -288,7 +292,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
             )
 
     def extra_state(self) -> dict[str, Any]:
-        """Figures that were not logged yet, and the rollout that callbacks may draw."""
+        """Metrics that were not logged yet, and the rollout that callbacks may draw."""
         rollouts = self.last_rollouts if self.inside_rollout() else None
         return {"tally": vars(self.tally), "last_rollouts": None if rollouts is None else vars(rollouts)}
 
@@ -306,8 +310,8 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
             super()._load_best_model()
 
     def _load_renamed(self, checkpoint: str | None) -> bool:
-        """Loads a checkpoint under a family's own names, which transformers' trainer would pass over with a warning."""
+        """Loads a checkpoint with a family's own weight names, which transformers' trainer would ignore with a warning."""
         model = unwrap(self.model)
         if checkpoint is None or isinstance(model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return False  # these checkpoints have the model's names
+            return False  # these checkpoints use the names of the model
         return load_renamed_weights(model, checkpoint)

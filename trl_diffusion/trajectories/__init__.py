@@ -1,1 +1,1 @@
-"""What happened: canvas, unmasking steps, recorded log-probabilities."""
+"""The record of responses: canvas, denoising steps, recorded log-probabilities."""

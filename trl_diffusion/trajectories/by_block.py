@@ -1,6 +1,6 @@
 """
-Reductions inside blocks. Blocks are those of positions, `(R, C)`, numbered from 0; any other grouping of positions works the
-same way. Values may have dimensions between R and C, such as views, `(R, W, C)`.
+Reductions inside blocks. The block of each position is given as `(R, C)`, numbered from 0. Any other grouping of
+positions works in the same way. Values may have dimensions between R and C, such as views, `(R, W, C)`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def num_blocks(blocks: Tensor) -> int:
-    """Number of blocks of the response that has most, at least 1."""
+    """Largest number of blocks of a response, at least 1."""
     return int(blocks.max()) + 1 if blocks.numel() else 1
 
 
@@ -21,7 +21,7 @@ def sum_by_block(blocks: Tensor, values: Tensor) -> Tensor:
 
 
 def max_by_block(blocks: Tensor, values: Tensor) -> Tensor:
-    """Largest of `values`, `(R, ..., C)`, in each block, at least 0: `(R, ..., S)`."""
+    """Maximum of `values`, `(R, ..., C)`, and 0 over each block: `(R, ..., S)`."""
     largest = values.new_zeros(*values.shape[:-1], num_blocks(blocks))
     return largest.scatter_reduce_(-1, _expand(blocks, values), values, reduce="amax")
 
@@ -33,17 +33,18 @@ def at_block(blocks: Tensor, values: Tensor) -> Tensor:
 
 
 def has_in_block(blocks: Tensor, hits: Tensor) -> Tensor:
-    """Whether the block of a position has a hit, boolean, `(R, ..., C)`."""
+    """Whether any position in the block of a position has a hit, boolean, `(R, ..., C)`."""
     return at_block(blocks, sum_by_block(blocks, hits.long())) > 0
 
 
 def rank_in_block(blocks: Tensor, keys: Tensor, taking_part: Tensor) -> Tensor:
     """
-    Rank of a position's key, from 0 for the smallest, among those of its block that take part; ties go to the left.
+    Rank of a position's key among the positions of its block that take part. The smallest key has rank 0. Of equal keys,
+    the left one has the lower rank.
 
     Args:
         blocks (`Tensor` of shape `(R, C)`): block of each position.
-        keys (`Tensor` of shape `(R, ..., C)`): what to sort by.
+        keys (`Tensor` of shape `(R, ..., C)`): keys to sort by.
         taking_part (boolean `Tensor` of the shape of `keys`): other positions get higher ranks.
 
     Returns:

@@ -10,10 +10,10 @@ Trajectories on disk: one row per prompt with its group of responses, each an ev
 | `canvas_lengths`, `completion_lengths` | list of int | for each response, positions of the canvas, and tokens that count |
 | `event_steps`, `event_positions`, `event_tokens` | list of list of int | for each response and each token unmasked: decoding step, \
 counted from 0 inside its block; position in the canvas; token id |
-| `event_logps` | list of list of float, or null | log-probability, in nats, that the decoding policy gave the token; null if \
-nobody recorded it |
-| `reward_NAME` | list of float | for each response, what the reward function `NAME` gave, null for not applicable |
-| `policy_fingerprint`, `tokenizer_fingerprint` | string | who made it |
+| `event_logps` | list of list of float, or null | log-probability, in nats, that the decoding policy gave the token; null if it \
+was not recorded |
+| `reward_NAME` | list of float | for each response, the reward of the function `NAME`; null if the function does not apply |
+| `policy_fingerprint`, `tokenizer_fingerprint` | string | the policy and the tokenizer that made it |
 | `spec`, `decoding` | string | [`DiffusionSpec`] and settings of the decoder, as JSON |
 
 A position without an event was never unmasked. Events are sorted by block, step and position.
@@ -48,7 +48,7 @@ REWARD_PREFIX = "reward_"
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where trajectories come from: what the columns of the same names hold."""
+    """Where trajectories come from: the values of the columns of the same names."""
 
     policy_fingerprint: str | None
     tokenizer_fingerprint: str
@@ -66,7 +66,7 @@ class Provenance:
 
 
 def is_trajectory_dataset(dataset: Dataset | IterableDataset | None) -> bool:
-    """Whether a dataset holds trajectories rather than prompts."""
+    """Whether a dataset holds trajectories and not prompts."""
     return {"format_version", "event_steps"} <= set(getattr(dataset, "column_names", None) or ())
 
 
@@ -79,8 +79,8 @@ def to_rows(
     batch: TrajectoryBatch, spec: DiffusionSpec, num_responses: int, provenance: Provenance, recorded: bool = True
 ) -> list[dict[str, Any]]:
     """
-    Rows of this format, one for every `num_responses` neighbours of a batch, which answer the same prompt. Columns of the
-    prompt dataset and rewards are for the caller to add.
+    Rows of this format. `num_responses` neighbours of a batch, which respond to the same prompt, form a row. The caller
+    adds the columns of the prompt dataset and the rewards.
     """
     batch = batch.to("cpu")
     blocks = response_blocks(spec, batch.prompt_lengths, batch.canvas_ids.shape[1])
@@ -124,10 +124,10 @@ def from_rows(responses: Iterable[tuple[dict[str, Any], int]], spec: DiffusionSp
 
     Args:
         responses (iterable of `(row, index)`): a row of this format and the number of a response in it.
-        spec ([`DiffusionSpec`]): facts about the policy; its mask token fills what was never unmasked.
+        spec ([`DiffusionSpec`]): facts about the policy; its mask token fills positions that were never unmasked.
 
     Returns:
-        [`TrajectoryBatch`], prompts padded on the left, canvases on the right. Log-probabilities are 0 where none were
+        [`TrajectoryBatch`], with prompts padded on the left and canvases on the right. Log-probabilities are 0 if none were
         recorded.
     """
     responses = list(responses)
@@ -166,11 +166,16 @@ def check_trajectories(
     Checks every row of a trajectory dataset.
 
     Raises:
-        ValueError: naming the row and the column, if a column is missing, the format version is unknown, the tokenizer
-            was another one, the policy denoised in another way (mask token, block size, ...), lengths disagree, events do
-            not cover a response or do it twice, steps of a block are not counted from 0, a token is the mask token, outside
-            the vocabulary or unknown to the tokenizer, log-probabilities were recorded with other tokens in the softmax, a
-            log-probability is positive, infinite or NaN, or a reward is neither a finite number nor null.
+        ValueError: with the row and the column, if
+
+            - a column is missing, or the format version is unknown;
+            - the tokenizer was another one, or the policy denoised in another way (mask token, block size, ...);
+            - lengths disagree, or a position of a response has no event or two;
+            - the steps of a block are not counted from 0;
+            - a token is the mask token, outside the vocabulary or unknown to the tokenizer;
+            - log-probabilities were recorded with other tokens in the softmax;
+            - a log-probability is positive, infinite or NaN;
+            - a reward is neither a finite number nor null.
     """
     missing = sorted(set(OWN_COLUMNS) - {"row"} - set(dataset.column_names))
     if missing:
@@ -277,25 +282,25 @@ def _check_response(row, index, spec, vocab_size, prompt_length, refuse) -> None
 
 def load_trajectories(path: str | Path, allow_partial: bool = False) -> Dataset:
     """
-    Loads what [`collect`] wrote.
+    Loads a collection that [`collect`] wrote.
 
     Args:
         path (`str` or `Path`): the directory.
-        allow_partial (`bool`, *optional*, defaults to `False`): whether an interrupted collection will do.
+        allow_partial (`bool`, *optional*, defaults to `False`): whether an interrupted collection is accepted.
 
     Raises:
         FileNotFoundError: if there is no such directory, or no shard in it.
-        ValueError: if a shard cannot be read (it is named), or the collection was interrupted.
+        ValueError: if a shard cannot be read (the error names it), or the collection was interrupted.
     """
     return Dataset.from_parquet([str(file) for file in _shards(Path(path), allow_partial)])
 
 
 def load_row(path: str | Path, index: int) -> tuple[dict[str, Any] | None, int]:
     """
-    One row of what [`collect`] wrote, be it complete or not; only its shard is read.
+    One row of a collection that [`collect`] wrote, which may be incomplete. Only the shard of the row is read.
 
     Returns:
-        The row, `None` if there is no such row, and the number of rows that there are.
+        The row (`None` if there is no such row) and the number of rows.
 
     Raises:
         FileNotFoundError, ValueError: as [`load_trajectories`].
@@ -310,7 +315,7 @@ def load_row(path: str | Path, index: int) -> tuple[dict[str, Any] | None, int]:
 
 
 def _shards(path: Path, allow_partial: bool) -> list[Path]:
-    """The files of a collection, if they can be read."""
+    """The files of a collection, after a check that they can be read."""
     files = sorted((path / "data").glob("shard-*.parquet"))
     if not files:
         raise FileNotFoundError(f"There are no trajectories in {path} (no {path / 'data'}/*.parquet).")

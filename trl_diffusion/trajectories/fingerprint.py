@@ -1,4 +1,4 @@
-"""Fingerprints: which weights made the data, and which tokenizer."""
+"""Fingerprints of the weights and of the tokenizer that generated the data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 def fingerprint_policy(model: nn.Module | str | Path) -> str | None:
     """
-    A fingerprint of a policy's weights. It does not depend on the names of the parameters, nor on whether tied ones are
-    stored twice, nor on whether a half-precision checkpoint was loaded in float32: a policy and the checkpoint it was
-    loaded from have the same one, in any of a family's formats. A LoRA adapter counts unless it is fresh, that is, changes
-    nothing yet.
+    A fingerprint of a policy's weights.
+
+    It does not depend on the names of the parameters, on whether tied parameters are stored twice, or on whether a
+    half-precision checkpoint was loaded in float32. A policy therefore has the same fingerprint as the checkpoint it was
+    loaded from, in any of a family's formats. A LoRA adapter changes the fingerprint, unless it is new and has no effect
+    yet.
 
     Args:
         model (`nn.Module`, `str` or `Path`): a model, or the directory or hub id of a checkpoint in safetensors format.
@@ -36,7 +38,7 @@ def fingerprint_policy(model: nn.Module | str | Path) -> str | None:
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A fingerprint of what each token id stands for, 32 hexadecimal digits."""
+    """A fingerprint of the vocabulary, that is, of the token of each id: 32 hexadecimal digits."""
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return xxhash.xxh3_128_hexdigest(repr(vocabulary).encode())
 

@@ -1,4 +1,4 @@
-"""The probability that a decoding step selects the positions it does, where the sampled tokens decide."""
+"""The probability with which a denoising step selects its positions, if the selection depends on the sampled tokens."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 
-_NOTHING = -100.0  # log-probability, in nats, of what cannot happen: finite, so that its gradient is 0 and not NaN
+_NOTHING = -100.0  # log-probability, in nats, of an impossible event; finite, so that its gradient is 0 and not NaN
 
 
 @dataclass(frozen=True)
 class Selection:
     """
-    How a decoding step selected positions by the tokens that were sampled for them.
+    How a denoising step selected positions by the tokens that were sampled for them.
 
     Args:
-        threshold (`float`, *optional*): `"sampled_threshold"`'s; `None` for `"sampled_confidence"`.
+        threshold (`float`, *optional*): threshold of `"sampled_threshold"`. `None` for `"sampled_confidence"`.
         sub_block_size (`int`, *optional*): size of the parts of a block that are unmasked one after another.
         tempered (`bool`, *optional*, defaults to `False`): see `DecodingConfig.tempered_confidence`.
     """
@@ -28,7 +28,7 @@ class Selection:
 
     def rejected_logps(self, log_probs: Tensor, seen: Tensor, lowest: Tensor) -> Tensor:
         """
-        How likely positions were to be left masked: the log-probability of sampling a token with which they would have been.
+        Log-probability with which each position is left masked, that is, of sampling a token with which it is not selected.
 
         Args:
             log_probs (`Tensor` of shape `(M, V)`): log-distributions that tokens are sampled from.
@@ -40,7 +40,7 @@ class Selection:
         """
         leaves = seen < lowest[:, None]
         if self.threshold is not None:
-            # Either all that were unmasked are above the threshold, or the quota was filled up with the surest.
+            # Either all unmasked tokens are above the threshold, or the most confident ones filled the quota.
             leaves = torch.where(lowest[:, None].exp() > self.threshold, seen.exp() <= self.threshold, leaves)
         return log_probs.masked_fill(~leaves, _NOTHING).logsumexp(-1)
 
@@ -48,15 +48,15 @@ class Selection:
         self, log_probs: Tensor, seen: Tensor, tokens: Tensor, states: Tensor, unmasked: Tensor, rejected: Tensor
     ) -> Tensor:
         """
-        The log-probability of a step's selection, given the tokens that it unmasked, in equal shares for these tokens
+        The log-probability of a step's selection, given the tokens that it unmasked. It is divided equally among these tokens
         (docs/method.md, section 1).
 
         Args:
             log_probs, seen (`Tensor` of shape `(M, V)`): see [`Selection.rejected_logps`].
-            tokens (`Tensor` of shape `(M,)`): token at each place; looked at where `unmasked`.
+            tokens (`Tensor` of shape `(M,)`): token at each place; used only where `unmasked`.
             states (`Tensor` of shape `(M,)`): number of the state that each place belongs to.
-            unmasked, rejected (boolean `Tensor` of shape `(M,)`): places that the step unmasked, and those that it could
-                have unmasked and did not.
+            unmasked (boolean `Tensor` of shape `(M,)`): places that the step unmasked.
+            rejected (boolean `Tensor` of shape `(M,)`): places that the step could have unmasked but did not.
 
         Returns:
             `Tensor` of shape `(M,)`, in nats; 0 where nothing was unmasked.

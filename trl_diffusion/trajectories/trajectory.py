@@ -1,4 +1,4 @@
-"""What happened while a batch of responses was denoised."""
+"""The record of a batch of responses: tokens, denoising steps and log-probabilities."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class TrajectoryBatch:
     """
     `R` responses together with the order in which their tokens were unmasked.
 
-    The *canvas* is everything the decoder had in front of it, in whole blocks. The *completion* is the part of it that is
-    the answer: the tokens up to and including the first stop token (docs/method.md, section 3.1).
+    The *canvas* is everything that the decoder worked on, in whole blocks. The *completion* is the part of the canvas that
+    is the response: the tokens up to and including the first stop token (docs/method.md, section 3.1).
 
     Attributes:
         prompt_ids (`Tensor` of shape `(R, P)`):
@@ -33,16 +33,16 @@ class TrajectoryBatch:
         canvas_ids (`Tensor` of shape `(R, C)`):
             Tokens of the canvas, right-padded.
         steps (`Tensor` of shape `(R, C)`):
-            Decoding step, counted from 0 inside its block, at which the position was unmasked; -1 for never.
+            Denoising step, counted from 0 inside its block, that unmasked the position; -1 if it was never unmasked.
         logps (`Tensor` of shape `(R, C)`, float32):
-            Log-probability, in nats, that the decoding policy gave the token when it was unmasked; 0 for never.
+            Log-probability, in nats, that the decoding policy gave the token when it was unmasked; 0 if it never was.
         canvas_lengths (`Tensor` of shape `(R,)`):
             Number of canvas positions of each response.
         completion_lengths (`Tensor` of shape `(R,)`):
             Number of tokens of each completion.
         cache (`str`, *optional*, defaults to `"exact"`):
-            How the responses were decoded: `"exact"`, or the `approximate_cache` of [`DecodingConfig`] that was used; the
-            recorded log-probabilities are then not those of the policy in its states.
+            How the responses were decoded: `"exact"`, or the `approximate_cache` of [`DecodingConfig`] that was used. With an
+            approximate cache, the recorded log-probabilities are not those of the policy in the recorded states.
     """
 
     prompt_ids: Tensor
@@ -84,7 +84,7 @@ class TrajectoryBatch:
 
     @classmethod
     def concatenate(cls, batches: list[TrajectoryBatch]) -> TrajectoryBatch:
-        """The responses of several batches in one, padded to the widest: prompts on the left, canvases on the right."""
+        """Joins several batches into one, padded to the widest: prompts on the left, canvases on the right."""
         prompt_width = max(batch.prompt_ids.shape[1] for batch in batches)
         canvas_width = max(batch.canvas_ids.shape[1] for batch in batches)
 
@@ -117,18 +117,18 @@ _TENSORS = [field.name for field in fields(TrajectoryBatch) if field.name != "ca
 
 def response_blocks(spec: DiffusionSpec, prompt_lengths: Tensor, width: int) -> Tensor:
     """
-    Which block of the response each canvas position lies in.
+    The block of the response that each canvas position belongs to.
 
     Args:
         spec ([`DiffusionSpec`]):
-            Facts about the policy; its block size and origin decide.
+            Facts about the policy, of which the block size and the origin are used.
         prompt_lengths (`Tensor` of shape `(R,)`):
             Number of prompt tokens.
         width (`int`):
             Number of canvas columns `C`.
 
     Returns:
-        `Tensor` of shape `(R, C)`: 0 for the block that holds the first response token, 1 for the next, and so on.
+        `Tensor` of shape `(R, C)`: 0 for the block of the first response token, 1 for the next block, and so on.
     """
     columns = torch.arange(width, device=prompt_lengths.device)
     return spec.block_of(prompt_lengths[:, None] + columns, prompt_lengths[:, None])
@@ -136,7 +136,7 @@ def response_blocks(spec: DiffusionSpec, prompt_lengths: Tensor, width: int) -> 
 
 def autoregressive_positions(spec: DiffusionSpec, prompt_lengths: Tensor, width: int) -> Tensor:
     """
-    Canvas positions whose token is made autoregressively, as the first of its block (docs/method.md, section 3.4).
+    Canvas positions of autoregressive tokens, which are the first of their block (docs/method.md, section 3.4).
 
     Returns:
         Boolean `Tensor` of shape `(R, C)`.
@@ -148,14 +148,15 @@ def autoregressive_positions(spec: DiffusionSpec, prompt_lengths: Tensor, width:
 
 class TokenStates(NamedTuple):
     """
-    What a draw chooses from, for every token of `R` canvases of `C` positions. One state is drawn for each group,
-    independently.
+    The states that a draw chooses from, for every token of `R` canvases of `C` positions. The draw chooses one state of
+    each group, independently.
 
     Attributes:
         groups (`Tensor` of shape `(R, C)`): group of the token.
-        states (`Tensor` of shape `(R, C)`): the state of its group that unmasked it, -1 for never.
+        states (`Tensor` of shape `(R, C)`): number, in its group, of the state in which the token was unmasked; -1 if it never
+            was.
         drawable (boolean `Tensor` of shape `(R, C)`): tokens that take part in the draw.
-        counted (boolean `Tensor` of shape `(R, C)`): these, and tokens whose state is in every pass over their group.
+        counted (boolean `Tensor` of shape `(R, C)`): drawable tokens, and tokens whose state is in every pass over their group.
     """
 
     groups: Tensor
@@ -168,9 +169,10 @@ def token_states(spec: DiffusionSpec, batch: TrajectoryBatch, counted: Tensor | 
     """
     The states in which tokens were unmasked.
 
-    With block attention a group is a block and its states are the block's decoding steps: the states of all blocks fit
-    into one pass. Tokens made autoregressively are in every pass. With full attention a pass holds one state, so the
-    whole response is one group, and its states are the steps of all blocks, counted through (docs/method.md, section 2).
+    With block attention a group is a block, and its states are the denoising steps of the block. One pass holds a state of
+    every block. Autoregressive tokens are in every pass. With full attention a pass holds only one state. The whole
+    response is therefore one group, and its states are the steps of all blocks, numbered consecutively
+    (docs/method.md, section 2).
 
     Args:
         spec ([`DiffusionSpec`]): facts about the policy.
@@ -188,19 +190,21 @@ def token_states(spec: DiffusionSpec, batch: TrajectoryBatch, counted: Tensor | 
 
 def counted_writes(spec: DiffusionSpec, batch: TrajectoryBatch, whole_steps: bool = False) -> Tensor:
     """
-    The tokens whose log-probabilities make up that of a response: those of the completion, and those behind it that were
-    unmasked before the step that unmasked its last token. The policy saw them while it wrote the completion, so the
-    gradient of the expected reward is theirs, too. Later ones changed nothing (docs/method.md, section 3.1).
+    The tokens whose log-probabilities add up to that of a response.
+
+    These are the tokens of the completion, and tokens after it that were unmasked before the step that unmasked its last
+    token. The policy saw them while it wrote the completion, so they belong to the gradient of the expected reward.
+    Later tokens changed nothing (docs/method.md, section 3.1).
 
     Args:
         spec ([`DiffusionSpec`]): facts about the policy.
         batch ([`TrajectoryBatch`]): the responses.
         whole_steps (`bool`, *optional*, defaults to `False`):
-            whether the step that unmasked the last token counts with all that it unmasked. It has to where the selection is
-            scored: the step is then one action, and its tokens are not independent.
+            whether all tokens of the step that unmasked the last token count. This is needed if the selection is scored,
+            because the step is then one action and its tokens are not independent.
 
     Returns:
-        Boolean `Tensor` of shape `(R, C)`. A response without a completion has no such token.
+        Boolean `Tensor` of shape `(R, C)`. In a response without a completion, no token counts.
     """
     blocks = response_blocks(spec, batch.prompt_lengths, batch.canvas_ids.shape[1])
     steps = global_steps(blocks, batch.steps)
@@ -211,14 +215,14 @@ def counted_writes(spec: DiffusionSpec, batch: TrajectoryBatch, whole_steps: boo
 
 def global_steps(blocks: Tensor, steps: Tensor) -> Tensor:
     """
-    Decoding steps counted through all blocks instead of inside each.
+    Denoising steps numbered consecutively over all blocks, instead of inside each block.
 
     Args:
         blocks (`Tensor` of shape `(R, C)`): block of each canvas position.
-        steps (`Tensor` of shape `(R, C)`): decoding step inside the block, -1 for never.
+        steps (`Tensor` of shape `(R, C)`): denoising step inside the block, -1 if never unmasked.
 
     Returns:
-        `Tensor` of shape `(R, C)`, -1 for never.
+        `Tensor` of shape `(R, C)`, -1 if never unmasked.
     """
     lengths = max_by_block(blocks, steps + 1)  # number of steps of each block
     before = lengths.cumsum(1) - lengths
