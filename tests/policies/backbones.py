@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ BACKBONES = sorted(
 LARGEST = 3_000_000  # parameters
 
 
+class TooLarge(Exception):
+    """A backbone of which there is no tiny one."""
+
+
 def tiny_config(model_type: str, **changes: Any):
     """A config of this type with small sizes."""
     config_class = CONFIG_MAPPING[model_type]
@@ -69,22 +74,30 @@ def tiny_backbone(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedM
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     if size > LARGEST:
-        raise ValueError(f"{model_type}: its sizes have other names, this would have {size} parameters.")
+        raise TooLarge(f"{model_type}: its sizes have other names, this would have {size} parameters.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-@torch.no_grad()
 def any_tiny_backbone(model_type: str) -> PreTrainedModel | str:
     """A random model of this type with sizes that fit together, or why there is none."""
+    found = _changes(model_type)
+    return found if isinstance(found, str) else tiny_backbone(model_type, **found)
+
+
+@cache
+@torch.no_grad()
+def _changes(model_type: str) -> dict[str, Any] | str:
+    """Which of the other sizes fit, or why none do."""
     reason = ""
     for changes in OTHERS:
         try:
-            model = tiny_backbone(model_type, **changes)
-            model(input_ids=torch.arange(5, 13)[None])
+            tiny_backbone(model_type, **changes)(input_ids=torch.arange(5, 13)[None])
+        except TooLarge as error:  # with these and with others
+            return str(error)
         except Exception as error:  # whatever a config finds wrong
             reason = reason or f"{type(error).__name__}: {error}"
         else:
-            return model
+            return changes
     return reason
