@@ -26,6 +26,7 @@ from trl import TrlParser
 from ..decoding.config import DecodingConfig
 from ..evaluation.run import Evaluation, check_tasks, markdown
 from ..policies.policy import open_policy
+from ..policies.prompts import read_chat_template_kwargs
 from ..policies.quantized import rounding
 from ..policies.tiny import tiny_policy_path
 from ..utils import USAGE, check_config_file, errors_in_a_line, processes, read_mapping, use_all_cores
@@ -67,6 +68,10 @@ class EvaluateArguments:
             f"{', '.join(setting.name for setting in fields(DecodingConfig))}; `trl-diffusion generate --help` explains them."
         },
     )
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={"help": "Variables of the chat template, such as enable_thinking:false, written like `decoding`."},
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One measurement each."})
     batch_size: int = field(default=32, metadata={"help": "Answers at a time, on each process."})
     limit: int | None = field(default=None, metadata={"help": "Most questions of a task."})
@@ -94,6 +99,7 @@ def run(args: EvaluateArguments) -> None:
         attn_implementation=args.attn_implementation,
         quantization=rounding(args.load_in_4bit, args.load_in_8bit, args.dtype),
         diffusion_spec=read_mapping(args.diffusion_spec, "diffusion_spec"),
+        chat_template_kwargs=read_chat_template_kwargs(args.chat_template_kwargs),
     )
     evaluation = Evaluation(
         policy,

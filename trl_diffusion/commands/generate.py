@@ -36,10 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _answer(options: argparse.Namespace) -> str:
     from ..decoding.generate import generate
     from ..policies.policy import open_policy
+    from ..policies.prompts import read_chat_template_kwargs
     from ..policies.quantized import rounding
     from ..policies.tiny import tiny_policy_path
 
     config = given_decoding(options)
+    template = read_chat_template_kwargs(options.chat_template_kwargs)
+    if template and not options.chat:
+        raise ValueError("--chat_template_kwargs is for conversations: add --chat, or leave it out.")
     prompt = _prompt(options.prompt)
     policy = open_policy(
         options.model or (None if options.adapter else tiny_policy_path()),
@@ -59,6 +63,7 @@ def _answer(options: argparse.Namespace) -> str:
         seed=options.seed,
         streamer=sys.stdout.isatty() if options.stream is None else options.stream,
         spec=policy.spec,
+        chat_template_kwargs=template,
     )
     return answers.texts[0]
 
@@ -85,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to answer (default: standard input)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
+    parser.add_argument(
+        "--chat_template_kwargs", help="variables of the chat template, like enable_thinking:false, or JSON"
+    )
     parser.add_argument("--model", help="path or hub id (default: the adapter's, or else the embedded policy)")
     parser.add_argument("--adapter", help="path or hub id of a LoRA adapter")
     parser.add_argument("--tokenizer", help="path or hub id, if it is not where the model is")

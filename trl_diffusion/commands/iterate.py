@@ -28,7 +28,7 @@ from ..cli import file_or_name, launch_command
 from ..fields import AtLeast, check_fields, check_names
 from ..policies.tiny import tiny_policy_path
 from ..seeds import derive_seed
-from ..utils import exit_code, load_yaml, write_text
+from ..utils import exit_code, load_yaml, read_mapping, write_text
 from . import recipes_path
 
 
@@ -83,6 +83,11 @@ class Rounds:
             raise ValueError(
                 f"`collect` answers {self.collect.get('task', 'sudoku')!r} and `train` measures "
                 f"{self.train.get('task', 'sudoku')!r}. Give both the same `task`."
+            )
+        templates = [section.get("chat_template_kwargs") for section in (self.collect, self.train)]
+        if read_mapping(templates[0], "chat_template_kwargs") != read_mapping(templates[1], "chat_template_kwargs"):
+            raise ValueError(
+                f"`collect` has `chat_template_kwargs` {templates[0]!r} and `train` {templates[1]!r}. Give both the same ones."
             )
 
     def directory(self, number: int) -> Path:

@@ -45,6 +45,7 @@ def generate(
     batch_size: int | None = None,
     streamer: bool | Callable[[DenoisingLoop], None] = False,
     spec: DiffusionSpec | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Generation:
     """
@@ -58,7 +59,8 @@ def generate(
     Args:
         model (`nn.Module`): the policy. It is put into evaluation mode for the time being.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        prompts (`str` or `list`): a prompt or several: strings, or conversations (lists of messages).
+        prompts (`str` or `list`): a prompt or several: strings, or conversations (lists of messages). If the last message is
+            an assistant's, the policy goes on with it.
         config ([`DecodingConfig`], *optional*): settings. Or give them one by one as `settings`.
         seed (`int`, *optional*, defaults to `0`): source of randomness if there is a temperature. Each prompt has a stream
             of its own, made from it and the prompt's place.
@@ -67,6 +69,7 @@ def generate(
             (see [`TerminalStreamer`]); a function is called after each step with the [`DenoisingLoop`].
         spec ([`DiffusionSpec`], *optional*): facts about the policy. Defaults to those of the model's config. What
             is left open (mask token, tokens that do not exist) comes from the tokenizer.
+        chat_template_kwargs (`dict`, *optional*): variables of the chat template, such as `{"enable_thinking": False}`.
         settings: fields of [`DecodingConfig`], instead of `config`.
 
     Returns:
@@ -75,7 +78,7 @@ def generate(
     Raises:
         ValueError: if both `config` and `settings` are given, and for what [`decode`] refuses.
     """
-    from ..policies.prompts import tokenize_prompts  # here, since it brings TRL along
+    from ..policies.prompts import read_chat_template_kwargs, tokenize_prompts  # here, since it brings TRL along
 
     if config is not None and settings:
         raise ValueError(f"Give `config` or single settings, not both; got `config` and {sorted(settings)}.")
@@ -86,7 +89,7 @@ def generate(
         raise ValueError("There is no prompt to answer.")
     model_config = unwrap(model).config
     spec = with_absent_tokens(spec, model_config, tokenizer) if spec else resolve_spec(model_config, None, tokenizer)
-    prompt_ids = tokenize_prompts(tokenizer, list(prompts))
+    prompt_ids = tokenize_prompts(tokenizer, list(prompts), **read_chat_template_kwargs(chat_template_kwargs))
     seeds = [derive_seed(seed, row) for row in range(len(prompts))]
     was_training = model.training
     model.eval()

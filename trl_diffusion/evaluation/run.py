@@ -318,10 +318,12 @@ class Evaluation:
         data = "hub"
         if benchmark is not None and self.data_dir is not None and benchmark.is_in(self.data_dir):
             data = xxhash.xxh3_128_hexdigest((Path(self.data_dir) / benchmark.file).read_bytes())
+        template = self.policy.chat_template_kwargs
         return {
             "policy": fingerprint,
             "diffusion_spec": self.policy.spec.to_dict(),
             "decoding": self.decoding,
+            **({"chat_template_kwargs": template} if template else {}),
             "limit": self.limit,
             "data": data,
         }
@@ -338,9 +340,9 @@ class Evaluation:
         if not path.exists():
             return
         known = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        different = sorted(name for name in settings if known.get(name) != settings[name])
+        different = sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name))
         if different:
-            changes = "; ".join(f"{name}: {known.get(name)} there, {settings[name]} now" for name in different)
+            changes = "; ".join(f"{name}: {known.get(name)} there, {settings.get(name)} now" for name in different)
             raise ValueError(
                 f"{path} holds a measurement that was made otherwise ({changes}). Choose another output directory, or "
                 "remove it."

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -23,7 +23,6 @@ from .trial import try_policy
 
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
@@ -39,6 +38,7 @@ class Policy:
         model (`nn.Module`): the model, with its adapter if there is one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
         spec ([`DiffusionSpec`]): facts about it.
+        chat_template_kwargs (`dict`): variables of the chat template that conversations are written with.
 
     Raises:
         ValueError: if the model computes something else under the attention of a diffusion policy (see [`try_policy`]).
@@ -47,6 +47,7 @@ class Policy:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     spec: DiffusionSpec
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         try_policy(self.model, self.spec)
@@ -63,15 +64,9 @@ class Policy:
 
     def encode(self, prompts: list[str | list[dict[str, str]]]) -> list[list[int]]:
         """Token ids of prompts, standard or conversational, as training tokenizes them."""
-        return [self._encode(prompt) for prompt in prompts]
+        from .prompts import tokenize_prompts  # here, since it brings TRL along
 
-    def _encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer(text=prompt)["input_ids"]
-        encoding = self.tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return cast("BatchEncoding", encoding)["input_ids"]
+        return tokenize_prompts(self.tokenizer, prompts, **self.chat_template_kwargs)
 
     def fit(self, prompts: list[list[int]], new_tokens: int, context: int | None = None) -> list[list[int]]:
         """
@@ -146,6 +141,7 @@ def open_policy(
     attn_implementation: str | None = None,
     quantization: QuantizationConfigMixin | None = None,
     diffusion_spec: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Policy:
     """
     Opens a checkpoint to let it answer. What can be known from configs and the tokenizer is checked before the weights are
@@ -161,6 +157,7 @@ def open_policy(
         attn_implementation (`str`, *optional*): `"sdpa"` or `"eager"`.
         quantization ([`~transformers.BitsAndBytesConfig`], *optional*): how the weights are rounded when they are loaded.
         diffusion_spec (`Mapping[str, Any]`, *optional*): fields of [`DiffusionSpec`] that complete those of the model.
+        chat_template_kwargs (`Mapping[str, Any]`, *optional*): variables of the chat template.
 
     Raises:
         ValueError: if neither a model nor an adapter is given, the adapter does not fit the model or is of a kind that a
@@ -194,4 +191,4 @@ def open_policy(
     if adapter is not None and adapter_config is not None:
         model = PeftModel.from_pretrained(model, adapter, config=adapter_config)
     check_attention(model)
-    return Policy(model.eval(), found, spec)
+    return Policy(model.eval(), found, spec, dict(chat_template_kwargs or {}))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational, maybe_extract_prompt
 
+from ..utils import read_mapping
 from .spec import DiffusionSpec
 
 
@@ -14,18 +16,96 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding
 
 
-def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list) -> list[list[int]]:
-    """Token ids of standard or conversational prompts, as [`DTRPOTrainer`] makes them."""
-    if is_conversational({"prompt": prompts[0]}):
-        encoding = tokenizer.apply_chat_template(
-            conversation=prompts, add_generation_prompt=True, tokenize=True, return_dict=True
+# Arguments of `apply_chat_template` that say what is done with the text. They are not for the template.
+_OWN_ARGUMENTS = ("add_generation_prompt", "continue_final_message", "conversation", "return_dict", "tokenize")
+
+
+def read_chat_template_kwargs(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """
+    Arguments of the chat template, such as `enable_thinking`, as they were given: in one of the forms that
+    [`~utils.read_mapping`] reads.
+
+    Raises:
+        ValueError: if they cannot be read, or one of them is not for the template.
+    """
+    found = read_mapping(value, "chat_template_kwargs")
+    taken = sorted(set(_OWN_ARGUMENTS) & set(found))
+    if taken:
+        raise ValueError(
+            f"`chat_template_kwargs` holds {taken}, which this library sets itself: it is for variables of the chat template, "
+            "such as `enable_thinking`. Leave them out."
         )
-        return cast("BatchEncoding", encoding)["input_ids"]
-    return tokenizer(text=prompts)["input_ids"]
+    return found
+
+
+def is_started(prompt: Any) -> bool:
+    """Whether a prompt is a conversation that ends with the beginning of an answer, which the policy goes on with."""
+    return isinstance(prompt, list) and bool(prompt) and prompt[-1]["role"] == "assistant"
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, Any]], **template: Any) -> str:
+    """
+    The text of a conversation, up to where the policy goes on: behind the header of a new answer, or behind the
+    beginning of one that the conversation ends with.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the policy's.
+        prompt (`list[dict]`): messages.
+        template (`dict`): variables of the chat template.
+    """
+    return cast(str, tokenizer.apply_chat_template(prompt, **_opening(prompt), tokenize=False, **template))
+
+
+def _opening(prompt: list[dict[str, Any]]) -> dict[str, Any]:
+    started = is_started(prompt)
+    return {"add_generation_prompt": not started, "continue_final_message": started}
+
+
+def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list, **template: Any) -> list[list[int]]:
+    """
+    Token ids of standard or conversational prompts, as [`DTRPOTrainer`] makes them. Of a conversation whose last message is
+    an assistant's, that message is left open: the policy goes on with it.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the policy's.
+        prompts (`list`): standard or conversational prompts.
+        template (`dict`): variables of the chat template.
+    """
+    return [
+        tokenizer(text=prompt)["input_ids"]
+        if isinstance(prompt, str)
+        else _tokenize_conversation(tokenizer, prompt, template)
+        for prompt in prompts
+    ]
+
+
+def _tokenize_conversation(tokenizer: PreTrainedTokenizerBase, prompt: list, template: dict[str, Any]) -> list[int]:
+    encoding = tokenizer.apply_chat_template(prompt, **_opening(prompt), tokenize=True, return_dict=True, **template)
+    return cast("BatchEncoding", encoding)["input_ids"]
+
+
+def _texts_of_pair(
+    tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], template: dict[str, Any]
+) -> dict[str, str]:
+    """Text of the prompt and of both responses of a conversational pair. A started answer goes on in the responses."""
+    prompt = example["prompt"]
+    if not is_started(prompt):
+        return apply_chat_template(dict(example), tokenizer, **template)
+    texts = {"prompt": render_prompt(tokenizer, prompt, **template)}
+    for name in ("chosen", "rejected"):
+        first, *others = example[name]
+        answer = {**prompt[-1], "content": prompt[-1]["content"] + first["content"]}
+        whole = cast(str, tokenizer.apply_chat_template([*prompt[:-1], answer, *others], tokenize=False, **template))
+        if not whole.startswith(texts["prompt"]):
+            raise ValueError(
+                f", column `{name}`: the chat template does not keep the beginning of the answer, {prompt[-1]['content']!r}."
+            )
+        texts[name] = whole.removeprefix(texts["prompt"])
+    return texts
 
 
 def tokenize_preference(
-    tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], spec: DiffusionSpec
+    tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], spec: DiffusionSpec, **template: Any
 ) -> tuple[Any, list[int], list[list[int]]]:
     """
     A row of a preference dataset (https://huggingface.co/docs/trl/dataset_formats#preference) as token ids.
@@ -34,19 +114,19 @@ def tokenize_preference(
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
         example (`dict`): `chosen` and `rejected`, standard or conversational, with or without an explicit `prompt`.
         spec ([`DiffusionSpec`]): a response that does not end with one of its stop tokens gets the first one.
+        template (`dict`): variables of the chat template.
 
     Returns:
         The prompt as it is in a prompt dataset, its token ids, and those of the chosen and the rejected response.
     """
     example = maybe_extract_prompt({key: example[key] for key in ("prompt", "chosen", "rejected") if key in example})
     prompt = example["prompt"]
-    prompt_ids = tokenize_prompts(tokenizer, [prompt])[0]
-    texts: dict[str, Any] = apply_chat_template(dict(example), tokenizer) if is_conversational(example) else example
+    prompt_ids = tokenize_prompts(tokenizer, [prompt], **template)[0]
+    conversational = is_conversational(example)
+    texts: dict[str, Any] = _texts_of_pair(tokenizer, example, template) if conversational else example
     responses = []
     for name in ("chosen", "rejected"):
-        whole = tokenizer(text=texts["prompt"] + texts[name], add_special_tokens=not is_conversational(example))[
-            "input_ids"
-        ]
+        whole = tokenizer(text=texts["prompt"] + texts[name], add_special_tokens=not conversational)["input_ids"]
         if whole[: len(prompt_ids)] == prompt_ids:
             ids = whole[len(prompt_ids) :]
         else:  # a token spans the border: cut the text, not the tokens
@@ -79,7 +159,7 @@ def check_visible(
         prompt_ids (`list[list[int]]`): their token ids.
         first_row (`int`, *optional*, defaults to `0`): row of the first one, for the message.
         forms (`set`, *optional*): forms that were tried before; those that are tried now are added.
-        template (`dict`): arguments of the chat template.
+        template (`dict`): variables of the chat template.
 
     Raises:
         ValueError: naming the row.
@@ -110,12 +190,7 @@ def _texts(message: dict[str, Any]) -> list[str]:
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, prompt: list, row: int, template: dict[str, Any]) -> None:
     """Raises a `ValueError` if the chat template drops a message. Answers may be shortened, as by their thoughts."""
-
-    def render(messages: list) -> str:
-        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template)
-        return cast(str, found)
-
-    rendered = render(prompt)
+    rendered = render_prompt(tokenizer, prompt, **template)
     for number, message in enumerate(prompt):
         texts = [f"0{text}0" for text in _texts(message)]
         if message["role"] == "assistant" or not texts:
@@ -123,7 +198,8 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, prompt: list, row: int, 
         content = (
             texts[0] if isinstance(message["content"], str) else [{"type": "text", "text": text} for text in texts]
         )
-        if render([*prompt[:number], {**message, "content": content}, *prompt[number + 1 :]]) == rendered:
+        changed = [*prompt[:number], {**message, "content": content}, *prompt[number + 1 :]]
+        if render_prompt(tokenizer, changed, **template) == rendered:
             raise ValueError(
                 f"Row {row}: the chat template drops the message of {message['role']!r}, whatever it says; the prompt "
                 f"becomes {rendered[:200]!r}. Use another chat template, or another role."

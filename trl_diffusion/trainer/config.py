@@ -14,6 +14,7 @@ from ..decoding.options import RolloutOptions
 from ..fields import AtLeast, check_fields, check_one_of
 from ..objectives.pairwise import PairwiseConfig
 from ..offline.orders import ORDERS
+from ..policies.prompts import read_chat_template_kwargs
 from ..scoring.draws import STEP_DISTRIBUTIONS, StepDistribution
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from ..utils import no_repeated_keys
@@ -23,7 +24,7 @@ from .checks import check_looked_at, check_numbers, check_pairwise_losses, check
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo", "dpo")
 
 _NO_ENGINE = "generation would be from left to right; a diffusion policy is denoised by this library's own decoder"
-_NO_TRANSFORM = "the distribution that is sampled from would not be the one that is scored"
+_NO_TRUNCATION = "sampling and scoring would have to share the truncated distribution, and the kept set of each scored token is not recorded"
 _NO_REMOTE_CODE = "the families load without their hub code, which hides its attention masks from this library"
 _NO_DROPOUT = "log-probabilities that decoding records are compared with those that an update computes"
 # Options of GRPOConfig that mean nothing for a diffusion policy, and why; so do all that begin with `vllm_`.
@@ -34,10 +35,10 @@ _REFUSED = {
     "use_transformers_paged": _NO_ENGINE,
     "generation_kwargs": _NO_ENGINE,
     "cache_implementation": "finished blocks are kept in a cache of this library's own",
-    "top_p": _NO_TRANSFORM,
-    "top_k": _NO_TRANSFORM,
-    "min_p": _NO_TRANSFORM,
-    "repetition_penalty": _NO_TRANSFORM,
+    "top_p": _NO_TRUNCATION,
+    "top_k": _NO_TRUNCATION,
+    "min_p": _NO_TRUNCATION,
+    "repetition_penalty": "the distribution that is sampled from would not be the one that is scored",
     "max_tool_calling_iterations": "responses are denoised in one turn, without tools",
     "trust_remote_code": _NO_REMOTE_CODE,
     "disable_dropout": _NO_DROPOUT,
@@ -330,6 +331,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
                 f"`estimator_check_steps` with `estimator={self.estimator!r}` needs a reference to compare with: set `beta`."
             )
         self.decoding()  # checks the decoding settings
+        read_chat_template_kwargs(cast("dict[str, Any] | None", self.chat_template_kwargs))
 
     def _check_reference(self) -> None:
         """Checks that what is to be done to the reference can be done, and reaches the loss."""

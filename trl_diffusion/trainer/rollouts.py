@@ -15,6 +15,7 @@ from ..decoding.config import DecodingConfig
 from ..decoding.decode import decode
 from ..decoding.pace import PeerFailed
 from ..objectives.pairwise import differing_groups
+from ..policies.prompts import is_started, tokenize_prompts
 from ..scoring.draws import expected_weights
 from ..seeds import CHOICE, DRAWS, EVALUATION, STORED, TRAINING, derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows
@@ -124,6 +125,15 @@ class DiffusionRollouts(DiffusionScoring):
             output.update(self.reference.precomputed(rollout.stored))
             self._note_gradient(rollout, output["completion_mask"].any(1))
         return self._group(output)
+
+    def _tokenize_prompts(self, prompts):
+        """TRL's, where a conversation that ends with the beginning of an answer is left open instead of closed."""
+        ids, *others = super()._tokenize_prompts(prompts)
+        template = cast("dict[str, Any]", self.chat_template_kwargs)
+        for row, prompt in enumerate(prompts):
+            if is_started(prompt):
+                (ids[row],) = tokenize_prompts(self._tokenizer, [prompt], **template)
+        return ids, *others
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """A response to each prompt: denoised, or the stored one."""
