@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
+from trl import LogCompletionsCallback, WeaveCallback
 
 from ..fields import check_within, is_number
 from ..objectives.pairwise import LOSSES, NEED_REFERENCE, NORMALIZED, SMOOTHED
@@ -296,6 +297,24 @@ def check_steps_made(steps: int, dataset: Dataset | IterableDataset, args: DTRPO
     if steps == 0 and isinstance(dataset, IterableDataset):
         raise ValueError(
             f"No step was made: the stream of train_dataset ended early, for {_what_a_rollout_takes(args)}"
+        )
+
+
+def check_callback(callback: Any) -> None:
+    """
+    Checks that a callback does not let the policy write from left to right.
+
+    Args:
+        callback ([`~transformers.TrainerCallback`] or its class): the callback.
+
+    Raises:
+        ValueError: for one of TRL's that calls the model's own `generate`.
+    """
+    kind = callback if isinstance(callback, type) else type(callback)
+    if issubclass(kind, LogCompletionsCallback | WeaveCallback):
+        raise ValueError(
+            f"{kind.__name__} calls the model's own `generate`, which writes from left to right: a diffusion policy gives "
+            "nonsense then. Set `log_completions=True` for the responses of rollouts and evaluations, or add a `MetricCallback`."
         )
 
 

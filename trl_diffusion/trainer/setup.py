@@ -33,6 +33,7 @@ from ..policies.training import (
 from ..trajectories.dataset import is_trajectory_dataset
 from .agreement import failing_together
 from .checks import (
+    check_callback,
     check_columns,
     check_form,
     check_number_of_rows,
@@ -114,6 +115,8 @@ def set_up(
         check_columns(name, dataset)
     check_order_is_asked_for(args, [dataset for _, dataset in named_datasets(*datasets)])
     check_one_gpu(args)
+    for callback in options.get("callbacks") or ():
+        check_callback(callback)
     config = _load_config(model, args)
     processing_class = _load_tokenizer(model) if tokenizer is None else tokenizer
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class

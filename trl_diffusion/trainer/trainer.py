@@ -20,10 +20,12 @@ from ..scoring.diagnostics import ratio_statistics, summarise_ratios
 from ..scoring.estimators import ESTIMATORS
 from ..scoring.score import score
 from ..trajectories.trajectory import TrajectoryBatch, counted_writes
+from ..utils import write_text
 from .agreement import fail_together
 from .batches import is_rows, trajectories_of, ungroup
 from .callbacks import SinkingRewardCallback
-from .checks import check_steps_made
+from .card import PAPER, model_card
+from .checks import check_callback, check_steps_made
 from .config import DTRPOConfig
 from .metrics import How, Tally, add_over_processes
 from .reference import FILE as REFERENCE
@@ -98,6 +100,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
 
     _tag_names = ["trl", "trl-diffusion", "dtrpo"]
     _name = "dTRPO"
+    _paper = PAPER
 
     # What the trainers below may lack, or hold in a wider type, is there.
     args: DTRPOConfig
@@ -266,6 +269,24 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
                 "compared. Look at `frac_reward_zero_std` and the rewards (docs/troubleshooting.md)."
             )
         return result
+
+    def add_callback(self, callback) -> None:
+        """
+        Adds a callback.
+
+        Raises:
+            ValueError: for one of TRL's that lets the policy write from left to right.
+        """
+        check_callback(callback)
+        super().add_callback(callback)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the card of the policy to the output directory: what it was before, how it was trained, how it answers."""
+        if self.is_world_process_zero():
+            more = (tags,) if isinstance(tags, str) else tuple(tags or ())
+            write_text(Path(self.args.output_dir) / "README.md", str(model_card(self, model_name, dataset_name, more)))
 
     def prepare_run(self) -> None:
         """Lets the reference score stored responses, if it is to do so before training."""
