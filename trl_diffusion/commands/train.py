@@ -14,8 +14,8 @@ Options are those of `DTRPOConfig`, `trl.ModelConfig` and the ones below; a YAML
 and the command line wins. Without a model and without a config, `recipes/tiny_sudoku.yaml` applies.
 
 The policy is measured before and after training, greedily, on rows that training never sees. In the output directory
-it leaves the trained model, `reward_curve.png`, `denoising.png` (one answer, positions against steps), `results.json`,
-and every metric of the run in `trainer_state.json`. With preference pairs (`task: preferences`) nothing is generated; the
+it leaves the trained model with its card, `reward_curve.png`, `denoising.png` (one answer, positions against steps),
+`results.json`, and every metric of the run in `trainer_state.json`. With preference pairs (`task: preferences`) nothing is generated; the
 policy is measured on pairs that training never sees.
 """
 
@@ -101,7 +101,7 @@ def random_policy(fields: str, tokenizer, directory: Path, seed: int) -> str:
     if state.is_main_process:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.generation_config = GenerationConfig.from_model_config(config)
         model.save_pretrained(directory)
     state.wait_for_everyone()
@@ -172,6 +172,7 @@ def train(trainer: DTRPOTrainer) -> None:
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
+    trainer.create_model_card()  # after saving an adapter, which brings a card of peft's
 
 
 def run(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from .forward import check_attention, check_implementation, unwrap
 from .limits import check_layers, context_length
-from .loading import load_config, load_tokenizer, resolve_spec
+from .loading import load_config, load_tokenizer, refusing_code, resolve_spec
 from .lora import check_adapter, check_targets, empty_model
 from .quantized import keep_trainable
 from .spec import DiffusionSpec
@@ -121,7 +121,10 @@ def load_model(
     if quantization is not None:  # weights are rounded where they will be: some cannot be moved afterwards
         options.update(quantization_config=quantization, device_map={"": device})
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        with refusing_code(
+            f"The model {path}", "Use a checkpoint of a known family, or of a backbone of transformers."
+        ):
+            model = AutoModelForCausalLM.from_pretrained(path, **options, trust_remote_code=False)
     except SafetensorError as error:
         raise ValueError(f"The weights of {path} cannot be read: {error}. Is the file whole?") from error
     if quantization is None:

@@ -300,6 +300,8 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
                 ) from error
         if self.bf16 is None and (self.use_cpu or not is_torch_bf16_gpu_available()):
             self.bf16 = False
+        if self.trust_remote_code is None:  # for which transformers would ask on the terminal
+            self.trust_remote_code = False
         if self.max_completion_length is None:
             raise ValueError("`max_completion_length` is needed: it is the length of the canvas.")
         self.take_old_names()
@@ -410,7 +412,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
                 continue  # asks for what is done
             if getattr(self, name) not in (neutral, None):
                 found[name] = f"{why} (got {getattr(self, name)!r}, leave it at {neutral!r})"
-        if self.model_options().get("trust_remote_code"):
+        if self.model_options().get("trust_remote_code", False) is not False:  # `None` would ask
             found["model_init_kwargs"] = f"`trust_remote_code`: {_NO_REMOTE_CODE}"
         if self.loss_type not in LOSS_TYPES:
             found["loss_type"] = f"{self.loss_type!r} is not known; there are {list(LOSS_TYPES)}"

@@ -280,7 +280,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         check_callback(callback)
         super().add_callback(callback)
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's arguments, which are not those of transformers
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Writes the card of the policy to the output directory: what it was before, how it was trained, how it answers."""
