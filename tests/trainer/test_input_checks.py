@@ -44,7 +44,7 @@ def test_spec_overrides_what_the_config_says(make_trainer):
 @pytest.mark.parametrize("in_eval", [False, True])
 def test_prompt_with_the_mask_token(make_trainer, in_eval):
     good, bad = make_dataset(4), Dataset.from_list([{"prompt": "fine"}, {"prompt": "a <mask> b"}])
-    with pytest.raises(ValueError, match=r"rows 0 to 1: Prompt 1 contains the mask token \(1\) at position 2"):
+    with pytest.raises(ValueError, match=r"_dataset: Prompt 1 contains the mask token \(1\) at position 2"):
         make_trainer(dataset=good if in_eval else bad, kwargs={"eval_dataset": bad} if in_eval else None)
 
 

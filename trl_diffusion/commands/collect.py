@@ -26,7 +26,15 @@ from ..policies.policy import open_policy
 from ..policies.prompts import read_chat_template_kwargs
 from ..policies.tiny import tiny_policy_path
 from ..tasks import TASKS, load_task
-from ..utils import USAGE, check_config_file, errors_in_a_line, processes, read_mapping, use_all_cores
+from ..utils import (
+    USAGE,
+    check_config_file,
+    check_writable,
+    errors_in_a_line,
+    processes,
+    read_mapping,
+    use_all_cores,
+)
 
 
 if TYPE_CHECKING:
@@ -116,6 +124,7 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
     """Collects."""
     use_all_cores()
     check_model_options(model_args)
+    check_writable(args.output_dir, "--output_dir")  # before weights are loaded
     decoding, template = args.decoding(), read_chat_template_kwargs(args.chat_template_kwargs)
     if decoding.approximate_cache is not None:
         raise ValueError(
@@ -159,10 +168,10 @@ def parse(arguments: list[str] | None = None) -> tuple[CollectArguments, ModelCo
     )
 
 
-def main() -> None:
-    """Runs the command, with the options of the command line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command, with the options of the command line by default."""
     with errors_in_a_line():
-        run(*parse())
+        run(*parse(arguments))
 
 
 if __name__ == "__main__":

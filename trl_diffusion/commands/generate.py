@@ -16,7 +16,7 @@ import argparse
 import sys
 
 from ..decoding.options import add_decoding_options, given_decoding
-from ..utils import exit_code, read_mapping
+from ..utils import exit_code, printable, read_mapping
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
     options = _parser().parse_args(arguments)
-    return exit_code(lambda: print(_answer(options)))
+    return exit_code(lambda: _print(_answer(options)))
+
+
+def _print(answer: str) -> None:
+    """Prints an answer: on a terminal without what would control it, elsewhere as it is."""
+    print(printable(answer) if sys.stdout.isatty() else answer)
 
 
 def _answer(options: argparse.Namespace) -> str:

@@ -28,7 +28,7 @@ from ..cli import file_or_name, launch_command
 from ..fields import AtLeast, check_fields, check_names
 from ..policies.tiny import tiny_policy_path
 from ..seeds import derive_seed
-from ..utils import exit_code, load_yaml, read_mapping, write_text
+from ..utils import check_writable, exit_code, load_yaml, read_mapping, read_record, write_text
 from . import recipes_path
 
 
@@ -39,6 +39,7 @@ _OF_A_ROUND = {
 }
 _ADAPTERS = ("use_peft", "adapter_name_or_path")
 RESULTS = "results.json"
+_SHOWN = ("solve_rate_before", "solve_rate_after")
 
 
 @dataclass
@@ -137,6 +138,7 @@ def run(rounds: Rounds, start: Callable[[str, list[str]], None]) -> list[dict[st
         ValueError: if `output_dir` holds a run with other options; the message names them.
     """
     directory = Path(rounds.output_dir)
+    check_writable(directory, "output_dir")
     _keep_plan(rounds, directory / "iterate.json")
     found = []
     for number in range(1, rounds.rounds + 1):
@@ -144,7 +146,7 @@ def run(rounds: Rounds, start: Callable[[str, list[str]], None]) -> list[dict[st
         if not results.is_file():  # `train` writes it last
             start("collect", _arguments(rounds.collect_options(number)))
             start("train", _arguments(rounds.train_options(number)))
-        found.append({"round": number, **json.loads(results.read_text())})
+        found.append({"round": number, **read_record(results, _SHOWN, "Delete it to have the round trained again.")})
         write_text(directory / RESULTS, json.dumps({"rounds": found}, indent=2) + "\n")
     return found
 
@@ -153,7 +155,7 @@ def _keep_plan(rounds: Rounds, path: Path) -> None:
     """Writes down the options of a run, or checks that they are those of the run that goes on. It may get more rounds."""
     plan = {name: value for name, value in asdict(rounds).items() if name not in ("rounds", "output_dir")}
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = read_record(path, advice="Give the run another `output_dir`.")
         changed = sorted(name for name in plan if before.get(name) != plan[name])
         if changed:
             said = "; ".join(f"`{name}` was {before.get(name)!r} and is {plan[name]!r}" for name in changed)

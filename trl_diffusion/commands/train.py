@@ -33,6 +33,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from ..fields import check_fields
 from ..policies.loading import load_tokenizer
 from ..policies.tiny import tiny_policy_path
 from ..tasks import TASKS, load_task, read_rows
@@ -40,7 +41,15 @@ from ..trainer.callbacks import RewardProgressCallback
 from ..trainer.config import DTRPOConfig
 from ..trainer.trainer import DTRPOTrainer
 from ..trajectories.dataset import load_trajectories
-from ..utils import USAGE, check_config_file, errors_in_a_line, use_all_cores, write_text
+from ..utils import (
+    USAGE,
+    check_config_file,
+    check_writable,
+    errors_in_a_line,
+    read_mapping,
+    use_all_cores,
+    write_text,
+)
 from . import recipes_path
 
 
@@ -85,11 +94,16 @@ class ScriptArguments:
         },
     )
 
+    def __post_init__(self):
+        if isinstance(self.trajectories, str):  # a YAML file may name a single one
+            self.trajectories = [self.trajectories]
+        check_fields(self)
+
 
 def random_policy(fields: str, tokenizer, directory: Path, seed: int) -> str:
     """Makes a small randomly initialised policy for a tokenizer, and saves it: a reference is loaded from there. The
     global random state is afterwards what it was before."""
-    options = json.loads(fields) if isinstance(fields, str) else dict(fields)
+    options = read_mapping(fields, "random_policy")
     config = AutoConfig.for_model(
         options.pop("model_type", "qwen3"),
         vocab_size=len(tokenizer),
@@ -177,7 +191,9 @@ def train(trainer: DTRPOTrainer) -> None:
 
 def run(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
     """Trains, and measures before and after."""
-    use_all_cores()
+    with errors_in_a_line():
+        use_all_cores()
+        check_writable(training_args.output_dir, "--output_dir")
     if script_args.task == PREFERENCES:
         train_on_preferences(script_args, training_args, model_args)
     else:
@@ -223,10 +239,7 @@ def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, mode
         train_dataset = task.train
         reward_funcs: list[Callable] | None = task.reward_funcs
         if script_args.trajectories:
-            paths = script_args.trajectories  # a YAML file may name a single one
-            stored = concatenate_datasets(
-                [load_trajectories(path) for path in ([paths] if isinstance(paths, str) else paths)]
-            )
+            stored = concatenate_datasets([load_trajectories(path) for path in script_args.trajectories])
             train_dataset = stored.select(range(min(len(stored), script_args.train_size)))
             reward_funcs = None  # the stored rewards
         trainer = make_trainer(
@@ -292,10 +305,10 @@ def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOCon
     )
 
 
-def main() -> None:
-    """Runs the command, with the options of the command line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command, with the options of the command line by default."""
     with errors_in_a_line():
-        given = parse()
+        given = parse(arguments)
     run(*given)
 
 

@@ -16,6 +16,7 @@ from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.spec import DiffusionSpec
 from ..seeds import derive_seed
 from ..trajectories.trajectory import TrajectoryBatch
+from ..utils import printable
 from .config import DecodingConfig
 from .decode import decode
 from .loop import DenoisingLoop
@@ -106,7 +107,7 @@ def generate(
 class TerminalStreamer:
     """
     Shows responses while they are denoised: a line for each that is in work, `░` for what is masked. On a terminal the
-    lines are drawn over; elsewhere each step adds its lines.
+    lines are drawn over; elsewhere each step adds its lines. Control characters that a policy writes are spelled out.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): turns tokens into text.
@@ -147,4 +148,4 @@ class TerminalStreamer:
         return "".join([*parts, self._spell(run)])
 
     def _spell(self, run: list[int]) -> str:
-        return cast(str, self.tokenizer.decode(run)) if run else ""
+        return printable(cast(str, self.tokenizer.decode(run))) if run else ""

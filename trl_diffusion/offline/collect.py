@@ -33,7 +33,7 @@ from ..seeds import derive_seed
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
-from ..utils import TEMPORARY, whole_file, write_text
+from ..utils import TEMPORARY, check_writable, read_record, whole_file, write_text
 
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def collect(
         raise ValueError("`allow_mask_token=True` leaves mask tokens in responses, which cannot be trained on.")
     for name, value in dict(num_responses=num_responses, batch_size=batch_size, rows_per_shard=rows_per_shard).items():
         check_at_least(name, value)
+    check_writable(output_dir, "output_dir")
     prompt_ids = _check_source(prompts, tokenizer, template, spec, model.config, decoding.max_new_tokens)
     provenance = Provenance(
         fingerprint_policy(model), fingerprint_tokenizer(tokenizer), spec, {"decoder": "loop", **decoding.to_dict()}
@@ -256,10 +257,7 @@ def _prepare(output_dir: Path, plan: dict[str, Any]) -> None:
     """Writes the plan of a new collection, or checks that of an interrupted one, and removes unfinished files."""
     path = output_dir / PLAN
     if path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} cannot be read ({error}). Use another `output_dir`.") from error
+        found = read_record(path, advice="Use another `output_dir`.")
         # Where the policy and the tokenizer were loaded from does not matter; what they are does.
         differing = sorted(
             key

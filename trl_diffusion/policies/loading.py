@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from .families import FAMILIES
+from .files import check_records
 from .spec import DiffusionSpec, check_spec, family_fields, get_spec, spec_fields
 
 
@@ -32,9 +33,10 @@ def load_config(path: str, **options) -> PretrainedConfig:
         options (`dict`): passed on to `AutoConfig.from_pretrained`.
 
     Raises:
-        ValueError: if the checkpoint is of a model type that neither transformers nor this package knows; the message
-            lists what there is.
+        ValueError: if a file of the checkpoint is damaged, or it is of a model type that neither transformers nor this package
+            knows; the message lists what there is.
     """
+    check_records(path)
     try:  # `False` makes an error of what transformers would ask on the terminal
         return AutoConfig.from_pretrained(path, **options, trust_remote_code=False)
     except ValueError as error:
@@ -67,12 +69,21 @@ def load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
         options (`dict`): passed on to `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ValueError: if it is code of the checkpoint's own, which is never run.
+        ValueError: if it is damaged, or code of the checkpoint's own, which is never run.
     """
-    with refusing_code(f"The tokenizer of {path}", "Pass a tokenizer of a kind that transformers knows."):
-        return AutoTokenizer.from_pretrained(
-            path, padding_side="left", truncation_side="left", **options, trust_remote_code=False
-        )
+    check_records(path)
+    try:
+        with refusing_code(f"The tokenizer of {path}", "Pass a tokenizer of a kind that transformers knows."):
+            return AutoTokenizer.from_pretrained(
+                path, padding_side="left", truncation_side="left", **options, trust_remote_code=False
+            )
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # tokenizers raises no other kind
+        raise ValueError(
+            f"The tokenizer of {path} cannot be read ({type(error).__name__}: {error}). Fetch its files again, or pass another "
+            "tokenizer."
+        ) from error
 
 
 @contextmanager

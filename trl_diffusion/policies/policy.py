@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from .files import check_records, check_weights
 from .forward import check_attention, check_implementation, unwrap
 from .limits import check_layers, context_length
 from .loading import load_config, load_tokenizer, refusing_code, resolve_spec
@@ -103,6 +104,20 @@ class Policy:
         return self.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
 
+def _adapter_config(path: str) -> PeftConfig:
+    """The config of an adapter, if its files are whole and it is of a kind that a policy can have."""
+    check_records(path)
+    check_weights(path)
+    try:
+        config = PeftConfig.from_pretrained(path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"There is no adapter at {path} ({type(error).__name__}: {error}): its `adapter_config.json` must be one of peft's."
+        ) from error
+    check_adapter(config)
+    return config
+
+
 def load_model(
     path: str, device: str | torch.device, quantization: QuantizationConfigMixin | None = None, **options: Any
 ) -> PreTrainedModel:
@@ -167,10 +182,9 @@ def open_policy(
             diffusion policy cannot have, nothing says how the model is denoised, or it cannot be a policy (see
             [`check_layers`] and [`try_policy`]).
     """
-    adapter_config = None if adapter is None else PeftConfig.from_pretrained(adapter)
-    if adapter_config is not None:
-        check_adapter(adapter_config)
-    path = path or (adapter_config and adapter_config.base_model_name_or_path)
+    adapter_config = None if adapter is None else _adapter_config(adapter)
+    if not path and adapter_config is not None:
+        path = adapter_config.base_model_name_or_path
     if not path:
         raise ValueError(
             "No model was given: pass its path or hub id"
@@ -181,6 +195,7 @@ def open_policy(
     source = {} if revision is None else {"revision": revision}
     config = load_config(path, **source)
     check_layers(config)
+    check_weights(path)
     found = load_tokenizer(tokenizer or path, **({} if tokenizer else source))
     spec = resolve_spec(config, diffusion_spec, found)
     if adapter_config is not None:

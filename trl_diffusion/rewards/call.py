@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, TrainerState
 from trl import apply_chat_template, is_conversational
 
+from ..policies.files import check_records, check_weights
 from ..policies.loading import refusing_code
 
 
@@ -91,6 +92,8 @@ class RewardCaller:
             raise ValueError(f"Reward functions need different names, got {self.names}.")
         for place, function in enumerate(self.reward_funcs):
             if isinstance(function, str):
+                check_records(function)
+                check_weights(function)
                 with refusing_code(f"The reward model {function}", _OTHER_MODEL):
                     self.reward_funcs[place] = AutoModelForSequenceClassification.from_pretrained(
                         function, num_labels=1, trust_remote_code=False

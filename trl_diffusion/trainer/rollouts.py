@@ -12,9 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..decoding.config import DecodingConfig
-from ..decoding.decode import decode
+from ..decoding.decode import check_prompts, decode
 from ..decoding.pace import PeerFailed
 from ..objectives.pairwise import differing_groups
+from ..policies.forward import unwrap
 from ..policies.prompts import is_started, tokenize_prompts
 from ..scoring.draws import expected_weights
 from ..seeds import CHOICE, DRAWS, EVALUATION, STORED, TRAINING, derive_seed
@@ -236,6 +237,9 @@ class DiffusionRollouts(DiffusionScoring):
         if not prompts:
             raise ValueError("There is no prompt to answer.")
         prompt_ids = self._tokenize_prompts(prompts)[0]
+        check_prompts(
+            prompt_ids, self.spec, unwrap(self.model).config, decoding.max_new_tokens
+        )  # those of all processes
         seeds = [derive_seed(seed, row) for row in range(len(prompts))]
         # Every process has the same number of rows; the last ones wrap around.
         share = -(-len(prompts) // self.accelerator.num_processes)

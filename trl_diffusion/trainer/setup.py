@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..decoding.decode import check_prompts
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
+from ..policies.files import check_weights
 from ..policies.forward import check_attention, unwrap
 from ..policies.limits import check_layers
 from ..policies.loading import load_config, load_tokenizer, resolve_spec
@@ -118,6 +119,8 @@ def set_up(
     for callback in options.get("callbacks") or ():
         check_callback(callback)
     config = _load_config(model, args)
+    if isinstance(model, str):
+        check_weights(model)
     processing_class = _load_tokenizer(model) if tokenizer is None else tokenizer
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     spec = resolve_spec(config, args.spec_overrides(), tokenizer)
@@ -332,10 +335,7 @@ def _check_prompts(trainer: DTRPOTrainer, name: str, dataset: Dataset | Iterable
                 "tokenizer if the model's directory has none. Pass the right tokenizer as `processing_class`."
             )
         try:
-            check_prompts(prompt_ids, trainer.spec, trainer.model.config, trainer.max_completion_length)
-        except ValueError as error:
-            raise ValueError(f"{name}, rows {begin} to {begin + len(prompts) - 1}: {error}") from error
-        try:
+            check_prompts(prompt_ids, trainer.spec, trainer.model.config, trainer.max_completion_length, begin)
             check_visible(trainer._tokenizer, prompts, prompt_ids, begin, forms, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

@@ -34,6 +34,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..policies.spec import DiffusionSpec, impossible_token
+from ..utils import read_record
 from .trajectory import NEVER, TrajectoryBatch, response_blocks
 
 
@@ -323,7 +324,9 @@ def _shards(path: Path, allow_partial: bool) -> list[Path]:
             ) from error
     plan = path / "collection.json"
     if plan.exists() and not allow_partial:
-        expected = json.loads(plan.read_text())["num_shards"]
+        expected = read_record(
+            plan, ("num_shards",), "Give the command of the collection again in another directory."
+        )["num_shards"]
         if len(files) != expected:
             raise ValueError(
                 f"{path} holds {len(files)} of {expected} shards: its collection was interrupted. Run it again to finish "
