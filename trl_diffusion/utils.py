@@ -8,6 +8,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,9 @@ def _shown(value: Any) -> str:
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_OnceLoader)  # noqa: S506  (a safe loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{where}: {line}{error.problem or error.context}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
 
@@ -167,26 +172,33 @@ def no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_config_file(arguments: list[str] | None) -> list[str]:
+def check_config_file(arguments: list[str] | None, kinds: Iterable[type] = ()) -> list[str]:
     """
     The arguments of a command, if the YAML file behind `--config` gives no key twice.
 
     Args:
         arguments (`list[str]`, *optional*): the arguments. Defaults to those of the command line.
+        kinds (`Iterable[type]`, *optional*): the dataclasses whose fields are the options. Any option will do if there is none.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: naming the file and the line, if it is not YAML, gives a key twice or without a value, or holds something
-            else than options.
+            else than options that are known.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[-1:] == ["--config"]:
         raise ValueError("--config is followed by no path. Give that of a YAML file.")
+    known = sorted(one.name for kind in kinds for one in fields(kind))
     for option, path in zip(arguments, arguments[1:], strict=False):
         if option == "--config":
             found = load_yaml(path)
             if not isinstance(found, dict):
                 raise ValueError(f"{path} must hold options, each as `name: value`, got {_shown(found)}.")
+            unknown = sorted(set(found) - {*known, "env"}, key=str) if known else []
+            if unknown:
+                near = {name: get_close_matches(str(name), known, 1) for name in unknown}
+                hint = "".join(f" Is {name} meant to be {names[0]}?" for name, names in near.items() if names)
+                raise ValueError(f"{path}: unknown options {unknown}; --help lists those that there are.{hint}")
     return arguments
 
 

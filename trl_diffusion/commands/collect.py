@@ -160,11 +160,14 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
     processes().print(f"Trajectories and their card are in {directory}.")
 
 
+KINDS = (CollectArguments, ModelConfig)  # which have the options
+
+
 def parse(arguments: list[str] | None = None) -> tuple[CollectArguments, ModelConfig]:
     """Reads options, those of the command line by default."""
-    parser = TrlParser((CollectArguments, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
+    parser = TrlParser(KINDS, usage=USAGE)  # type: ignore[arg-type]  # takes classes
     return cast(
-        "tuple[CollectArguments, ModelConfig]", parser.parse_args_and_config(args=check_config_file(arguments))
+        "tuple[CollectArguments, ModelConfig]", parser.parse_args_and_config(args=check_config_file(arguments, KINDS))
     )
 
 

@@ -135,10 +135,13 @@ def run(args: EvaluateArguments) -> None:
     state.print(f"Results and samples are in {args.output_dir}.")
 
 
+KINDS = (EvaluateArguments,)  # which have the options
+
+
 def parse(arguments: list[str] | None = None) -> EvaluateArguments:
     """Reads options, those of the command line by default."""
-    parser = TrlParser((EvaluateArguments,), usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    (found,) = cast("tuple[EvaluateArguments]", parser.parse_args_and_config(args=check_config_file(arguments)))
+    parser = TrlParser(KINDS, usage=USAGE)  # type: ignore[arg-type]  # takes classes
+    (found,) = cast("tuple[EvaluateArguments]", parser.parse_args_and_config(args=check_config_file(arguments, KINDS)))
     return found
 
 

@@ -36,7 +36,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from ..fields import check_fields
 from ..policies.loading import load_tokenizer
 from ..policies.tiny import tiny_policy_path
-from ..tasks import TASKS, load_task, read_rows
+from ..tasks import TASKS, load_task, preference_rows
 from ..trainer.callbacks import RewardProgressCallback
 from ..trainer.config import DTRPOConfig
 from ..trainer.trainer import DTRPOTrainer
@@ -149,9 +149,9 @@ def load_preferences(script_args: ScriptArguments) -> tuple[Dataset, Dataset]:
         )
     if not script_args.train_file:
         raise ValueError("`task: preferences` needs `--train_file`, rows with `chosen` and `rejected`.")
-    rows = read_rows(script_args.train_file)
+    rows = preference_rows(script_args.train_file)
     if script_args.eval_file:
-        held_out = read_rows(script_args.eval_file)[: script_args.eval_size]
+        held_out = preference_rows(script_args.eval_file)[: script_args.eval_size]
     else:
         size = min(script_args.eval_size, len(rows) // 2)
         rows, held_out = rows[: len(rows) - size], rows[len(rows) - size :]
@@ -291,6 +291,9 @@ def report(trainer, trajectories, directory: Path, task, rate_before: float, rat
     print("Next: your own task (docs/quickstart.md, section 4) and model (section 5).")
 
 
+KINDS = (ScriptArguments, DTRPOConfig, ModelConfig)  # which have the options
+
+
 def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOConfig, ModelConfig]:
     """Reads options, those of the command line by default; with neither a model nor a config among them, the embedded
     policy's recipe applies."""
@@ -298,10 +301,10 @@ def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOCon
     given = {argument.split("=")[0] for argument in arguments}
     if not given & {"--config", "--model_name_or_path", "--random_policy"}:
         arguments = ["--config", str(recipes_path() / "tiny_sudoku.yaml"), *arguments]
-    parser = TrlParser((ScriptArguments, DTRPOConfig, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
+    parser = TrlParser(KINDS, usage=USAGE)  # type: ignore[arg-type]  # takes classes
     return cast(
         "tuple[ScriptArguments, DTRPOConfig, ModelConfig]",
-        parser.parse_args_and_config(args=check_config_file(arguments)),
+        parser.parse_args_and_config(args=check_config_file(arguments, KINDS)),
     )
 
 

@@ -167,6 +167,22 @@ def gsm8k_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "answer": row["answer"]}
 
 
+def preference_rows(path: str) -> list[dict[str, Any]]:
+    """The pairs of a file, each `chosen` and `rejected`, and perhaps a `prompt`: text, or messages."""
+    rows = read_rows(path)
+    for number, row in enumerate(rows):
+        for name in ("chosen", "rejected", *(["prompt"] if "prompt" in row else [])):
+            value = row.get(name)
+            messages = (
+                isinstance(value, list) and value and all(isinstance(one, dict) and "role" in one for one in value)
+            )
+            if not messages and not (isinstance(value, str) and value):
+                raise ValueError(
+                    f"{path}, row {number}: `{name}` must be text or a list of messages, got {value!r:.80}."
+                )
+    return rows
+
+
 def _sudoku(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
     def ask(puzzle: str) -> dict[str, str]:
         return {"puzzle": puzzle, "prompt": sudoku.prompt(puzzle)}
