@@ -401,6 +401,22 @@ CASES = {
         command(view, "data", "0"), r"data/collection.json must hold a JSON object, got 'x'. Pass --tokenizer",
         stored(collection__json='"x"'),
     ),
+    "a round with a learning rate that is no number": Case(
+        RUNS, r"`learning_rate` must be a number of at least 0 and finite, got nan",
+        rounds("rounds.yaml", "output_dir: run\ntrain: {learning_rate: .nan}\n"),
+    ),
+    "a round with too small a group": Case(
+        RUNS, r"`num_generations` must be a whole number of at least 2, got 1",
+        rounds("rounds.yaml", "output_dir: run\ntrain: {num_generations: 1, learning_rate: 1e-4}\n"),
+    ),
+    "a round with an unknown option": Case(
+        RUNS, r"`train` has \['learning_rates'\], which are no options of `train`",
+        rounds("rounds.yaml", "output_dir: run\ntrain: {learning_rates: 1}\n"),
+    ),
+    "a round that collects nothing": Case(
+        RUNS, r"`num_responses` must be a whole number of at least 1, got 0",
+        rounds("rounds.yaml", "output_dir: run\ncollect: {num_responses: 0}\n"),
+    ),
     "results of a round are cut off": Case(
         RUNS, r"run/round_1/policy/results.json is not JSON .*Delete it to have the round trained again",
         rounds("run/round_1/policy/results.json", '{"solve'),

@@ -100,6 +100,7 @@ def test_a_policy_spread_over_devices_is_refused(make_trainer):
         (7, "must be text or a list of messages, got 7"),
         (["a", "b"], "must be text or a list of messages"),
         ({"role": "user", "content": "a"}, "must be text or a list of messages"),
+        ([{"role": "user", "content": ["a"]}], "take text only"),
         ([{"role": "user"}], "must have a `role` and a `content`"),
         ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "take text only"),
     ],

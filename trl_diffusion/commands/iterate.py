@@ -20,7 +20,7 @@ import argparse
 import json
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -223,6 +223,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_sections(rounds: Rounds) -> None:
+    """
+    Checks the options of both commands before the first of them runs: those of `train` would be looked at after the first
+    collection.
+    """
+    from ..trainer.checks import check_given
+    from . import collect, train
+
+    collect.parse(_arguments(rounds.collect_options(1)))
+    given = rounds.train_options(1)
+    for kind in train.KINDS:
+        known = {one.name for one in fields(kind)}
+        given = {name: value for name, value in given.items() if name not in known}
+    if given:
+        raise ValueError(f"`train` has {sorted(given)}, which are no options of `train`; its --help lists them.")
+    check_given(rounds.train_options(1))
+
+
 def _rounds(options: dict[str, Any]) -> Rounds:
     """What the file says, with the options of the command line in front of it."""
     path = options["config"]
@@ -231,7 +249,9 @@ def _rounds(options: dict[str, Any]) -> Rounds:
         raise ValueError(f"{path} must hold the options of `iterate`, got {given!r}.")
     check_names(f"options in {path}", given, Rounds)
     mine = {name: value for name, value in options.items() if name != "config" and value is not None}
-    return Rounds(**{**given, **mine})
+    rounds = Rounds(**{**given, **mine})
+    _check_sections(rounds)
+    return rounds
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from ..fields import check_at_least
 from ..policies.forward import NonFiniteLogits
 from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.lora import adapters
-from ..policies.prompts import check_visible, read_chat_template_kwargs, tokenize_prompts
+from ..policies.prompts import check_form, check_visible, read_chat_template_kwargs, tokenize_prompts
 from ..policies.spec import DiffusionSpec
 from ..rewards.call import RewardCaller, RewardFunc, as_stored
 from ..seeds import derive_seed
@@ -244,9 +244,8 @@ def _check_source(prompts, tokenizer, template, spec, config, max_new_tokens) ->
     if taken:
         raise ValueError(f"The dataset has columns that trajectories need for themselves: {taken}. Rename them.")
     column = list(prompts["prompt"])
-    empty = [row for row, prompt in enumerate(column) if not prompt]
-    if empty:
-        raise ValueError(f"Row {empty[0]} has no prompt (it is {column[empty[0]]!r}).")
+    for row, prompt in enumerate(column):
+        check_form(f"Row {row}", prompt)
     prompt_ids = tokenize_prompts(tokenizer, column, **template)
     check_prompts(prompt_ids, spec, config, max_new_tokens)
     check_visible(tokenizer, column, prompt_ids, **template)

@@ -16,6 +16,25 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding
 
 
+def check_form(where: str, prompt: Any) -> None:
+    """Raises a `ValueError` if a prompt is neither text nor a list of messages with text."""
+    if not prompt and not isinstance(prompt, int | float):
+        raise ValueError(f"{where} has no prompt (it is {prompt!r}).")
+    if isinstance(prompt, str):
+        return
+    messages = prompt if isinstance(prompt, list) else [prompt]
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(prompt, list):
+            raise ValueError(f"{where}: a prompt must be text or a list of messages, got {prompt!r}.")
+        content = message.get("content")
+        if message.get("role") is None or not isinstance(content, str | list):
+            raise ValueError(f"{where}: a message must have a `role` and a `content`, got {message!r}.")
+        if isinstance(content, list) and any(
+            not isinstance(part, dict) or part.get("type") != "text" for part in content
+        ):
+            raise ValueError(f"{where}: diffusion policies here take text only, got {message!r}.")
+
+
 # Arguments of `apply_chat_template` that say what is done with the text. They are not for the template.
 _OWN_ARGUMENTS = ("add_generation_prompt", "continue_final_message", "conversation", "return_dict", "tokenize")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -134,6 +134,30 @@ def check_numbers(args: DTRPOConfig) -> None:
             raise ValueError(f"`reward_weights={weights!r}` leaves nothing of any reward: one of them must not be 0.")
 
 
+def check_given(options: Mapping[str, Any]) -> None:
+    """
+    Checks those of some options of a run that are numbers, without making its config. They may be text, as on a command line.
+
+    Args:
+        options (`Mapping[str, Any]`): options by name; `None` is left open.
+
+    Raises:
+        ValueError: naming the option, if its value is no number, or out of its range.
+    """
+    for name in sorted({*_WHOLE, *_INTERVALS} & options.keys()):
+        value = options[name]
+        if value is None:
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if name in _WHOLE and (number != number // 1 or number < _WHOLE[name]) and name != "pad_to_multiple_of":
+            raise ValueError(f"`{name}` must be a whole number of at least {_WHOLE[name]}, got {value!r}.")
+        if name in _INTERVALS:
+            check_within(name, value if isinstance(value, bool) else number, _INTERVALS[name])
+
+
 def check_looked_at(args: DTRPOConfig) -> None:
     """
     Checks that the loss looks at the options that were set.
@@ -241,23 +265,6 @@ def check_columns(name: str, dataset: Any) -> None:
         raise ValueError(
             f"`{name}` has {taken}: reward functions get something else under these names. Rename the columns."
         )
-
-
-def check_form(where: str, prompt: Any) -> None:
-    """Raises a `ValueError` if a prompt is neither text nor a list of messages with text."""
-    if not prompt and not isinstance(prompt, int | float):
-        raise ValueError(f"{where} has no prompt (it is {prompt!r}).")
-    if isinstance(prompt, str):
-        return
-    messages = prompt if isinstance(prompt, list) else [prompt]
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(prompt, list):
-            raise ValueError(f"{where}: a prompt must be text or a list of messages, got {prompt!r}.")
-        content = message.get("content")
-        if message.get("role") is None or not isinstance(content, str | list):
-            raise ValueError(f"{where}: a message must have a `role` and a `content`, got {message!r}.")
-        if isinstance(content, list) and any(part.get("type") != "text" for part in content):
-            raise ValueError(f"{where}: diffusion policies here take text only, got {message!r}.")
 
 
 def check_number_of_rows(dataset: Dataset | IterableDataset, args: DTRPOConfig, dropped: int = 0) -> None:

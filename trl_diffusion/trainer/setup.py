@@ -20,7 +20,7 @@ from ..policies.forward import check_attention, unwrap
 from ..policies.limits import check_layers
 from ..policies.loading import load_config, load_tokenizer, resolve_spec
 from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
-from ..policies.prompts import check_visible
+from ..policies.prompts import check_form, check_visible
 from ..policies.quantized import keep_trainable
 from ..policies.spec import set_spec
 from ..policies.training import (
@@ -36,7 +36,6 @@ from .agreement import failing_together
 from .checks import (
     check_callback,
     check_columns,
-    check_form,
     check_number_of_rows,
     check_one_gpu,
     check_order_is_asked_for,

@@ -201,8 +201,14 @@ def _check_row(row, number, spec, vocab_size, tokenizer_fingerprint, rewards) ->
         )
     try:
         stored = DiffusionSpec.from_dict(json.loads(row["spec"]))
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         refuse("spec", f"cannot be read ({error}).")
+    try:
+        decoding = json.loads(row["decoding"])
+    except (TypeError, ValueError) as error:
+        refuse("decoding", f"cannot be read ({error}).")
+    if not isinstance(decoding, dict):
+        refuse("decoding", f"must be a JSON object, got {row['decoding']!r:.80}.")
     for name in ("mask_token_id", "attention", "block_size", "block_origin", "token_shift", "first_token"):
         if getattr(stored, name) != getattr(spec, name):
             refuse(
