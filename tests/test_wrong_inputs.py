@@ -156,15 +156,18 @@ def on_stored(**options) -> Callable[[Path], object]:
     return start
 
 
-def on_prompts(size: int, bad: str) -> Callable[[Path], object]:
+def on_prompts(size: int, bad, template: str | None = None) -> Callable[[Path], object]:
     """Training on prompts of which the last is wrong."""
 
     def start(path: Path) -> None:
-        prompts = Dataset.from_dict({"prompt": ["1+1="] * (size - 1) + [bad]})
+        good = "1+1=" if isinstance(bad, str) else [{"role": "user", "content": "1+1="}]
+        prompts = Dataset.from_dict({"prompt": [good] * (size - 1) + [bad]})
+        tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left")
+        tokenizer.chat_template = template
         with errors_in_a_line():
             DTRPOTrainer(
                 tiny_policy_path(), lambda completions, **_: [0.0] * len(completions),
-                DTRPOConfig("out", bf16=False, max_completion_length=8, report_to="none"), prompts,
+                DTRPOConfig("out", bf16=False, max_completion_length=8, report_to="none"), prompts, processing_class=tokenizer,
             )  # fmt: skip
 
     return start
@@ -302,9 +305,16 @@ CASES = {
         train_rows("rows.csv", "sudoku"), r"rows.csv.*row 0: .*16 digits", writes("rows.csv", "Puzzle\n31\x0002\n")
     ),
     "a prompt with the mask token": Case(
-        on_prompts(1235, "1<mask>1"), r"train_dataset: Prompt 1234 contains the mask token", writes("a", "")
+        on_prompts(1235, "1<mask>1"), r"train_dataset: Prompt 1234 contains the mask token"
     ),
-    "an empty prompt": Case(on_prompts(1235, ""), r"train_dataset: row 1234 has no prompt", writes("a", "")),
+    "a role that the template does not take": Case(
+        on_prompts(
+            1235, [{"role": "system", "content": "1"}], template="{% for m in messages %}{% if m['role'] == 'system' %}"
+            "{{ raise_exception('System role not supported') }}{% endif %}{{ m['content'] }}{% endfor %}",
+        ),
+        r"train_dataset: Prompt 1234: the chat template does not take a conversation of \['system'\] \(System role not supp",
+    ),
+    "an empty prompt": Case(on_prompts(1235, ""), r"train_dataset: row 1234 has no prompt"),
     "an answer that is a number": Case(
         train_rows("rows.jsonl", "preferences"), r"rows.jsonl, row 0: `chosen` must be text or a list of messages, got 5",
         writes("rows.jsonl", '{"prompt": "1", "chosen": 5, "rejected": "3"}\n{"prompt": "1", "chosen": "2", "rejected": "3"}\n'),

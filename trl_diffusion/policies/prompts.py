@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational, maybe_extract_prompt
 
@@ -89,18 +90,38 @@ def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list, **templa
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
         prompts (`list`): standard or conversational prompts.
         template (`dict`): variables of the chat template.
+
+    Raises:
+        TemplateRefusal: a `ValueError` that names the prompt, if the chat template does not take it.
     """
-    return [
-        tokenizer(text=prompt)["input_ids"]
-        if isinstance(prompt, str)
-        else _tokenize_conversation(tokenizer, prompt, template)
-        for prompt in prompts
-    ]
+    ids = []
+    for row, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            ids.append(tokenizer(text=prompt)["input_ids"])
+            continue
+        try:
+            encoding = tokenizer.apply_chat_template(
+                prompt, **_opening(prompt), tokenize=True, return_dict=True, **template
+            )
+        except (TemplateError, ValueError) as error:
+            raise TemplateRefusal(row, prompt, error) from error
+        ids.append(cast("BatchEncoding", encoding)["input_ids"])
+    return ids
 
 
-def _tokenize_conversation(tokenizer: PreTrainedTokenizerBase, prompt: list, template: dict[str, Any]) -> list[int]:
-    encoding = tokenizer.apply_chat_template(prompt, **_opening(prompt), tokenize=True, return_dict=True, **template)
-    return cast("BatchEncoding", encoding)["input_ids"]
+class TemplateRefusal(ValueError):
+    """
+    A chat template that does not take a conversation.
+
+    Attributes:
+        row (`int`): place of the conversation among the prompts.
+        reason (`str`): what the template says.
+    """
+
+    def __init__(self, row: int, prompt: list[dict[str, Any]], error: Exception):
+        roles = [message.get("role") for message in prompt]
+        self.row, self.reason = row, f"the chat template does not take a conversation of {roles} ({error})"
+        super().__init__(f"Prompt {row}: {self.reason}. Use another chat template, or other messages.")
 
 
 def _texts_of_pair(
@@ -113,6 +134,10 @@ def _texts_of_pair(
     texts = {"prompt": render_prompt(tokenizer, prompt, **template)}
     for name in ("chosen", "rejected"):
         first, *others = example[name]
+        if not isinstance(prompt[-1]["content"], str) or not isinstance(first.get("content"), str):
+            raise ValueError(
+                f", column `{name}`: a prompt that ends with the beginning of an answer must be of text alone."
+            )
         answer = {**prompt[-1], "content": prompt[-1]["content"] + first["content"]}
         whole = cast(str, tokenizer.apply_chat_template([*prompt[:-1], answer, *others], tokenize=False, **template))
         if not whole.startswith(texts["prompt"]):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather_object
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -129,8 +130,12 @@ class DiffusionRollouts(DiffusionScoring):
 
     def _tokenize_prompts(self, prompts):
         """TRL's, where a conversation that ends with the beginning of an answer is left open instead of closed."""
-        ids, *others = super()._tokenize_prompts(prompts)
         template = cast("dict[str, Any]", self.chat_template_kwargs)
+        try:
+            ids, *others = super()._tokenize_prompts(prompts)
+        except TemplateError:
+            tokenize_prompts(self._tokenizer, prompts, **template)  # says which prompt it is
+            raise
         for row, prompt in enumerate(prompts):
             if is_started(prompt):
                 (ids[row],) = tokenize_prompts(self._tokenizer, [prompt], **template)

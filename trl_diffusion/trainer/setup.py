@@ -20,7 +20,7 @@ from ..policies.forward import check_attention, unwrap
 from ..policies.limits import check_layers
 from ..policies.loading import load_config, load_tokenizer, resolve_spec
 from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
-from ..policies.prompts import check_form, check_visible
+from ..policies.prompts import TemplateRefusal, check_form, check_visible
 from ..policies.quantized import keep_trainable
 from ..policies.spec import set_spec
 from ..policies.training import (
@@ -327,7 +327,12 @@ def _check_prompts(trainer: DTRPOTrainer, name: str, dataset: Dataset | Iterable
         prompts = dataset[begin : begin + 1000]["prompt"]
         for row, prompt in enumerate(prompts, start=begin):
             check_form(f"{name}: row {row}", prompt)
-        prompt_ids = trainer._tokenize_prompts(prompts)[0]
+        try:
+            prompt_ids = trainer._tokenize_prompts(prompts)[0]
+        except TemplateRefusal as error:
+            raise ValueError(
+                f"{name}: Prompt {begin + error.row}: {error.reason}. Use another chat template."
+            ) from error
         if prompts and not any(prompt_ids):
             raise ValueError(
                 f"{name}: the tokenizer turns every prompt into no tokens at all. transformers makes an empty "
