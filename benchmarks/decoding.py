@@ -51,7 +51,9 @@ def make_model(family: str, args) -> torch.nn.Module:
     )
     torch.manual_seed(0)
     with torch.device(args.device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
+        return AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, args.dtype), trust_remote_code=False
+        ).eval()
 
 
 def make_prompts(count: int, args) -> list[list[int]]:

@@ -42,7 +42,7 @@ def make_policy(seed: int, size: int, layers: int, vocabulary: int, spec: Diffus
     set_spec(config, spec)
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- gradient

@@ -83,7 +83,7 @@ def train(directory: Path, steps: int, seed: int) -> None:
 
 def rollouts(policy, size: int, seed: int):
     """Answers to evaluation puzzles, one character a step: 8 steps in a block."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left", trust_remote_code=False)
     prompts = load_task("sudoku", train_size=16).evaluation["prompt"][:size]
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     return decode(policy, ids, DecodingConfig(17, 1.0), seeds=[derive_seed(seed, row) for row in range(len(ids))])
@@ -103,7 +103,7 @@ def resident(field: str) -> float:
 def cost(config: EstimatorConfig, directory: Path, stored: Path, queue) -> None:
     """Seconds and peak memory per response of forward and backward for the stored responses."""
     torch.set_num_threads(2)
-    policy = AutoModelForCausalLM.from_pretrained(directory / "0")
+    policy = AutoModelForCausalLM.from_pretrained(directory / "0", trust_remote_code=False)
     spec = get_spec(policy.config)
     batch = TrajectoryBatch(**torch.load(stored))
 
@@ -174,12 +174,16 @@ def main() -> None:
         if not (directory / str(last)).exists():
             train(directory, last, args.seed)
         stored = Path(temporary) / "responses.pt"
-        torch.save(asdict(rollouts(AutoModelForCausalLM.from_pretrained(directory / "0"), 64, 0)), stored)
+        torch.save(
+            asdict(rollouts(AutoModelForCausalLM.from_pretrained(directory / "0", trust_remote_code=False), 64, 0)),
+            stored,
+        )
         costs = {name: in_process(cost, config, directory, stored) for name, config in CONFIGS.items()}
         rows = []
         for point in POINTS:
             old, new = (
-                AutoModelForCausalLM.from_pretrained(directory / str(n)).eval() for n in (point, point + LATER)
+                AutoModelForCausalLM.from_pretrained(directory / str(n), trust_remote_code=False).eval()
+                for n in (point, point + LATER)
             )
             spec = get_spec(old.config)
             batch = rollouts(old, args.responses, args.seed)

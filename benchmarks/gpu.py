@@ -175,7 +175,7 @@ def make_policy(shape: Shape, dtype: torch.dtype = torch.bfloat16, sharp: bool =
         config.initializer_range = 1.6 * shape.hidden**-0.5
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if sharp:
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(5.0)
@@ -360,7 +360,7 @@ def trained(model, steps: int, length: int, peft_config=None, **options) -> list
             },
         ),
         train_dataset=Dataset.from_list([{"prompt": text[i % 4 :] + text[: i % 4]} for i in range(256)]),
-        processing_class=AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left"),
+        processing_class=AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left", trust_remote_code=False),
         peft_config=peft_config,
     )  # fmt: skip
     reset_peak()

@@ -75,7 +75,7 @@ def rollout(
     policy, spec: DiffusionSpec, decoding: DecodingConfig, puzzles: int, seed: int
 ) -> tuple[TrajectoryBatch, Tensor]:
     """Responses to puzzles that training does not see, and their advantages, `(R,)`."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left", trust_remote_code=False)
     chosen = list(sudoku.evaluation_puzzles())[:puzzles]
     ids = [tokenizer(sudoku.prompt(puzzle))["input_ids"] for puzzle in chosen for _ in range(GROUP)]
     batch = decode(policy, ids, decoding, spec, seeds=[derive_seed(seed, row) for row in range(len(ids))])
@@ -126,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         trained = train(Path(directory), args.updates, args.seed)
         for updates, path in ((0, tiny_policy_path()), (args.updates, trained)):
-            policy = AutoModelForCausalLM.from_pretrained(path).eval()
+            policy = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).eval()
             for attention in ("block", "full"):
                 spec = get_spec(policy.config).replace(attention=attention)
                 set_spec(policy.config, spec)

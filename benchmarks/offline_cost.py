@@ -107,7 +107,7 @@ def step(trainer: DTRPOTrainer, optimizer, rows: list[dict], prepared: bool) -> 
 def main() -> None:
     args = make_parser(__doc__).parse_args()
     torch.set_num_threads(args.threads)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left", trust_remote_code=False)
     with tempfile.TemporaryDirectory() as directory:
         model = make_model(args)
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -91,7 +91,7 @@ def measure(case: dict) -> int:
     """Bytes that real steps need. In a process of its own."""
     from datasets import Dataset
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left", trust_remote_code=False)
     text = "".join(str(i % 4 + 1) for i in range(PROMPT))
     assert len(tokenizer(text).input_ids) == PROMPT
     dataset = Dataset.from_list([{"prompt": text[i % 4 :] + text[: i % 4]} for i in range(64)])
@@ -112,7 +112,7 @@ def train(case: dict, dataset, tokenizer) -> None:
     torch.manual_seed(0)
     directory = tempfile.mkdtemp()
     trainer = DTRPOTrainer(
-        model=AutoModelForCausalLM.from_config(config),
+        model=AutoModelForCausalLM.from_config(config, trust_remote_code=False),
         reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
         args=DTRPOConfig(
             output_dir=directory, per_device_train_batch_size=case.get("rows", ROWS), num_generations=GENERATIONS, max_completion_length=case.get("completion", COMPLETION),

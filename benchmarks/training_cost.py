@@ -58,7 +58,7 @@ def make_model(args) -> torch.nn.Module:
     set_spec(config, spec_of(args))
     torch.manual_seed(0)
     with torch.device(args.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype), trust_remote_code=False)
     enable_plans(model)
     return model.train()
 

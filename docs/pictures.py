@@ -59,8 +59,8 @@ def draw_packed(batch, spec, tokenizer, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    policy = AutoModelForCausalLM.from_pretrained(tiny_policy_path())
-    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path())
+    policy = AutoModelForCausalLM.from_pretrained(tiny_policy_path(), trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), trust_remote_code=False)
     spec = get_spec(policy.config)
     prompt = sudoku.prompt(sudoku.evaluation_puzzles()[0])
     answer = generate(policy, tokenizer, [prompt], max_new_tokens=17, tokens_per_step=2).trajectories

@@ -171,8 +171,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name, default in (("seed", 0), ("updates", 20), ("puzzles", 16), ("answers", 16)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     args = parser.parse_args(arguments)
-    policy = AutoModelForCausalLM.from_pretrained(tiny_policy_path())
-    tokenizer, spec = AutoTokenizer.from_pretrained(tiny_policy_path()), get_spec(policy.config)
+    policy = AutoModelForCausalLM.from_pretrained(tiny_policy_path(), trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), trust_remote_code=False)
+    spec = get_spec(policy.config)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     rng, unseen = Generator().manual_seed(args.seed), list(sudoku.evaluation_puzzles())
     before = sudoku.sudoku_solved(answer(policy, spec, tokenizer, unseen, None)[1], unseen)

@@ -17,7 +17,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from trl_diffusion.tasks import read_rows
+from trl_diffusion.tasks.task import gsm8k_rows
+from trl_diffusion.utils import check_writable, errors_in_a_line, write_text
 
 
 def corrupt(solution: str, rng: random.Random) -> str:
@@ -56,9 +57,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which wrong results (default: 0)")
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    rows = read_rows(args.source)[: args.size]
-    pairs = [make_pair(row["question"], row["answer"], rng, args.plain, args.implicit_prompt) for row in rows]
-    args.output.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    with errors_in_a_line():
+        check_writable(args.output.parent, "output")
+        rows = gsm8k_rows(args.source)[: args.size]
+        for number, row in enumerate(rows):
+            if re.search(r"#### *-?[\d,]+\s*$", row["answer"]) is None:
+                end = row["answer"][-40:]
+                raise ValueError(
+                    f"{args.source}, row {number}: the answer must end in '#### ' and a whole number, got {end!r}."
+                )
+        pairs = [make_pair(row["question"], row["answer"], rng, args.plain, args.implicit_prompt) for row in rows]
+        write_text(args.output, "".join(json.dumps(pair) + "\n" for pair in pairs))
     print(f"{len(pairs)} pairs are in {args.output}.")
 
 

@@ -31,6 +31,7 @@ from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
 from trl_diffusion.scoring.states import drawn_states
 from trl_diffusion.trajectories.trajectory import TrajectoryBatch
+from trl_diffusion.utils import check_writable, errors_in_a_line
 
 
 SPECIAL = ["<pad>", "<mask>", "<eos>", "<unk>"]
@@ -160,6 +161,8 @@ def main() -> None:
     parser.add_argument("--corpus_size", type=int, default=100_000, help="answers in the corpus")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    with errors_in_a_line():
+        check_writable(args.output_dir, "--output_dir")
 
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()

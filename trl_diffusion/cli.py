@@ -85,7 +85,7 @@ def launch_command(
     name: str, arguments: list[str], accelerate_config: str | None = None, num_processes: int | None = None
 ) -> list[str]:
     """The words of an `accelerate launch` that starts a command."""
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # the command has said what is wrong
+    words = [sys.executable, "-m", f"{COMMANDS}.launch", "--quiet"]  # the command has said what is wrong
     if accelerate_config is not None:
         words += ["--config_file", accelerate_config]
     if num_processes is not None:

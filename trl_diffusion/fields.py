@@ -1,7 +1,7 @@
 """
 What a field of a config says about its own values, and the checks that read it.
 
-A field says it in its type (`bool`, `Literal`, `Annotated[int, AtLeast(1)]`, `Annotated[float, Within("[0, 1]")]`) or, for a
+A field says it in its type (`bool`, `int`, `float`, `str`, a list of these, `Literal`, `Annotated[int, AtLeast(1)]`, `Annotated[float, Within("[0, 1]")]`) or, for a
 choice, in `metadata["choices"]`, which argparse reads, too. `None` is allowed where it is the default.
 """
 
@@ -81,13 +81,30 @@ def check_fields(config: Any, names: Collection[str] | None = None) -> None:
         choices = get_args(kind) if get_origin(kind) is Literal else one.metadata.get("choices")
         if choices is not None:
             check_one_of(one.name, value, choices)
-        elif kind is bool and not isinstance(value, bool):
-            raise ValueError(f"`{one.name}` must be true or false, got {value!r}.")
+        elif not rules and not _is_of(kind, value):
+            raise ValueError(f"`{one.name}` must be {_in_kind(kind)}, got {value!r}.")
         for rule in rules:
             if isinstance(rule, AtLeast):
                 check_at_least(one.name, value, rule.least)
             elif isinstance(rule, Within):
                 check_within(one.name, value, rule.interval)
+
+
+_KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value is of one of the kinds above, or a list of them; any value is of any other kind."""
+    if get_origin(kind) is list:
+        return isinstance(value, list | tuple) and all(_is_of(get_args(kind)[0], one) for one in value)
+    if kind is float:
+        return is_number(value)
+    return kind not in _KINDS or type(value) is kind or (kind is str and isinstance(value, str))
+
+
+def _in_kind(kind: Any) -> str:
+    """What a value of a kind must be, in words."""
+    return _KINDS[kind] if kind in _KINDS else f"a list, each entry {_KINDS[get_args(kind)[0]]}"
 
 
 @cache

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import PartialState
+from safetensors import SafetensorError
 
 
 # What a user can set right: options, files, data, what is installed, a policy whose numbers are not finite.
-USER_ERRORS = (FloatingPointError, ImportError, OSError, OverflowError, ValueError, yaml.YAMLError)
+USER_ERRORS = (FloatingPointError, ImportError, OSError, OverflowError, SafetensorError, ValueError, yaml.YAMLError)
 
 
 def exit_code(work: Callable[[], object]) -> int:
@@ -23,9 +28,30 @@ def exit_code(work: Callable[[], object]) -> int:
     try:
         work()
     except USER_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(error)
         return 2
     return 0
+
+
+def _say(error: BaseException) -> None:
+    """The message of an error as one line on stderr."""
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    r"""
+    A text as a terminal may show it: control characters, with which escape sequences begin, are written as in Python
+    (`\x1b`). Line feeds and tabs stay.
+    """
+    return "".join(_spelled(one) if _is_control(one) else one for one in text)
+
+
+def _is_control(one: str) -> bool:
+    return one not in "\n\t" and (one < " " or "\x7f" <= one <= "\x9f" or "\ud800" <= one <= "\udfff")
+
+
+def _spelled(one: str) -> str:
+    return one.encode("unicode_escape").decode()
 
 
 # Of the scripts in recipes/, whose hundreds of options argparse would print before a line about one of them.
@@ -38,22 +64,27 @@ def errors_in_a_line() -> Iterator[None]:
     try:
         yield
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(error)
         raise SystemExit(2) from None
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which would keep the last one of repeated keys; this one refuses them."""
+    """PyYAML's safe loader, which would keep the last one of repeated keys, and take `None` for a value that is not there.
+    This one refuses both."""
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
+        for key, value in node.value:
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode):
                 if name in lines:
                     raise ValueError(f"line {line}: the key {key.value!r} is already in line {lines[name]}.")
                 lines[name] = line
+                if isinstance(value, yaml.ScalarNode) and value.value == "" and value.style is None:
+                    raise ValueError(
+                        f"line {line}: the key {key.value!r} has no value. Write one (`null` for none), or leave the line out."
+                    )
         return node
 
 
@@ -63,17 +94,66 @@ def load_yaml(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file and the line, if it is not YAML, or gives a key twice.
+        ValueError: naming the file and the line, if it is not YAML, or gives a key twice or without a value.
+    """
+    return _parse_yaml(read_text(path), str(path))
+
+
+def read_text(path: str | Path) -> str:
+    """
+    The text of a file, without the byte order mark that Excel and Notepad put before it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is not UTF-8.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    return _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+
+
+def read_record(path: str | Path, keys: Iterable[str] = (), advice: str = "") -> dict[str, Any]:
+    """
+    The object that a JSON file holds.
+
+    Args:
+        path (`str` or `Path`): the file.
+        keys (`Iterable[str]`, *optional*): what the object must have.
+        advice (`str`, *optional*): what to do about a damaged file, for the message.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is not UTF-8 or not JSON, holds something else than an object, or lacks a key.
+    """
+    text, advice = read_text(path), f" {advice}" if advice else ""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        what = "it is empty" if not text.strip() else str(error)
+        raise ValueError(f"{path} is not JSON ({what}).{advice}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {_shown(found)}.{advice}")
+    missing = sorted(set(keys) - set(found))
+    if missing:
+        raise ValueError(f"{path} lacks {missing}; it has {sorted(found)}.{advice}")
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_OnceLoader)  # noqa: S506  (a safe loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{where}: {line}{error.problem or error.context}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
 
@@ -92,21 +172,33 @@ def no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_config_file(arguments: list[str] | None) -> list[str]:
+def check_config_file(arguments: list[str] | None, kinds: Iterable[type] = ()) -> list[str]:
     """
     The arguments of a command, if the YAML file behind `--config` gives no key twice.
 
     Args:
         arguments (`list[str]`, *optional*): the arguments. Defaults to those of the command line.
+        kinds (`Iterable[type]`, *optional*): the dataclasses whose fields are the options. Any option will do if there is none.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file and the line, if it is not YAML, or gives a key twice.
+        ValueError: naming the file and the line, if it is not YAML, gives a key twice or without a value, or holds something
+            else than options that are known.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    for option, value in zip(arguments, arguments[1:], strict=False):
+    if arguments[-1:] == ["--config"]:
+        raise ValueError("--config is followed by no path. Give that of a YAML file.")
+    known = sorted(one.name for kind in kinds for one in fields(kind))
+    for option, path in zip(arguments, arguments[1:], strict=False):
         if option == "--config":
-            load_yaml(value)
+            found = load_yaml(path)
+            if not isinstance(found, dict):
+                raise ValueError(f"{path} must hold options, each as `name: value`, got {_shown(found)}.")
+            unknown = sorted(set(found) - {*known, "env"}, key=str) if known else []
+            if unknown:
+                near = {name: get_close_matches(str(name), known, 1) for name in unknown}
+                hint = "".join(f" Is {name} meant to be {names[0]}?" for name, names in near.items() if names)
+                raise ValueError(f"{path}: unknown options {unknown}; --help lists those that there are.{hint}")
     return arguments
 
 
@@ -148,10 +240,45 @@ def _read_text(text: str, name: str) -> Any:
 
 
 def use_all_cores() -> None:
-    """Shares the cores among the processes of this machine; `accelerate launch` gives each process just one."""
+    """
+    Shares the cores among the processes of this machine; `accelerate launch` gives each process just one.
+
+    Raises:
+        ValueError: if LOCAL_WORLD_SIZE, which says how many processes there are, is no whole number of at least 1.
+    """
+    given = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(
+            f"The environment variable LOCAL_WORLD_SIZE must be a whole number of at least 1, got {given!r}. Unset it, or set "
+            "it to the number of processes on this machine."
+        )
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, cores // int(given)))
+
+
+def check_writable(directory: str | Path, option: str) -> None:
+    """
+    Checks that files can be written to a directory, which may not be there yet. Nothing is left behind.
+
+    Args:
+        directory (`str` or `Path`): the directory.
+        option (`str`): the option that names it, for the message.
+
+    Raises:
+        ValueError: naming the directory and the option, if they cannot.
+    """
+    there = Path(directory).absolute()
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=TEMPORARY):
+            pass
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ValueError(
+            f"Nothing can be written to {directory} ({there}: {why}). Choose another `{option}`."
+        ) from error
 
 
 TEMPORARY = ".unfinished-"  # how the names of files begin that are being written

@@ -71,6 +71,13 @@ def test_usage_is_what_decoding_one_by_one_costs(policy, spec, batch_size):
     assert usage.seconds > 0 and usage.tokens_per_second == pytest.approx(usage.tokens / usage.seconds)
 
 
+def test_a_prompt_that_cannot_be_answered_is_named_by_its_own_place(tiny):
+    """Prompts are answered in another order, the longest first."""
+    prompts = tiny.encode(PROMPTS)
+    with pytest.raises(ValueError, match="Prompt 1 is empty"):
+        generate(tiny, [prompts[0], [], *prompts[1:]], DecodingConfig(4))
+
+
 def test_no_answers_cost_nothing():
     assert math.isnan(Usage().tokens_per_forward) and math.isnan(Usage().tokens_per_second)
     total = Usage(1, 2, 3, 4.0)

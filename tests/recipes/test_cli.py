@@ -32,7 +32,7 @@ def started(monkeypatch):
     found = []
 
     def execv(program, words):
-        assert program == words[0] == sys.executable and words[1:3] == ["-m", "accelerate.commands.launch"]
+        assert program == words[0] == sys.executable and words[1:3] == ["-m", "trl_diffusion.commands.launch"]
         found.append(launch_command_parser().parse_args(words[3:]))
 
     monkeypatch.setattr(os, "execv", execv)

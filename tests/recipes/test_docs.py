@@ -140,7 +140,7 @@ def check_command_line(options: list[str], monkeypatch) -> None:
         elif options != ["--help"]:
             cli.main(options)
     for words in started:
-        launch = launch_command_parser().parse_args(words[words.index("accelerate.commands.launch") + 1 :])
+        launch = launch_command_parser().parse_args(words[words.index("trl_diffusion.commands.launch") + 1 :])
         module, _, name = launch.training_script.rpartition(".")
         assert launch.module and module == "trl_diffusion.commands"
         parse_options(name, launch.training_script_args)

@@ -117,6 +117,7 @@ def test_a_run_keeps_its_options_but_may_get_more_rounds(tmp_path):
         ({"train": {"use_peft": True}}, "must be a whole model"),
         ({"train": ["max_steps"]}, "`train` must hold options of `train`"),
         ({"collect": {"task": "countdown"}}, "Give both the same `task`"),
+        ({"collect": {"chat_template_kwargs": "enable_thinking:false"}}, "Give both the same ones"),
     ],
 )
 def test_what_is_refused(tmp_path, changes, message):

@@ -54,6 +54,7 @@ def test_sudoku_end_to_end(tmp_path, train_here):
     assert lines[-1].split()[2] == f"{results['solve_rate_before']:.1%}"
     assert (out / "reward_curve.png").stat().st_size > 5000 and (out / "denoising.png").stat().st_size > 5000
     assert (out / "model.safetensors").exists() and (out / "tokenizer.json").exists()
+    assert "2603.18806" in (out / "README.md").read_text()
     # What was saved is a policy.
     config = str(ROOT / "recipes" / "tiny_sudoku.yaml")
     again = train_here("--config", config, "--model_name_or_path", str(out), *SMALL, "--max_steps", "1")

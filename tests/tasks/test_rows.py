@@ -7,6 +7,7 @@ import json
 import pytest
 
 from trl_diffusion.tasks import load_task, read_rows
+from trl_diffusion.tasks.task import countdown_rows
 
 
 GAME = {"numbers": [1, 2, 3], "target": 6}
@@ -46,6 +47,22 @@ def test_whole_numbers_in_any_form(tmp_path):
     task = load_task("countdown", write(tmp_path, {"numbers": "4, 5,6", "target": 15.0}))
     assert task.train[1]["numbers"] == [4, 5, 6] and task.train[1]["target"] == 15
     assert task.train[1]["prompt"] == "countdown 4,5,6=15"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", 'numbers,target\n"1,2,3",6\n'),
+        ("rows.csv", "\ufeffnumbers;target\r\n1,2,3;6\r\n"),  # of Excel, where the comma is the decimal point
+        ("rows.csv", "numbers\ttarget\r\n1,2,3\t6"),
+        ("rows.jsonl", "\ufeff" + json.dumps(GAME)),
+        ("rows.json", "\ufeff" + json.dumps([GAME])),
+    ],
+)
+def test_files_as_other_programs_write_them(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    (game,) = countdown_rows(str(tmp_path / name))
+    assert game == {**GAME, "prompt": "countdown 1,2,3=6"}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerCallback
+from trl import LogCompletionsCallback, WeaveCallback
 
+from tests.trainer.conftest import make_dataset
 from trl_diffusion.trainer.callbacks import TrajectoryCallback
 from trl_diffusion.trajectories.trajectory import TrajectoryBatch
 
@@ -76,3 +78,21 @@ def test_bad_settings_are_refused(make_trainer, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="trl-diffusion\\[viz\\]"):
         TrajectoryCallback(trainer, every=1)
+
+
+class Weave(WeaveCallback):
+    """One of a user's own."""
+
+
+@pytest.mark.parametrize("kind", [LogCompletionsCallback, Weave])
+def test_callbacks_that_generate_from_left_to_right_are_refused(make_trainer, kind):
+    trainer = make_trainer(kwargs={"eval_dataset": make_dataset(4)})
+    callback = kind(trainer)
+    message = (
+        f"^{kind.__name__} calls the model's own `generate`, which writes from left to right.*`log_completions=True`"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer.add_callback(callback)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(kwargs={"callbacks": [callback]})

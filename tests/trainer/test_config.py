@@ -33,6 +33,8 @@ from trl_diffusion.decoding.options import OLD_NAMES
         {"vllm_importance_sampling_correction": False},
         {"max_tool_calling_iterations": 2},
         {"model_init_kwargs": {"trust_remote_code": True}},
+        {"model_init_kwargs": {"trust_remote_code": None}},
+        {"trust_remote_code": True},
         {"neftune_noise_alpha": 5.0},
         {"max_completion_length": 0},
         {"beta": -0.1},

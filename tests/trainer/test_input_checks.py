@@ -44,7 +44,7 @@ def test_spec_overrides_what_the_config_says(make_trainer):
 @pytest.mark.parametrize("in_eval", [False, True])
 def test_prompt_with_the_mask_token(make_trainer, in_eval):
     good, bad = make_dataset(4), Dataset.from_list([{"prompt": "fine"}, {"prompt": "a <mask> b"}])
-    with pytest.raises(ValueError, match=r"rows 0 to 1: Prompt 1 contains the mask token \(1\) at position 2"):
+    with pytest.raises(ValueError, match=r"_dataset: Prompt 1 contains the mask token \(1\) at position 2"):
         make_trainer(dataset=good if in_eval else bad, kwargs={"eval_dataset": bad} if in_eval else None)
 
 
@@ -100,6 +100,7 @@ def test_a_policy_spread_over_devices_is_refused(make_trainer):
         (7, "must be text or a list of messages, got 7"),
         (["a", "b"], "must be text or a list of messages"),
         ({"role": "user", "content": "a"}, "must be text or a list of messages"),
+        ([{"role": "user", "content": ["a"]}], "take text only"),
         ([{"role": "user"}], "must have a `role` and a `content`"),
         ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "take text only"),
     ],

@@ -25,6 +25,7 @@ OVERRIDDEN = {
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
     "_compute_loss": ["self", "model", "inputs"],
     "get_high_entropy_mask": ["self", "entropies", "mask", "threshold"],
+    "_tokenize_prompts": ["self", "prompts"],
 }
 # What a resumed run needs: the place in the data, and the rollout beside the random state.
 RESUMING = {
@@ -52,7 +53,9 @@ EVALUATING = {
 }
 # What stored responses need: their columns, with `remove_unused_columns=True`.
 READING = {"_set_signature_columns_if_needed": ["self"]}
-METHODS = {**OVERRIDDEN, **RESUMING, **EVALUATING, **READING}
+# What people see.
+SHOWING = {"add_callback": ["self", "callback"], "create_model_card": ["self", "model_name", "dataset_name", "tags"]}
+METHODS = {**OVERRIDDEN, **RESUMING, **EVALUATING, **READING, **SHOWING}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -119,7 +122,7 @@ def test_only_these_methods_are_overridden():
     parts = DTRPOTrainer.__mro__[: DTRPOTrainer.__mro__.index(GRPOTrainer)]
     ours = {name for part in parts for name in vars(part)}
     shared = {name for name in ours if not name.startswith("__")} & set(dir(GRPOTrainer))
-    assert shared - {"_tag_names", "_name", "_abc_impl"} == {*METHODS, "train"}, (
+    assert shared - {"_tag_names", "_name", "_paper", "_abc_impl"} == {*METHODS, "train"}, (
         f"DTRPOTrainer hides {sorted(shared)} of GRPOTrainer: a name of ours collides with one of TRL's."
     )
 

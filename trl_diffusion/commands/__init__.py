@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..quiet import hush
+
 
 PACKAGE = Path(__file__).parents[1]
+hush()  # before a command imports what it needs
 
 
 def recipes_path() -> Path:

@@ -23,9 +23,18 @@ from ..decoding.options import RolloutOptions
 from ..fields import AtLeast, Within, check_fields, with_default
 from ..offline.collect import collect
 from ..policies.policy import open_policy
+from ..policies.prompts import read_chat_template_kwargs
 from ..policies.tiny import tiny_policy_path
 from ..tasks import TASKS, load_task
-from ..utils import USAGE, check_config_file, errors_in_a_line, processes, read_mapping, use_all_cores
+from ..utils import (
+    USAGE,
+    check_config_file,
+    check_writable,
+    errors_in_a_line,
+    processes,
+    read_mapping,
+    use_all_cores,
+)
 
 
 if TYPE_CHECKING:
@@ -55,6 +64,12 @@ class CollectArguments(RolloutOptions):
     )
     diffusion_spec: str | None = field(
         default=None, metadata={"help": "Fields of DiffusionSpec, as JSON, that complete those of the model."}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Variables of the chat template, as enable_thinking:false, as JSON, or a JSON or YAML file."
+        },
     )
     max_completion_length: Annotated[int, AtLeast(1)] = field(
         default=17, metadata={"help": "Most tokens of a response. (TRL's name for max_new_tokens, as in `train`.)"}
@@ -109,7 +124,8 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
     """Collects."""
     use_all_cores()
     check_model_options(model_args)
-    decoding = args.decoding()
+    check_writable(args.output_dir, "--output_dir")  # before weights are loaded
+    decoding, template = args.decoding(), read_chat_template_kwargs(args.chat_template_kwargs)
     if decoding.approximate_cache is not None:
         raise ValueError(
             "`--approximate_cache` is for rollouts: stored responses made with it cannot be trained on, as their recorded "
@@ -139,22 +155,26 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
         batch_size=args.batch_size,
         rows_per_shard=args.rows_per_shard,
         seed=args.seed,
+        chat_template_kwargs=template,
     )
     processes().print(f"Trajectories and their card are in {directory}.")
 
 
+KINDS = (CollectArguments, ModelConfig)  # which have the options
+
+
 def parse(arguments: list[str] | None = None) -> tuple[CollectArguments, ModelConfig]:
     """Reads options, those of the command line by default."""
-    parser = TrlParser((CollectArguments, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
+    parser = TrlParser(KINDS, usage=USAGE)  # type: ignore[arg-type]  # takes classes
     return cast(
-        "tuple[CollectArguments, ModelConfig]", parser.parse_args_and_config(args=check_config_file(arguments))
+        "tuple[CollectArguments, ModelConfig]", parser.parse_args_and_config(args=check_config_file(arguments, KINDS))
     )
 
 
-def main() -> None:
-    """Runs the command, with the options of the command line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command, with the options of the command line by default."""
     with errors_in_a_line():
-        run(*parse())
+        run(*parse(arguments))
 
 
 if __name__ == "__main__":

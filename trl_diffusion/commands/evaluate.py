@@ -19,16 +19,26 @@ Given again after an interruption, the same command adds what is missing. With s
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import cast
+from typing import Annotated, cast
 
 from trl import TrlParser
 
 from ..decoding.config import DecodingConfig
-from ..evaluation.run import Evaluation, check_tasks, markdown
+from ..evaluation.run import Evaluation, check_seeds, check_tasks, markdown
+from ..fields import AtLeast, check_fields
 from ..policies.policy import open_policy
+from ..policies.prompts import read_chat_template_kwargs
 from ..policies.quantized import rounding
 from ..policies.tiny import tiny_policy_path
-from ..utils import USAGE, check_config_file, errors_in_a_line, processes, read_mapping, use_all_cores
+from ..utils import (
+    USAGE,
+    check_config_file,
+    check_writable,
+    errors_in_a_line,
+    processes,
+    read_mapping,
+    use_all_cores,
+)
 
 
 @dataclass
@@ -67,19 +77,32 @@ class EvaluateArguments:
             f"{', '.join(setting.name for setting in fields(DecodingConfig))}; `trl-diffusion generate --help` explains them."
         },
     )
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={"help": "Variables of the chat template, such as enable_thinking:false, written like `decoding`."},
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One measurement each."})
-    batch_size: int = field(default=32, metadata={"help": "Answers at a time, on each process."})
-    limit: int | None = field(default=None, metadata={"help": "Most questions of a task."})
+    batch_size: Annotated[int, AtLeast(1)] = field(
+        default=32, metadata={"help": "Answers at a time, on each process."}
+    )
+    limit: Annotated[int, AtLeast(1)] | None = field(default=None, metadata={"help": "Most questions of a task."})
     allow_code_execution: bool = field(
         default=False,
         metadata={"help": "Allows to run programs that the policy wrote on this machine, in a sandbox."},
     )
+
+    def __post_init__(self):
+        if isinstance(self.tasks, str):  # a YAML file may name a single one
+            self.tasks = [self.tasks]
+        check_fields(self)
+        check_seeds(self.seeds)
 
 
 def run(args: EvaluateArguments) -> None:
     """Measures, and prints the table."""
     use_all_cores()
     state = processes()
+    check_writable(args.output_dir, "--output_dir")
     check_tasks(args.tasks, args.data_dir, args.allow_code_execution)  # before the weights are loaded
     decoding = read_mapping(args.decoding, "decoding")
     DecodingConfig.from_dict(decoding)
@@ -94,6 +117,7 @@ def run(args: EvaluateArguments) -> None:
         attn_implementation=args.attn_implementation,
         quantization=rounding(args.load_in_4bit, args.load_in_8bit, args.dtype),
         diffusion_spec=read_mapping(args.diffusion_spec, "diffusion_spec"),
+        chat_template_kwargs=read_chat_template_kwargs(args.chat_template_kwargs),
     )
     evaluation = Evaluation(
         policy,
@@ -111,17 +135,20 @@ def run(args: EvaluateArguments) -> None:
     state.print(f"Results and samples are in {args.output_dir}.")
 
 
+KINDS = (EvaluateArguments,)  # which have the options
+
+
 def parse(arguments: list[str] | None = None) -> EvaluateArguments:
     """Reads options, those of the command line by default."""
-    parser = TrlParser((EvaluateArguments,), usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    (found,) = cast("tuple[EvaluateArguments]", parser.parse_args_and_config(args=check_config_file(arguments)))
+    parser = TrlParser(KINDS, usage=USAGE)  # type: ignore[arg-type]  # takes classes
+    (found,) = cast("tuple[EvaluateArguments]", parser.parse_args_and_config(args=check_config_file(arguments, KINDS)))
     return found
 
 
-def main() -> None:
-    """Runs the command, with the options of the command line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command, with the options of the command line by default."""
     with errors_in_a_line():
-        run(parse())
+        run(parse(arguments))
 
 
 if __name__ == "__main__":

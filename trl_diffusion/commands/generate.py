@@ -16,7 +16,7 @@ import argparse
 import sys
 
 from ..decoding.options import add_decoding_options, given_decoding
-from ..utils import exit_code, read_mapping
+from ..utils import exit_code, printable, read_mapping
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,16 +30,25 @@ def main(arguments: list[str] | None = None) -> int:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
     options = _parser().parse_args(arguments)
-    return exit_code(lambda: print(_answer(options)))
+    return exit_code(lambda: _print(_answer(options)))
+
+
+def _print(answer: str) -> None:
+    """Prints an answer: on a terminal without what would control it, elsewhere as it is."""
+    print(printable(answer) if sys.stdout.isatty() else answer)
 
 
 def _answer(options: argparse.Namespace) -> str:
     from ..decoding.generate import generate
     from ..policies.policy import open_policy
+    from ..policies.prompts import read_chat_template_kwargs
     from ..policies.quantized import rounding
     from ..policies.tiny import tiny_policy_path
 
     config = given_decoding(options)
+    template = read_chat_template_kwargs(options.chat_template_kwargs)
+    if template and not options.chat:
+        raise ValueError("--chat_template_kwargs is for conversations: add --chat, or leave it out.")
     prompt = _prompt(options.prompt)
     policy = open_policy(
         options.model or (None if options.adapter else tiny_policy_path()),
@@ -59,6 +68,7 @@ def _answer(options: argparse.Namespace) -> str:
         seed=options.seed,
         streamer=sys.stdout.isatty() if options.stream is None else options.stream,
         spec=policy.spec,
+        chat_template_kwargs=template,
     )
     return answers.texts[0]
 
@@ -85,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to answer (default: standard input)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
+    parser.add_argument(
+        "--chat_template_kwargs", help="variables of the chat template, like enable_thinking:false, or JSON"
+    )
     parser.add_argument("--model", help="path or hub id (default: the adapter's, or else the embedded policy)")
     parser.add_argument("--adapter", help="path or hub id of a LoRA adapter")
     parser.add_argument("--tokenizer", help="path or hub id, if it is not where the model is")

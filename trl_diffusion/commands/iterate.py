@@ -20,7 +20,7 @@ import argparse
 import json
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +28,7 @@ from ..cli import file_or_name, launch_command
 from ..fields import AtLeast, check_fields, check_names
 from ..policies.tiny import tiny_policy_path
 from ..seeds import derive_seed
-from ..utils import exit_code, load_yaml, write_text
+from ..utils import check_writable, exit_code, load_yaml, read_mapping, read_record, write_text
 from . import recipes_path
 
 
@@ -39,6 +39,7 @@ _OF_A_ROUND = {
 }
 _ADAPTERS = ("use_peft", "adapter_name_or_path")
 RESULTS = "results.json"
+_SHOWN = ("solve_rate_before", "solve_rate_after")
 
 
 @dataclass
@@ -83,6 +84,11 @@ class Rounds:
             raise ValueError(
                 f"`collect` answers {self.collect.get('task', 'sudoku')!r} and `train` measures "
                 f"{self.train.get('task', 'sudoku')!r}. Give both the same `task`."
+            )
+        templates = [section.get("chat_template_kwargs") for section in (self.collect, self.train)]
+        if read_mapping(templates[0], "chat_template_kwargs") != read_mapping(templates[1], "chat_template_kwargs"):
+            raise ValueError(
+                f"`collect` has `chat_template_kwargs` {templates[0]!r} and `train` {templates[1]!r}. Give both the same ones."
             )
 
     def directory(self, number: int) -> Path:
@@ -132,6 +138,7 @@ def run(rounds: Rounds, start: Callable[[str, list[str]], None]) -> list[dict[st
         ValueError: if `output_dir` holds a run with other options; the message names them.
     """
     directory = Path(rounds.output_dir)
+    check_writable(directory, "output_dir")
     _keep_plan(rounds, directory / "iterate.json")
     found = []
     for number in range(1, rounds.rounds + 1):
@@ -139,7 +146,7 @@ def run(rounds: Rounds, start: Callable[[str, list[str]], None]) -> list[dict[st
         if not results.is_file():  # `train` writes it last
             start("collect", _arguments(rounds.collect_options(number)))
             start("train", _arguments(rounds.train_options(number)))
-        found.append({"round": number, **json.loads(results.read_text())})
+        found.append({"round": number, **read_record(results, _SHOWN, "Delete it to have the round trained again.")})
         write_text(directory / RESULTS, json.dumps({"rounds": found}, indent=2) + "\n")
     return found
 
@@ -148,7 +155,7 @@ def _keep_plan(rounds: Rounds, path: Path) -> None:
     """Writes down the options of a run, or checks that they are those of the run that goes on. It may get more rounds."""
     plan = {name: value for name, value in asdict(rounds).items() if name not in ("rounds", "output_dir")}
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = read_record(path, advice="Give the run another `output_dir`.")
         changed = sorted(name for name in plan if before.get(name) != plan[name])
         if changed:
             said = "; ".join(f"`{name}` was {before.get(name)!r} and is {plan[name]!r}" for name in changed)
@@ -216,6 +223,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_sections(rounds: Rounds) -> None:
+    """
+    Checks the options of both commands before the first of them runs: those of `train` would be looked at after the first
+    collection.
+    """
+    from ..trainer.checks import check_given
+    from . import collect, train
+
+    collect.parse(_arguments(rounds.collect_options(1)))
+    given = rounds.train_options(1)
+    for kind in train.KINDS:
+        known = {one.name for one in fields(kind)}
+        given = {name: value for name, value in given.items() if name not in known}
+    if given:
+        raise ValueError(f"`train` has {sorted(given)}, which are no options of `train`; its --help lists them.")
+    check_given(rounds.train_options(1))
+
+
 def _rounds(options: dict[str, Any]) -> Rounds:
     """What the file says, with the options of the command line in front of it."""
     path = options["config"]
@@ -224,7 +249,9 @@ def _rounds(options: dict[str, Any]) -> Rounds:
         raise ValueError(f"{path} must hold the options of `iterate`, got {given!r}.")
     check_names(f"options in {path}", given, Rounds)
     mine = {name: value for name, value in options.items() if name != "config" and value is not None}
-    return Rounds(**{**given, **mine})
+    rounds = Rounds(**{**given, **mine})
+    _check_sections(rounds)
+    return rounds
 
 
 if __name__ == "__main__":

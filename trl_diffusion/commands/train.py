@@ -14,8 +14,8 @@ Options are those of `DTRPOConfig`, `trl.ModelConfig` and the ones below; a YAML
 and the command line wins. Without a model and without a config, `recipes/tiny_sudoku.yaml` applies.
 
 The policy is measured before and after training, greedily, on rows that training never sees. In the output directory
-it leaves the trained model, `reward_curve.png`, `denoising.png` (one answer, positions against steps), `results.json`,
-and every metric of the run in `trainer_state.json`. With preference pairs (`task: preferences`) nothing is generated; the
+it leaves the trained model with its card, `reward_curve.png`, `denoising.png` (one answer, positions against steps),
+`results.json`, and every metric of the run in `trainer_state.json`. With preference pairs (`task: preferences`) nothing is generated; the
 policy is measured on pairs that training never sees.
 """
 
@@ -33,14 +33,23 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from ..fields import check_fields
 from ..policies.loading import load_tokenizer
 from ..policies.tiny import tiny_policy_path
-from ..tasks import TASKS, load_task, read_rows
+from ..tasks import TASKS, load_task, preference_rows
 from ..trainer.callbacks import RewardProgressCallback
 from ..trainer.config import DTRPOConfig
 from ..trainer.trainer import DTRPOTrainer
 from ..trajectories.dataset import load_trajectories
-from ..utils import USAGE, check_config_file, errors_in_a_line, use_all_cores, write_text
+from ..utils import (
+    USAGE,
+    check_config_file,
+    check_writable,
+    errors_in_a_line,
+    read_mapping,
+    use_all_cores,
+    write_text,
+)
 from . import recipes_path
 
 
@@ -85,11 +94,16 @@ class ScriptArguments:
         },
     )
 
+    def __post_init__(self):
+        if isinstance(self.trajectories, str):  # a YAML file may name a single one
+            self.trajectories = [self.trajectories]
+        check_fields(self)
+
 
 def random_policy(fields: str, tokenizer, directory: Path, seed: int) -> str:
     """Makes a small randomly initialised policy for a tokenizer, and saves it: a reference is loaded from there. The
     global random state is afterwards what it was before."""
-    options = json.loads(fields) if isinstance(fields, str) else dict(fields)
+    options = read_mapping(fields, "random_policy")
     config = AutoConfig.for_model(
         options.pop("model_type", "qwen3"),
         vocab_size=len(tokenizer),
@@ -101,7 +115,7 @@ def random_policy(fields: str, tokenizer, directory: Path, seed: int) -> str:
     if state.is_main_process:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.generation_config = GenerationConfig.from_model_config(config)
         model.save_pretrained(directory)
     state.wait_for_everyone()
@@ -135,9 +149,9 @@ def load_preferences(script_args: ScriptArguments) -> tuple[Dataset, Dataset]:
         )
     if not script_args.train_file:
         raise ValueError("`task: preferences` needs `--train_file`, rows with `chosen` and `rejected`.")
-    rows = read_rows(script_args.train_file)
+    rows = preference_rows(script_args.train_file)
     if script_args.eval_file:
-        held_out = read_rows(script_args.eval_file)[: script_args.eval_size]
+        held_out = preference_rows(script_args.eval_file)[: script_args.eval_size]
     else:
         size = min(script_args.eval_size, len(rows) // 2)
         rows, held_out = rows[: len(rows) - size], rows[len(rows) - size :]
@@ -172,11 +186,14 @@ def train(trainer: DTRPOTrainer) -> None:
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
+    trainer.create_model_card()  # after saving an adapter, which brings a card of peft's
 
 
 def run(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
     """Trains, and measures before and after."""
-    use_all_cores()
+    with errors_in_a_line():
+        use_all_cores()
+        check_writable(training_args.output_dir, "--output_dir")
     if script_args.task == PREFERENCES:
         train_on_preferences(script_args, training_args, model_args)
     else:
@@ -222,10 +239,7 @@ def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, mode
         train_dataset = task.train
         reward_funcs: list[Callable] | None = task.reward_funcs
         if script_args.trajectories:
-            paths = script_args.trajectories  # a YAML file may name a single one
-            stored = concatenate_datasets(
-                [load_trajectories(path) for path in ([paths] if isinstance(paths, str) else paths)]
-            )
+            stored = concatenate_datasets([load_trajectories(path) for path in script_args.trajectories])
             train_dataset = stored.select(range(min(len(stored), script_args.train_size)))
             reward_funcs = None  # the stored rewards
         trainer = make_trainer(
@@ -277,6 +291,9 @@ def report(trainer, trajectories, directory: Path, task, rate_before: float, rat
     print("Next: your own task (docs/quickstart.md, section 4) and model (section 5).")
 
 
+KINDS = (ScriptArguments, DTRPOConfig, ModelConfig)  # which have the options
+
+
 def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOConfig, ModelConfig]:
     """Reads options, those of the command line by default; with neither a model nor a config among them, the embedded
     policy's recipe applies."""
@@ -284,17 +301,17 @@ def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOCon
     given = {argument.split("=")[0] for argument in arguments}
     if not given & {"--config", "--model_name_or_path", "--random_policy"}:
         arguments = ["--config", str(recipes_path() / "tiny_sudoku.yaml"), *arguments]
-    parser = TrlParser((ScriptArguments, DTRPOConfig, ModelConfig), usage=USAGE)  # type: ignore[arg-type]  # takes classes
+    parser = TrlParser(KINDS, usage=USAGE)  # type: ignore[arg-type]  # takes classes
     return cast(
         "tuple[ScriptArguments, DTRPOConfig, ModelConfig]",
-        parser.parse_args_and_config(args=check_config_file(arguments)),
+        parser.parse_args_and_config(args=check_config_file(arguments, KINDS)),
     )
 
 
-def main() -> None:
-    """Runs the command, with the options of the command line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command, with the options of the command line by default."""
     with errors_in_a_line():
-        given = parse()
+        given = parse(arguments)
     run(*given)
 
 

@@ -29,7 +29,7 @@ from ..policies.spec import DiffusionSpec
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, from_rows, load_row
 from ..trajectories.fingerprint import fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch, global_steps, response_blocks
-from ..utils import exit_code
+from ..utils import check_writable, exit_code, printable, read_record
 from ..viz.html import trajectory_html
 from ..viz.plots import plot_trajectory
 
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
     options = _parser().parse_args(arguments)
-    return exit_code(lambda: print(_show(options)))
+    return exit_code(lambda: print(printable(_show(options))))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,10 +88,11 @@ def _show(options: argparse.Namespace) -> str:
         raise ValueError(
             f"There is no response {response} in row {index}: it has {_count(len(row['canvas_lengths']))}."
         )
-    spec = DiffusionSpec.from_dict(json.loads(row["spec"]))
+    check_writable(output.parent, "--output")
     try:
+        spec = DiffusionSpec.from_dict(json.loads(row["spec"]))
         batch = from_rows([(row, response)], spec)
-    except (IndexError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"Row {index}, response {response} of {options.dataset} is damaged ({error}).") from error
     tokenizer = _tokenizer(options.dataset, options.tokenizer)
     if fingerprint_tokenizer(tokenizer) != row["tokenizer_fingerprint"]:
@@ -135,7 +136,7 @@ def _count(number: int) -> str:
 
 def _tokenizer(directory: Path, given: str | None) -> PreTrainedTokenizerBase:
     plan = directory / "collection.json"
-    name = given or (json.loads(plan.read_text(encoding="utf-8")).get("tokenizer") if plan.exists() else None)
+    name = given or (read_record(plan, advice="Pass --tokenizer PATH.").get("tokenizer") if plan.exists() else None)
     if not name and (directory / "tokenizer").is_dir():
         name = str(directory / "tokenizer")
     if not name:

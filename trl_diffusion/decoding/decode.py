@@ -112,10 +112,15 @@ def _check_settings(config: DecodingConfig, spec: DiffusionSpec, vocab_size: int
         )
 
 
-def check_prompts(prompts: list[list[int]], spec: DiffusionSpec, config, max_new_tokens: int) -> None:
-    """Raises a `ValueError` with the first prompt that the policy cannot take, and the reason."""
+def check_prompts(
+    prompts: list[list[int]], spec: DiffusionSpec, config, max_new_tokens: int, first_row: int = 0
+) -> None:
+    """
+    Raises a `ValueError` with the first prompt that the policy cannot take, and the reason. `first_row` is the number of
+    the first prompt in the message.
+    """
     (context, limit), vocab_size = context_length(config), config.get_text_config().vocab_size
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(prompts, start=first_row):
         if len(prompt) == 0:
             raise ValueError(f"Prompt {row} is empty.")
         if spec.mask_token_id in prompt:

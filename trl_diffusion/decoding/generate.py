@@ -16,6 +16,7 @@ from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.spec import DiffusionSpec
 from ..seeds import derive_seed
 from ..trajectories.trajectory import TrajectoryBatch
+from ..utils import printable
 from .config import DecodingConfig
 from .decode import decode
 from .loop import DenoisingLoop
@@ -45,6 +46,7 @@ def generate(
     batch_size: int | None = None,
     streamer: bool | Callable[[DenoisingLoop], None] = False,
     spec: DiffusionSpec | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Generation:
     """
@@ -60,6 +62,7 @@ def generate(
         model (`nn.Module`): the policy. It is in evaluation mode during the call.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         prompts (`str` or `list`): one or more prompts, as strings or conversations (lists of messages).
+            If the last message is an assistant's, the policy continues it.
         config ([`DecodingConfig`], *optional*): settings, unless they are given as `settings`.
         seed (`int`, *optional*, defaults to `0`): seed of the random numbers, used if there is a temperature. Each prompt has
             its own random numbers, derived from this seed and the prompt's place.
@@ -68,6 +71,7 @@ def generate(
             canvas is denoised (see [`TerminalStreamer`]). A function is called after each step with the [`DenoisingLoop`].
         spec ([`DiffusionSpec`], *optional*): facts about the policy. Defaults to those of the model's config. Fields
             that are not set (mask token, tokens that do not exist) come from the tokenizer.
+        chat_template_kwargs (`dict`, *optional*): variables of the chat template, such as `{"enable_thinking": False}`.
         settings: fields of [`DecodingConfig`], instead of `config`.
 
     Returns:
@@ -76,7 +80,7 @@ def generate(
     Raises:
         ValueError: if both `config` and `settings` are given, and as for [`decode`].
     """
-    from ..policies.prompts import tokenize_prompts  # here, because it imports TRL
+    from ..policies.prompts import read_chat_template_kwargs, tokenize_prompts  # here, because it imports TRL
 
     if config is not None and settings:
         raise ValueError(f"Give `config` or single settings, not both; got `config` and {sorted(settings)}.")
@@ -87,7 +91,7 @@ def generate(
         raise ValueError("There is no prompt to answer.")
     model_config = unwrap(model).config
     spec = with_absent_tokens(spec, model_config, tokenizer) if spec else resolve_spec(model_config, None, tokenizer)
-    prompt_ids = tokenize_prompts(tokenizer, list(prompts))
+    prompt_ids = tokenize_prompts(tokenizer, list(prompts), **read_chat_template_kwargs(chat_template_kwargs))
     seeds = [derive_seed(seed, row) for row in range(len(prompts))]
     was_training = model.training
     model.eval()
@@ -104,7 +108,8 @@ def generate(
 class TerminalStreamer:
     """
     Shows responses while they are denoised. Each response that is decoded has a line, in which `░` stands for a masked
-    position. On a terminal, each step overwrites the lines. Elsewhere, each step adds new lines.
+    position. On a terminal, each step overwrites the lines. Elsewhere, each step adds new lines. Control characters that
+    a policy writes are shown as escape sequences.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): turns tokens into text.
@@ -145,4 +150,4 @@ class TerminalStreamer:
         return "".join([*parts, self._spell(run)])
 
     def _spell(self, run: list[int]) -> str:
-        return cast(str, self.tokenizer.decode(run)) if run else ""
+        return printable(cast(str, self.tokenizer.decode(run))) if run else ""

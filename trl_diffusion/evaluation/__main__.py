@@ -6,7 +6,12 @@ lm-evaluation-harness with the model `trl_diffusion`: its command line, unchange
 
 from __future__ import annotations
 
-from . import harness  # noqa: F401  (registers the model)
+from ..quiet import hush
+
+
+hush()
+
+from . import harness  # noqa: E402, F401  (registers the model)
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..decoding.config import DecodingConfig
-from ..decoding.decode import decode
+from ..decoding.decode import check_prompts, decode
 from ..decoding.loop import DenoisingLoop
 from ..fields import check_at_least
-from ..policies.forward import NonFiniteLogits
+from ..policies.forward import NonFiniteLogits, unwrap
 from ..policies.policy import Policy
 
 
@@ -79,6 +79,9 @@ def generate(
         NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite.
     """
     check_at_least("batch_size", batch_size)
+    check_prompts(
+        prompts, policy.spec, unwrap(policy.model).config, decoding.max_new_tokens
+    )  # under their own numbers
     # The longest first: what does not fit into memory shows at once.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     completions: list[list[int]] = [[] for _ in prompts]

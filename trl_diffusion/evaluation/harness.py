@@ -29,6 +29,7 @@ from torch import Tensor
 from ..decoding.config import DecodingConfig
 from ..fields import check_at_least, check_one_of
 from ..policies.policy import Policy, open_policy
+from ..policies.prompts import read_chat_template_kwargs
 from ..seeds import derive_seed
 from ..utils import processes, read_mapping
 from .generate import Usage, cut, generate
@@ -77,7 +78,9 @@ class DiffusionLM(TemplateLM):
         max_length (`int`, *optional*): most positions of prompt and answer together. Defaults to the model's context.
             Prompts that leave no room lose their beginning.
         diffusion_spec (`dict` or `str`, *optional*): fields of [`DiffusionSpec`] that complete those of the model.
-        policy ([`Policy`], *optional*): an open policy, instead of the arguments that say where it is.
+        chat_template_kwargs (`dict` or `str`, *optional*): variables of the chat template, written like `decoding`, such as
+            `enable_thinking:false`. For `--apply_chat_template`.
+        policy ([`Policy`], *optional*): an open policy, instead of the arguments that say where it is and how it is spoken to.
         tokenizer, revision, dtype, device, attn_implementation: see [`open_policy`].
 
     Attributes:
@@ -102,6 +105,7 @@ class DiffusionLM(TemplateLM):
         max_gen_toks: int = 256,
         max_length: int | None = None,
         diffusion_spec: str | Mapping[str, Any] | None = None,
+        chat_template_kwargs: str | Mapping[str, Any] | None = None,
         policy: Policy | None = None,
         tokenizer: str | None = None,
         revision: str | None = None,
@@ -127,6 +131,7 @@ class DiffusionLM(TemplateLM):
                 device=self._place(device, state),
                 attn_implementation=attn_implementation,
                 diffusion_spec=read_mapping(diffusion_spec, "diffusion_spec"),
+                chat_template_kwargs=read_chat_template_kwargs(chat_template_kwargs),
             )
         self.policy, self.tokenizer, self._device = policy, policy.tokenizer, policy.device
         self.likelihood = "left_to_right" if is_autoregressive(policy.spec) else likelihood
@@ -182,13 +187,16 @@ class DiffusionLM(TemplateLM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **self.policy.chat_template_kwargs,
         )
         return cast(str, text)
 
     @property
     def tokenizer_name(self) -> str:
-        """Name of the tokenizer, for the harness's cache of requests."""
-        return self.tokenizer.name_or_path.replace("/", "__")
+        """Name of the tokenizer and of how conversations are written, for the harness's cache of requests."""
+        template = self.policy.chat_template_kwargs
+        options = f"-{json.dumps(template, sort_keys=True)}" if template else ""
+        return f"{self.tokenizer.name_or_path}{options}".replace("/", "__")
 
     # ------------------------------------------------------------------------------------------------ answers
 
@@ -320,6 +328,7 @@ class DiffusionLM(TemplateLM):
         return {
             "diffusion_spec": self.policy.spec.to_dict(),
             "decoding": self.decoding,
+            "chat_template_kwargs": self.policy.chat_template_kwargs,
             "likelihood": self.likelihood,
             "num_draws": self.num_draws if self.likelihood == "elbo" else None,
             "tokens_per_forward": self.usage.tokens_per_forward,

@@ -20,7 +20,7 @@ from ..fields import AtLeast, check_fields
 from ..policies.policy import Policy
 from ..seeds import derive_seed
 from ..trajectories.fingerprint import fingerprint_policy
-from ..utils import processes, write_text
+from ..utils import check_writable, processes, read_record, write_text
 from . import tasks_path
 from .benchmarks import BENCHMARKS, Benchmark
 from .generate import Usage, cut, generate
@@ -59,6 +59,8 @@ HARNESS_TASKS = {
     "mbpp_plus": HarnessTask("mbpp_plus_sandboxed", "mbpp_plus_chat_sandboxed", runs_code=True),
     "ifeval": HarnessTask("ifeval", "ifeval", "prompt_level_strict_acc"),
 }
+_OF_A_MEASUREMENT = ("task", "seed", "settings", "questions", "skipped", "accuracy")  # beside what it cost
+_AGAIN = "Delete it to have it measured again."
 TASK_NAMES = tuple(sorted({*BENCHMARKS, *HARNESS_TASKS}))
 
 
@@ -245,8 +247,7 @@ class Evaluation:
     def __post_init__(self):
         self.decoding = dict(self.decoding)
         decoding = DecodingConfig.from_dict(self.decoding)
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"`seeds` must be different numbers, at least one, got {self.seeds}.")
+        check_seeds(self.seeds)
         check_fields(self, {"batch_size", "limit"})
         self.output_dir = Path(self.output_dir)
         if not decoding.is_random and len(self.seeds) > 1:
@@ -272,6 +273,7 @@ class Evaluation:
         fingerprint = fingerprint_policy(self.policy.model)
         settings = {task: self._settings(task, fingerprint) for task in tasks}
         jobs = [(task, seed) for task in tasks for seed in self.seeds]
+        check_writable(self._directory, "output_dir")
         for task, seed in jobs:
             self._check_known(task, seed, settings[task])
         (pending,) = broadcast_object_list(
@@ -318,10 +320,12 @@ class Evaluation:
         data = "hub"
         if benchmark is not None and self.data_dir is not None and benchmark.is_in(self.data_dir):
             data = xxhash.xxh3_128_hexdigest((Path(self.data_dir) / benchmark.file).read_bytes())
+        template = self.policy.chat_template_kwargs
         return {
             "policy": fingerprint,
             "diffusion_spec": self.policy.spec.to_dict(),
             "decoding": self.decoding,
+            **({"chat_template_kwargs": template} if template else {}),
             "limit": self.limit,
             "data": data,
         }
@@ -337,14 +341,21 @@ class Evaluation:
         path, _ = self._paths(task, seed)
         if not path.exists():
             return
-        known = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        different = sorted(name for name in settings if known.get(name) != settings[name])
+        known = self._read(path)["settings"]
+        if not isinstance(known, dict):
+            raise ValueError(f"{path}: `settings` must be an object, got {known!r:.80}. {_AGAIN}")
+        different = sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name))
         if different:
-            changes = "; ".join(f"{name}: {known.get(name)} there, {settings[name]} now" for name in different)
+            changes = "; ".join(f"{name}: {known.get(name)} there, {settings.get(name)} now" for name in different)
             raise ValueError(
                 f"{path} holds a measurement that was made otherwise ({changes}). Choose another output directory, or "
                 "remove it."
             )
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        """The figures of a measurement that was made before."""
+        return read_record(path, (*_OF_A_MEASUREMENT, *asdict(Usage())), _AGAIN)
 
     def _write(self, task: str, seed: int, settings: dict[str, Any], measured: Measured) -> None:
         """The samples first: a measurement counts as made once its other file is there."""
@@ -368,7 +379,7 @@ class Evaluation:
         """What the measurements say, task by task."""
         rows = []
         for task in tasks:
-            runs = [json.loads(self._paths(task, seed)[0].read_text(encoding="utf-8")) for seed in self.seeds]
+            runs = [self._read(self._paths(task, seed)[0]) for seed in self.seeds]
             rows.append(summarise(task, runs))
         return {
             "policy": self.about,
@@ -378,6 +389,12 @@ class Evaluation:
             "batch_size": self.batch_size,
             "tasks": rows,
         }
+
+
+def check_seeds(seeds: list[int]) -> None:
+    """Raises a `ValueError` if there is no seed, or one is there twice."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"`seeds` must be different numbers, at least one, got {seeds}.")
 
 
 def check_tasks(tasks: list[str], data_dir: str | Path | None = None, allow_code_execution: bool = False) -> None:

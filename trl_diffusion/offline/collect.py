@@ -26,14 +26,14 @@ from ..fields import check_at_least
 from ..policies.forward import NonFiniteLogits
 from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.lora import adapters
-from ..policies.prompts import check_visible, tokenize_prompts
+from ..policies.prompts import check_form, check_visible, read_chat_template_kwargs, tokenize_prompts
 from ..policies.spec import DiffusionSpec
 from ..rewards.call import RewardCaller, RewardFunc, as_stored
 from ..seeds import derive_seed
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
-from ..utils import TEMPORARY, whole_file, write_text
+from ..utils import TEMPORARY, check_writable, read_record, whole_file, write_text
 
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def collect(
     rows_per_shard: int = 64,
     seed: int = 0,
     disable_tqdm: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Path:
     """
     Decodes a group of responses for every prompt, scores them, and writes them as Parquet shards in the format of
@@ -91,6 +92,9 @@ def collect(
             Source of randomness.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to go without a progress bar.
+        chat_template_kwargs (`dict`, *optional*):
+            Variables of the chat template, such as `{"enable_thinking": False}`, also for reward models. Training on what
+            was collected needs the same ones.
 
     Returns:
         `output_dir` as a `Path`.
@@ -103,7 +107,10 @@ def collect(
         NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite. Shards that are whole stay; the
             one in work is not written.
     """
-    caller = reward_funcs if isinstance(reward_funcs, RewardCaller) else RewardCaller(reward_funcs)
+    template = read_chat_template_kwargs(chat_template_kwargs)
+    caller = reward_funcs
+    if not isinstance(caller, RewardCaller):
+        caller = RewardCaller(reward_funcs, chat_template_kwargs=template)
     output_dir = Path(output_dir)
     spec = resolve_spec(model.config, None, tokenizer) if spec is None else spec
     spec = with_absent_tokens(spec, model.config, tokenizer)
@@ -111,7 +118,8 @@ def collect(
         raise ValueError("`allow_mask_token=True` leaves mask tokens in responses, which cannot be trained on.")
     for name, value in dict(num_responses=num_responses, batch_size=batch_size, rows_per_shard=rows_per_shard).items():
         check_at_least(name, value)
-    prompt_ids = _check_source(prompts, tokenizer, caller.names, spec, model.config, decoding.max_new_tokens)
+    check_writable(output_dir, "output_dir")
+    prompt_ids = _check_source(prompts, tokenizer, template, spec, model.config, decoding.max_new_tokens)
     provenance = Provenance(
         fingerprint_policy(model), fingerprint_tokenizer(tokenizer), spec, {"decoder": "loop", **decoding.to_dict()}
     )
@@ -128,6 +136,7 @@ def collect(
         "rows_per_shard": rows_per_shard,
         "num_shards": -(-len(prompts) // rows_per_shard),
         "seed": seed,
+        **({"chat_template_kwargs": template} if template else {}),
         "policy": _name(model),
         "tokenizer": tokenizer.name_or_path,
     }
@@ -223,7 +232,7 @@ def _with_source(
     ]
 
 
-def _check_source(prompts, tokenizer, names, spec, config, max_new_tokens) -> list[list[int]]:
+def _check_source(prompts, tokenizer, template, spec, config, max_new_tokens) -> list[list[int]]:
     """Token ids of the prompts, if they can be collected on."""
     if "prompt" not in prompts.column_names:
         raise ValueError(f"The dataset has no `prompt` column; it has {sorted(prompts.column_names)}.")
@@ -235,12 +244,11 @@ def _check_source(prompts, tokenizer, names, spec, config, max_new_tokens) -> li
     if taken:
         raise ValueError(f"The dataset has columns that trajectories need for themselves: {taken}. Rename them.")
     column = list(prompts["prompt"])
-    empty = [row for row, prompt in enumerate(column) if not prompt]
-    if empty:
-        raise ValueError(f"Row {empty[0]} has no prompt (it is {column[empty[0]]!r}).")
-    prompt_ids = tokenize_prompts(tokenizer, column)
+    for row, prompt in enumerate(column):
+        check_form(f"Row {row}", prompt)
+    prompt_ids = tokenize_prompts(tokenizer, column, **template)
     check_prompts(prompt_ids, spec, config, max_new_tokens)
-    check_visible(tokenizer, column, prompt_ids)
+    check_visible(tokenizer, column, prompt_ids, **template)
     return prompt_ids
 
 
@@ -248,10 +256,7 @@ def _prepare(output_dir: Path, plan: dict[str, Any]) -> None:
     """Writes the plan of a new collection, or checks that of an interrupted one, and removes unfinished files."""
     path = output_dir / PLAN
     if path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} cannot be read ({error}). Use another `output_dir`.") from error
+        found = read_record(path, advice="Use another `output_dir`.")
         # Where the policy and the tokenizer were loaded from does not matter; what they are does.
         differing = sorted(
             key

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..fields import check_one_of
 from ..policies.forward import NonFiniteLogits, unwrap
 from ..policies.loading import with_absent_tokens
-from ..policies.prompts import tokenize_preference
+from ..policies.prompts import read_chat_template_kwargs, tokenize_preference
 from ..policies.spec import DiffusionSpec, impossible_token
 from ..seeds import derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
@@ -45,6 +45,7 @@ def from_preferences(
     max_completion_length: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Dataset:
     """
     A trajectory dataset with two responses per prompt from a preference dataset
@@ -73,6 +74,8 @@ def from_preferences(
             Responses that `"confidence"` runs at once.
         seed (`int`, *optional*, defaults to `0`):
             For `"random"`.
+        chat_template_kwargs (`dict`, *optional*):
+            Variables of the chat template; the ones that training has.
 
     Raises:
         ValueError: naming the row, for an empty prompt or response, a response that is too long, or a mask token or a
@@ -86,6 +89,7 @@ def from_preferences(
     taken = sorted(name for name in kept if name in OWN_COLUMNS or name.startswith(REWARD_PREFIX))
     if taken:
         raise ValueError(f"The dataset has columns that trajectories need for themselves: {taken}. Rename them.")
+    template = read_chat_template_kwargs(chat_template_kwargs)
     vocab_size = None
     if model is not None:
         spec = with_absent_tokens(spec, unwrap(model).config, tokenizer)
@@ -93,7 +97,9 @@ def from_preferences(
     prompts, ids, responses = [], [], []
     for number, example in enumerate(dataset):
         try:
-            prompt, prompt_ids, pair = _tokens_of(example, tokenizer, spec, vocab_size, max_completion_length)
+            prompt, prompt_ids, pair = _tokens_of(
+                example, tokenizer, spec, vocab_size, max_completion_length, template
+            )
         except ValueError as error:
             raise ValueError(f"Row {number}{error}") from error
         prompts.append(prompt)
@@ -136,13 +142,18 @@ def from_preferences(
 
 
 def _tokens_of(
-    example: Any, tokenizer: PreTrainedTokenizerBase, spec: DiffusionSpec, vocab_size: int | None, longest: int | None
+    example: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: DiffusionSpec,
+    vocab_size: int | None,
+    longest: int | None,
+    template: dict[str, Any],
 ) -> tuple[Any, list[int], list[list[int]]]:
     """Prompt, its token ids, and those of the chosen and the rejected response. A `ValueError` continues "Row N"."""
     for column in ("chosen", "rejected"):
         if not example[column]:
             raise ValueError(f", column `{column}` is empty.")
-    prompt, prompt_ids, pair = tokenize_preference(tokenizer, example, spec)
+    prompt, prompt_ids, pair = tokenize_preference(tokenizer, example, spec, **template)
     if not prompt_ids:
         raise ValueError(" has an empty prompt.")
     found = impossible_token(prompt_ids, spec, vocab_size)

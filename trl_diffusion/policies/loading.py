@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from .families import FAMILIES
+from .files import check_records
 from .spec import DiffusionSpec, check_spec, family_fields, get_spec, spec_fields
 
 
@@ -31,12 +33,12 @@ def load_config(path: str, **options) -> PretrainedConfig:
         options (`dict`): passed on to `AutoConfig.from_pretrained`.
 
     Raises:
-        ValueError: if the checkpoint is of a model type that neither transformers nor this package knows; the message
-            lists what there is.
+        ValueError: if a file of the checkpoint is damaged, or it is of a model type that neither transformers nor this package
+            knows; the message lists what there is.
     """
-    options.setdefault("trust_remote_code", False)  # an error, where transformers would ask on the terminal
-    try:
-        return AutoConfig.from_pretrained(path, **options)
+    check_records(path)
+    try:  # `False` makes an error of what transformers would ask on the terminal
+        return AutoConfig.from_pretrained(path, **options, trust_remote_code=False)
     except ValueError as error:
         values, _ = PretrainedConfig.get_config_dict(path, **options)
         model_type = values.get("model_type")
@@ -65,9 +67,44 @@ def load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
     Args:
         path (`str`): directory or hub id.
         options (`dict`): passed on to `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ValueError: if it is damaged, or code of the checkpoint's own, which is never run.
     """
-    options.setdefault("trust_remote_code", False)  # an error, where transformers would ask on the terminal
-    return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left", **options)
+    check_records(path)
+    try:
+        with refusing_code(f"The tokenizer of {path}", "Pass a tokenizer of a kind that transformers knows."):
+            return AutoTokenizer.from_pretrained(
+                path, padding_side="left", truncation_side="left", **options, trust_remote_code=False
+            )
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # tokenizers raises no other kind
+        raise ValueError(
+            f"The tokenizer of {path} cannot be read ({type(error).__name__}: {error}). Fetch its files again, or pass another "
+            "tokenizer."
+        ) from error
+
+
+@contextmanager
+def refusing_code(what: str, advice: str) -> Iterator[None]:
+    """
+    Inside, something is loaded with `trust_remote_code=False`. If it needs code of its own, transformers would advise to
+    let it run; the error says instead that it never is.
+
+    Args:
+        what (`str`): what is loaded, for the message.
+        advice (`str`): what to do instead.
+
+    Raises:
+        ValueError: if it needs code of its own.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(f"{what} needs code of its own (from the hub), which is never run here. {advice}") from error
 
 
 def load_renamed_weights(model: PreTrainedModel, directory: str | Path) -> bool:
@@ -87,7 +124,7 @@ def load_renamed_weights(model: PreTrainedModel, directory: str | Path) -> bool:
             saved.update(file.keys())
     if not saved or saved <= set(model.state_dict()):
         return False
-    stored = type(model).from_pretrained(directory, config=model.config, dtype=model.dtype)
+    stored = type(model).from_pretrained(directory, config=model.config, dtype=model.dtype, trust_remote_code=False)
     model.load_state_dict(stored.state_dict())
     return True
 

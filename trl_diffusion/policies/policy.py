@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from .files import check_records, check_weights
 from .forward import check_attention, check_implementation, unwrap
 from .limits import check_layers, context_length
-from .loading import load_config, load_tokenizer, resolve_spec
+from .loading import load_config, load_tokenizer, refusing_code, resolve_spec
 from .lora import check_adapter, check_targets, empty_model
 from .quantized import prepare_rounded
 from .spec import DiffusionSpec
@@ -23,7 +24,6 @@ from .trial import try_policy
 
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
@@ -39,6 +39,7 @@ class Policy:
         model (`nn.Module`): the model, with its adapter if there is one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
         spec ([`DiffusionSpec`]): facts about it.
+        chat_template_kwargs (`dict`): variables of the chat template that conversations are written with.
 
     Raises:
         ValueError: if the model computes something else under the attention of a diffusion policy (see [`try_policy`]).
@@ -47,6 +48,7 @@ class Policy:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     spec: DiffusionSpec
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         try_policy(self.model, self.spec)
@@ -63,15 +65,9 @@ class Policy:
 
     def encode(self, prompts: list[str | list[dict[str, str]]]) -> list[list[int]]:
         """Token ids of prompts, standard or conversational, as training tokenizes them."""
-        return [self._encode(prompt) for prompt in prompts]
+        from .prompts import tokenize_prompts  # here, since it brings TRL along
 
-    def _encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer(text=prompt)["input_ids"]
-        encoding = self.tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return cast("BatchEncoding", encoding)["input_ids"]
+        return tokenize_prompts(self.tokenizer, prompts, **self.chat_template_kwargs)
 
     def fit(self, prompts: list[list[int]], new_tokens: int, context: int | None = None) -> list[list[int]]:
         """
@@ -108,6 +104,20 @@ class Policy:
         return self.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
 
+def _adapter_config(path: str) -> PeftConfig:
+    """The config of an adapter, if its files are whole and it is of a kind that a policy can have."""
+    check_records(path)
+    check_weights(path)
+    try:
+        config = PeftConfig.from_pretrained(path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"There is no adapter at {path} ({type(error).__name__}: {error}): its `adapter_config.json` must be one of peft's."
+        ) from error
+    check_adapter(config)
+    return config
+
+
 def load_model(
     path: str, device: str | torch.device, quantization: QuantizationConfigMixin | None = None, **options: Any
 ) -> PreTrainedModel:
@@ -126,7 +136,10 @@ def load_model(
     if quantization is not None:  # weights are rounded where they will be: some cannot be moved afterwards
         options.update(quantization_config=quantization, device_map={"": device})
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        with refusing_code(
+            f"The model {path}", "Use a checkpoint of a known family, or of a backbone of transformers."
+        ):
+            model = AutoModelForCausalLM.from_pretrained(path, **options, trust_remote_code=False)
     except SafetensorError as error:
         raise ValueError(f"The weights of {path} cannot be read: {error}. Is the file whole?") from error
     if quantization is None:
@@ -146,6 +159,7 @@ def open_policy(
     attn_implementation: str | None = None,
     quantization: QuantizationConfigMixin | None = None,
     diffusion_spec: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Policy:
     """
     Opens a checkpoint to let it answer. What can be known from configs and the tokenizer is checked before the weights are
@@ -161,16 +175,16 @@ def open_policy(
         attn_implementation (`str`, *optional*): `"sdpa"` or `"eager"`.
         quantization ([`~transformers.BitsAndBytesConfig`], *optional*): how the weights are rounded when they are loaded.
         diffusion_spec (`Mapping[str, Any]`, *optional*): fields of [`DiffusionSpec`] that complete those of the model.
+        chat_template_kwargs (`Mapping[str, Any]`, *optional*): variables of the chat template.
 
     Raises:
         ValueError: if neither a model nor an adapter is given, the adapter does not fit the model or is of a kind that a
             diffusion policy cannot have, nothing says how the model is denoised, or it cannot be a policy (see
             [`check_layers`] and [`try_policy`]).
     """
-    adapter_config = None if adapter is None else PeftConfig.from_pretrained(adapter)
-    if adapter_config is not None:
-        check_adapter(adapter_config)
-    path = path or (adapter_config and adapter_config.base_model_name_or_path)
+    adapter_config = None if adapter is None else _adapter_config(adapter)
+    if not path and adapter_config is not None:
+        path = adapter_config.base_model_name_or_path
     if not path:
         raise ValueError(
             "No model was given: pass its path or hub id"
@@ -181,6 +195,7 @@ def open_policy(
     source = {} if revision is None else {"revision": revision}
     config = load_config(path, **source)
     check_layers(config)
+    check_weights(path)
     found = load_tokenizer(tokenizer or path, **({} if tokenizer else source))
     spec = resolve_spec(config, diffusion_spec, found)
     if adapter_config is not None:
@@ -194,4 +209,4 @@ def open_policy(
     if adapter is not None and adapter_config is not None:
         model = PeftModel.from_pretrained(model, adapter, config=adapter_config)
     check_attention(model)
-    return Policy(model.eval(), found, spec)
+    return Policy(model.eval(), found, spec, dict(chat_template_kwargs or {}))

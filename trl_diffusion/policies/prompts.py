@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational, maybe_extract_prompt
 
+from ..utils import read_mapping
 from .spec import DiffusionSpec
 
 
@@ -14,18 +17,138 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding
 
 
-def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list) -> list[list[int]]:
-    """Token ids of standard or conversational prompts, as [`DTRPOTrainer`] makes them."""
-    if is_conversational({"prompt": prompts[0]}):
-        encoding = tokenizer.apply_chat_template(
-            conversation=prompts, add_generation_prompt=True, tokenize=True, return_dict=True
+def check_form(where: str, prompt: Any) -> None:
+    """Raises a `ValueError` if a prompt is neither text nor a list of text messages."""
+    if not prompt and not isinstance(prompt, int | float):
+        raise ValueError(f"{where} has no prompt (it is {prompt!r}).")
+    if isinstance(prompt, str):
+        return
+    messages = prompt if isinstance(prompt, list) else [prompt]
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(prompt, list):
+            raise ValueError(f"{where}: a prompt must be text or a list of messages, got {prompt!r}.")
+        content = message.get("content")
+        if message.get("role") is None or not isinstance(content, str | list):
+            raise ValueError(f"{where}: a message must have a `role` and a `content`, got {message!r}.")
+        if isinstance(content, list) and any(
+            not isinstance(part, dict) or part.get("type") != "text" for part in content
+        ):
+            raise ValueError(f"{where}: diffusion policies here take text only, got {message!r}.")
+
+
+# Arguments of `apply_chat_template` that are not variables of the template.
+_OWN_ARGUMENTS = ("add_generation_prompt", "continue_final_message", "conversation", "return_dict", "tokenize")
+
+
+def read_chat_template_kwargs(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """
+    Reads variables of the chat template, such as `enable_thinking`, in one of the forms that [`~utils.read_mapping`] takes.
+
+    Raises:
+        ValueError: if they cannot be read, or one of them is not for the template.
+    """
+    found = read_mapping(value, "chat_template_kwargs")
+    taken = sorted(set(_OWN_ARGUMENTS) & set(found))
+    if taken:
+        raise ValueError(
+            f"`chat_template_kwargs` holds {taken}, which this library sets itself: it is for variables of the chat template, "
+            "such as `enable_thinking`. Leave them out."
         )
-        return cast("BatchEncoding", encoding)["input_ids"]
-    return tokenizer(text=prompts)["input_ids"]
+    return found
+
+
+def is_started(prompt: Any) -> bool:
+    """Whether a prompt is a conversation that ends with the beginning of an answer, which the policy continues."""
+    return isinstance(prompt, list) and bool(prompt) and prompt[-1]["role"] == "assistant"
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, Any]], **template: Any) -> str:
+    """
+    The text of a conversation, as the policy continues it. It ends with the header of a new answer. If the conversation ends
+    with the beginning of an answer, the text ends there.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the policy's.
+        prompt (`list[dict]`): messages.
+        template (`dict`): variables of the chat template.
+    """
+    return cast(str, tokenizer.apply_chat_template(prompt, **_opening(prompt), tokenize=False, **template))
+
+
+def _opening(prompt: list[dict[str, Any]]) -> dict[str, Any]:
+    started = is_started(prompt)
+    return {"add_generation_prompt": not started, "continue_final_message": started}
+
+
+def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list, **template: Any) -> list[list[int]]:
+    """
+    Token ids of standard or conversational prompts, as [`DTRPOTrainer`] makes them. If the last message of a conversation is
+    an assistant's, it is left open, and the policy continues it.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the policy's.
+        prompts (`list`): standard or conversational prompts.
+        template (`dict`): variables of the chat template.
+
+    Raises:
+        TemplateRefusal: a `ValueError` that names the prompt, if the chat template does not take it.
+    """
+    ids = []
+    for row, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            ids.append(tokenizer(text=prompt)["input_ids"])
+            continue
+        try:
+            encoding = tokenizer.apply_chat_template(
+                prompt, **_opening(prompt), tokenize=True, return_dict=True, **template
+            )
+        except (TemplateError, ValueError) as error:
+            raise TemplateRefusal(row, prompt, error) from error
+        ids.append(cast("BatchEncoding", encoding)["input_ids"])
+    return ids
+
+
+class TemplateRefusal(ValueError):
+    """
+    The chat template does not accept a conversation.
+
+    Attributes:
+        row (`int`): place of the conversation among the prompts.
+        reason (`str`): what the template says.
+    """
+
+    def __init__(self, row: int, prompt: list[dict[str, Any]], error: Exception):
+        roles = [message.get("role") for message in prompt]
+        self.row, self.reason = row, f"the chat template does not take a conversation of {roles} ({error})"
+        super().__init__(f"Prompt {row}: {self.reason}. Use another chat template, or other messages.")
+
+
+def _texts_of_pair(
+    tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], template: dict[str, Any]
+) -> dict[str, str]:
+    """Text of the prompt and of both responses of a conversational pair. The responses continue an answer that was begun."""
+    prompt = example["prompt"]
+    if not is_started(prompt):
+        return apply_chat_template(dict(example), tokenizer, **template)
+    texts = {"prompt": render_prompt(tokenizer, prompt, **template)}
+    for name in ("chosen", "rejected"):
+        first, *others = example[name]
+        if not isinstance(prompt[-1]["content"], str) or not isinstance(first.get("content"), str):
+            raise ValueError(
+                f", column `{name}`: a prompt that ends with the beginning of an answer must be of text alone."
+            )
+        answer = {**prompt[-1], "content": prompt[-1]["content"] + first["content"]}
+        whole = cast(str, tokenizer.apply_chat_template([*prompt[:-1], answer, *others], tokenize=False, **template))
+        if not whole.startswith(texts["prompt"]):
+            raise ValueError(
+                f", column `{name}`: the chat template does not keep the beginning of the answer, {prompt[-1]['content']!r}."
+            )
+        texts[name] = whole.removeprefix(texts["prompt"])
+    return texts
 
 
 def tokenize_preference(
-    tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], spec: DiffusionSpec
+    tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], spec: DiffusionSpec, **template: Any
 ) -> tuple[Any, list[int], list[list[int]]]:
     """
     A row of a preference dataset (https://huggingface.co/docs/trl/dataset_formats#preference) as token ids.
@@ -34,19 +157,19 @@ def tokenize_preference(
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
         example (`dict`): `chosen` and `rejected`, standard or conversational, with or without an explicit `prompt`.
         spec ([`DiffusionSpec`]): a response that does not end with one of its stop tokens gets the first one.
+        template (`dict`): variables of the chat template.
 
     Returns:
         The prompt as it is in a prompt dataset, its token ids, and those of the chosen and the rejected response.
     """
     example = maybe_extract_prompt({key: example[key] for key in ("prompt", "chosen", "rejected") if key in example})
     prompt = example["prompt"]
-    prompt_ids = tokenize_prompts(tokenizer, [prompt])[0]
-    texts: dict[str, Any] = apply_chat_template(dict(example), tokenizer) if is_conversational(example) else example
+    prompt_ids = tokenize_prompts(tokenizer, [prompt], **template)[0]
+    conversational = is_conversational(example)
+    texts: dict[str, Any] = _texts_of_pair(tokenizer, example, template) if conversational else example
     responses = []
     for name in ("chosen", "rejected"):
-        whole = tokenizer(text=texts["prompt"] + texts[name], add_special_tokens=not is_conversational(example))[
-            "input_ids"
-        ]
+        whole = tokenizer(text=texts["prompt"] + texts[name], add_special_tokens=not conversational)["input_ids"]
         if whole[: len(prompt_ids)] == prompt_ids:
             ids = whole[len(prompt_ids) :]
         else:  # a token spans the border: cut the text, not the tokens
@@ -79,7 +202,7 @@ def check_visible(
         prompt_ids (`list[list[int]]`): their token ids.
         first_row (`int`, *optional*, defaults to `0`): row of the first one, for the message.
         forms (`set`, *optional*): forms that were tried before; those that are tried now are added.
-        template (`dict`): arguments of the chat template.
+        template (`dict`): variables of the chat template.
 
     Raises:
         ValueError: naming the row.
@@ -110,12 +233,7 @@ def _texts(message: dict[str, Any]) -> list[str]:
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, prompt: list, row: int, template: dict[str, Any]) -> None:
     """Raises a `ValueError` if the chat template drops a message. Answers may be shortened, as by their thoughts."""
-
-    def render(messages: list) -> str:
-        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template)
-        return cast(str, found)
-
-    rendered = render(prompt)
+    rendered = render_prompt(tokenizer, prompt, **template)
     for number, message in enumerate(prompt):
         texts = [f"0{text}0" for text in _texts(message)]
         if message["role"] == "assistant" or not texts:
@@ -123,7 +241,8 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, prompt: list, row: int, 
         content = (
             texts[0] if isinstance(message["content"], str) else [{"type": "text", "text": text} for text in texts]
         )
-        if render([*prompt[:number], {**message, "content": content}, *prompt[number + 1 :]]) == rendered:
+        changed = [*prompt[:number], {**message, "content": content}, *prompt[number + 1 :]]
+        if render_prompt(tokenizer, changed, **template) == rendered:
             raise ValueError(
                 f"Row {row}: the chat template drops the message of {message['role']!r}, whatever it says; the prompt "
                 f"becomes {rendered[:200]!r}. Use another chat template, or another role."

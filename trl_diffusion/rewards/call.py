@@ -14,10 +14,15 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, TrainerState
 from trl import apply_chat_template, is_conversational
 
+from ..policies.files import check_records, check_weights
+from ..policies.loading import refusing_code
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+_OTHER_MODEL = "Use a reward model of a kind that transformers knows, or a function."
 
 RewardFunc = Callable[..., Any] | PreTrainedModel | str
 
@@ -87,9 +92,12 @@ class RewardCaller:
             raise ValueError(f"Reward functions need different names, got {self.names}.")
         for place, function in enumerate(self.reward_funcs):
             if isinstance(function, str):
-                self.reward_funcs[place] = AutoModelForSequenceClassification.from_pretrained(
-                    function, num_labels=1, trust_remote_code=False
-                )
+                check_records(function)
+                check_weights(function)
+                with refusing_code(f"The reward model {function}", _OTHER_MODEL):
+                    self.reward_funcs[place] = AutoModelForSequenceClassification.from_pretrained(
+                        function, num_labels=1, trust_remote_code=False
+                    )
             if isinstance(self.reward_funcs[place], PreTrainedModel):
                 self.tokenizers[place] = self._tokenizer(place)
 
@@ -97,7 +105,9 @@ class RewardCaller:
         """The tokenizer of a reward model, with padding that the model knows."""
         model, tokenizer = self.reward_funcs[place], self.tokenizers[place]
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
+            path = model.config._name_or_path
+            with refusing_code(f"The tokenizer of the reward model {path}", _OTHER_MODEL):
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id

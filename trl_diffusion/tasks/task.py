@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from typing import Any
 from datasets import Dataset
 
 from ..fields import check_at_least
+from ..policies.files import check_no_pointer
 from ..rewards import countdown, math, sudoku
+from ..utils import read_text
 
 
 @dataclass
@@ -44,7 +47,8 @@ class Task:
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """
-    Rows of a `.csv`, `.jsonl` or `.json` file.
+    Rows of a `.csv`, `.jsonl` or `.json` file. As Excel writes them in many countries, the columns of a `.csv` file may be
+    separated by semicolons or tabs, and a byte order mark may come first.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -52,38 +56,40 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             column name twice, or no rows.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    if path.suffix not in (".csv", ".json", ".jsonl"):
+    if path.is_file() and path.suffix not in (".csv", ".json", ".jsonl"):
         raise ValueError(f"{path}: a file of rows must end in .csv, .jsonl or .json.")
+    text = read_text(path)
+    check_no_pointer(path)
     try:
-        rows = _parse_rows(path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}).") from error
+        rows = _parse_rows(path, text)
+    except csv.Error as error:
+        raise ValueError(f"{path}: not CSV ({error}).") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: must hold a list of rows, got {type(rows).__name__}.")
     if not rows:
         raise ValueError(f"{path} has no rows.")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: must be an object with a value for each column, got {row!r}.")
+            raise ValueError(f"{path}, row {number}: must be an object with a value for each column, got {row!r:.80}.")
         if None in row:
             raise ValueError(f"{path}, row {number}: has more values than the file has columns.")
     return rows
 
 
-def _parse_rows(path: Path) -> Any:
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            reader = csv.DictReader(file)
-            names = list(reader.fieldnames or ())
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            if repeated:
-                raise ValueError(f"{path}: the columns {repeated} are there more than once.")
-            return list(reader)
-        if path.suffix == ".json":
-            return _parse_json(file.read(), str(path))
-        return [_parse_json(line, f"{path}, line {number}") for number, line in enumerate(file, start=1)]
+def _parse_rows(path: Path, text: str) -> Any:
+    if path.suffix == ".csv":
+        header = text.partition("\n")[0]
+        separator = max(",;\t", key=header.count)  # the comma, if there is none
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+        names = list(reader.fieldnames or ())
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"{path}: the columns {repeated} are there more than once.")
+        return list(reader)
+    if path.suffix == ".json":
+        return _parse_json(text, str(path))
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [_parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -159,6 +165,22 @@ def gsm8k_row(row: dict[str, Any]) -> dict[str, Any]:
     """A question of GSM8K with its `prompt`."""
     prompt = f"{row['question']}\nThink step by step and end with '#### ' and the answer."
     return {"prompt": prompt, "answer": row["answer"]}
+
+
+def preference_rows(path: str) -> list[dict[str, Any]]:
+    """The pairs of a file, each `chosen` and `rejected`, and perhaps a `prompt`: text, or messages."""
+    rows = read_rows(path)
+    for number, row in enumerate(rows):
+        for name in ("chosen", "rejected", *(["prompt"] if "prompt" in row else [])):
+            value = row.get(name)
+            messages = (
+                isinstance(value, list) and value and all(isinstance(one, dict) and "role" in one for one in value)
+            )
+            if not messages and not (isinstance(value, str) and value):
+                raise ValueError(
+                    f"{path}, row {number}: `{name}` must be text or a list of messages, got {value!r:.80}."
+                )
+    return rows
 
 
 def _sudoku(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import print_prompt_completions_sample, use_adapter
 
+from ..utils import printable
+
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,10 +34,24 @@ else:
 
 __all__ = [
     "TrainerMixin",
-    "print_prompt_completions_sample",
+    "print_completions",
     "unwrapped_policy",
     "use_adapter",
 ]
+
+
+def print_completions(prompts: list, completions: list, *args: Any, **kwargs: Any) -> None:
+    """Prints TRL's table of responses, with control characters as escape sequences."""
+    print_prompt_completions_sample(_printable(list(prompts)), _printable(list(completions)), *args, **kwargs)
+
+
+def _printable(text: Any) -> Any:
+    """Text or messages, with control characters as escape sequences."""
+    if isinstance(text, str):
+        return printable(text)
+    if isinstance(text, list):
+        return [_printable(one) for one in text]
+    return {name: _printable(value) for name, value in text.items()} if isinstance(text, dict) else text
 
 
 @contextmanager

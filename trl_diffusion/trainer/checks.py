@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
+from trl import LogCompletionsCallback, WeaveCallback
 
 from ..fields import check_within, is_number
 from ..objectives.pairwise import LOSSES, NEED_REFERENCE, NORMALIZED, SMOOTHED
@@ -133,6 +134,30 @@ def check_numbers(args: DTRPOConfig) -> None:
             raise ValueError(f"`reward_weights={weights!r}` leaves nothing of any reward: one of them must not be 0.")
 
 
+def check_given(options: Mapping[str, Any]) -> None:
+    """
+    Checks options that are numbers before the config is made. Values may be text, as on a command line.
+
+    Args:
+        options (`Mapping[str, Any]`): options by name. `None` is not checked.
+
+    Raises:
+        ValueError: if a value is not a number or is out of its range. The message names the option.
+    """
+    for name in sorted({*_WHOLE, *_INTERVALS} & options.keys()):
+        value = options[name]
+        if value is None:
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if name in _WHOLE and (number != number // 1 or number < _WHOLE[name]) and name != "pad_to_multiple_of":
+            raise ValueError(f"`{name}` must be a whole number of at least {_WHOLE[name]}, got {value!r}.")
+        if name in _INTERVALS:
+            check_within(name, value if isinstance(value, bool) else number, _INTERVALS[name])
+
+
 def check_looked_at(args: DTRPOConfig) -> None:
     """
     Checks that the loss uses the options that were set.
@@ -242,23 +267,6 @@ def check_columns(name: str, dataset: Any) -> None:
         )
 
 
-def check_form(where: str, prompt: Any) -> None:
-    """Raises a `ValueError` if a prompt is neither text nor a list of text messages."""
-    if not prompt and not isinstance(prompt, int | float):
-        raise ValueError(f"{where} has no prompt (it is {prompt!r}).")
-    if isinstance(prompt, str):
-        return
-    messages = prompt if isinstance(prompt, list) else [prompt]
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(prompt, list):
-            raise ValueError(f"{where}: a prompt must be text or a list of messages, got {prompt!r}.")
-        content = message.get("content")
-        if message.get("role") is None or not isinstance(content, str | list):
-            raise ValueError(f"{where}: a message must have a `role` and a `content`, got {message!r}.")
-        if isinstance(content, list) and any(part.get("type") != "text" for part in content):
-            raise ValueError(f"{where}: diffusion policies here take text only, got {message!r}.")
-
-
 def check_number_of_rows(dataset: Dataset | IterableDataset, args: DTRPOConfig, dropped: int = 0) -> None:
     """
     Checks that there are enough training rows for one rollout. The number of rows of a stream is not known.
@@ -296,6 +304,24 @@ def check_steps_made(steps: int, dataset: Dataset | IterableDataset, args: DTRPO
     if steps == 0 and isinstance(dataset, IterableDataset):
         raise ValueError(
             f"No step was made: the stream of train_dataset ended early, for {_what_a_rollout_takes(args)}"
+        )
+
+
+def check_callback(callback: Any) -> None:
+    """
+    Checks that a callback does not generate from left to right.
+
+    Args:
+        callback ([`~transformers.TrainerCallback`] or its class): the callback.
+
+    Raises:
+        ValueError: if it is a callback of TRL that calls the model's own `generate`.
+    """
+    kind = callback if isinstance(callback, type) else type(callback)
+    if issubclass(kind, LogCompletionsCallback | WeaveCallback):
+        raise ValueError(
+            f"{kind.__name__} calls the model's own `generate`, which writes from left to right: a diffusion policy gives "
+            "nonsense then. Set `log_completions=True` for the responses of rollouts and evaluations, or add a `MetricCallback`."
         )
 
 

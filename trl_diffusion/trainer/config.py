@@ -14,6 +14,7 @@ from ..decoding.options import RolloutOptions
 from ..fields import AtLeast, check_fields, check_one_of
 from ..objectives.pairwise import PairwiseConfig
 from ..offline.orders import ORDERS
+from ..policies.prompts import read_chat_template_kwargs
 from ..scoring.draws import STEP_DISTRIBUTIONS, StepDistribution
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from ..utils import no_repeated_keys
@@ -23,7 +24,7 @@ from .checks import check_looked_at, check_numbers, check_pairwise_losses, check
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo", "dpo")
 
 _NO_ENGINE = "generation would be from left to right; a diffusion policy is denoised by this library's own decoder"
-_NO_TRANSFORM = "the distribution that is sampled from would not be the one that is scored"
+_NO_TRUNCATION = "sampling and scoring would have to share the truncated distribution, and the kept set of each scored token is not recorded"
 _NO_REMOTE_CODE = "the families load without their hub code, which hides its attention masks from this library"
 _NO_DROPOUT = "log-probabilities that decoding records are compared with those that an update computes"
 # Options of GRPOConfig that do not apply to a diffusion policy, and why. Nor do those that begin with `vllm_`.
@@ -34,10 +35,10 @@ _REFUSED = {
     "use_transformers_paged": _NO_ENGINE,
     "generation_kwargs": _NO_ENGINE,
     "cache_implementation": "finished blocks are kept in a cache of this library's own",
-    "top_p": _NO_TRANSFORM,
-    "top_k": _NO_TRANSFORM,
-    "min_p": _NO_TRANSFORM,
-    "repetition_penalty": _NO_TRANSFORM,
+    "top_p": _NO_TRUNCATION,
+    "top_k": _NO_TRUNCATION,
+    "min_p": _NO_TRUNCATION,
+    "repetition_penalty": "the distribution that is sampled from would not be the one that is scored",
     "max_tool_calling_iterations": "responses are denoised in one turn, without tools",
     "trust_remote_code": _NO_REMOTE_CODE,
     "disable_dropout": _NO_DROPOUT,
@@ -302,6 +303,8 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
                 ) from error
         if self.bf16 is None and (self.use_cpu or not is_torch_bf16_gpu_available()):
             self.bf16 = False
+        if self.trust_remote_code is None:  # with `None`, transformers asks on the terminal
+            self.trust_remote_code = False
         if self.max_completion_length is None:
             raise ValueError("`max_completion_length` is needed: it is the length of the canvas.")
         self.take_old_names()
@@ -333,6 +336,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
                 f"`estimator_check_steps` with `estimator={self.estimator!r}` needs a reference to compare with: set `beta`."
             )
         self.decoding()  # checks the decoding settings
+        read_chat_template_kwargs(cast("dict[str, Any] | None", self.chat_template_kwargs))
 
     def _check_reference(self) -> None:
         """Checks that the options of the reference can be used together, and that the loss uses them."""
@@ -412,7 +416,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
                 continue  # asks for the behaviour that it has anyway
             if getattr(self, name) not in (neutral, None):
                 found[name] = f"{why} (got {getattr(self, name)!r}, leave it at {neutral!r})"
-        if self.model_options().get("trust_remote_code"):
+        if self.model_options().get("trust_remote_code", False) is not False:  # with `None`, transformers asks
             found["model_init_kwargs"] = f"`trust_remote_code`: {_NO_REMOTE_CODE}"
         if self.loss_type not in LOSS_TYPES:
             found["loss_type"] = f"{self.loss_type!r} is not known; there are {list(LOSS_TYPES)}"

@@ -184,6 +184,7 @@ class OfflineData:
                     self.args.max_completion_length,
                     self.args.per_device_train_batch_size,
                     self.args.seed,
+                    cast("dict[str, Any] | None", self.args.chat_template_kwargs),
                 )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

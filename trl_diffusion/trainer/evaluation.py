@@ -24,7 +24,7 @@ from datasets import IterableDataset
 from torch import Tensor
 
 from ..utils import whole_file
-from ._trl import TrainerMixin, print_prompt_completions_sample
+from ._trl import TrainerMixin, print_completions
 from .metrics import How, Tally, add_over_processes, length_figures, reward_figures
 
 
@@ -372,7 +372,7 @@ class RowwiseEvaluation(TrainerMixin):
         prompts, completions, advantages = (logs[key][:rows] for key in ("prompt", "completion", "advantages"))
         if find_spec("rich") is not None:
             print(f"{name}:")
-            print_prompt_completions_sample(
+            print_completions(
                 prompts, completions, rewards, advantages, step, self.num_completions_to_print, extra=whole
             )
         table = pd.DataFrame(

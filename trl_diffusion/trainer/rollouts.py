@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather_object
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..decoding.config import DecodingConfig
-from ..decoding.decode import decode
+from ..decoding.decode import check_prompts, decode
 from ..decoding.pace import PeerFailed
 from ..objectives.pairwise import differing_groups
+from ..policies.forward import unwrap
+from ..policies.prompts import is_started, tokenize_prompts
 from ..scoring.draws import expected_weights
 from ..scoring.states import states_to_draw
 from ..seeds import CHOICE, DRAWS, EVALUATION, STORED, TRAINING, derive_seed
@@ -127,6 +130,19 @@ class DiffusionRollouts(DiffusionScoring):
             self._note_gradient(rollout, output["completion_mask"].any(1))
         return self._group(output)
 
+    def _tokenize_prompts(self, prompts):
+        """As in TRL, but an answer that was begun at the end of a conversation is left open."""
+        template = cast("dict[str, Any]", self.chat_template_kwargs)
+        try:
+            ids, *others = super()._tokenize_prompts(prompts)
+        except TemplateError:
+            tokenize_prompts(self._tokenizer, prompts, **template)  # its error names the prompt
+            raise
+        for row, prompt in enumerate(prompts):
+            if is_started(prompt):
+                (ids[row],) = tokenize_prompts(self._tokenizer, [prompt], **template)
+        return ids, *others
+
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """A response to each prompt, fresh or stored."""
         assert self.rollout is not None  # `_generate_and_score_completions` has begun one
@@ -228,6 +244,8 @@ class DiffusionRollouts(DiffusionScoring):
         if not prompts:
             raise ValueError("There is no prompt to answer.")
         prompt_ids = self._tokenize_prompts(prompts)[0]
+        # Every process checks the prompts of all processes.
+        check_prompts(prompt_ids, self.spec, unwrap(self.model).config, decoding.max_new_tokens)
         seeds = [derive_seed(seed, row) for row in range(len(prompts))]
         # Every process has the same number of rows, so the last ones repeat the first ones.
         share = -(-len(prompts) // self.accelerator.num_processes)

@@ -15,11 +15,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..decoding.decode import check_prompts
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
+from ..policies.files import check_weights
 from ..policies.forward import check_attention, unwrap
 from ..policies.limits import check_layers
 from ..policies.loading import load_config, load_tokenizer, resolve_spec
 from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
-from ..policies.prompts import check_visible
+from ..policies.prompts import TemplateRefusal, check_form, check_visible
 from ..policies.quantized import prepare_rounded
 from ..policies.spec import set_spec
 from ..policies.training import (
@@ -33,8 +34,8 @@ from ..policies.training import (
 from ..trajectories.dataset import is_trajectory_dataset
 from .agreement import failing_together
 from .checks import (
+    check_callback,
     check_columns,
-    check_form,
     check_number_of_rows,
     check_one_gpu,
     check_order_is_asked_for,
@@ -114,7 +115,11 @@ def set_up(
         check_columns(name, dataset)
     check_order_is_asked_for(args, [dataset for _, dataset in named_datasets(*datasets)])
     check_one_gpu(args)
+    for callback in options.get("callbacks") or ():
+        check_callback(callback)
     config = _load_config(model, args)
+    if isinstance(model, str):
+        check_weights(model)
     processing_class = _load_tokenizer(model) if tokenizer is None else tokenizer
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     spec = resolve_spec(config, args.spec_overrides(), tokenizer)
@@ -322,17 +327,19 @@ def _check_prompts(trainer: DTRPOTrainer, name: str, dataset: Dataset | Iterable
         prompts = dataset[begin : begin + 1000]["prompt"]
         for row, prompt in enumerate(prompts, start=begin):
             check_form(f"{name}: row {row}", prompt)
-        prompt_ids = trainer._tokenize_prompts(prompts)[0]
+        try:
+            prompt_ids = trainer._tokenize_prompts(prompts)[0]
+        except TemplateRefusal as error:
+            raise ValueError(
+                f"{name}: Prompt {begin + error.row}: {error.reason}. Use another chat template."
+            ) from error
         if prompts and not any(prompt_ids):
             raise ValueError(
                 f"{name}: the tokenizer turns every prompt into no tokens at all. transformers makes an empty "
                 "tokenizer if the model's directory has none. Pass the right tokenizer as `processing_class`."
             )
         try:
-            check_prompts(prompt_ids, trainer.spec, trainer.model.config, trainer.max_completion_length)
-        except ValueError as error:
-            raise ValueError(f"{name}, rows {begin} to {begin + len(prompts) - 1}: {error}") from error
-        try:
+            check_prompts(prompt_ids, trainer.spec, trainer.model.config, trainer.max_completion_length, begin)
             check_visible(trainer._tokenizer, prompts, prompt_ids, begin, forms, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

@@ -21,10 +21,12 @@ from ..scoring.estimators import ESTIMATORS
 from ..scoring.score import score
 from ..scoring.states import states_to_draw
 from ..trajectories.trajectory import TrajectoryBatch
+from ..utils import write_text
 from .agreement import fail_together
 from .batches import is_rows, trajectories_of, ungroup
 from .callbacks import SinkingRewardCallback
-from .checks import check_steps_made
+from .card import PAPER, model_card
+from .checks import check_callback, check_steps_made
 from .config import DTRPOConfig
 from .metrics import How, Tally, add_over_processes
 from .reference import FILE as REFERENCE
@@ -103,6 +105,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
 
     _tag_names = ["trl", "trl-diffusion", "dtrpo"]
     _name = "dTRPO"
+    _paper = PAPER
 
     # Narrowed types of inherited attributes.
     args: DTRPOConfig
@@ -271,6 +274,24 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
                 "compared. Look at `frac_reward_zero_std` and the rewards (docs/troubleshooting.md)."
             )
         return result
+
+    def add_callback(self, callback) -> None:
+        """
+        Adds a callback.
+
+        Raises:
+            ValueError: if it is a callback of TRL that generates from left to right.
+        """
+        check_callback(callback)
+        super().add_callback(callback)
+
+    def create_model_card(  # type: ignore[override]  # TRL's arguments, which are not those of transformers
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the model card of the policy to the output directory (see [`model_card`])."""
+        if self.is_world_process_zero():
+            more = (tags,) if isinstance(tags, str) else tuple(tags or ())
+            write_text(Path(self.args.output_dir) / "README.md", str(model_card(self, model_name, dataset_name, more)))
 
     def prepare_run(self) -> None:
         """Scores stored responses with the reference, if this is done before training."""

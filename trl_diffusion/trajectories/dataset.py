@@ -34,6 +34,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..policies.spec import DiffusionSpec, impossible_token
+from ..utils import read_record
 from .trajectory import NEVER, TrajectoryBatch, response_blocks
 
 
@@ -205,8 +206,14 @@ def _check_row(row, number, spec, vocab_size, tokenizer_fingerprint, rewards) ->
         )
     try:
         stored = DiffusionSpec.from_dict(json.loads(row["spec"]))
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         refuse("spec", f"cannot be read ({error}).")
+    try:
+        decoding = json.loads(row["decoding"])
+    except (TypeError, ValueError) as error:
+        refuse("decoding", f"cannot be read ({error}).")
+    if not isinstance(decoding, dict):
+        refuse("decoding", f"must be a JSON object, got {row['decoding']!r:.80}.")
     for name in ("mask_token_id", "attention", "block_size", "block_origin", "token_shift", "first_token"):
         if getattr(stored, name) != getattr(spec, name):
             refuse(
@@ -328,7 +335,9 @@ def _shards(path: Path, allow_partial: bool) -> list[Path]:
             ) from error
     plan = path / "collection.json"
     if plan.exists() and not allow_partial:
-        expected = json.loads(plan.read_text())["num_shards"]
+        expected = read_record(
+            plan, ("num_shards",), "Give the command of the collection again in another directory."
+        )["num_shards"]
         if len(files) != expected:
             raise ValueError(
                 f"{path} holds {len(files)} of {expected} shards: its collection was interrupted. Run it again to finish "

@@ -1,0 +1,142 @@
+"""The model card of a trained policy. It names the policy before training, the settings of the training, and how to use it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+
+from ..decoding.config import DecodingConfig
+from ..policies.forward import unwrap
+
+
+if TYPE_CHECKING:
+    from .trainer import DTRPOTrainer
+
+
+PAPER = {
+    "title": "dTRPO: dLLM Trajectory Reduction Policy Optimization",
+    "id": "2603.18806",
+    "citation": """@misc{dtrpo2026,
+  title = {{dTRPO}: {dLLM} Trajectory Reduction Policy Optimization},
+  year  = {2026},
+  note  = {ICML 2026, arXiv:2603.18806},
+  url   = {https://huggingface.co/papers/2603.18806}
+}""",
+}
+VERSIONS = ("trl", "transformers", "torch", "datasets")
+
+
+def model_card(
+    trainer: DTRPOTrainer, model_name: str | None = None, dataset_name: str | None = None, tags: tuple[str, ...] = ()
+) -> ModelCard:
+    """
+    The card of the policy of a trainer.
+
+    Args:
+        trainer ([`DTRPOTrainer`]): the trainer.
+        model_name (`str`, *optional*): name of the policy. Defaults to the name of the output directory.
+        dataset_name (`str`, *optional*): the dataset on the hub that it was trained on.
+        tags (`tuple[str, ...]`, *optional*): tags in addition to those of the trainer.
+    """
+    args = trainer.args
+    base = getattr(unwrap(trainer.model).config, "_name_or_path", "") or ""
+    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None and not Path(base).is_dir()
+    model_name = model_name or Path(args.output_dir).name
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        datasets=dataset_name,
+        library_name="transformers",
+        license=None,
+        model_name=model_name,
+        tags=sorted({"generated_from_trainer", *trainer._tag_names, *tags}),
+    )
+    dataset = f" on [{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if dataset_name else ""
+    versions = "\n".join(f"| {name} | {version(name)} |" for name in ("trl-diffusion", *VERSIONS))
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {model_name}
+
+A diffusion language model: {_base(base, on_hub)}, trained{dataset} with [dTRPO](https://huggingface.co/papers/{PAPER["id"]}) by
+trl_diffusion, on [TRL](https://github.com/huggingface/trl). It writes by denoising, so `transformers.pipeline` and the model's
+own `generate`, which write from left to right, give nonsense.
+
+```python
+{_example(trainer)}
+```
+
+| trained with | |
+|---|---|
+| loss | `{args.loss_type}` |
+| estimator | `{args.estimator}`, {args.num_draws} draws |
+| reference (`beta`) | {trainer.beta:g} |
+| learning rate | {args.learning_rate:g} |
+| optimizer steps | {trainer.state.global_step} |
+
+| package | version |
+|---|---|
+{versions}
+
+```bibtex
+{PAPER["citation"]}
+```
+"""
+    )
+
+
+def _base(name: str, on_hub: bool) -> str:
+    """Names the policy before training. Only the last part of a local path is shown, because cards are published."""
+    if on_hub:
+        return f"[{name}](https://huggingface.co/{name})"
+    return f"`{Path(name).name}` (a local directory)" if name else "a model that was made in memory"
+
+
+def _example(trainer: DTRPOTrainer) -> str:
+    """Python code that generates a response with the settings of the training, but greedily."""
+    config = trainer.args.decoding(temperature=0.0)
+    defaults = DecodingConfig()
+    changed = {one.name for one in fields(config) if getattr(config, one.name) != getattr(defaults, one.name)}
+    settings = {name: getattr(config, name) for name in sorted(changed | {"max_new_tokens"})}
+    where = str(trainer.hub_model_id or trainer.args.hub_model_id or trainer.args.output_dir)
+    options: dict[str, Any] = {"path": where}
+    if isinstance(unwrap(trainer.model), PeftModel):
+        options = {"adapter": where, "tokenizer": where}
+        if trainer.args.spec_overrides():  # which the directory of an adapter does not hold
+            options["diffusion_spec"] = trainer.args.spec_overrides()
+    prompt: Any = "..."
+    if _is_conversational(trainer):
+        prompt = [{"role": "user", "content": "..."}]
+        if trainer.chat_template_kwargs:
+            settings["chat_template_kwargs"] = trainer.chat_template_kwargs
+    return "\n".join(
+        [
+            "from trl_diffusion import generate",
+            "from trl_diffusion.policies.policy import open_policy",
+            "",
+            f"policy = open_policy({_keywords(options)})",
+            f"prompt = {prompt!r}",
+            f"answers = generate(policy.model, policy.tokenizer, prompt, spec=policy.spec, {_keywords(settings)})",
+            "print(answers.texts[0])",
+        ]
+    )
+
+
+def _is_conversational(trainer: DTRPOTrainer) -> bool:
+    """Whether the policy was trained on messages. Without a dataset to look at, a chat template decides."""
+    dataset = trainer.train_dataset
+    if isinstance(dataset, Dataset) and len(dataset):
+        return not isinstance(dataset[0]["prompt"], str)
+    return getattr(trainer._tokenizer, "chat_template", None) is not None
+
+
+def _keywords(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
