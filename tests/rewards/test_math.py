@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from re import _parser
 
 import pytest
 
+import trl_diffusion
 from tests.rewards.hostile_answers import batches, hostile_answers, rewards
 from tests.rewards.wrong_answers import MATH
 from trl_diffusion.rewards import math, math_checker
@@ -163,3 +168,37 @@ def test_hostile_answers(monkeypatch, name):
     for reward, function in rewards(with_code=False).items():
         for batch in batches(texts, 64 if name == "all at once" else 1):
             assert not any(function(batch)), (reward, batch[0][:100])
+
+
+FOLDERS = ("rewards", "metrics", "evaluation", "tasks", "viz")
+
+
+def patterns() -> list[tuple[str, str]]:
+    """Every pattern in the code that sees what a policy wrote, and where it stands; parts filled in stand for a word."""
+    found = []
+    for folder in FOLDERS:
+        for path in Path(trl_diffusion.__file__).parent.joinpath(folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                called = isinstance(node, ast.Call) and ast.unparse(node.func)
+                if called and re.fullmatch(r"re\.\w+", called) and called != "re.escape":
+                    first = node.args[0]
+                    assert isinstance(first, ast.Constant | ast.JoinedStr), f"{path}, line {node.lineno}"
+                    parts = first.values if isinstance(first, ast.JoinedStr) else [first]
+                    pattern = "".join(part.value if isinstance(part, ast.Constant) else "word" for part in parts)
+                    found.append((f"{path.name}, line {node.lineno}", pattern))
+    return found
+
+
+def test_patterns_do_not_backtrack():
+    """What repeats without a bound keeps what it took (`*+`), so a match takes as many steps as there are characters."""
+    assert len(patterns()) > 5
+    for where, pattern in patterns():
+        assert not greedy(_parser.parse(pattern)), (where, pattern)
+
+
+def greedy(parsed) -> bool:
+    """Whether a parsed pattern has a repetition without a bound that gives back what it took."""
+    if isinstance(parsed, tuple | list | _parser.SubPattern):
+        repeats = isinstance(parsed, tuple) and parsed[0] in (_parser.MAX_REPEAT, _parser.MIN_REPEAT)
+        return repeats and parsed[1][1] is _parser.MAXREPEAT or any(map(greedy, parsed))
+    return False
