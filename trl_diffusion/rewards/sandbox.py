@@ -34,6 +34,8 @@ What is left:
   is given, and with it what a test compares with later (`assert f(xs) == sorted(xs)`); a name that tests use and do not
   define is the program's (`isclose` without an import); so is the word for what an object of its own does
   (`assert f(x).is_right() is True`).
+- A function that tests pass to a program is called in the tests' process as often and with what the program likes, and the
+  program may hide what it raises. Nothing else of it can be reached.
 - If the trainer itself is killed, the processes die with it, but the working directory stays behind.
 """
 
