@@ -97,7 +97,8 @@ def test_numbers_are_compared_without_a_process(monkeypatch):
 
 
 def test_gold_answers_that_cannot_be_read():
-    assert math.math_accuracy(["5"] * 4, [None, "...", "", "no number"]) == [None] * 4
+    assert math.math_accuracy(["5"] * 5, [None, "...", "", "no number", "\\boxed{}"]) == [None] * 5
+    assert math.math_accuracy(["\\boxed{ABC}", "\\boxed{ABD}"], ["It is \\boxed{ABC}."] * 2) == [1.0, 0.0]
 
 
 LONG = "\\boxed{99999999!}"

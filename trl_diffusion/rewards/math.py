@@ -107,16 +107,12 @@ def _to_read(answer: str) -> str:
     return f"${answer}$"
 
 
-def _candidate(text: str) -> str | None:
-    """What to compare with the gold answer, as math-verify takes it, or `None` for what cannot be right."""
-    box, answer = _last_box(text), final_answer(text)
-    if answer is None:
-        return _HEADING.sub("", text)[-MAX_SEARCHED:]
+def _marked(text: str, answer: str) -> str | None:
+    """The `answer` that `text` marks, as math-verify takes it, or `None` for what cannot be right."""
+    box = _last_box(text)
     if not answer or len(answer) > MAX_ANSWER:
         return None
-    if box is not None and answer == box[1].strip():
-        return f"\\boxed{{{_plain(answer)}}}"
-    return _to_read(answer)
+    return f"\\boxed{{{_plain(answer)}}}" if box is not None and answer == box[1].strip() else _to_read(answer)
 
 
 def math_accuracy(completions, answer, **kwargs) -> list[float | None]:
@@ -138,17 +134,17 @@ def math_accuracy(completions, answer, **kwargs) -> list[float | None]:
     for row, (text, gold) in enumerate(zip(texts(completions), answer, strict=True)):
         if gold is None:
             continue
-        marked = final_answer(gold)
-        expected = gold if marked is None else marked
-        if not any(character.isalnum() for character in expected):
+        expected, given = final_answer(gold), final_answer(text)
+        gold_form = _to_read(gold) if expected is None else _marked(gold, expected)
+        if gold_form is None or not any(map(str.isalnum, gold_form)):
             continue
         rewards[row] = 0.0
-        number, given = _number(expected), _number(final_answer(text) or "")
-        candidate = _candidate(text)
-        if number is not None and given is not None:
-            rewards[row] = float(number == given)
-        elif candidate is not None:
-            pairs[row] = _to_read(expected), candidate
+        form = _HEADING.sub("", text)[-MAX_SEARCHED:] if given is None else _marked(text, given)
+        number, other = _number(gold if expected is None else expected), _number(given or "")
+        if number is not None and other is not None:
+            rewards[row] = float(number == other)
+        elif form is not None:
+            pairs[row] = gold_form, form
     for row, right in zip(pairs, checker.compare(list(pairs.values())), strict=True):
         rewards[row] = None if right is None else float(right)
     return rewards

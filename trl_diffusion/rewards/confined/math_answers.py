@@ -27,6 +27,8 @@ def items_of(text: str) -> tuple[str, list[str]] | None:
     """The kind of brackets and the items of a list in brackets, `(1, [2, 3])`, or `None` if `text` is something else."""
     for command in ("\\left", "\\right"):
         text = text.replace(command, "")
+    if text.startswith("\\boxed{"):
+        text = text.removeprefix("\\boxed{").removesuffix("}")
     text = text.strip().removeprefix("$").removesuffix("$").strip()
     if len(text) < 2 or text[0] not in "([" or text[-1] not in ")]":
         return None
@@ -96,7 +98,8 @@ def differ(gold: Any, answer: Any, digits: int) -> bool:
     if digits:
         tolerance = 0.5001 * 10.0**-digits
     else:
-        tolerance = (2e-6 if gold.has(Float) or answer.has(Float) else 1e-25) * abs(left)
+        # Of 40 digits; what is 0 by cancelling may be off by its own.
+        tolerance = (2e-6 if gold.has(Float) or answer.has(Float) else 1e-25) * (abs(left) or 1e-10)
     return bool(abs(left - right) > tolerance)
 
 
