@@ -161,14 +161,15 @@ def test_workers(monkeypatch):
     assert math_checker.workers() == 1
 
 
-@pytest.mark.parametrize("name", ["all at once", "alone"])
-def test_hostile_answers(monkeypatch, name):
+@pytest.mark.parametrize(("count", "at_once", "names"), [(24, 24, None), (12, 1, None), (12, 12, ["code_reward"])])
+def test_hostile_answers(monkeypatch, count, at_once, names):
     """A few of the 1000 that `python -m tests.rewards.hostile_answers` gives to everything. None raises and none is right."""
     monkeypatch.setattr(math.checker, "limits", MathLimits(cpu_time=0.1))
-    texts = hostile_answers(24 if name == "all at once" else 12, seed=7)
-    for reward, function in rewards(with_code=False).items():
-        for batch in batches(texts, 64 if name == "all at once" else 1):
-            assert not any(function(batch)), (reward, batch[0][:100])
+    texts = hostile_answers(count, seed=7)
+    functions = rewards(with_code=names is not None)
+    for name in names or functions:
+        for batch in batches(texts, at_once):
+            assert not any(functions[name](batch)), (name, batch[0][:100])
 
 
 FOLDERS = ("rewards", "metrics", "evaluation", "tasks", "viz")
