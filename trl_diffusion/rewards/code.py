@@ -114,7 +114,8 @@ def code_reward(
     (`test_list`, a list of asserts or one string, and, if there, `test_setup_code` and `test_imports`). A `test` may also assert
     by itself, or define functions `test...()` or classes of `unittest.TestCase`, which are called.
 
-    A program takes at most `limits.wall_time`, and a call at most that for every `workers` programs.
+    A program takes at most `limits.wall_time` once its two interpreters have started, and a call at most that for every
+    `workers` programs.
 
     Args:
         allow_execution (`bool`, *optional*, defaults to `False`): must be `True`. Programs that a model wrote will be
