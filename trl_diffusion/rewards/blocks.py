@@ -40,7 +40,7 @@ class Blocks:
 
 
 def defines(source: str, names: Collection[str]) -> bool:
-    """Whether a function, class or variable of one of `names` is defined, by its look: what a model wrote is not parsed here."""
+    """Whether a function, class or variable of one of `names` is defined, by its look: nothing is parsed here."""
     if not names:
         return False
     either = "|".join(map(re.escape, names))

@@ -111,8 +111,8 @@ def code_reward(
     Makes a reward function: 1 if a completion's program passes its tests, 0 if not, `None` for a row without tests.
 
     It needs columns in the manner of HumanEval (`test`, which defines `check(candidate)`, and `entry_point`) or of MBPP
-    (`test_list`, a list of asserts or one string, and, if there, `test_setup_code` and `test_imports`). A `test` may also assert
-    by itself, or define functions `test...()` or classes of `unittest.TestCase`, which are called.
+    (`test_list`, a list of asserts or one string, and, if there, `test_setup_code` and `test_imports`). A `test` may also
+    assert by itself, or define functions `test...()` or classes of `unittest.TestCase`, which are called.
 
     A program takes at most `limits.wall_time` once its two interpreters have started, and a call at most that for every
     `workers` programs.

@@ -57,7 +57,7 @@ def _after_marker(line: str) -> str:
 
 
 def _is_answer(line: str) -> bool:
-    """Whether a line with words in it is an answer, `72 dollars` or `Answer: 72`, and no heading, `Step 3`: one number, first."""
+    """Whether a line with words is an answer, `72 dollars` or `Answer: 72`, and no heading, `Step 3`: one number, first."""
     numbers = [match.start() for match in _NUMBER.finditer(line)]
     return len(numbers) == 1 and not _has_words(_ANSWER_IS.sub("", line[: numbers[0]]))
 

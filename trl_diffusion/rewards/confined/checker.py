@@ -2,8 +2,8 @@
 The process of the tests: runs them against functions that live in the process of the program, and gives the verdict.
 
 No line of the program runs here. What it answers arrives as plain data, made anew from JSON, so that comparisons are
-Python's own; an object of the program's own classes can be called and looked into, but not compared. The program can call the functions
-that the tests pass to it, and nothing else of theirs.
+Python's own; an object of the program's own classes can be called and looked into, but not compared. The program
+can call the functions that the tests pass to it, and nothing else of theirs.
 """
 
 from __future__ import annotations
