@@ -24,23 +24,31 @@ CLOSING = {"(": ")", "[": "]"}
 
 
 def items_of(text: str) -> tuple[str, list[str]] | None:
-    """The kind of brackets and the items of a list in brackets, `(1, [2, 3])`, or `None` if `text` is something else."""
+    """
+    The items of a list, `(1, [2, 3])`, `\\{1, 2\\}` or `1, 2`, or `None` if `text` is none.
+
+    Returns:
+        The brackets, which are empty for a set and for a list without them, and at least two items.
+    """
     for command in ("\\left", "\\right"):
         text = text.replace(command, "")
     if text.startswith("\\boxed{"):
         text = text.removeprefix("\\boxed{").removesuffix("}")
     text = text.strip().removeprefix("$").removesuffix("$").strip()
-    if len(text) < 2 or text[0] not in "([" or text[-1] not in ")]":
-        return None
-    items, depth, begin = [], 0, 1
+    brackets = ""
+    if text.startswith("\\{") and text.endswith("\\}"):
+        text = text[2:-2]
+    elif text[:1] in ("(", "[") and text[-1:] in (")", "]"):
+        brackets, text = text[0] + text[-1], text[1:-1]
+    items, depth, begin = [], 0, 0
     for place, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
-        if depth == 0 and place < len(text) - 1:
+        if depth < 0:
             return None  # (1, 2) + (3, 4)
-        if character == "," and depth == 1:
+        if character == "," and depth == 0:
             items.append(text[begin:place])
             begin = place + 1
-    return (text[0] + text[-1], [*items, text[begin:-1]]) if items and depth == 0 else None
+    return (brackets, [*items, text[begin:]]) if items and depth == 0 else None
 
 
 def digits_after_point(found: list[Any]) -> int:
@@ -114,17 +122,28 @@ def equal(gold: str, answer: str) -> bool:
     from math_verify import verify
 
     expected, given = items_of(gold), items_of(answer)
-    if expected and given:
+    if expected and given and (expected[0] or given[0]):
         same_kind = expected[0] == given[0] and len(expected[1]) == len(given[1])
-        pairs = zip(expected[1], given[1], strict=False)
-        return same_kind and all(equal(f"${left.strip()}$", f"${right.strip()}$") for left, right in pairs)
+        return same_kind and all(map(equal_items, expected[1], given[1]))
     lefts, rights = read(gold), read(answer)
     digits = max(digits_after_point(lefts), digits_after_point(rights))
-    return any(
+    same = any(
         verify(left, right, timeout_seconds=None) and not differ(left, right, digits)
         for left in lefts
         for right in rights
     )
+    if same and expected and given and len(expected[1]) == len(given[1]):
+        waiting = list(given[1])  # in any order, but not only nearly equal
+        for left in expected[1]:
+            found = next((right for right in waiting if equal_items(left, right)), None)
+            if found is None:
+                return False
+            waiting.remove(found)
+    return same
+
+
+def equal_items(gold: str, answer: str) -> bool:
+    return equal(f"${gold.strip()}$", f"${answer.strip()}$")
 
 
 def limit(cpu_time: float, wall_time: float, memory: int) -> None:
@@ -148,7 +167,7 @@ def compare(connection: socket.socket) -> None:
         job = json.load(file)
     limit(job["cpu_time"], job["wall_time"], job["memory"])
     connection.sendall(STARTED)
-    if items_of(job["gold"]) or read(job["gold"]):
+    if (items_of(job["gold"]) or ("", []))[0] or read(job["gold"]):
         connection.sendall(GOLD_READ)
         if equal(job["gold"], job["answer"]):
             connection.sendall(RIGHT)
