@@ -313,10 +313,13 @@ def test_local_data_is_the_whole_benchmark():
     assert {name: len(benchmark.read(data)) for name, benchmark in BENCHMARKS.items()} == sizes
 
 
-def test_a_problem_without_tests_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("test", "message"), [("", r"\['test'\] is missing"), ("def check(f):\n    assert f() ==", "not valid Python")]
+)
+def test_a_problem_without_tests_is_named(tmp_path, test, message):
     path = tmp_path / "HumanEval.jsonl"
-    path.write_text('{"prompt": "def f():", "entry_point": "f"}\n')
-    with pytest.raises(ValueError, match=r"HumanEval.jsonl, row 0: \['test'\] is missing"):
+    path.write_text(json.dumps({"prompt": "def f():", "entry_point": "f", "test": test}) + "\n")
+    with pytest.raises(ValueError, match=f"HumanEval.jsonl, row 0: .*{message}"):
         BENCHMARKS["humaneval"].rows(str(path))
 
 

@@ -313,6 +313,11 @@ ATTEMPTS: dict[str, Attempt] = {
         "    except OSError:\n        pass",
         "plain data|real number",
     ),
+    "a call of a function it was not given": Attempt(
+        'for fd in range(3, 4096):\n    try:\n        os.write(fd, b\'{"call": 0, "arguments": [], "keywords": {}}\\n\')\n'
+        "    except OSError:\n        pass",
+        "Error|ended",
+    ),
     "an answer that is no answer": Attempt(
         "for fd in range(3, 4096):\n    try:\n        os.write(fd, b'\\xff\\x00 no JSON\\n')\n    except OSError:\n        pass",
         "Error",

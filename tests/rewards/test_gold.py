@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import shared
+from tests.rewards import wrong_answers
 from tests.rewards.world import PATIENT
 from trl_diffusion.rewards import countdown, math, sudoku
 from trl_diffusion.rewards.code import code_of_prompt, code_reward, program_of
@@ -22,16 +23,6 @@ def lines(*parts: str) -> list[dict]:
 
 # GSM8K
 
-MATH_CORRUPTIONS: dict[str, Callable[[str], str]] = {
-    "one more": lambda answer: f"#### {int(answer) + 1}",
-    "a digit added": lambda answer: f"#### {answer}7",
-    "another sign": lambda answer: f"#### {-int(answer) or 1}",
-    "half of it": lambda answer: f"#### {answer}.5",
-    "in words": lambda answer: "#### some number",
-    "nothing": lambda answer: "",
-    "right in the text, wrong behind the marker": lambda answer: f"It is {answer}. #### {int(answer) + 10}",
-}
-
 
 @pytest.fixture(scope="module")
 def gsm8k() -> list[str]:
@@ -42,11 +33,22 @@ def test_math_gold(gsm8k):
     assert math.math_accuracy(gsm8k, gsm8k) == [1.0] * 1319
 
 
-@pytest.mark.parametrize("kind", MATH_CORRUPTIONS)
-def test_math_corrupted(gsm8k, kind):
-    answers = gsm8k[::5]
-    corrupted = [MATH_CORRUPTIONS[kind](math.final_answer(answer)) for answer in answers]
-    assert math.math_accuracy(corrupted, answers) == [0.0] * len(answers)
+@pytest.mark.parametrize("every", [len(wrong_answers.GSM8K), 1])
+def test_math_wrong(gsm8k, every):
+    """Of each kind of wrong answer one, or one for each of 9 questions."""
+    kinds, questions = list(wrong_answers.GSM8K.items()), gsm8k[::150]
+    cases = [(kind, question) for kind in range(len(kinds)) for question in range(len(questions))]
+    cases = [case for case in cases if (case[0] - case[1]) % every == 0] if every > 1 else cases
+    answers = [questions[question] for _, question in cases]
+    texts = [
+        kinds[kind][1](math.final_answer(gold).replace(",", ""))
+        for (kind, _), gold in zip(cases, answers, strict=True)
+    ]
+    rewards = math.math_accuracy(texts, answers)
+    wrong = [
+        (kinds[kind][0], gold) for (kind, _), gold, reward in zip(cases, answers, rewards, strict=True) if reward != 0
+    ]
+    assert wrong == []
 
 
 # Sudoku

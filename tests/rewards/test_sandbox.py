@@ -71,12 +71,20 @@ class Node:
     def __iter__(self): yield self.value; yield from self.next or ()
     def __repr__(self): return f"Node({self.value})"
 def last(node): return last(node.next) if node.next else node
+def apply(function, *values, **named): return function(*values, **named)
+def compose(f, g): return lambda x: f(g(x))
+def rotate(items): items.rotate(1)
+def secrets(function): return [name for name in dir(function) if name.strip("_") in ("globals", "code", "closure", "self")]
 with open("note.txt", "w") as file: file.write("kept")
 def note(): return open("note.txt").read()
 """
     tests = """
 values = [None, True, 0, -1, 2**53, -2**70, 10**5000, 1.5, -0.0, float("inf"), 2j, "a\\u20ac\\ud800", b"\\x00\\xff", [],
-    [1, [2]], (1,), {1, 2}, frozenset({3}), {"a": 1}, {(1, 2): {3: [4]}}, ((), [()], {"x": ({},)})]
+    [1, [2]], (1,), {1, 2}, frozenset({3}), {"a": 1}, {(1, 2): {3: [4]}}, ((), [()], {"x": ({},)}),
+    fractions.Fraction(1, 3), decimal.Decimal("1.50"), datetime.date(2024, 2, 29), datetime.datetime(2024, 1, 1, 3, 4, 5, 6),
+    datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc), datetime.time(3, 4), datetime.timedelta(1, 2, 3),
+    collections.deque([1, 2], 3), collections.Counter("aab"), collections.OrderedDict(a=1), range(1, 9, 2),
+    {fractions.Fraction(1, 2): [range(3)]}]
 for value in values:
     got = same(value)
     assert got == value and type(got) is type(value)
@@ -95,6 +103,19 @@ node = Node(1, Node(2))
 node.next.next = Node(3)
 assert len(node) == 3 and list(node) == [1, 2, 3] and last(node).value == 3 and repr(node) == "Node(1)"
 assert note() == "kept"
+items = collections.deque([1, 2, 3])
+assert rotate(items) is None and items == collections.deque([3, 1, 2])
+assert apply(lambda x, y=2: x * y, 4, y=3) == 12 and apply(max, [1, 5, 2]) == 5 and apply(int, "7") == 7
+assert compose(lambda x: x + 1, lambda x: x * 2)(5) == 11 and apply(lambda f: f(3), lambda x: x + 1) == 4
+assert apply(sorted, [(1, 3), (2, 1)], key=lambda pair: pair[1]) == [(2, 1), (1, 3)]
+assert same(values.append) is not None and apply(values.append, 9) is None and values[-1] == 9
+assert apply(lambda node: node.value, node) == 1 and secrets(lambda: 0) == []
+try:
+    apply(fail_here := lambda x: {}[x], 1)
+except KeyError:
+    pass
+else:
+    raise AssertionError
 """
     verdict = run_tests(program, tests, limits=PATIENT)
     assert verdict.passed, verdict.reason
@@ -323,6 +344,22 @@ CHECK = "def check(candidate):\n    assert candidate([3, 4]) == 1 + one()"
         ("```python\ndef count(items): return len(items)\n", 1.0),
         ("def one(): return 6\ndef count(items): return 7", 0.0),
         ("", 0.0),
+        ("```\ndef count(items): return len(items)\n```", 1.0),
+        ("```Python\ndef count(items): return len(items)\n```", 1.0),
+        ("```python\r\ndef count(items):\r\n    return len(items)\r\n```\r\n", 1.0),
+        ("~~~python\ndef count(items): return len(items)\n~~~", 1.0),
+        ("````py\ndef count(items): return len(items)\n````", 1.0),
+        ("1. So:\n   ```python\n   def count(items):\n       return len(items)\n   ```", 1.0),
+        ("```python\ncount = lambda items: len(items)\n```\nUse:\n```python\nprint(count == 1)\n```", 1.0),
+        ("```python\ndef count(items): return len(items)\n```\nUse:\n```python\nprint(count(1))\n```", 1.0),
+        ("```python\ndef count(items): return len(items)\n```\nOut:\n```\n2\n```", 1.0),
+        (
+            "```python\ndef count(items): return 0\n```\nBetter:\n```text\ndef count(items): return len(items)\n```",
+            1.0,
+        ),
+        ("    return len(items)\n```\nThis counts, see ```python\ncount([])\n```", 1.0),
+        ("Use ```len``` here:\n```python\ndef count(items): return len(items)\n```", 1.0),
+        ("```python\nx = 1\n```python\ndef count(items): return len(items)\n", 1.0),
     ],
 )
 @pytest.mark.parametrize("conversational", [False, True])
@@ -340,14 +377,83 @@ def test_code_reward_with_asserts():
     assert reward.__name__ == "code_reward"
     right = "```python\ndef add(a, b):\n    return a + b\n```"
     columns = {
-        "test_list": [["assert add(1, 2) == 3", "assert add(X, 1) == 6"]] * 3 + [[], None],
-        "test_setup_code": ["X = 5", "X = 6", "X = 5", "", None],
-        "test_imports": [[], None, ["import math"], [], None],
-        "other": [0] * 5,
+        "test_list": [["assert add(1, 2) == 3", "assert add(X, 1) == 6"]] * 3
+        + [[], None, [""], "assert add(1, 2) == 3", "assert add(1, 2) == 3"],
+        "test_setup_code": ["X = 5", "X = 6", "X = 5", "", None, "X = 5", "", ""],
+        "test_imports": [[], None, ["import math"], [], None, [], "import math", None],
+        "other": [0] * 8,
     }
-    completions = [right, right, "def add(a, b): return 3", right, right]
-    assert reward(["Add."] * 5, completions, **columns) == [1.0, 0.0, 0.0, None, None]
+    usage = f"{right}\nLike this:\n```python\nadd(1)\n```"
+    wrong = "def add(a, b): return 3"
+    completions = [
+        right,
+        right,
+        wrong,
+        right,
+        right,
+        wrong,
+        usage,
+        "def add(a, b):\n    return a + b\n```\nThat is all.",
+    ]
+    prompts = ["Add."] * 7 + ["Add.\n```python\n"]
+    assert reward(prompts, completions, **columns) == [1.0, 0.0, 0.0, None, None, None, 1.0, 1.0]
     assert reward(["Add."], [right]) == [None]
+
+
+CASES = "class T(unittest.TestCase):\n    def test_it(self):\n        self.assertEqual(f(), 1)"
+
+
+@pytest.mark.parametrize(
+    ("test", "entry_point"),
+    [
+        ("def test_it():\n    assert f() == 1", None),
+        (f"import unittest\n{CASES}\nif __name__ == '__main__':\n    unittest.main()", None),
+        ("assert f() == 1", "f"),
+        ("def check(candidate):\n    assert candidate() == 1\n\ncheck(f)", None),
+        (
+            f"from unittest import TestCase\n{CASES.replace('unittest.', '')}\n    def test_no(self): self.skipTest('')",
+            "f",
+        ),
+    ],
+)
+def test_tests_that_are_called(test, entry_point):
+    """A wrong program does not pass because the tests were defined and never run."""
+    reward = code_reward(allow_execution=True, limits=PATIENT, workers=2)
+    programs = ["def f(): return 1", "def f(): return 2"]
+    assert reward(["F."] * 2, programs, test=[test] * 2, entry_point=[entry_point] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"test": "def check(candidate):\n    assert candidate() == 1"},
+            "check.candidate., and `entry_point` does not say",
+        ),
+        ({"test": "def check(candidate):\n    pass", "entry_point": "f"}, "its `check` asserts nothing"),
+        ({"test": "def helper():\n    assert f() == 1"}, "assert nothing when they are run"),
+        ({"test_list": ["f"], "test_setup_code": "print(1)"}, "assert nothing when they are run"),
+        ({"test": "if __name__ == '__main__':\n    assert f()"}, "assert nothing when they are run"),
+        ({"test_list": ["# nothing"]}, "assert nothing when they are run"),
+        ({"test_list": ["assert f() =="]}, r"not valid Python: invalid syntax \(line 2: 'assert f\(\) =='"),
+        ({"test_list": "assert f()\0"}, "not valid Python"),
+        ({"test": "import numpy as np, math\nassert f()"}, "its tests import numpy, and the sandbox has the standard"),
+        ({"test": "def test_it(fixture):\n    assert f()"}, "test_it takes arguments"),
+        ({"test": f"import unittest\n{CASES}\nunittest.main()"}, "leave that out"),
+        (
+            {"test": "class Own: pass\nassert f(Own()) == 1"},
+            "its tests pass a Own to the program: only plain data and",
+        ),
+    ],
+)
+def test_tests_that_say_nothing(columns, message):
+    """They are an error of their row, and no program is right or wrong by them."""
+    names = ("test", "entry_point", "test_list", "test_setup_code")
+    right = {"test_list": ["assert f(0) == 1"]}
+    columns = {name: [right.get(name), columns.get(name)] for name in names}
+    reward = code_reward(allow_execution=True, limits=PATIENT, workers=2)
+    with pytest.raises(ValueError, match=f"code_reward, row 1.*{message}"):
+        reward(["F."] * 2, ["def f(x): return 1"] * 2, **columns)
 
 
 def test_the_start_of_a_program():

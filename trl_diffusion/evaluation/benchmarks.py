@@ -9,6 +9,7 @@ from typing import Any
 
 from ..rewards import countdown, math, sudoku
 from ..rewards.code import code_reward
+from ..rewards.code_tests import problem_of
 from ..tasks.task import countdown_rows, gsm8k_rows, read_rows, sudoku_rows
 
 
@@ -85,7 +86,7 @@ def code_rows(path: str) -> list[dict[str, Any]]:
     The problems of a file in the manner of HumanEval: `prompt`, `test` and `entry_point`.
 
     Raises:
-        ValueError: if a row lacks one of them.
+        ValueError: if a row lacks one of them, or its tests can say nothing about a program.
     """
     rows = []
     for number, row in enumerate(read_rows(path)):
@@ -93,6 +94,9 @@ def code_rows(path: str) -> list[dict[str, Any]]:
         if missing:
             raise ValueError(f"{path}, row {number}: {missing} is missing; it has {sorted(row)}.")
         rows.append(human_eval_row(row))
+        problem = problem_of("", rows[-1]["test"], row["entry_point"])
+        if problem:
+            raise ValueError(f"{path}, row {number}: {problem}.")
     return rows
 
 

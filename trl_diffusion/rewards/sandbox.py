@@ -34,6 +34,8 @@ What is left:
   is given, and with it what a test compares with later (`assert f(xs) == sorted(xs)`); a name that tests use and do not
   define is the program's (`isclose` without an import); so is the word for what an object of its own does
   (`assert f(x).is_right() is True`).
+- A function that tests pass to a program is called in the tests' process as often and with what the program likes, and the
+  program may hide what it raises. Nothing else of it can be reached.
 - If the trainer itself is killed, the processes die with it, but the working directory stays behind.
 """
 
@@ -99,11 +101,20 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the tests passed; why not; and what the program printed, up to the limit."""
+    """
+    What came of a program.
+
+    Attributes:
+        passed (`bool`): whether the tests passed.
+        reason (`str`): why not.
+        output (`str`): what the program printed, up to the limit.
+        is_unsupported (`bool`): whether the tests need what the sandbox does not have, so that no program can pass.
+    """
 
     passed: bool
     reason: str = ""
     output: str = ""
+    is_unsupported: bool = False
 
 
 def run_tests(
@@ -119,8 +130,8 @@ def run_tests(
     Args:
         program (`str`): source of the program. Not trusted.
         tests (`str`): source of the tests, which use the program's functions and classes by their names.
-        entry_point (`str`, *optional*): if given, the tests define a function `check`, which is called with the
-            program's function of this name.
+        entry_point (`str`, *optional*): if given, and the tests define a function `check`, that is called with the
+            program's function of this name. Otherwise functions `test...()` and classes of `unittest.TestCase` are run.
         helpers (`str`, *optional*): source that runs before the tests. Trusted: what it defines is used by the tests
             in place of what the program defines under the same name (other than `entry_point`).
         limits (`SandboxLimits`, *optional*): what the program may use.
@@ -331,7 +342,7 @@ def _supervise(verdict_fd: int, output_fd: int, directory: str, files: _FilesMad
     if output_fd in fds and _wait([output_fd], 0):
         output += os.read(output_fd, 2**16)
     result = json.loads(verdict)
-    return replace(failed(result["reason"]), passed=result["passed"])
+    return replace(failed(result["reason"]), **result)
 
 
 def _uses_more_disk_than(limit: int, directory: str) -> bool:

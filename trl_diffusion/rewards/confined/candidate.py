@@ -6,32 +6,73 @@ It knows neither the tests nor what they expect, and nothing it says is a verdic
 
 from __future__ import annotations
 
+import builtins
 import sys
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
 from start import start
-from wire import Pipe, decode, encode
+from wire import MAX_TEXT, Pipe, decode, encode, exception, failure
 
 
-MAX_TEXT = 1000  # characters of an exception's message that travel
+class Function:
+    """A function of the tests, which is called in their process. Nothing of it is here but its number."""
+
+    def __init__(self, candidate: Candidate, number: int):
+        self._candidate = candidate
+        self._number = number
+
+    def __call__(self, *arguments, **keywords):
+        return self._candidate.call_back(self._number, arguments, keywords)
 
 
 class Candidate:
     """The program's module, and the objects that have been referred to, by number; the module itself is number 0."""
 
-    def __init__(self, module: ModuleType):
+    def __init__(self, module: ModuleType, pipe: Pipe):
         self.objects: list[Any] = [module]
+        self.pipe = pipe
 
     def refer(self, value: Any) -> dict:
+        if type(value) is Function:
+            return {"type": "function", "id": value._number}
         self.objects.append(value)
         return {"type": "object", "id": len(self.objects) - 1, "class": type(value).__name__[:MAX_TEXT]}
+
+    def resolve(self, value: dict) -> Any:
+        match value["type"]:
+            case "object":
+                return self.objects[value["id"]]
+            case "builtin":
+                return getattr(builtins, value["name"])
+        return Function(self, value["id"])
 
     def encode(self, value: Any) -> Any:
         return encode(value, self.refer)
 
     def decode(self, value: Any) -> Any:
-        return decode(value, self.objects.__getitem__)
+        return decode(value, self.resolve)
+
+    def serve(self, broken: dict | None = None) -> dict:
+        """Answers requests, with `broken` if that is given, until a message comes that is none: the end of a call back."""
+        while True:
+            message = self.pipe.receive()
+            if "do" not in message:
+                return message
+            try:
+                reply = broken or self.answer(message)
+            except BaseException as error:
+                reply = failure(error)
+            self.pipe.send(reply)
+
+    def call_back(self, number: int, arguments: tuple, keywords: dict) -> Any:
+        """Calls a function of the tests. Raises what it raises, as a built-in exception."""
+        self.pipe.send({"call": number, "arguments": self.encode(list(arguments)), "keywords": self.encode(keywords)})
+        reply = self.serve()
+        if "raised" in reply:
+            raise exception(reply["raised"], reply["message"])
+        return self.decode(reply["value"])
 
     def answer(self, request: dict) -> dict:
         """Does what a request asks for. Raises whatever the program raises."""
@@ -61,33 +102,16 @@ class Candidate:
         raise ValueError(f"Unknown request {request['do']!r}.")
 
 
-def failure(error: BaseException) -> dict:
-    """An exception as a message, without trusting the exception."""
-    try:
-        text = str(error)[:MAX_TEXT]
-    except BaseException:
-        text = "(no message)"
-    return {"raised": type(error).__name__[:MAX_TEXT], "message": text}
-
-
 def main() -> None:
     job = start()
     pipe = Pipe(job["read_fd"], job["write_fd"])
     module = ModuleType("candidate")
     sys.modules["candidate"] = module
-    candidate = Candidate(module)
+    candidate = Candidate(module, pipe)
     broken = None
     try:
         exec(compile(job["program"], "candidate.py", "exec"), module.__dict__)
     except BaseException as error:
         broken = failure(error)
-    while True:
-        try:
-            request = pipe.receive()
-        except EOFError:
-            return
-        try:
-            reply = broken or candidate.answer(request)
-        except BaseException as error:
-            reply = failure(error)
-        pipe.send(reply)
+    with suppress(EOFError):
+        candidate.serve(broken)

@@ -2,7 +2,8 @@
 The process of the tests: runs them against functions that live in the process of the program, and gives the verdict.
 
 No line of the program runs here. What it answers arrives as plain data, made anew from JSON, so that comparisons are
-Python's own; an object of the program's own classes can be called and looked into, but not compared.
+Python's own; an object of the program's own classes can be called and looked into, but not compared. The program
+can call the functions that the tests pass to it, and nothing else of theirs.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import builtins
 import json
 import os
 import sys
+from collections import Counter, OrderedDict, deque
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from start import start
-from wire import Pipe, decode, encode
+from wire import Pipe, decode, encode, exception, failure
 
 
 MAX_REASON = 2000  # characters
@@ -29,6 +32,7 @@ class Program:
 
     def __init__(self, pipe: Pipe):
         self._pipe = pipe
+        self._functions: list[Any] = []  # of the tests, that the program may call
 
     def ask(self, of: int, do: str, arguments: tuple = (), keywords: dict | None = None) -> Any:
         """Asks the program's process and waits. Raises what the program raised, as a built-in exception."""
@@ -36,40 +40,61 @@ class Program:
             {
                 "of": of,
                 "do": do,
-                "arguments": encode(list(arguments), _refer),
-                "keywords": encode(keywords or {}, _refer),
+                "arguments": encode(list(arguments), self._refer),
+                "keywords": encode(keywords or {}, self._refer),
             }
         )
-        reply = self._pipe.receive()
+        while "call" in (reply := self._pipe.receive()):
+            self._pipe.send(self._call_back(reply))
         if "raised" in reply:
-            raise _exception(str(reply["raised"]), str(reply.get("message")))
+            raise exception(str(reply["raised"]), str(reply.get("message")))
         changed = self.decode(reply.get("arguments", []))
         for argument, now in zip(arguments, changed, strict=False):
             _update(argument, now)
         return self.decode(reply.get("value"))
 
     def decode(self, value: Any) -> Any:
-        return decode(value, lambda number: Remote(self, number))
+        return decode(value, self._resolve)
+
+    def _call_back(self, request: dict) -> dict:
+        """Calls a function of the tests that the program was given, as it asks."""
+        try:
+            function = self._functions[request["call"]]
+            arguments, keywords = self.decode(request["arguments"]), self.decode(request["keywords"])
+            return {"value": encode(function(*arguments, **keywords), self._refer)}
+        except Exception as error:
+            return failure(error)
+
+    def _resolve(self, value: dict) -> Any:
+        if value["type"] == "function":
+            return self._functions[value["id"]]
+        return Remote(self, int(value["id"]))
+
+    def _refer(self, value: Any) -> dict:
+        """What stands for a value that is no plain data. Raises `Unsupported` for an object of the tests' own."""
+        if isinstance(value, Remote):
+            return {"type": "object", "id": value._number}
+        name = getattr(value, "__name__", "")
+        if isinstance(name, str) and getattr(builtins, name, None) is value:
+            return {"type": "builtin", "name": name}
+        if isinstance(value, FunctionType | BuiltinFunctionType | MethodType | partial):
+            self._functions.append(value)
+            return {"type": "function", "id": len(self._functions) - 1}
+        raise Unsupported(
+            f"its tests pass a {type(value).__name__} to the program: only plain data and functions can be passed"
+        )
 
 
 def _update(argument: Any, now: Any) -> None:
-    """Makes a list, set or dictionary that was passed to the program equal to what the program made of it."""
+    """Makes a list, deque, set or dictionary that was passed to the program equal to what the program made of it."""
     if type(argument) is list and type(now) is list:
         argument[:] = now
-    elif type(argument) in (set, dict) and type(now) is type(argument):
+    elif type(argument) is deque and type(now) is deque:
+        argument.clear()
+        argument.extend(now)
+    elif type(argument) in (set, dict, Counter, OrderedDict) and type(now) is type(argument):
         argument.clear()
         argument.update(now)
-
-
-def _exception(name: str, message: str) -> Exception:
-    kind = getattr(builtins, name, None)
-    ends_loops = (StopIteration, StopAsyncIteration)  # `all(map(f, inputs))` would end early, and be true
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, ends_loops):
-        try:
-            return kind(message)
-        except TypeError:
-            pass
-    return RuntimeError(f"{name}: {message}")
 
 
 class Remote:
@@ -110,10 +135,8 @@ class Remote:
     __hash__ = object.__hash__
 
 
-def _refer(value: Any) -> dict:
-    if isinstance(value, Remote):
-        return {"type": "object", "id": value._number}
-    raise TypeError(f"The tests pass a {type(value).__name__} to the program: only plain data can be passed.")
+class Unsupported(BaseException):
+    """The tests need what there is not here. No `except Exception` of theirs hides it."""
 
 
 def _names(tests: str) -> list[tuple[str, ModuleType | None]]:
@@ -140,7 +163,8 @@ def run(program: Program, helpers: str, tests: str, entry_point: str | None) -> 
         helpers (`str`): trusted source that runs before the tests; its functions hide the program's.
         tests (`str`): source of the tests. Names it does not define are the helpers', or those of modules of the
             standard library, or the program's, in this order.
-        entry_point (`str`, *optional*): name of the function that is handed to the tests' `check`.
+        entry_point (`str`, *optional*): name of the function that is handed to the tests' `check`, if they have one. Where
+            they have none, functions `test...()` and classes of `unittest.TestCase` are run.
     """
     program.ask(0, "str")  # raises if the program broke
     namespace: dict[str, Any] = {"__name__": "tests"}
@@ -153,12 +177,35 @@ def run(program: Program, helpers: str, tests: str, entry_point: str | None) -> 
         except AttributeError:
             continue  # the tests' own, or a NameError when they come to it
     exec(compile(helpers, "helpers.py", "exec"), namespace)
-    if entry_point is None:
-        exec(compile(tests, "tests.py", "exec"), namespace)
-        return
-    candidate = namespace[entry_point] = program.ask(0, "get", (entry_point,))
+    candidate = None
+    if entry_point is not None:
+        candidate = namespace[entry_point] = program.ask(0, "get", (entry_point,))
     exec(compile(tests, "tests.py", "exec"), namespace)
-    namespace["check"](candidate)
+    if entry_point is not None and "check" in namespace:
+        namespace["check"](candidate)
+        return
+    for name, value in list(namespace.items()):
+        if isinstance(value, FunctionType) and value.__code__.co_filename == "tests.py" and name.startswith("test"):
+            value()
+    if "unittest" in sys.modules:
+        _run_cases(namespace)
+
+
+def _run_cases(namespace: dict[str, Any]) -> None:
+    """Runs the classes of `unittest.TestCase` among the tests. Raises unless all of their tests were run and passed."""
+    import unittest
+
+    cases = [value for value in namespace.values() if isinstance(value, type) and issubclass(value, unittest.TestCase)]
+    suite = unittest.TestSuite(map(unittest.defaultTestLoader.loadTestsFromTestCase, cases))
+    result = unittest.TestResult()
+    if suite.countTestCases() == 0:
+        return
+    suite.run(result)
+    if not result.wasSuccessful() or len(result.skipped) == result.testsRun:
+        failed = [text for _, text in [*result.failures, *result.errors]]
+        raise AssertionError(
+            failed[0].strip().splitlines()[-1] if failed else "the test cases passed in an unexpected way"
+        )
 
 
 def main() -> None:
@@ -167,6 +214,8 @@ def main() -> None:
     try:
         run(program, job["helpers"], job["tests"], job["entry_point"])
         verdict = {"passed": True, "reason": ""}
+    except Unsupported as error:
+        verdict = {"passed": False, "reason": str(error), "is_unsupported": True}
     except BaseException as error:
         verdict = {"passed": False, "reason": f"{type(error).__name__}: {error}"[:MAX_REASON]}
     os.write(job["verdict_fd"], json.dumps(verdict).encode() + b"\n")

@@ -1,21 +1,43 @@
 """
 What the two confined processes say to each other: a line of JSON per message.
 
-Values that are plain data (numbers, strings, bytes, `None`, lists, tuples, sets, dictionaries of those) travel as
-themselves; anything else stays where it is and travels as a number that stands for it.
+Values that are plain data (numbers, strings, bytes, `None`, fractions, decimals, dates and times, ranges, and lists, tuples,
+sets, deques, counters and dictionaries of those) travel as themselves; anything else stays where it is and travels as a
+number that stands for it.
 """
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 
 MAX_MESSAGE = 16 * 2**20  # bytes
+MAX_TEXT = 1000  # characters of an exception's message that travel
+# What stands for a value: an object of the program's, a function of the tests', a function or class that is built in.
+STAND_INS = ("object", "function", "builtin")
 _PLAIN_INT = 2**53
 _SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset}
+
+# Classes of the standard library: module, name, how a value is taken apart, how it is made from the parts. A subclass comes
+# before its base. None is imported here: a value of one can only be there if its module is.
+_STANDARD: list[tuple[str, str, Callable[[Any], list], Callable[..., Any]]] = [
+    ("builtins", "range", lambda v: [v.start, v.stop, v.step], lambda kind, *parts: kind(*parts)),
+    ("fractions", "Fraction", lambda v: [v.numerator, v.denominator], lambda kind, *parts: kind(*parts)),
+    ("decimal", "Decimal", lambda v: [str(v)], lambda kind, text: kind(text)),
+    ("datetime", "datetime", lambda v: [v.isoformat()], lambda kind, text: kind.fromisoformat(text)),
+    ("datetime", "date", lambda v: [v.isoformat()], lambda kind, text: kind.fromisoformat(text)),
+    ("datetime", "time", lambda v: [v.isoformat()], lambda kind, text: kind.fromisoformat(text)),
+    ("datetime", "timedelta", lambda v: [v.days, v.seconds, v.microseconds], lambda kind, *parts: kind(*parts)),
+    ("collections", "deque", lambda v: [list(v), v.maxlen], lambda kind, items, most: kind(items, most)),
+    ("collections", "Counter", lambda v: [dict(v)], lambda kind, items: kind(items)),
+    ("collections", "OrderedDict", lambda v: [dict(v)], lambda kind, items: kind(items)),
+]
 
 
 class Pipe:
@@ -60,12 +82,15 @@ def encode(value: Any, refer: Callable[[Any], dict]) -> Any:
     for name, kind in _SEQUENCES.items():
         if isinstance(value, kind):
             return {"type": name, "items": [encode(item, refer) for item in value]}
+    for module, name, parts, _ in _STANDARD if type(value) is not dict else ():
+        if isinstance(value, getattr(sys.modules.get(module), name, ())):
+            return {"type": name, "items": [encode(part, refer) for part in parts(value)]}
     if isinstance(value, dict):
         return {"type": "dict", "items": [[encode(k, refer), encode(v, refer)] for k, v in value.items()]}
     return refer(value)
 
 
-def decode(value: Any, resolve: Callable[[int], Any]) -> Any:
+def decode(value: Any, resolve: Callable[[dict], Any]) -> Any:
     """What `encode` encoded; `resolve` finds what a stand-in stands for. Raises a `ValueError` for anything else."""
     if isinstance(value, list):
         return [decode(item, resolve) for item in value]
@@ -83,8 +108,32 @@ def decode(value: Any, resolve: Callable[[int], Any]) -> Any:
             return _SEQUENCES[kind](decode(item, resolve) for item in value["items"])
         if kind == "dict":
             return {decode(k, resolve): decode(v, resolve) for k, v in value["items"]}
-        if kind == "object":
-            return resolve(int(value["id"]))
+        for module, name, _, make in _STANDARD:
+            if kind == name:
+                return make(getattr(import_module(module), name), *(decode(item, resolve) for item in value["items"]))
+        if kind in STAND_INS:
+            return resolve(value)
     except (KeyError, TypeError) as error:
         raise ValueError(f"The answer is not a value: {error}.") from error
     raise ValueError(f"The answer is of an unknown type, {kind!r}.")
+
+
+def failure(error: BaseException) -> dict:
+    """An exception as a message, without trusting the exception."""
+    try:
+        text = str(error)[:MAX_TEXT]
+    except BaseException:
+        text = "(no message)"
+    return {"raised": type(error).__name__[:MAX_TEXT], "message": text}
+
+
+def exception(name: str, message: str) -> Exception:
+    """The built-in exception of a name, or a `RuntimeError` if there is none."""
+    kind = getattr(builtins, name, None)
+    ends_loops = (StopIteration, StopAsyncIteration)  # `all(map(f, inputs))` would end early, and be true
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, ends_loops):
+        try:
+            return kind(message)
+        except TypeError:
+            pass
+    return RuntimeError(f"{name}: {message}")
