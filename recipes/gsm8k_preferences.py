@@ -34,10 +34,9 @@ def corrupt(solution: str, rng: random.Random) -> str:
     return f"{text}#### {wrong}"
 
 
-def make_pair(question: str, solution: str, rng: random.Random, plain: bool, implicit_prompt: bool) -> dict[str, Any]:
+def make_pair(prompt: str, solution: str, rng: random.Random, plain: bool, implicit_prompt: bool) -> dict[str, Any]:
     """A row of a preference dataset."""
     solution = re.sub(r"<<.*?>>", "", solution)  # the data's own calculator annotations
-    prompt = f"{question}\nThink step by step and end with '#### ' and the answer."
     pair = {"chosen": solution, "rejected": corrupt(solution, rng)}
     if plain:
         prompt += "\n"
@@ -66,7 +65,7 @@ def main() -> None:
                 raise ValueError(
                     f"{args.source}, row {number}: the answer must end in '#### ' and a whole number, got {end!r}."
                 )
-        pairs = [make_pair(row["question"], row["answer"], rng, args.plain, args.implicit_prompt) for row in rows]
+        pairs = [make_pair(row["prompt"], row["answer"], rng, args.plain, args.implicit_prompt) for row in rows]
         write_text(args.output, "".join(json.dumps(pair) + "\n" for pair in pairs))
     print(f"{len(pairs)} pairs are in {args.output}.")
 

@@ -81,7 +81,7 @@ NOT_SUPPORTED = (
         "backbones with recurrent or convolutional layers",
         "an attention mask does not rule",
     ),
-    Row(r".*::test_train_with_generation_kwargs", "generation_kwargs", "`generation_kwargs`: generation would be"),
+    Row(r".*::test_train_with_generation_kwargs", "generation_kwargs", "`generation_kwargs`: they generate from"),
     Row(r".*::test_train_with_additional_generation_kwargs", "top_p", "`top_p`: sampling and scoring"),
     # Its responses come from a mock of `generate`.
     Row(

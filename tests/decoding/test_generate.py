@@ -53,6 +53,12 @@ def test_bad_calls(policy, tokenizer):
         generate(policy, tokenizer, [])
     with pytest.raises(TypeError, match="max_tokens"):
         generate(policy, tokenizer, PROMPTS, max_tokens=3)
+    with pytest.raises(TypeError, match="`model` must be a model, got 'outputs/policy' .* Load it first"):
+        generate("outputs/policy", tokenizer, PROMPTS)
+    with pytest.raises(TypeError, match="`model` must be a model, got "):
+        generate(tokenizer, policy, PROMPTS)
+    with pytest.raises(TypeError, match="`tokenizer` must be a tokenizer, got .*'countdown"):
+        generate(policy, PROMPTS, tokenizer)
 
 
 class Terminal(StringIO):

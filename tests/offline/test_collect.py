@@ -106,6 +106,10 @@ def test_another_collection_is_not_overwritten(collection, start, tokenizer, tmp
         ({"num_responses": 5}, "num_responses"),
         ({"decoding": DecodingConfig(14, 0.5, tokens_per_step=2)}, "decoding"),
         ({"dataset": prompt_dataset(9)}, "num_prompts"),
+        (
+            {"decoding": DecodingConfig(14, tokens_per_step=2)},
+            "4 responses to a prompt are all the same at temperature 0",
+        ),
         ({"reward_funcs": codes}, "rewards"),
     ):
         with pytest.raises(ValueError, match=named):

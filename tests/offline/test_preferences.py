@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import make_policy, shared
 from trl_diffusion import DiffusionSpec, from_preferences
 from trl_diffusion.rewards.math import final_answer
+from trl_diffusion.tasks.task import gsm8k_row
 
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -101,7 +102,7 @@ def test_corrupted_solutions_are_wrong(recipe):
     rows, rng = solutions(500), random.Random(1)
     corrupted = [recipe.corrupt(row["answer"], rng) for row in rows]
     for row, text in zip(rows, corrupted, strict=True):
-        right, wrong = (int(final_answer(solution)) for solution in (row["answer"], text))
+        right, wrong = (int(final_answer(solution).replace(",", "")) for solution in (row["answer"], text))
         assert right != wrong
         # Nothing but numbers has changed.
         assert re.sub(r"-?[\d.,]+", "", text) == re.sub(r"-?[\d.,]+", "", row["answer"])
@@ -120,7 +121,10 @@ def test_gsm8k_pairs_in_every_format(recipe):
     for plain in (False, True):
         for implicit in (False, True):
             rng = random.Random(0)
-            pairs = [recipe.make_pair(row["question"], row["answer"], rng, plain, implicit) for row in solutions(20)]
+            pairs = [
+                recipe.make_pair(gsm8k_row(row)["prompt"], row["answer"], rng, plain, implicit)
+                for row in solutions(20)
+            ]
             made = from_preferences(Dataset.from_list(pairs), tokenizer, spec, tokens_per_step=4)
             texts[plain, implicit] = [
                 tuple(tokenizer.decode(row["prompt_ids"] + tokens_of(row, index)) for index in range(2))

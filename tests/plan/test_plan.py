@@ -169,7 +169,7 @@ def test_command(capsys, tmp_path):
     assert found["plans"][0]["reference"] > 0 and not any(plan["fits"] for plan in found["plans"])
     assert "rollout_hours" not in found["time"]
     for text, message in (
-        ("a: [", "while parsing"),
+        ("a: [", "line 1: expected the node content"),
         ("distributed_type: DEEPSPEED\n", "holds no options of a recipe"),
         (
             "gradient_accumulation_steps: eight\nbeta: 0.1\n",

@@ -285,7 +285,7 @@ ATTEMPTS: dict[str, Attempt] = {
     "closing everything": Attempt("os.closerange(0, 1000)", "ended|Bad file|Broken"),
     "a verdict on the screen": Attempt('print(\'{"passed": true, "reason": ""}\')\nos._exit(0)', "ended"),
     "a verdict to everyone": Attempt(
-        'for fd in reversed(range(32)):\n    try:\n        os.write(fd, b\'{"passed": true, "reason": ""}\\n\')\n'
+        'for fd in reversed(range(4096)):\n    try:\n        os.write(fd, b\'{"passed": true, "reason": ""}\\n\')\n'
         "    except OSError:\n        pass\nos._exit(0)",
         "",
     ),

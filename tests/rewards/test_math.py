@@ -14,6 +14,7 @@ from re import _parser
 import pytest
 
 import trl_diffusion
+from tests.processes import HANGS
 from tests.rewards.hostile_answers import batches, hostile_answers, rewards
 from tests.rewards.wrong_answers import MATH
 from trl_diffusion.rewards import math, math_checker
@@ -116,7 +117,7 @@ def test_limits_hold_in_threads():
 def test_answers_do_not_wait_for_each_other(monkeypatch):
     """Three that take long are in processes at the same time: each waits here for the other two."""
     monkeypatch.setattr(math_checker, "workers", lambda: 3)
-    checker, together = MathChecker(), threading.Barrier(3, timeout=60)
+    checker, together = MathChecker(), threading.Barrier(3, timeout=HANGS)
     monkeypatch.setattr(checker, "_server", lambda: None)
     monkeypatch.setattr(checker, "_ask", lambda server, job: (together.wait(), b"sg")[1])
     assert checker.compare([("$7$", LONG)] * 3) == [False] * 3

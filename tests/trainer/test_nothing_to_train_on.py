@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
+from transformers import TrainerCallback
 
 from tests.offline.conftest import collection, run_collect, start  # noqa: F401
 from tests.trainer.conftest import codes, make_dataset
@@ -87,6 +90,16 @@ def test_a_stream_that_ends_early(make_trainer):
 # ----------------------------------------------------------------------------------------------------------- rewards
 
 
+class OnStep(TrainerCallback):
+    """Calls a function after each optimizer step."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_step_end(self, *args, **kwargs):
+        self.function()
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, 1e300])
 def test_infinite_rewards(make_trainer, value):
     def bad(completions, **kwargs):
@@ -101,8 +114,28 @@ def test_infinite_rewards(make_trainer, value):
     assert any(repr(prompt) in str(error.value) for prompt in first) and trainer.state.global_step == 0
 
 
-def test_nothing_learnt_from_equal_rewards(make_trainer, caplog):
-    make_trainer(reward_funcs=lambda completions, **kwargs: [1.0] * len(completions), max_steps=2).train()
+@pytest.mark.parametrize(
+    "reason", ["have the same reward", "are the same. A higher `temperature`", "every response is empty"]
+)
+def test_nothing_learnt_from_equal_rewards(make_trainer, char_spec, caplog, reason):
+    """Said after the third rollout, once, with the reason; and in the end."""
+    options = {"temperature": 1e-4} if "temperature" in reason else {}
+    trainer = make_trainer(reward_funcs=lambda completions, **kwargs: [1.0] * len(completions), max_steps=5, **options)
+    if "empty" in reason:
+        decode = trainer.decode
+
+        def say_nothing(*given):
+            batch = decode(*given)
+            batch.canvas_ids[:, 0] = char_spec.stop_token_ids[0]
+            return replace(batch, completion_lengths=torch.ones_like(batch.completion_lengths))
+
+        trainer.decode = say_nothing
+    seen = []
+    trainer.add_callback(
+        OnStep(lambda: seen.append(caplog.text.count("Nothing could be learnt from the last 3 rollouts")))
+    )
+    trainer.train()
+    assert seen == [0, 0, 1, 1, 1] and reason in caplog.text
     assert "Nothing was learnt from the rewards" in caplog.text
 
 

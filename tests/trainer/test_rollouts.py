@@ -98,6 +98,7 @@ def test_answer_is_greedy_and_in_order(make_trainer):
     assert len(answers) == len(trajectories) == 16
     assert answers == trainer.answer(prompts)[0]
     assert answers[5] == trainer.answer([prompts[5]])[0][0]
+    assert trainer.answer(prompts[5])[0] == answers[5:6]  # one prompt, not its characters
 
 
 def test_completions_table(make_trainer, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any, TextIO, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..policies.forward import unwrap
+from ..policies.forward import check_model, unwrap
 from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.spec import DiffusionSpec
 from ..seeds import derive_seed
@@ -78,20 +78,23 @@ def generate(
         [`Generation`]
 
     Raises:
+        TypeError: if the model is no model, or the tokenizer no tokenizer.
         ValueError: if both `config` and `settings` are given, and as for [`decode`].
     """
-    from ..policies.prompts import read_chat_template_kwargs, tokenize_prompts  # here, because it imports TRL
+    from ..policies.prompts import (
+        as_prompts,
+        read_chat_template_kwargs,
+        tokenize_prompts,
+    )  # here, because it imports TRL
 
     if config is not None and settings:
         raise ValueError(f"Give `config` or single settings, not both; got `config` and {sorted(settings)}.")
     config = config or DecodingConfig(**settings)
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
-        prompts = [prompts]
-    if not prompts:
-        raise ValueError("There is no prompt to answer.")
+    check_model(model, tokenizer)
+    prompts = as_prompts(prompts)
     model_config = unwrap(model).config
     spec = with_absent_tokens(spec, model_config, tokenizer) if spec else resolve_spec(model_config, None, tokenizer)
-    prompt_ids = tokenize_prompts(tokenizer, list(prompts), **read_chat_template_kwargs(chat_template_kwargs))
+    prompt_ids = tokenize_prompts(tokenizer, prompts, **read_chat_template_kwargs(chat_template_kwargs))
     seeds = [derive_seed(seed, row) for row in range(len(prompts))]
     was_training = model.training
     model.eval()

@@ -23,7 +23,7 @@ from trl import is_conversational
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
 from ..fields import check_at_least
-from ..policies.forward import NonFiniteLogits
+from ..policies.forward import NonFiniteLogits, check_model
 from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.lora import adapters
 from ..policies.prompts import check_form, check_visible, read_chat_template_kwargs, tokenize_prompts
@@ -78,7 +78,7 @@ def collect(
         output_dir (`str` or `Path`):
             A new directory, or that of an interrupted collection.
         decoding ([`DecodingConfig`]):
-            Settings of the decoder. With temperature 0 all responses to a prompt are the same.
+            Settings of the decoder. With temperature 0 all responses to a prompt are the same, so only one is allowed.
         num_responses (`int`, *optional*, defaults to `8`):
             Responses to each prompt.
         spec ([`DiffusionSpec`], *optional*):
@@ -100,6 +100,7 @@ def collect(
         `output_dir` as a `Path`.
 
     Raises:
+        TypeError: if the model is no model, or the tokenizer no tokenizer.
         ValueError: before anything is written, for prompts that the policy cannot take, a column whose name the format
             needs, or an `output_dir` that holds something else, such as a collection with other settings (the
             differences are named). Later, if a reward function gives something else than one finite number or `None` for
@@ -107,6 +108,7 @@ def collect(
         NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite. Shards that are whole stay; the
             one in work is not written.
     """
+    check_model(model, tokenizer)
     template = read_chat_template_kwargs(chat_template_kwargs)
     caller = reward_funcs
     if not isinstance(caller, RewardCaller):
@@ -118,6 +120,11 @@ def collect(
         raise ValueError("`allow_mask_token=True` leaves mask tokens in responses, which cannot be trained on.")
     for name, value in dict(num_responses=num_responses, batch_size=batch_size, rows_per_shard=rows_per_shard).items():
         check_at_least(name, value)
+    if num_responses > 1 and not (decoding.is_random or callable(decoding.strategy)):
+        raise ValueError(
+            f"{num_responses} responses to a prompt are all the same at temperature 0. Set `temperature=1.0`, or "
+            "`num_responses=1`."
+        )
     check_writable(output_dir, "output_dir")
     prompt_ids = _check_source(prompts, tokenizer, template, spec, model.config, decoding.max_new_tokens)
     provenance = Provenance(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, LlamaModel
+from transformers import Cache, LlamaModel, PreTrainedTokenizerBase
 
 from .attention import PLANNED_FOR, AttentionPlan
 from .spec import DiffusionSpec
@@ -79,6 +79,25 @@ def policy_logits(
             **attention_arguments(model, allowed),
         )
     return output.logits[0]
+
+
+def check_model(model: Any, tokenizer: Any) -> None:
+    """
+    Checks the two objects that make up a policy.
+
+    Raises:
+        TypeError: if the model is no model (but its path, say), or the tokenizer no tokenizer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a model, got {model!r:.80} ({type(model).__name__}). Load it first: "
+            "AutoModelForCausalLM.from_pretrained(..., trust_remote_code=False)."
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"`tokenizer` must be a tokenizer, got {tokenizer!r:.80} ({type(tokenizer).__name__}). Load it first: "
+            "AutoTokenizer.from_pretrained(..., trust_remote_code=False)."
+        )
 
 
 def check_attention(model: nn.Module) -> str:

@@ -40,6 +40,24 @@ def check_form(where: str, prompt: Any) -> None:
 _OWN_ARGUMENTS = ("add_generation_prompt", "continue_final_message", "conversation", "return_dict", "tokenize")
 
 
+def as_prompts(prompts: Any) -> list:
+    """
+    One or more prompts as a list.
+
+    Args:
+        prompts (`str` or iterable): a prompt (text, or a conversation, which is a list of messages), or several.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    prompts = (
+        [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+    )  # the column of a dataset is not a list
+    if not prompts:
+        raise ValueError("There is no prompt to answer.")
+    return [prompts] if isinstance(prompts[0], Mapping) else prompts
+
+
 def read_chat_template_kwargs(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """
     Reads variables of the chat template, such as `enable_thinking`, in one of the forms that [`~utils.read_mapping`] takes.

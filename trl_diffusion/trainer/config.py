@@ -23,10 +23,10 @@ from .checks import check_looked_at, check_numbers, check_pairwise_losses, check
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo", "dpo")
 
-_NO_ENGINE = "generation would be from left to right; a diffusion policy is denoised by this library's own decoder"
+_NO_ENGINE = "they generate from left to right. This library's own decoder denoises a diffusion policy"
 _NO_TRUNCATION = "sampling and scoring would have to share the truncated distribution, and the kept set of each scored token is not recorded"
 _NO_REMOTE_CODE = "the families load without their hub code, which hides its attention masks from this library"
-_NO_DROPOUT = "log-probabilities that decoding records are compared with those that an update computes"
+_NO_DROPOUT = "log-probabilities recorded while decoding are compared with those of an update, and both must come from the same network"
 # Options of GRPOConfig that do not apply to a diffusion policy, and why. Nor do those that begin with `vllm_`.
 _REFUSED = {
     "use_vllm": _NO_ENGINE,
@@ -38,15 +38,15 @@ _REFUSED = {
     "top_p": _NO_TRUNCATION,
     "top_k": _NO_TRUNCATION,
     "min_p": _NO_TRUNCATION,
-    "repetition_penalty": "the distribution that is sampled from would not be the one that is scored",
+    "repetition_penalty": "the distribution that tokens are sampled from would differ from the distribution that is scored",
     "max_tool_calling_iterations": "responses are denoised in one turn, without tools",
     "trust_remote_code": _NO_REMOTE_CODE,
     "disable_dropout": _NO_DROPOUT,
-    "use_liger_kernel": "its fused loss, which TRL used to take, is causal, and its layers are not tested here",
-    "router_aux_loss_coef": "a packed layout would count its copies in the load balance of the experts",
-    "neftune_noise_alpha": "the policy that is scored would not be the one that was sampled from",
+    "use_liger_kernel": "its fused loss, which earlier versions of TRL used, is causal. Its layers are not tested here",
+    "router_aux_loss_coef": "the load balance of the experts would also count the copies in a packed layout",
+    "neftune_noise_alpha": "the policy that is scored would differ from the policy that was sampled from",
     "data_seed": "the order of the prompts is drawn from `seed`",
-    "train_sampling_strategy": "TRL's sampler decides: it repeats prompts for their groups",
+    "train_sampling_strategy": "TRL's own sampler is needed, which repeats prompts for their groups",
     "label_smoothing_factor": "there are no labels",
 }
 _CHOICES = {

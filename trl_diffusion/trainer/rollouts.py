@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from jinja2 import TemplateError
 from torch import Tensor
@@ -17,7 +18,7 @@ from ..decoding.decode import check_prompts, decode
 from ..decoding.pace import PeerFailed
 from ..objectives.pairwise import differing_groups
 from ..policies.forward import unwrap
-from ..policies.prompts import is_started, tokenize_prompts
+from ..policies.prompts import as_prompts, is_started, tokenize_prompts
 from ..scoring.draws import expected_weights
 from ..scoring.states import states_to_draw
 from ..seeds import CHOICE, DRAWS, EVALUATION, STORED, TRAINING, derive_seed
@@ -32,6 +33,11 @@ from .scored import DiffusionScoring
 
 if TYPE_CHECKING:
     from .throughput import ThroughputCallback
+
+
+logger = get_logger(__name__)
+
+IDLE = 3  # rollouts without a gradient after which a run says so
 
 
 class StoredResponse(NamedTuple):
@@ -90,6 +96,7 @@ class DiffusionRollouts(DiffusionScoring):
     num_generations: int
     _throughput: ThroughputCallback
     _rollout_clock: tuple[int, int] = (-1, 0)  # optimizer step, and rollouts so far in it
+    _idle: int = 0  # rollouts, one after another, in which no response had an advantage
     _learnt: bool | None = None  # whether any response of this run had a gradient; `None` before the first rollout
 
     # ---------------------------------------------------------------------------------------------- TRL's hooks
@@ -225,13 +232,13 @@ class DiffusionRollouts(DiffusionScoring):
         return is_deepspeed_zero3_enabled() and is_engine and not self.args.ds3_gather_for_generation
 
     def answer(
-        self, prompts: list, decoding: DecodingConfig | None = None, seed: int = 0
+        self, prompts: str | list, decoding: DecodingConfig | None = None, seed: int = 0
     ) -> tuple[list[str], TrajectoryBatch]:
         """
         Generates responses to some prompts with the current policy. Processes share the work.
 
         Args:
-            prompts (`list`): standard or conversational prompts, the same on every process.
+            prompts (`str` or `list`): one or more prompts, as strings or conversations, the same on every process.
             decoding ([`DecodingConfig`], *optional*): settings. Defaults to those of the rollouts, with temperature 0.
             seed (`int`, *optional*, defaults to `0`): seed of the random numbers, used if there is a temperature.
 
@@ -240,9 +247,7 @@ class DiffusionRollouts(DiffusionScoring):
             process, and the trajectories of the responses that this process decoded.
         """
         decoding = self.args.decoding(temperature=0.0) if decoding is None else decoding
-        prompts = list(prompts)  # the column of a dataset is not a list
-        if not prompts:
-            raise ValueError("There is no prompt to answer.")
+        prompts = as_prompts(prompts)
         prompt_ids = self._tokenize_prompts(prompts)[0]
         # Every process checks the prompts of all processes.
         check_prompts(prompt_ids, self.spec, unwrap(self.model).config, decoding.max_new_tokens)
@@ -345,6 +350,26 @@ class DiffusionRollouts(DiffusionScoring):
         assert rollout.differing is not None  # TRL has called `_calculate_rewards`
         number = self.accelerator.reduce((rollout.differing & counted).sum(), reduction="sum").item()
         self._learnt = bool(self._learnt) or (number > 0 and self.loss_type != "dpo")
+        self._idle = 0 if number else self._idle + 1
+        if self._idle == IDLE:
+            logger.warning(f"Nothing could be learnt from the last {IDLE} rollouts: {self._why_idle(rollout)}")
+
+    def _why_idle(self, rollout: Rollout) -> str:
+        """Why no response of a rollout has an advantage."""
+        assert rollout.trajectories is not None  # TRL has called `_generate_single_turn`
+        answers, stops = rollout.trajectories.completions(), set(self.spec.stop_token_ids)
+        prompts = [tuple(ids) for ids in rollout.trajectories.prompt_ids.tolist()]
+        written = sum(not set(ids) <= stops for ids in answers)
+        different = len({(prompt, *ids) for prompt, ids in zip(prompts, answers, strict=True)}) - len(set(prompts))
+        written, different = add_over_processes(self.accelerator, written, different)
+        if not written:
+            return "every response is empty. Does the policy know prompts of this form?"
+        if not different:
+            return "all responses to a prompt are the same. A higher `temperature` makes them differ."
+        return (
+            "all responses to a prompt have the same reward. Easier prompts help, or a reward that also tells wrong responses "
+            "apart."
+        )
 
     def _log_trajectories(self, trajectories: TrajectoryBatch) -> None:
         """Records metrics about the trajectories of a rollout."""

@@ -265,7 +265,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
             ValueError: if another training uses `output_dir`, if the checkpoint is damaged or incomplete, or if a stream ended
                 before its first rollout.
         """
-        self._learnt = None
+        self._learnt, self._idle = None, 0
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         check_steps_made(self.state.global_step, cast("Dataset | IterableDataset", self.train_dataset), self.args)
         if self._learnt is False:
