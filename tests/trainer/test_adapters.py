@@ -200,3 +200,16 @@ def test_a_policy_is_tried_with_its_adapter(char_spec, tokenizer):
     adapted.register_forward_hook(lambda *args: passes.append(1))
     try_policy(adapted, char_spec)
     assert passes
+
+
+def test_a_directory_holds_one_policy(make_trainer, tmp_path):
+    """An adapter beside a whole model would be opened on it, whatever it was made for."""
+    lora = {"kwargs": {"peft_config": LoraConfig(r=2, target_modules="all-linear")}}
+    for name, first, second in (("model", {}, lora), ("adapter", lora, {})):
+        directory = str(tmp_path / name)
+        make_trainer(output_dir=directory, **first).save_model()
+        make_trainer(output_dir=directory, **first).save_model()  # the same kind takes its place
+        with pytest.raises(ValueError, match=f"{directory} holds a.* and this run would save a"):
+            make_trainer(output_dir=directory, **second)
+        with pytest.raises(ValueError, match="Set another `output_dir`"):
+            make_trainer(output_dir=str(tmp_path / "other"), **second).save_model(directory)

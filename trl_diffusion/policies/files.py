@@ -15,6 +15,8 @@ RECORDS = (
     "adapter_config.json",
 )  # fmt: skip
 INDEX = "model.safetensors.index.json"
+MODELS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _AGAIN = "Fetch it again."
 
 
@@ -47,7 +49,7 @@ def check_weights(path: str | Path) -> None:
             is missing.
     """
     directory = Path(path)
-    names = ["model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin"]
+    names = [name for name in (*MODELS, *ADAPTERS) if not name.endswith(".json")]
     index = directory / INDEX
     if index.is_file():
         _check_content(index)
@@ -64,6 +66,28 @@ def check_weights(path: str | Path) -> None:
             _check_content(file)
             if file.suffix == ".safetensors":
                 _check_safetensors(file)
+
+
+def check_one_policy(directory: str | Path, adapter: bool) -> None:
+    """
+    Checks that a policy can be saved in a directory. An adapter and a whole model side by side would be opened as one policy,
+    which nobody has trained.
+
+    Args:
+        directory (`str` or `Path`): the directory, which may not exist.
+        adapter (`bool`): whether an adapter will be saved, and not a whole model.
+
+    Raises:
+        ValueError: if the directory holds the other kind.
+    """
+    whole = [*MODELS, *(path.name for path in sorted(Path(directory).glob("model-*-of-*.safetensors")))]
+    found = [name for name in (whole if adapter else ADAPTERS) if Path(directory, name).exists()]
+    if found:
+        kinds = ("a whole model", "an adapter")
+        raise ValueError(
+            f"{directory} holds {kinds[not adapter]} ({found[0]}), and this run would save {kinds[adapter]} beside it. Set "
+            "another `output_dir`, or remove what is there."
+        )
 
 
 def check_no_pointer(file: str | Path) -> None:

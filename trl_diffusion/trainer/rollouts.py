@@ -361,10 +361,10 @@ class DiffusionRollouts(DiffusionScoring):
         prompts = [tuple(ids) for ids in rollout.trajectories.prompt_ids.tolist()]
         written = sum(not set(ids) <= stops for ids in answers)
         different = len({(prompt, *ids) for prompt, ids in zip(prompts, answers, strict=True)}) - len(set(prompts))
-        written, different = add_over_processes(self.accelerator, written, different)
-        if not written:
+        totals = add_over_processes(self.accelerator, written, different)
+        if not totals[0]:
             return "every response is empty. Does the policy know prompts of this form?"
-        if not different:
+        if not totals[1]:
             return "all responses to a prompt are the same. A higher `temperature` makes them differ."
         return (
             "all responses to a prompt have the same reward. Easier prompts help, or a reward that also tells wrong responses "

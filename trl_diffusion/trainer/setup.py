@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..decoding.decode import check_prompts
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
-from ..policies.files import check_weights
+from ..policies.files import check_one_policy, check_weights
 from ..policies.forward import check_attention, unwrap
 from ..policies.limits import check_layers
 from ..policies.loading import load_config, load_tokenizer, resolve_spec
@@ -222,6 +222,7 @@ def make_ready(trainer: DTRPOTrainer, setup: Setup, optimizer: Optimizer | None)
     """
     _check_placement(trainer)
     _share_failures(trainer)
+    check_one_policy(str(setup.args.output_dir), isinstance(trainer.model, PeftModel))
     policies = [policy for policy in (trainer.model, trainer.ref_model) if policy is not None]
     for policy in policies:
         prepare_rounded(policy)

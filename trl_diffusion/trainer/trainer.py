@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import GRPOTrainer
 
 from ..objectives.pairwise import Pairs, Responses, make_pairs, pairwise_loss, same_responses
+from ..policies.files import check_one_policy
 from ..policies.forward import unwrap
 from ..policies.loading import load_renamed_weights
 from ..scoring.diagnostics import ratio_statistics, summarise_ratios
@@ -254,6 +255,16 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         return loss
 
     # ----------------------------------------------------------------------------------------------- checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves the policy, as [`~transformers.Trainer.save_model`] does.
+
+        Raises:
+            ValueError: if the directory holds a whole model and this is an adapter, or the other way round.
+        """
+        check_one_policy(output_dir or str(self.args.output_dir), isinstance(unwrap(self.model), PeftModel))
+        super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
