@@ -98,7 +98,7 @@ def test_o2_every_token_weighs_one_on_average(named_spec, name):
     options = DTRPO_OPTIONS[name]
     skip_unless_it_applies(options, spec)
     batch = rollout(policy, DECODINGS["threshold"])
-    config, repeats = EstimatorConfig(**options), 800
+    config, repeats = EstimatorConfig(**options), 400
     rows = torch.arange(len(batch)).repeat_interleave(repeats)
     states = states_of(batch.select(rows), spec, config, seeds=list(range(len(rows))))
     weights = states.weights.unflatten(0, (len(batch), repeats)).double()
@@ -307,7 +307,7 @@ def test_o5_elbo_against_an_enumeration(policy, spec):
         one = batch.select(torch.full((repeats,), row))
         states = states_of(one, spec, config, seeds=list(range(repeats)))
         estimates, weights = estimate(policy, one, spec, config, seeds=list(range(repeats)))
-        for repeat in range(3):
+        for repeat in range(2):
             hidden = states.hidden[repeat, 0, : len(canvas)].tolist()
             table = masked_logps(policy, spec, prompt, canvas, hidden, first)
             total = 0.0
@@ -400,7 +400,7 @@ def test_elbo_draws_average(named_spec):
     torch.testing.assert_close(sums[states.weights > 0], torch.ones_like(sums[states.weights > 0]))
     assert (sums[states.weights == 0] == 0).all()
     counted = batch.completion_mask & (batch.steps != NEVER)
-    repeats = 800
+    repeats = 200
     many = batch.select(torch.arange(len(batch)).repeat_interleave(repeats))
     weights = states_of(many, spec, EstimatorConfig("elbo", num_draws=3)).weights
     weights = weights.unflatten(0, (len(batch), repeats)).double()
