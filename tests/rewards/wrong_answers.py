@@ -72,7 +72,7 @@ MATH: list[tuple[str, list[str], list[str]]] = [
     (r"x \le 3", [r"3 \ge x", r"x \leq 3"], ["x < 3", r"x \ge 3", "3", "x = 3", r"x \le 4"]),
     (r"y = 2x + 1", ["y=1+2x", "2x+1"], ["y = 2x", "x = 2y + 1", "y = 2x - 1", "y = 1"]),
     (r"50\%", [r"50\%", "50"], ["5", r"5\%", "500", r"51\%"]),
-    (r"\text{Monday}", [r"\text{Monday}"], [r"\text{Tuesday}", "M", "1", r"\text{Mon}"]),
+    (r"\text{Monday}", ["Monday", r"\text{Monday}", r"\text{monday}"], ["Tuesday", r"\text{Tuesday}", "M", "1", r"\text{Mon}"]),
     (r"\text{(C)}", [r"\text{(C)}"], [r"\text{(D)}", r"\text{(C) or (D)}", r"\text{any}"]),
     (r"3 + 2i", ["2i + 3"], ["3 - 2i", "2 + 3i", "3", "5", "-3 - 2i"]),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", [r"\begin{pmatrix}1\\2\end{pmatrix}"], [r"\begin{pmatrix}2\\1\end{pmatrix}", "(2,1)", "3"]),

@@ -117,6 +117,15 @@ def differ(gold: Any, answer: Any, digits: int) -> bool:
     return bool(abs(left - right) > tolerance)
 
 
+def words(found: list[Any]) -> str | None:
+    r"""The words that were read, such as those of `\text{Tuesday}`, in small letters; `None` if it was anything else."""
+    written = found[-1].strip() if found and isinstance(found[-1], str) else ""
+    for command in ("\\text{", "\\textbf{", "\\mathrm{"):
+        if written.startswith(command) and written.endswith("}"):
+            written = written.removeprefix(command).removesuffix("}").strip()
+    return written.casefold() if len(written) > 1 and written.replace(" ", "").isalpha() else None
+
+
 def equal(gold: str, answer: str) -> bool:
     """Whether two answers, as math-verify takes them (`$x$` for LaTeX), are the same."""
     from math_verify import verify
@@ -126,6 +135,8 @@ def equal(gold: str, answer: str) -> bool:
         same_kind = expected[0] == given[0] and len(expected[1]) == len(given[1])
         return same_kind and all(map(equal_items, expected[1], given[1]))
     lefts, rights = read(gold), read(answer)
+    if "\\text" in gold and words(lefts) is not None and words(lefts) == words(rights):
+        return True  # Tuesday is not the product of its letters
     digits = max(digits_after_point(lefts), digits_after_point(rights))
     same = any(
         verify(left, right, timeout_seconds=None) and not differ(left, right, digits)
