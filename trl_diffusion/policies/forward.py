@@ -90,13 +90,12 @@ def check_model(model: Any, tokenizer: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"`model` must be a model, got {model!r:.80} ({type(model).__name__}). Load it first: "
-            "AutoModelForCausalLM.from_pretrained(..., trust_remote_code=False)."
+            f"`model` must be a model, got {model!r:.80} ({type(model).__name__}). Load it first, with AutoModelForCausalLM."
         )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
-            f"`tokenizer` must be a tokenizer, got {tokenizer!r:.80} ({type(tokenizer).__name__}). Load it first: "
-            "AutoTokenizer.from_pretrained(..., trust_remote_code=False)."
+            f"`tokenizer` must be a tokenizer, got {tokenizer!r:.80} ({type(tokenizer).__name__}). Load it first, with "
+            "AutoTokenizer."
         )
 
 
