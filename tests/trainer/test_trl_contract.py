@@ -53,8 +53,12 @@ EVALUATING = {
 }
 # What stored responses need: their columns, with `remove_unused_columns=True`.
 READING = {"_set_signature_columns_if_needed": ["self"]}
-# What people see.
-SHOWING = {"add_callback": ["self", "callback"], "create_model_card": ["self", "model_name", "dataset_name", "tags"]}
+# What people see, and what is left in a directory.
+SHOWING = {
+    "add_callback": ["self", "callback"],
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+    "save_model": ["self", "output_dir", "_internal_call"],
+}
 METHODS = {**OVERRIDDEN, **RESUMING, **EVALUATING, **READING, **SHOWING}
 
 
