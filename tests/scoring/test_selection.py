@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.closeness import assert_close
+from tests.closeness import ROUNDING, assert_close
 from tests.conftest import SPECS, make_policy
 from tests.reference import rollout
 from tests.scoring.toys import MASK, Decoding, Event, Toy, compare, score
@@ -19,6 +19,7 @@ from trl_diffusion.decoding.strategies import SELECT_BY_SAMPLE
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score as packed_score
+from trl_diffusion.trajectories.selection import Selection
 from trl_diffusion.trajectories.trajectory import counted_writes
 
 
@@ -101,10 +102,30 @@ CONFIGS = {
 }
 
 
+EDGE = 1e-4  # nats by which a confidence may miss its limit by rounding, and fall on the other side
+
+
+@pytest.fixture
+def scored_with(monkeypatch):
+    """Packed scores, with the confidences of positions that were left masked shifted."""
+    exactly = Selection.rejected_logps
+
+    def scores(policy, layout, spec, temperature, shift):
+        monkeypatch.setattr(
+            Selection, "rejected_logps", lambda self, logps, seen, lowest: exactly(self, logps, seen - shift, lowest)
+        )
+        return packed_score(policy, layout, spec, temperature, compute_entropy=True)
+
+    return scores
+
+
 @pytest.mark.parametrize("decoding", DECODINGS.values(), ids=DECODINGS)
 @torch.no_grad()
-def test_o1_recorded_equals_packed(policy, spec, decoding):
-    """Decoding knows what it could have unmasked; scoring finds it from the steps."""
+def test_o1_recorded_equals_packed(policy, spec, decoding, scored_with):
+    """
+    Decoding knows what it could have unmasked; scoring finds it from the steps. A token whose confidence is the lowest one of
+    the step, or the threshold, but for rounding counts or does not: what was recorded is between the two scores.
+    """
     batch = rollout(policy, decoding)
     without = rollout(policy, replace(decoding, score_selection=False))
     assert torch.equal(batch.canvas_ids, without.canvas_ids) and torch.equal(batch.steps, without.steps)
@@ -116,9 +137,13 @@ def test_o1_recorded_equals_packed(policy, spec, decoding):
         states = estimator.states(batch, spec, list(range(len(batch))), config)
         for share in (False, spec.attention == "block"):
             layout = pack(batch, spec, states, estimator.one_row, share)
-            logps, entropies = packed_score(policy, layout, spec, decoding.temperature, compute_entropy=True)
+            low, high = (scored_with(policy, layout, spec, decoding.temperature, shift)[0] for shift in (-EDGE, EDGE))
+            logps, entropies = scored_with(policy, layout, spec, decoding.temperature, 0.0)
             scored = layout.weights > 0
-            assert_close(logps[scored], batch.logps[scored])
+            within = batch.logps[scored].clamp(low[scored], high[scored])
+            assert_close(batch.logps[scored], within)
+            assert (high - low)[scored].gt(ROUNDING).float().mean() < 0.1  # there are few such tokens
+            assert (low <= logps).all() and (logps <= high).all()
             assert (logps[~scored] == 0).all() and (entropies[~scored] == 0).all()
 
 
