@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 import trl_diffusion.commands  # noqa: F401  (which hushes)
-from trl_diffusion.quiet import LOGGERS, hush
+from trl_diffusion.quiet import DEEPSPEED, LOGGERS, NO_GPU, hush
 
 
 @pytest.mark.parametrize("name", [*LOGGERS, "trl_diffusion"])
@@ -17,6 +19,18 @@ def test_loggers(name, caplog):
         logging.getLogger(name).log(level, "about a kernel that is missing")
     shown = [record.levelname for record in caplog.records]
     assert shown == (["WARNING", "ERROR"] if name == "trl_diffusion" else ["ERROR"])
+
+
+def test_no_gpu_is_no_alarm():
+    """Other warnings of DeepSpeed are shown; and it still says what is looked for."""
+    logger = logging.getLogger(DEEPSPEED)
+    for text, shown in ((f"{NO_GPU} If you have one, ...", False), ("The gradients overflow", True)):
+        record = logger.makeRecord(DEEPSPEED, logging.WARNING, "file.py", 1, text, (), None)
+        assert bool(logger.filter(record)) == shown
+    package = find_spec("deepspeed")
+    if package is not None:
+        (folder,) = package.submodule_search_locations
+        assert NO_GPU in (Path(folder) / "accelerator" / "real_accelerator.py").read_text()
 
 
 @pytest.mark.parametrize(

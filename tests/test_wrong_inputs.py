@@ -420,7 +420,7 @@ CASES = {
         rounds("rounds.yaml", "output_dir: run\ntrain: {num_generations: 1, learning_rate: 1e-4}\n"),
     ),
     "a round with an unknown option": Case(
-        RUNS, r"`train` has \['learning_rates'\], which are no options of `train`",
+        RUNS, r"`train`: unknown options \['learning_rates'\].* Is learning_rates meant to be learning_rate\?",
         rounds("rounds.yaml", "output_dir: run\ntrain: {learning_rates: 1}\n"),
     ),
     "a round that collects nothing": Case(

@@ -1,8 +1,9 @@
 """
 What a field of a config says about its own values, and the checks that read it.
 
-A field says it in its type (`bool`, `int`, `float`, `str`, a list of these, `Literal`, `Annotated[int, AtLeast(1)]`, `Annotated[float, Within("[0, 1]")]`) or, for a
-choice, in `metadata["choices"]`, which argparse reads, too. `None` is allowed where it is the default.
+A field says it in its type (`bool`, `int`, `float`, `str`, a list of these, `Literal`, `Annotated[int, AtLeast(1)]`,
+`Annotated[float, Within("[0, 1]")]`) or, for a choice, in `metadata["choices"]`, which argparse reads, too. `None` is allowed
+where it is the default.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
@@ -172,13 +172,13 @@ def no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_config_file(arguments: list[str] | None, kinds: Iterable[type] = ()) -> list[str]:
+def check_config_file(arguments: list[str] | None, kinds: Collection[type] = ()) -> list[str]:
     """
     The arguments of a command, if the YAML file behind `--config` gives no key twice.
 
     Args:
         arguments (`list[str]`, *optional*): the arguments. Defaults to those of the command line.
-        kinds (`Iterable[type]`, *optional*): the dataclasses whose fields are the options. Any option will do if there is none.
+        kinds (`Collection[type]`, *optional*): the dataclasses whose fields are the options. Any option will do if there is none.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -188,18 +188,34 @@ def check_config_file(arguments: list[str] | None, kinds: Iterable[type] = ()) -
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[-1:] == ["--config"]:
         raise ValueError("--config is followed by no path. Give that of a YAML file.")
-    known = sorted(one.name for kind in kinds for one in fields(kind))
     for option, path in zip(arguments, arguments[1:], strict=False):
         if option == "--config":
             found = load_yaml(path)
             if not isinstance(found, dict):
                 raise ValueError(f"{path} must hold options, each as `name: value`, got {_shown(found)}.")
-            unknown = sorted(set(found) - {*known, "env"}, key=str) if known else []
-            if unknown:
-                near = {name: get_close_matches(str(name), known, 1) for name in unknown}
-                hint = "".join(f" Is {name} meant to be {names[0]}?" for name, names in near.items() if names)
-                raise ValueError(f"{path}: unknown options {unknown}; --help lists those that there are.{hint}")
+            if kinds:
+                check_options(path, set(found) - {"env"}, kinds)
     return arguments
+
+
+def check_options(where: str, names: Iterable[str], kinds: Iterable[type]) -> None:
+    """
+    Checks that options of a command are known.
+
+    Args:
+        where (`str`): where they were given, for the message.
+        names (`Iterable[str]`): their names.
+        kinds (`Iterable[type]`): the dataclasses whose fields are the options of the command.
+
+    Raises:
+        ValueError: naming those that are not known, and what they may be meant to be.
+    """
+    known = sorted(one.name for kind in kinds for one in fields(kind))
+    unknown = sorted(set(names) - set(known), key=str)
+    if unknown:
+        near = {name: get_close_matches(str(name), known, 1) for name in unknown}
+        hint = "".join(f" Is {name} meant to be {names[0]}?" for name, names in near.items() if names)
+        raise ValueError(f"{where}: unknown options {unknown}; --help lists those that there are.{hint}")
 
 
 def read_mapping(value: str | Mapping[str, Any] | None, name: str) -> dict[str, Any]:
@@ -220,7 +236,7 @@ def read_mapping(value: str | Mapping[str, Any] | None, name: str) -> dict[str, 
     else:
         if not text.startswith("{"):
             text = "\n".join(part.replace(":", ": ", 1) for part in text.split("+"))
-        found = _read_text(text, name)
+        found = _said(text, name)
     if not isinstance(found, dict):
         raise ValueError(
             f"`{name}` must be like name:value+name:value, a JSON object, or the path of a JSON or YAML file; "
@@ -229,7 +245,7 @@ def read_mapping(value: str | Mapping[str, Any] | None, name: str) -> dict[str, 
     return found
 
 
-def _read_text(text: str, name: str) -> Any:
+def _said(text: str, name: str) -> Any:
     """What a text on the command line says, `None` if it cannot be read."""
     try:
         return _parse_yaml(text, f"`{name}`")

@@ -20,7 +20,7 @@ import argparse
 import json
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +28,7 @@ from ..cli import file_or_name, launch_command
 from ..fields import AtLeast, check_fields, check_names
 from ..policies.tiny import tiny_policy_path
 from ..seeds import derive_seed
-from ..utils import check_writable, exit_code, load_yaml, read_mapping, read_record, write_text
+from ..utils import check_options, check_writable, exit_code, load_yaml, read_mapping, read_record, write_text
 from . import recipes_path
 
 
@@ -233,12 +233,8 @@ def _check_sections(rounds: Rounds) -> None:
 
     collect.parse(_arguments(rounds.collect_options(1)))
     given = rounds.train_options(1)
-    for kind in train.KINDS:
-        known = {one.name for one in fields(kind)}
-        given = {name: value for name, value in given.items() if name not in known}
-    if given:
-        raise ValueError(f"`train` has {sorted(given)}, which are no options of `train`; its --help lists them.")
-    check_given(rounds.train_options(1))
+    check_options("`train`", given, train.KINDS)
+    check_given(given)
 
 
 def _rounds(options: dict[str, Any]) -> Rounds:

@@ -15,8 +15,8 @@ and the command line wins. Without a model and without a config, `recipes/tiny_s
 
 The policy is measured before and after training, greedily, on rows that training never sees. In the output directory
 it leaves the trained model with its card, `reward_curve.png`, `denoising.png` (one answer, positions against steps),
-`results.json`, and every metric of the run in `trainer_state.json`. With preference pairs (`task: preferences`) nothing is generated; the
-policy is measured on pairs that training never sees.
+`results.json`, and every metric of the run in `trainer_state.json`. With preference pairs (`task: preferences`) nothing is
+generated; the policy is measured on pairs that training never sees.
 """
 
 from __future__ import annotations

@@ -79,9 +79,8 @@ def generate(
         NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite.
     """
     check_at_least("batch_size", batch_size)
-    check_prompts(
-        prompts, policy.spec, unwrap(policy.model).config, decoding.max_new_tokens
-    )  # under their own numbers
+    # In the order that they have here, so that an error names the right one.
+    check_prompts(prompts, policy.spec, unwrap(policy.model).config, decoding.max_new_tokens)
     # The longest first: what does not fit into memory shows at once.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     completions: list[list[int]] = [[] for _ in prompts]

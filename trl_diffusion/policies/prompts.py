@@ -50,9 +50,8 @@ def as_prompts(prompts: Any) -> list:
     Raises:
         ValueError: if there is none.
     """
-    prompts = (
-        [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-    )  # the column of a dataset is not a list
+    # The column of a dataset is not a list.
+    prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
     if not prompts:
         raise ValueError("There is no prompt to answer.")
     return [prompts] if isinstance(prompts[0], Mapping) else prompts

@@ -77,7 +77,8 @@ own `generate`, which write from left to right, give nonsense.
 | trained with | |
 |---|---|
 | loss | `{args.loss_type}` |
-| estimator | `{args.estimator}`, {args.num_draws} draws |
+| estimator | `{args.estimator}` |
+| `num_draws` | {args.num_draws} |
 | reference (`beta`) | {trainer.beta:g} |
 | learning rate | {args.learning_rate:g} |
 | optimizer steps | {trainer.state.global_step} |
@@ -124,7 +125,10 @@ def _example(trainer: DTRPOTrainer) -> str:
             "",
             f"policy = open_policy({_keywords(options)})",
             f"prompt = {prompt!r}",
-            f"answers = generate(policy.model, policy.tokenizer, prompt, spec=policy.spec, {_keywords(settings)})",
+            "answers = generate(",
+            "    policy.model, policy.tokenizer, prompt, spec=policy.spec,",
+            *(f"    {_keywords({name: value})}," for name, value in settings.items()),
+            ")",
             "print(answers.texts[0])",
         ]
     )

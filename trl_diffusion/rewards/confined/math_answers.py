@@ -20,7 +20,6 @@ from typing import Any
 
 
 READY, STARTED, GOLD_READ, RIGHT = b"ready", b"s", b"g", b"1"
-CLOSING = {"(": ")", "[": "]"}
 
 
 def items_of(text: str) -> tuple[str, list[str]] | None:
