@@ -2,6 +2,7 @@
 What the site has beside the pages of `docs`.
 
 - `benchmarks/RESULTS.md` and its pictures become a part of the site, under the links that they have in the repository.
+- Notebooks become pages, under the links that they have in the repository (`docs/notebooks.py`).
 - Formulas are typeset by KaTeX while the site is built: pages need its style sheet and its fonts, which the site serves, and no
   JavaScript. With the environment variable `DOCS_PLAIN_FORMULAS` formulas stay TeX, and KaTeX is not needed.
 - A line of code that is wider than its box is an error.
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from mkdocs.structure.files import File
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks"
+NOTEBOOKS = runpy.run_path(str(DOCS / "notebooks.py"))
 KATEX = DOCS / "node_modules" / "katex" / "dist"
 CODE_WIDTH = 80  # characters that a box of the theme shows in a window 1440 pixels wide
 # As `pymdownx.arithmatex` writes a formula: \(...\) inside of a line, \[...\] on lines of its own.
@@ -45,6 +48,12 @@ def on_config(config):
 def on_files(files, config):
     for path in (RESULTS / "RESULTS.md", *sorted(RESULTS.glob("*.png"))):
         files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
+    for path in NOTEBOOKS["NOTEBOOKS"]:
+        page, pictures = NOTEBOOKS["page"](path)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=page))
+        files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
+        for name, data in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=data))
     if "katex/katex.min.css" in config.extra_css:
         style = re.sub(r",url\([^)]*\.(?:woff|ttf)\) format\([^)]*\)", "", (KATEX / "katex.min.css").read_text())
         style += ".katex-display{overflow:auto hidden}"  # a wide formula can be scrolled
@@ -55,8 +64,9 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """The folder lies beside `docs` in the repository, and in it on the site: one step up less."""
-    return re.sub(r"\]\(\.\./((?:\.\./)*benchmarks/)", r"](\1", markdown)
+    """These folders lie beside `docs` in the repository, and in it on the site: one step up less."""
+    markdown = re.sub(r"\]\(\.\./((?:\.\./)*benchmarks/)", r"](\1", markdown)
+    return re.sub(r"\]\(\.\./((?:\.\./)*notebooks/\w+)\.ipynb", r"](\1.md", markdown)
 
 
 def check_code(output, page):
