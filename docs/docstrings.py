@@ -8,13 +8,17 @@ from pathlib import Path
 import griffe
 
 
-API = Path(__file__).parent / "api.md"
-DOCUMENTED = {name.rsplit(".", 1)[-1]: name for name in re.findall(r"^::: ([\w.]+)$", API.read_text(), re.MULTILINE)}
+PAGES = "".join(path.read_text() for path in sorted((Path(__file__).parent / "api").glob("*.md")))
+DOCUMENTED = {name.rsplit(".", 1)[-1]: name for name in re.findall(r"^::: ([\w.]+)$", PAGES, re.MULTILINE)}
+# Packages with pages of their own. `hooks.py` has the addresses. A name that has none there is an error of the build.
+ELSEWHERE = ("accelerate.", "datasets.", "peft.", "transformers.", "trl.")
 
 
 def link(match: re.Match) -> str:
-    """[`Name`] as a link if the API page has it, and as code otherwise."""
+    """[`Name`] as a link if the API pages have it or another project documents it, and as code otherwise."""
     name = match.group(1).removeprefix("~")
+    if name.startswith(ELSEWHERE):
+        return f"[`{name}`][{name}]"
     target = DOCUMENTED.get(name.rsplit(".", 1)[-1])
     return f"[`{name}`][{target}]" if target else f"`{name}`"
 
