@@ -30,8 +30,11 @@ def test_what_is_spelled_out():
 
 
 def streamed(monkeypatch, out):
-    lanes = [SimpleNamespace(row=0)]
-    loop = SimpleNamespace(active_lanes=lambda: lanes, canvas=lambda row: [(5, False), (0, True)])
+    lanes = [SimpleNamespace(row=0, block=0)]
+    loop = SimpleNamespace(
+        active_lanes=lambda: lanes, canvas=lambda row: [(5, False), (0, True)], canvas_logps=lambda row: [0.0, 0.0],
+        most_steps_left=lambda lane: 1, num_blocks=[1], prompts=[[5]],
+    )  # fmt: skip
     TerminalStreamer(SimpleNamespace(decode=lambda ids: HOSTILE), out)(loop)
 
 
@@ -64,7 +67,7 @@ def test_no_terminal_gets_control_characters(show, monkeypatch):
     out = Terminal()
     monkeypatch.setattr(sys, "stdout", out)
     show(monkeypatch, out)
-    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())  # colours of a table
+    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())  # colours
     assert "x1b" in text and not set(text) & set("\x1b\x07\x9b\r\x7f\ud800\x00")
 
 

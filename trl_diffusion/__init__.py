@@ -15,7 +15,7 @@ register_families()  # with transformers' auto classes
 if TYPE_CHECKING:
     from .decoding.config import DecodingConfig
     from .decoding.decode import decode
-    from .decoding.generate import Generation, TerminalStreamer, generate
+    from .decoding.generate import Generation, generate
     from .offline.collect import collect
     from .offline.preferences import from_preferences
     from .policies.spec import DiffusionSpec, get_spec, set_spec
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .trainer.trainer import DTRPOTrainer
     from .trajectories.dataset import load_trajectories
     from .trajectories.trajectory import TrajectoryBatch
+    from .viz.terminal import TerminalStreamer
 
 # Imported when first used, so that `import trl_diffusion` does not pull in what is not needed.
 _LOCATIONS = {
@@ -32,7 +33,7 @@ _LOCATIONS = {
     "DecodingConfig": "decoding.config",
     "DiffusionSpec": "policies.spec",
     "Generation": "decoding.generate",
-    "TerminalStreamer": "decoding.generate",
+    "TerminalStreamer": "viz.terminal",
     "TrajectoryBatch": "trajectories.trajectory",
     "collect": "offline.collect",
     "decode": "decoding.decode",

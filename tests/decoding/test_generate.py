@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from io import StringIO
+from collections import Counter, defaultdict
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_diffusion import DecodingConfig, TerminalStreamer, decode, generate, get_spec, tiny_policy_path
+from tests.conftest import SPECS, make_policy, make_prompts
+from trl_diffusion import DecodingConfig, decode, generate, get_spec, tiny_policy_path
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +62,8 @@ def test_bad_calls(policy, tokenizer):
         generate(policy, PROMPTS, tokenizer)
 
 
-class Terminal(StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def test_streaming(policy, tokenizer, capsys):
-    """The last frame holds the whole answer, the first one mostly masks; a terminal is drawn over."""
+    """The last frame holds the whole answer, the first one mostly masks."""
     frames = []
     answers = generate(
         policy,
@@ -83,7 +79,31 @@ def test_streaming(policy, tokenizer, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(frames) and lines[0].count("░") > lines[-1].count("░") == 0
     assert answers.texts[0] in lines[-1] and "\x1b" not in "".join(lines)
+    assert lines[-1].startswith(f"step {len(frames)} of {len(frames)}") and lines[0].startswith("step 1 of at most")
 
-    terminal = Terminal()
-    generate(policy, tokenizer, PROMPTS, max_new_tokens=8, streamer=TerminalStreamer(tokenizer, terminal))
-    assert "\x1b[2F\x1b[J" in terminal.getvalue()
+
+MOST = [  # policy, settings, and whether a response may take fewer steps
+    ("shift-autoregressive-first", dict(tokens_per_step=3, sub_block_size=2), False),
+    ("block-from-sequence", dict(steps_per_block=3), False),
+    ("full", dict(steps_per_block=5, schedule="linear", strategy="random"), False),
+    ("full", dict(strategy="threshold", threshold=0.2), True),
+    ("block-from-response", dict(strategy="entropy_bound", entropy_bound=20.0, tokens_per_step=4), True),
+    ("block-from-response", dict(stop_token_ids=tuple(range(6, 20))), True),
+]
+
+
+def test_most_steps_left():
+    """As many as are taken, if nothing ends a response early and no strategy unmasks more than the schedule says."""
+    for name, settings, fewer in MOST:
+        taken, told = Counter(), defaultdict(list)
+
+        def watch(loop, taken=taken, told=told):
+            for lane in loop.active_lanes():
+                taken[lane.row] += 1
+                told[lane.row].append(taken[lane.row] + loop.most_steps_left(lane))
+
+        config = DecodingConfig(12, 1.0, **{"stop_token_ids": (), "stop_rule": "block", **settings})
+        decode(make_policy(SPECS[name]), make_prompts((3, 5)), config, seeds=[0, 1], on_step=watch)
+        for row, most in told.items():
+            assert most == sorted(most, reverse=True) and most[-1] == taken[row], name
+        assert any(most[0] > taken[row] for row, most in told.items()) == fewer, name

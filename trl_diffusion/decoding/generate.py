@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from shutil import get_terminal_size
-from typing import Any, TextIO, cast
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +14,6 @@ from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.spec import DiffusionSpec
 from ..seeds import derive_seed
 from ..trajectories.trajectory import TrajectoryBatch
-from ..utils import printable
 from .config import DecodingConfig
 from .decode import decode
 from .loop import DenoisingLoop
@@ -86,6 +83,7 @@ def generate(
         read_chat_template_kwargs,
         tokenize_prompts,
     )  # here, because it imports TRL
+    from ..viz.terminal import TerminalStreamer
 
     if config is not None and settings:
         raise ValueError(f"Give `config` or single settings, not both; got `config` and {sorted(settings)}.")
@@ -106,51 +104,3 @@ def generate(
         if isinstance(on_step, TerminalStreamer):
             on_step.end()
     return Generation(tokenizer.batch_decode(batch.completions(), skip_special_tokens=True), batch)
-
-
-class TerminalStreamer:
-    """
-    Shows responses while they are denoised. Each response that is decoded has a line, in which `░` stands for a masked
-    position. On a terminal, each step overwrites the lines. Elsewhere, each step adds new lines. Control characters that
-    a policy writes are shown as escape sequences.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): turns tokens into text.
-        file (`TextIO`, *optional*): output file. Standard output if `None`.
-        max_rows (`int`, *optional*, defaults to `8`): largest number of responses shown, from the first on.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, file: TextIO | None = None, max_rows: int = 8):
-        self.tokenizer, self.file, self.max_rows = tokenizer, file or sys.stdout, max_rows
-        self._lines = 0
-
-    def __call__(self, loop: DenoisingLoop) -> None:
-        shown = loop.active_lanes()[: self.max_rows]
-        lines = "\n".join(f"{lane.row:>3} {self._text(loop, lane.row)}" for lane in shown).split("\n")
-        if self.file.isatty():
-            columns = get_terminal_size().columns
-            lines = [line[:columns] for line in lines]  # a wrapped line would count as two
-            if self._lines:
-                self.file.write(f"\x1b[{self._lines}F\x1b[J")
-        self._lines = len(lines)
-        self.file.write("\n".join(lines) + "\n")
-        self.file.flush()
-
-    def end(self) -> None:
-        """Makes the next response appear below the current lines."""
-        self._lines = 0
-
-    def _text(self, loop: DenoisingLoop, row: int) -> str:
-        """The canvas of a response, up to the end of its active block."""
-        parts: list[str] = []
-        run: list[int] = []
-        for token, masked in loop.canvas(row):
-            if masked:
-                parts += [self._spell(run), "░"]
-                run = []
-            else:
-                run.append(token)
-        return "".join([*parts, self._spell(run)])
-
-    def _spell(self, run: list[int]) -> str:
-        return printable(cast(str, self.tokenizer.decode(run))) if run else ""

@@ -25,7 +25,7 @@ from .attention import Spans, ragged_mask
 from .config import DecodingConfig
 from .pace import Pace
 from .sampling import propose
-from .strategies import STRATEGIES, StepView, step_quota
+from .strategies import SCHEDULED, STRATEGIES, StepView, step_quota
 
 
 @dataclass
@@ -194,8 +194,33 @@ class DenoisingLoop:
 
     def canvas(self, row: int) -> list[tuple[int, bool]]:
         """Each token of a response up to the end of its active block, and whether it is masked."""
-        positions = slice(self.lengths[row], self.spec.block_start(self.reached[row], self.lengths[row]))
+        positions = self._begun(row)
         return list(zip(self.ids[row, positions].tolist(), self.masked[row, positions].tolist(), strict=True))
+
+    def canvas_logps(self, row: int) -> list[float]:
+        """The recorded log-probability of each token of [`canvas`], 0 where it is masked."""
+        return self.logps[row, self._begun(row)].tolist()
+
+    def _begun(self, row: int) -> slice:
+        """The positions of a response up to the end of its active block."""
+        return slice(self.lengths[row], self.spec.block_start(self.reached[row], self.lengths[row]))
+
+    def most_steps_left(self, lane: Lane) -> int:
+        """
+        The largest number of denoising steps that a response may still take. It takes fewer if it ends early, or if its
+        strategy unmasks more positions than the schedule says.
+        """
+        size, row = self.spec.block_size, lane.row
+        start = int(self.spec.block_start(lane.block, self.lengths[row]))
+        masked = self.masked[row, start : start + size]
+        left = 0
+        if not self._is_over(lane, int(masked.sum())):
+            left = most_steps(masked, lane.step, lane.total, self.spec, self.config)
+        later = int(self.num_blocks[row]) - lane.block - 1
+        if later and not self._has_stopped(row):
+            total = size - int(self.spec.first_token == "autoregressive")
+            left += later * most_steps(np.ones(size, dtype=bool), 0, total, self.spec, self.config)
+        return left
 
     # ----------------------------------------------------------------------------------------------------- step
 
@@ -450,3 +475,29 @@ def leftmost_part(masked: np.ndarray, size: int | None) -> np.ndarray:
     parts = np.arange(masked.shape[1]) // size
     first = np.where(masked, parts, masked.shape[1]).min(1, keepdims=True)
     return masked & (parts == first)
+
+
+def most_steps(masked: np.ndarray, step: int, total: int, spec: DiffusionSpec, config: DecodingConfig) -> int:
+    """
+    The largest number of denoising steps that a block may still take.
+
+    Args:
+        masked (boolean `np.ndarray` of shape `(B,)`): positions that are masked.
+        step (`int`): finished steps of the block's schedule.
+        total (`int`): positions that the schedule divides into steps.
+        spec ([`DiffusionSpec`]): facts about the policy.
+        config ([`DecodingConfig`]): settings.
+    """
+    if config.allow_mask_token:  # positions may stay masked, so no step is left out
+        assert config.steps_per_block is not None  # see DecodingConfig
+        return config.steps_per_block - step
+    masked, count = masked.copy(), 0
+    if spec.first_token == "autoregressive" and masked[0]:
+        masked[0], count = False, 1
+    follows = config.strategy in (*SCHEDULED, "threshold", "sampled_threshold")  # others unmask at least one position
+    while masked.any():
+        quota = step_quota(step, total, int(masked.sum()), config) if follows else 1
+        (candidates,) = np.nonzero(leftmost_part(masked[None], config.sub_block_size)[0])
+        masked[candidates[:quota]] = False
+        step, count = step + 1, count + bool(quota)
+    return count
