@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +91,9 @@ def _show(options: argparse.Namespace) -> str:
             f"There is no response {response} in row {index}: it has {_count(len(row['canvas_lengths']))}."
         )
     check_writable(output.parent, "--output")
-    try:
+    with _damage_named(options, response):
         spec = DiffusionSpec.from_dict(json.loads(row["spec"]))
         batch = from_rows([(row, response)], spec)
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"Row {index}, response {response} of {options.dataset} is damaged ({error}).") from error
     tokenizer = _tokenizer(options.dataset, options.tokenizer)
     if fingerprint_tokenizer(tokenizer) != row["tokenizer_fingerprint"]:
         print(
@@ -102,9 +102,13 @@ def _show(options: argparse.Namespace) -> str:
             file=sys.stderr,
         )
     recorded = row["event_logps"] is not None
-    _draw(batch, spec, tokenizer, output, f"row {index}, response {response}", recorded)
-
     rewards = {name.removeprefix(REWARD_PREFIX): row[name] for name in row if name.startswith(REWARD_PREFIX)}
+    title = f"row {index}, response {response}"
+    if output.suffix.lower() == ".html":
+        _write_page(options, row, spec, tokenizer, output, title, rewards)
+    else:
+        _draw(batch, spec, tokenizer, output, title, recorded)
+
     return "\n".join(
         [
             str(output),
@@ -113,6 +117,51 @@ def _show(options: argparse.Namespace) -> str:
             _numbers(batch, spec, {name: values[response] for name, values in rewards.items() if values}, recorded),
         ]
     )
+
+
+@contextmanager
+def _damage_named(options: argparse.Namespace, response: int) -> Iterator[None]:
+    """Inside, what cannot be read is an error that names the response."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Row {options.row}, response {response} of {options.dataset} is damaged ({error})."
+        ) from error
+
+
+def _write_page(
+    options: argparse.Namespace, row: dict[str, Any], spec: DiffusionSpec, tokenizer, output: Path, title: str, rewards
+) -> None:
+    """The page of a response, which shows the others of its row, too."""
+    group = []
+    for response in range(len(row["canvas_lengths"])):
+        with _damage_named(options, response):
+            group.append(from_rows([(row, response)], spec))
+    batch = TrajectoryBatch.concatenate(group)
+    if row["event_logps"] is None:
+        batch = replace(batch, logps=torch.full_like(batch.logps, float("nan")))
+    with _damage_named(options, options.response):
+        decoding = dict(json.loads(row["decoding"]))
+    trajectory_html(
+        batch,
+        spec,
+        tokenizer,
+        output,
+        options.response,
+        title,
+        rewards={name: values for name, values in rewards.items() if values},
+        policy=_policy(options.dataset, row["policy_fingerprint"]),
+        decoding=decoding,
+    )
+
+
+def _policy(directory: Path, fingerprint: str | None) -> str:
+    try:
+        name = _plan(directory).get("policy")
+    except ValueError:  # it can be shown without
+        name = None
+    return f"{name or 'unknown'}, fingerprint {fingerprint or 'unknown'}"
 
 
 def _row(directory: Path, index: int) -> dict[str, Any]:
@@ -134,9 +183,14 @@ def _count(number: int) -> str:
     return f"{number} (0 to {number - 1})" if number else "none"
 
 
-def _tokenizer(directory: Path, given: str | None) -> PreTrainedTokenizerBase:
+def _plan(directory: Path) -> dict[str, Any]:
+    """What the collection says about itself."""
     plan = directory / "collection.json"
-    name = given or (read_record(plan, advice="Pass --tokenizer PATH.").get("tokenizer") if plan.exists() else None)
+    return read_record(plan, advice="Pass --tokenizer PATH.") if plan.exists() else {}
+
+
+def _tokenizer(directory: Path, given: str | None) -> PreTrainedTokenizerBase:
+    name = given or _plan(directory).get("tokenizer")
     if not name and (directory / "tokenizer").is_dir():
         name = str(directory / "tokenizer")
     if not name:
@@ -149,11 +203,6 @@ def _tokenizer(directory: Path, given: str | None) -> PreTrainedTokenizerBase:
 
 
 def _draw(batch: TrajectoryBatch, spec: DiffusionSpec, tokenizer, output: Path, title: str, recorded: bool) -> None:
-    if output.suffix.lower() == ".html":
-        if not recorded:
-            batch = replace(batch, logps=torch.full_like(batch.logps, float("nan")))
-        trajectory_html(batch, spec, tokenizer, output, title=title)
-        return
     positions, steps = int(batch.canvas_lengths[0]), int(_steps(batch, spec).max()) + 1
     if positions * steps > MOST_CELLS:
         raise ValueError(
