@@ -307,6 +307,13 @@ def test_page_is_small(tmp_path):
     assert len(long_page(tmp_path, 256, responses=8)) < 400_000
 
 
+def test_table_shows_blanks_and_parts_of_characters(tmp_path):
+    long_page(tmp_path, 48)
+    labels = [cells[1].text for cells in Page(tmp_path / "page.html").table]
+    assert labels[:4] == ["T", "h", "e", "␣"] and labels[27:30] == ["↵", "↵", "⇥"]
+    assert labels[32:38] == ["…", "…", "答", "…", "…", "案"]
+
+
 def test_text_can_be_read_on_every_colour_of_the_page(tmp_path):
     """A browser measures what is on a page; here, what could be."""
     source = long_page(tmp_path, 17)

@@ -320,7 +320,7 @@ def _row(response: _Response, position: int, edge: bool) -> str:
             f'<i class="{level(stay.probability)}" title="{response.title(position, stay)}" '
             f'style="left:{left:.2f}%;width:{width:.2f}%"></i>'
         )
-        tokens.append(_escape(response.text(position, stay).replace("\n", "↵").replace("\t", "⇥")))
+        tokens.append(_escape(_label(response.text(position, stay))))
     step = ", ".join(str(stay.first) for stay in stays) or "never"
     faint = " faint" if position >= response.counted else ""
     return (
@@ -328,6 +328,12 @@ def _row(response: _Response, position: int, edge: bool) -> str:
         f'<td class="token{faint}">{" → ".join(tokens)}</td><td class="bar">{bars}</td><td class="number">{step}</td>'
         f'<td class="number">{"" if not stays else _short(stays[-1])}</td></tr>'
     )
+
+
+def _label(text: str) -> str:
+    """A token on one line, which is seen even if it is blank or a part of a character."""
+    shown = text.replace("\n", "↵").replace("\t", "⇥")
+    return shown if shown.strip() else "␣" * len(shown) or "…"
 
 
 def _short(stay: Stay) -> str:
