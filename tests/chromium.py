@@ -22,7 +22,7 @@ OPTIONS += ["--window-size=1600,1000", "--remote-debugging-port=0"]
 OPTIONS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # nothing but this machine can be reached
 MEASURES = Path(__file__).with_name("measures.js")
 # Loads each page in a frame of its width, two at a time, and sends back what `measure` finds in it.
-FRAMES = """<!doctype html><meta charset="utf-8"><script src="/measures.js"></script><script>
+FRAMES = """<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark"><script src="/measures.js"></script><script>
 const jobs = JOBS, results = [];
 async function load([page, width], index) {
   const frame = document.createElement("iframe");
@@ -46,12 +46,12 @@ addEventListener("DOMContentLoaded", async () => {
 class Server(http.server.SimpleHTTPRequestHandler):
     """Serves a folder, the page of frames and what measures, and takes the results."""
 
-    def __init__(self, *args: Any, frames: str, results: queue.Queue, **kwargs: Any):
-        self.frames, self.results = frames, results
+    def __init__(self, *args: Any, frames: str, script: str, results: queue.Queue, **kwargs: Any):
+        self.frames, self.script, self.results = frames, script, results
         super().__init__(*args, **kwargs)
 
     def do_GET(self) -> None:
-        text = {"/frames": self.frames, "/measures.js": MEASURES.read_text(encoding="utf-8")}.get(self.path)
+        text = {"/frames": self.frames, "/measures.js": self.script}.get(self.path)
         if text is None:
             return super().do_GET()
         self.send_response(200)
@@ -73,7 +73,9 @@ class Host(http.server.ThreadingHTTPServer):
         """A browser that has seen enough breaks connections off."""
 
 
-def measure(folder: Path, pages: Sequence[tuple[str, int]], profile: Path) -> list[dict[str, Any]]:
+def measure(
+    folder: Path, pages: Sequence[tuple[str, int]], profile: Path, script: str = "", dark: bool = False
+) -> list[dict[str, Any]]:
     """
     Opens pages in Chromium and measures them with `tests/measures.js`.
 
@@ -81,6 +83,8 @@ def measure(folder: Path, pages: Sequence[tuple[str, int]], profile: Path) -> li
         folder (`Path`): what is served. Nothing else can be reached.
         pages (sequence of `(str, int)`): for each page, its address below `folder` and the width of its window in pixels.
         profile (`Path`): an empty folder for what Chromium writes.
+        script (`str`, *optional*): JavaScript after `tests/measures.js`, which may define another function `measure`.
+        dark (`bool`, *optional*, defaults to `False`): whether the user prefers dark pages.
 
     Returns:
         `list[dict[str, Any]]`: the measures of each page.
@@ -92,10 +96,12 @@ def measure(folder: Path, pages: Sequence[tuple[str, int]], profile: Path) -> li
     results: queue.Queue = queue.Queue()
     jobs = json.dumps(list(enumerate((quote(page, safe="/?=#&%"), width) for page, width in pages)))
     frames = FRAMES.replace("JOBS", jobs)
-    handler = functools.partial(Server, directory=str(folder), frames=frames, results=results)
+    script = MEASURES.read_text(encoding="utf-8") + script
+    handler = functools.partial(Server, directory=str(folder), frames=frames, script=script, results=results)
     with Host(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = [CHROMIUM, *OPTIONS, f"--user-data-dir={profile}", f"http://127.0.0.1:{server.server_port}/frames"]
+        options = [*OPTIONS, *(["--force-dark-mode"] if dark else []), f"--user-data-dir={profile}"]
+        command = [CHROMIUM, *options, f"http://127.0.0.1:{server.server_port}/frames"]
         browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             while browser.poll() is None:

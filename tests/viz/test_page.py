@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.browser import browse
+from tests.chromium import CHROMIUM, measure
 from tests.conftest import SPECS
 from tests.viz.test_streamer import Bytes
 from tests.viz.test_viewer import make_batch, steps_of
@@ -330,42 +330,63 @@ def test_text_can_be_read_on_every_colour_of_the_page(tmp_path):
             assert min(contrast(colours[text], colours[behind]) for text in ("ink", "faint")) > 4.5
 
 
+def browse(folder: Path, pages: dict[str, str], script: str, dark: bool = False) -> dict[tuple[str, int], dict]:
+    """What a script finds on pages, at the width of a screen and of a phone."""
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium (Debian's package `chromium`)")
+    jobs = [(f"{name}.html", width) for name in pages for width in (1440, 390)]
+    for name, source in pages.items():
+        (folder / f"{name}.html").write_text(source, encoding="utf-8")
+    found = dict(zip(jobs, measure(folder, jobs, folder / "profile", script, dark), strict=True))
+    assert not {job: one for job, one in found.items() if "error" in one}
+    return found
+
+
+LOOK = """
+function measure(view) {
+  const boxes = [...view.document.body.querySelectorAll("*")].filter(one => one.checkVisibility() && one.clientWidth);
+  const beyond = boxes.filter(one => one.scrollWidth > one.clientWidth + 1 && view.getComputedStyle(one).display !== "inline");
+  return {wide: [...wide(view), ...beyond.map(name)], faint: faint(view), texts: texts(view).length,
+    background: view.getComputedStyle(view.document.body).backgroundColor};
+}
+"""
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_page_in_a_browser(dark, tmp_path):
     """Nothing overflows and everything can be read, at the width of a screen and of a phone."""
     pages = {
-        f"{length} tokens, {'unfolded' if step else 'as it opens'}": long_page(tmp_path, length, step=step)
+        f"{length}-{step}": long_page(tmp_path, length, step=step)
         for length, step in ((17, None), (17, 9), (256, None), (256, 100))
     }
-    found = browse(tmp_path, pages, "return measure(frame);", dark)
-    for where, measured in found.items():
-        assert isinstance(measured, dict) and measured["texts"] > 50, (where, measured)
-        assert measured["wide"] == [] and measured["faint"] == [] and measured["least"] >= 4.5, where
-        assert measured["background"] == ("rgb(22, 24, 29)" if dark else "rgb(255, 255, 255)")
+    background = "rgb(22, 24, 29)" if dark else "rgb(255, 255, 255)"
+    for where, found in browse(tmp_path, pages, LOOK, dark).items():
+        texts = found.pop("texts")
+        assert texts > 50 and found == {"wide": [], "faint": {}, "background": background}, where
 
 
 PLAY = """
-const view = frame.contentWindow, page = view.document, slider = page.getElementById("slider"), seen = {};
-const texts = box => [...box.querySelectorAll("span:not([hidden])")];
-const state = () => [page.getElementById("at").textContent, texts(page.getElementById("text")).map(one => one.textContent).join("")];
-const press = key => page.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
-const move = step => { slider.value = step; slider.dispatchEvent(new Event("input")); };
-seen.states = [];
-for (const step of [0, 1, 2, 31, 32, 33, 100, 255, 256]) {
-  move(step);
-  seen.states.push([...state(), page.querySelectorAll("#text .u:not([hidden])").length]);
+function measure(view) {
+  const page = view.document, slider = page.getElementById("slider"), play = page.getElementById("play");
+  const shown = box => [...box.querySelectorAll("span:not([hidden])")].map(one => one.textContent).join("");
+  const press = key => page.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+  const seen = {states: []};
+  for (const step of [0, 1, 2, 31, 32, 33, 100, 255, 256]) {
+    slider.value = step;
+    slider.dispatchEvent(new Event("input"));
+    const text = page.getElementById("text"), news = text.querySelectorAll(".u:not([hidden])");
+    seen.states.push([step, page.getElementById("at").textContent, shown(text), shown(page.querySelector("article")), news.length]);
+  }
+  seen.keys = ["Home", "ArrowRight", "ArrowRight", "ArrowLeft", "End", "x"].map(key => { press(key); return slider.value; });
+  press(" ");
+  seen.play = [slider.value, play.getAttribute("aria-label")];
+  press(" ");
+  page.getElementById("next").click();
+  seen.play.push(slider.value, play.getAttribute("aria-label"));
+  view.scrollTo(0, page.documentElement.scrollHeight);
+  const [box, text] = ["player", "text"].map(id => page.getElementById(id).getBoundingClientRect());
+  return {...seen, player: [view.scrollY, box.top, text.bottom, box.bottom, view.innerHeight]};
 }
-move(12);
-seen.card = texts(page.querySelector("article")).map(one => one.textContent).join("");
-seen.keys = ["Home", "ArrowRight", "ArrowRight", "ArrowLeft", "End", "x"].map(key => { press(key); return slider.value; });
-const play = page.getElementById("play");
-seen.play = [press(" "), slider.value, play.getAttribute("aria-label"), press(" "), play.getAttribute("aria-label")];
-page.getElementById("next").click();
-seen.play.push(slider.value);
-view.scrollTo(0, page.documentElement.scrollHeight);
-const box = page.getElementById("player").getBoundingClientRect();
-seen.player = [view.scrollY, box.top, box.bottom, page.getElementById("text").getBoundingClientRect().bottom];
-return seen;
 """
 
 
@@ -373,15 +394,12 @@ def test_page_can_be_played(tmp_path):
     """The slider, the keys and the button move all texts; the text and the slider stay in sight."""
     source = long_page(tmp_path, 256)
     page = Page(tmp_path / "page.html")
-    found = browse(tmp_path, {"page": source}, PLAY)
-    for width in (1440, 390):
-        seen = found["page", width]
-        states = seen["states"]
-        assert states == [
-            [f"step {step} of 256", page.shown(step), int(step > 0)] for step in (0, 1, 2, 31, 32, 33, 100, 255, 256)
-        ]
-        assert seen["card"] == page.shown(12, page.root.all("article")[0].all("span"))
-        assert seen["keys"] == ["0", "1", "2", "1", "256", "256"]
-        assert seen["play"][1:3] == ["0", "pause"] and seen["play"][4:] == ["play", "1"]
-        scrolled, top, bottom, text = seen["player"]
-        assert scrolled > 100 and top == 0 and text < bottom < 0.6 * 844
+    card = page.root.all("article")[0].all("span")
+    for found in browse(tmp_path, {"page": source}, PLAY).values():
+        for step, at, text, other, news in found["states"]:
+            assert (at, text, other) == (f"step {step} of 256", page.shown(step), page.shown(step, card))
+            assert news == int(step > 0)
+        assert found["keys"] == ["0", "1", "2", "1", "256", "256"]
+        assert found["play"] == ["0", "pause", "1", "play"]
+        scrolled, top, text, bottom, height = found["player"]
+        assert scrolled > 100 and top == 0 and text < bottom < 0.6 * height
