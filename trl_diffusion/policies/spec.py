@@ -197,6 +197,11 @@ def spec_fields(config: PretrainedConfig) -> dict[str, Any]:
     return {**family_fields(config), **(getattr(config, CONFIG_KEY, None) or {})}
 
 
+def writes_left_to_right(fields: Mapping[str, Any]) -> bool:
+    """Whether fields of [`DiffusionSpec`] say that tokens are written one after another, as causal models do."""
+    return fields.get("block_size") == 1 and fields.get("first_token") == "autoregressive"
+
+
 def get_spec(config: PretrainedConfig, overrides: Mapping[str, Any] | None = None) -> DiffusionSpec:
     """
     The spec of a model: stored in its config, or derived from its family.

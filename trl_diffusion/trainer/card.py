@@ -68,7 +68,7 @@ def model_card(
 
 A diffusion language model: {_base(base, on_hub)}, trained{dataset} with [dTRPO](https://huggingface.co/papers/{PAPER["id"]}) by
 trl_diffusion, on [TRL](https://github.com/huggingface/trl). It writes by denoising, so `transformers.pipeline` and the model's
-own `generate`, which write from left to right, give nonsense.
+own `generate`, which write from left to right, give nonsense. Once `trl_diffusion` is imported, they refuse.
 
 ```python
 {_example(trainer)}

@@ -2,7 +2,8 @@
 The published families of diffusion language models: loaded without remote code, saved in their own format.
 
 Each is a stock transformers backbone under another name, so PEFT, gradient checkpointing, attention implementations and
-parallelism are those of transformers. `import trl_diffusion` registers them with the auto classes.
+parallelism are those of transformers. `import trl_diffusion` registers them with the auto classes, and makes transformers' own
+`generate` refuse diffusion policies.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from ..left_to_right import refuse_policies
 from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
 from .models import (
     LLADA_NAMES,
@@ -56,3 +58,4 @@ def register() -> None:
 
 
 register()
+refuse_policies()
