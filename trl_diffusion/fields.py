@@ -18,6 +18,8 @@ from numbers import Real
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .names import say_names
+
 
 T = TypeVar("T")
 
@@ -59,7 +61,7 @@ def check_names(what: str, names: Iterable[str], kind: type) -> None:
     known = sorted(one.name for one in fields(kind))
     unknown = sorted(set(names) - set(known))
     if unknown:
-        raise ValueError(f"Unknown {what} {unknown}; there are {known}.")
+        raise ValueError(f"Unknown {what} {unknown}; there are {known}.{say_names(unknown, known)}")
 
 
 def check_fields(config: Any, names: Collection[str] | None = None) -> None:

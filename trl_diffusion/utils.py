@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import torch
 import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
+
+from .names import check_words, say_names
 
 
 # What a user can set right: options, files, data, what is installed, a policy whose numbers are not finite.
@@ -174,7 +175,7 @@ def no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_config_file(arguments: list[str] | None, kinds: Collection[type] = ()) -> list[str]:
     """
-    The arguments of a command, if the YAML file behind `--config` gives no key twice.
+    The arguments of a command, if the YAML file behind `--config` gives no key twice, and no option has another name here.
 
     Args:
         arguments (`list[str]`, *optional*): the arguments. Defaults to those of the command line.
@@ -183,9 +184,10 @@ def check_config_file(arguments: list[str] | None, kinds: Collection[type] = ())
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: naming the file and the line, if it is not YAML, gives a key twice or without a value, or holds something
-            else than options that are known.
+            else than options that are known. Or naming the option, if it has another name here.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    check_words(arguments, _names_of(kinds))
     if arguments[-1:] == ["--config"]:
         raise ValueError("--config is followed by no path. Give that of a YAML file.")
     for option, path in zip(arguments, arguments[1:], strict=False):
@@ -210,12 +212,17 @@ def check_options(where: str, names: Iterable[str], kinds: Iterable[type]) -> No
     Raises:
         ValueError: naming those that are not known, and what they may be meant to be.
     """
-    known = sorted(one.name for kind in kinds for one in fields(kind))
+    known = _names_of(kinds)
     unknown = sorted(set(names) - set(known), key=str)
     if unknown:
-        near = {name: get_close_matches(str(name), known, 1) for name in unknown}
-        hint = "".join(f" Is {name} meant to be {names[0]}?" for name, names in near.items() if names)
-        raise ValueError(f"{where}: unknown options {unknown}; --help lists those that there are.{hint}")
+        raise ValueError(
+            f"{where}: unknown options {unknown}; --help lists those that there are.{say_names(unknown, known)}"
+        )
+
+
+def _names_of(kinds: Iterable[type]) -> list[str]:
+    """Names of the fields of dataclasses."""
+    return sorted(one.name for kind in kinds for one in fields(kind))
 
 
 def read_mapping(value: str | Mapping[str, Any] | None, name: str) -> dict[str, Any]:

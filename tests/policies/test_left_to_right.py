@@ -17,9 +17,13 @@ from trl_diffusion.policies.left_to_right import refuse_policies
 from trl_diffusion.policies.policy import open_policy
 
 
-REFUSED = r"is a diffusion policy.*from left to right.*`trl_diffusion.generate\(model, tokenizer, prompts\)`.*DTRPOTrainer"
+REFUSED = (
+    r"is a diffusion policy.*from left to right.*`trl_diffusion.generate\(model, tokenizer, prompts\)`.*DTRPOTrainer"
+)
 PROMPT = torch.tensor([[7, 8, 9]])
-AUTOREGRESSIVE = DiffusionSpec(MASK, block_size=1, token_shift=True, first_token="autoregressive", stop_token_ids=(STOP,))
+AUTOREGRESSIVE = DiffusionSpec(
+    MASK, block_size=1, token_shift=True, first_token="autoregressive", stop_token_ids=(STOP,)
+)
 
 
 @pytest.fixture(scope="module")

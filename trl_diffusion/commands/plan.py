@@ -25,6 +25,7 @@ from dataclasses import asdict
 
 import torch
 
+from ..names import parse_words
 from ..plan.cost import Machine, RolloutCost, rollout_cost
 from ..plan.simulate import Footprint, Workload, simulate
 from ..plan.strategies import Plan, make_plans
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
-    options = _parser().parse_args(arguments)
+    options = parse_words(_parser(), arguments)
     return exit_code(lambda: _run(options))
 
 

@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..fields import AtLeast, Within, check_fields, check_names, explained
+from ..names import knows_names
 from ..trajectories.selection import Selection
 from .strategies import SCHEDULED, SELECT_BY_SAMPLE, STRATEGIES, Strategy
 
@@ -99,6 +100,7 @@ class RolloutSettings:
         return {one.name: getattr(self, one.name) for one in fields(RolloutSettings)}
 
 
+@knows_names
 @dataclass(unsafe_hash=True)  # it cannot be changed, see `__setattr__`
 @explained
 class DecodingConfig(RolloutSettings):

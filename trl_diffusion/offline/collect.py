@@ -23,6 +23,7 @@ from trl import is_conversational
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
 from ..fields import check_at_least
+from ..names import knows_names
 from ..policies.forward import NonFiniteLogits, check_model
 from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.lora import adapters
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 PLAN = "collection.json"
 
 
+@knows_names
 def collect(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

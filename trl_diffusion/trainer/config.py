@@ -12,6 +12,7 @@ from trl import GRPOConfig
 from ..decoding.config import DecodingConfig
 from ..decoding.options import RolloutOptions
 from ..fields import AtLeast, check_fields, check_one_of
+from ..names import knows_names
 from ..objectives.pairwise import PairwiseConfig
 from ..offline.orders import ORDERS
 from ..policies.prompts import read_chat_template_kwargs
@@ -56,6 +57,7 @@ _CHOICES = {
 }
 
 
+@knows_names
 @dataclass
 class DTRPOConfig(RolloutOptions, GRPOConfig):
     r"""
