@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ import torch
 import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
-
-from .names import check_words, say_names
 
 
 # What a user can set right: options, files, data, what is installed, a policy whose numbers are not finite.
@@ -175,7 +174,7 @@ def no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_config_file(arguments: list[str] | None, kinds: Collection[type] = ()) -> list[str]:
     """
-    The arguments of a command, if the YAML file behind `--config` gives no key twice, and no option has another name here.
+    The arguments of a command, if the YAML file behind `--config` gives no key twice.
 
     Args:
         arguments (`list[str]`, *optional*): the arguments. Defaults to those of the command line.
@@ -184,10 +183,9 @@ def check_config_file(arguments: list[str] | None, kinds: Collection[type] = ())
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: naming the file and the line, if it is not YAML, gives a key twice or without a value, or holds something
-            else than options that are known. Or naming the option, if it has another name here.
+            else than options that are known.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    check_words(arguments, _names_of(kinds))
     if arguments[-1:] == ["--config"]:
         raise ValueError("--config is followed by no path. Give that of a YAML file.")
     for option, path in zip(arguments, arguments[1:], strict=False):
@@ -212,17 +210,12 @@ def check_options(where: str, names: Iterable[str], kinds: Iterable[type]) -> No
     Raises:
         ValueError: naming those that are not known, and what they may be meant to be.
     """
-    known = _names_of(kinds)
+    known = sorted(one.name for kind in kinds for one in fields(kind))
     unknown = sorted(set(names) - set(known), key=str)
     if unknown:
-        raise ValueError(
-            f"{where}: unknown options {unknown}; --help lists those that there are.{say_names(unknown, known)}"
-        )
-
-
-def _names_of(kinds: Iterable[type]) -> list[str]:
-    """Names of the fields of dataclasses."""
-    return sorted(one.name for kind in kinds for one in fields(kind))
+        near = {name: get_close_matches(str(name), known, 1) for name in unknown}
+        hint = "".join(f" Is {name} meant to be {names[0]}?" for name, names in near.items() if names)
+        raise ValueError(f"{where}: unknown options {unknown}; --help lists those that there are.{hint}")
 
 
 def read_mapping(value: str | Mapping[str, Any] | None, name: str) -> dict[str, Any]:

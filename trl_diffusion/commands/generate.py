@@ -16,7 +16,6 @@ import argparse
 import sys
 
 from ..decoding.options import add_decoding_options, given_decoding
-from ..names import parse_words
 from ..utils import exit_code, printable, read_mapping
 
 
@@ -30,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
-    options = parse_words(_parser(), arguments)
+    options = _parser().parse_args(arguments)
     return exit_code(lambda: _print(_answer(options)))
 
 

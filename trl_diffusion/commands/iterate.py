@@ -26,7 +26,6 @@ from typing import Annotated, Any
 
 from ..cli import file_or_name, launch_command
 from ..fields import AtLeast, check_fields, check_names
-from ..names import parse_words
 from ..policies.tiny import tiny_policy_path
 from ..seeds import derive_seed
 from ..utils import check_options, check_writable, exit_code, load_yaml, read_mapping, read_record, write_text
@@ -194,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         `int`: exit code, 0, 2 after one line on stderr that says what is wrong, or that of the command that failed.
     """
-    options = vars(parse_words(_parser(), arguments))
+    options = vars(_parser().parse_args(arguments))
     engine = options.pop("accelerate_config"), options.pop("num_processes")
 
     def start(name: str, words: list[str]) -> None:

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..names import parse_words
 from ..policies.loading import load_tokenizer
 from ..policies.spec import DiffusionSpec
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, from_rows, load_row
@@ -51,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
-    options = parse_words(_parser(), arguments)
+    options = _parser().parse_args(arguments)
     return exit_code(lambda: print(printable(_show(options))))
 
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from .families import FAMILIES
 from .files import check_records
+from .places import check_there
 from .spec import DiffusionSpec, check_spec, family_fields, get_spec, spec_fields
 
 
@@ -33,9 +34,11 @@ def load_config(path: str, **options) -> PretrainedConfig:
         options (`dict`): passed on to `AutoConfig.from_pretrained`.
 
     Raises:
+        FileNotFoundError: if there is no such directory, and nothing of this name on the hub.
         ValueError: if a file of the checkpoint is damaged, or it is of a model type that neither transformers nor this package
             knows; the message lists what there is.
     """
+    check_there(path, **options)
     check_records(path)
     try:  # `False` makes an error of what transformers would ask on the terminal
         return AutoConfig.from_pretrained(path, **options, trust_remote_code=False)
@@ -69,8 +72,10 @@ def load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
         options (`dict`): passed on to `AutoTokenizer.from_pretrained`.
 
     Raises:
+        FileNotFoundError: if there is no such directory, and nothing of this name on the hub.
         ValueError: if it is damaged, or code of the checkpoint's own, which is never run.
     """
+    check_there(path, **options)
     check_records(path)
     try:
         with refusing_code(f"The tokenizer of {path}", "Pass a tokenizer of a kind that transformers knows."):

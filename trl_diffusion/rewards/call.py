@@ -16,6 +16,7 @@ from trl import apply_chat_template, is_conversational
 
 from ..policies.files import check_records, check_weights
 from ..policies.loading import refusing_code
+from ..policies.places import check_there
 
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class RewardCaller:
             raise ValueError(f"Reward functions need different names, got {self.names}.")
         for place, function in enumerate(self.reward_funcs):
             if isinstance(function, str):
+                check_there(function)
                 check_records(function)
                 check_weights(function)
                 with refusing_code(f"The reward model {function}", _OTHER_MODEL):
