@@ -25,6 +25,7 @@ from trl_diffusion.evaluation.run import (
 )
 from trl_diffusion.rewards import math, sudoku
 from trl_diffusion.rewards.code import check_code, code_reward
+from trl_diffusion.tasks import load_task
 from trl_diffusion.utils import write_text
 
 
@@ -193,12 +194,32 @@ def test_code_runs_only_if_allowed(tiny, tmp_path, monkeypatch):
     [
         ([], "No task was given; there are .*'gsm8k'"),
         (["chess"], "Unknown task 'chess'; there are"),
-        (["sudoku"], "sudoku is not on the hub: pass --data_dir, a directory that has sudoku/4x4_test.csv"),
     ],
 )
 def test_tasks_that_cannot_be(tasks, message):
     with pytest.raises(ValueError, match=message):
         check_tasks(tasks)
+
+
+def test_puzzles_and_games_of_the_package(tiny, data_dir, tmp_path, caplog):
+    """Without a file, those on which `train` measures; a file goes before them, and a directory without one is said."""
+    for name in ("sudoku", "countdown"):
+        task = load_task(name, train_size=1)
+        assert BENCHMARKS[name].read() == task.evaluation.to_list() and len(task.evaluation) == 500
+    assert len(BENCHMARKS["sudoku"].read(data_dir)) == 16
+    results = Evaluation(tiny, tmp_path / "out", limit=2, progress=False).run(["sudoku", "countdown"])
+    assert [row["questions"] for row in results["tasks"]] == [2, 2] and not caplog.records
+    assert json.loads((tmp_path / "out" / "sudoku_seed0.json").read_text())["settings"]["data"] == "package"
+    check_tasks(["sudoku", "countdown"], data_dir)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{data_dir} has no countdown/cd3_test.jsonl: the questions of countdown are those of the package."
+    ]
+    with pytest.raises(ValueError, match="There is no directory nowhere"):
+        check_tasks(["sudoku"], "nowhere")
+    pytest.importorskip("lm_eval")
+    from trl_diffusion.evaluation import harness_tasks
+
+    assert harness_tasks.sudoku()["test"].to_list() == BENCHMARKS["sudoku"].read()
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
 """
 Measures a policy on benchmarks.
 
-    trl-diffusion evaluate --tasks sudoku countdown --data_dir DATA                    # the embedded policy
+    trl-diffusion evaluate --tasks sudoku countdown                                    # the embedded policy
     trl-diffusion evaluate --model_name_or_path MODEL --tasks gsm8k math500 gpqa ifeval
     trl-diffusion evaluate --adapter_name_or_path outputs/llada --tasks gsm8k --data_dir DATA
     trl-diffusion evaluate --model_name_or_path MODEL --tasks humaneval_plus mbpp_plus --allow_code_execution
-    trl-diffusion evaluate --tasks sudoku --data_dir DATA --decoding temperature:0.5 --seeds 0 1 2
+    trl-diffusion evaluate --tasks sudoku --decoding temperature:0.5 --seeds 0 1 2
 
 Tasks: gsm8k, math (all of MATH), math500, gpqa (diamond), humaneval, humaneval_plus, mbpp_plus, ifeval, countdown, sudoku.
 With `--data_dir`, a directory with gsm8k/test.jsonl, humaneval/HumanEval.jsonl, countdown/cd3_test.jsonl or
-sudoku/4x4_test.csv, these are read from there; everything else comes from the hub through lm-evaluation-harness.
+sudoku/4x4_test.csv, these are read from there. Without a file, countdown and sudoku are the 500 games and puzzles on which
+`train` measures, too. Everything else comes from the hub through lm-evaluation-harness.
 
 In the output directory it leaves `results.md` and `results.json`, and for each task and seed the figures and all samples.
 Given again after an interruption, the same command adds what is missing. With several processes

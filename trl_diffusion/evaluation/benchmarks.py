@@ -1,4 +1,4 @@
-"""Benchmarks whose questions are in local files: what is asked, and how answers are checked."""
+"""Benchmarks whose questions are in local files or in the package: what is asked, and how answers are checked."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ class Benchmark:
         conversational (`bool`): whether a policy with a chat template is asked in a conversation.
         stops (`tuple[str, ...]`): strings that end an answer outside of a conversation.
         runs_code (`bool`): whether checking runs what the policy wrote.
+        packaged (`Callable`, *optional*): gives the rows that come with the package, which are asked without a file.
     """
 
     name: str
@@ -58,10 +59,17 @@ class Benchmark:
     conversational: bool = False
     stops: tuple[str, ...] = ()
     runs_code: bool = False
+    packaged: Callable[[], list[dict[str, Any]]] | None = None
 
-    def read(self, data_dir: str | Path) -> list[dict[str, Any]]:
-        """The rows of the file under `data_dir`."""
-        return self.rows(str(Path(data_dir) / self.file))
+    def read(self, data_dir: str | Path | None = None) -> list[dict[str, Any]]:
+        """The rows of the file under `data_dir`, or else those of the package."""
+        if self.packaged is not None and not self.is_in(data_dir):
+            return self.packaged()
+        return self.rows(str(Path(data_dir or ".") / self.file))
+
+    def is_here(self, data_dir: str | Path | None) -> bool:
+        """Whether its rows are under `data_dir` or in the package."""
+        return self.packaged is not None or self.is_in(data_dir)
 
     def is_in(self, data_dir: str | Path | None) -> bool:
         """Whether its file is under `data_dir`."""
@@ -135,6 +143,17 @@ def without_numpy(tests: str) -> str:
     return tests.replace("import numpy as np", _NUMPY, 1)
 
 
+def packaged_puzzles() -> list[dict[str, Any]]:
+    """The 500 puzzles of 4x4 sudoku on which `train` measures as well."""
+    return [{"puzzle": puzzle, "prompt": sudoku.prompt(puzzle)} for puzzle in sudoku.evaluation_puzzles()]
+
+
+def packaged_games() -> list[dict[str, Any]]:
+    """The 500 games of countdown on which `train` measures as well."""
+    games = countdown.evaluation_games()
+    return [{**game, "prompt": countdown.prompt(game["numbers"], game["target"])} for game in games]
+
+
 def code_checker() -> Callable:
     """The checker of programs; whoever calls this has been told that they will be run."""
     return code_reward(allow_execution=True)
@@ -154,7 +173,16 @@ BENCHMARKS = {
             stops=CODE_STOPS,
             runs_code=True,
         ),
-        Benchmark("countdown", "countdown/cd3_test.jsonl", countdown_rows, lambda: countdown.countdown_solved, 16),
-        Benchmark("sudoku", "sudoku/4x4_test.csv", sudoku_rows, lambda: sudoku.sudoku_solved, 17),
+        Benchmark(
+            "countdown",
+            "countdown/cd3_test.jsonl",
+            countdown_rows,
+            lambda: countdown.countdown_solved,
+            16,
+            packaged=packaged_games,
+        ),
+        Benchmark(
+            "sudoku", "sudoku/4x4_test.csv", sudoku_rows, lambda: sudoku.sudoku_solved, 17, packaged=packaged_puzzles
+        ),
     )
 }

@@ -17,7 +17,7 @@ from .benchmarks import BENCHMARKS, code_checker, human_eval_row, math_row, mbpp
 
 
 def _local(name: str, data_dir: str | None = None, **unused: Any) -> dict[str, Dataset]:
-    if data_dir is None:
+    if data_dir is None and BENCHMARKS[name].packaged is None:
         raise ValueError(
             f"The task {name}_local reads {BENCHMARKS[name].file} from a directory of yours: add "
             "--metadata data_dir=DIRECTORY"

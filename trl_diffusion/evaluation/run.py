@@ -217,8 +217,9 @@ class Evaluation:
         policy ([`Policy`]): who answers.
         output_dir (`str` or `Path`): where everything goes. Called again with the same policy and settings, what is
             there is kept and what is missing is added.
-        data_dir (`str` or `Path`, *optional*): directory of local data. Benchmarks whose file is there are read from it,
-            the others come from the hub through lm-evaluation-harness.
+        data_dir (`str` or `Path`, *optional*): directory of local data. Benchmarks whose file is there are read from it. Of
+            the others, sudoku and countdown come with the package, and the rest comes from the hub through
+            lm-evaluation-harness.
         decoding (`dict`, *optional*): settings of [`DecodingConfig`].
         seeds (`list[int]`, *optional*, defaults to `[0]`): one measurement each. Without a temperature only the first is
             taken, since all would be the same.
@@ -299,7 +300,7 @@ class Evaluation:
 
     def _measure(self, task: str, seed: int) -> Measured | None:
         benchmark = BENCHMARKS.get(task)
-        if benchmark is not None and self.data_dir is not None and benchmark.is_in(self.data_dir):
+        if benchmark is not None and benchmark.is_here(self.data_dir):
             rows = benchmark.read(self.data_dir)[: self.limit]
             return measure_local(
                 self.policy, benchmark, rows, self.decoding, seed, self.batch_size, progress=self.progress
@@ -317,7 +318,7 @@ class Evaluation:
     def _settings(self, task: str, fingerprint: str | None) -> dict[str, Any]:
         """What a measurement depends on."""
         benchmark = BENCHMARKS.get(task)
-        data = "hub"
+        data = "package" if benchmark is not None and benchmark.packaged is not None else "hub"
         if benchmark is not None and self.data_dir is not None and benchmark.is_in(self.data_dir):
             data = xxhash.xxh3_128_hexdigest((Path(self.data_dir) / benchmark.file).read_bytes())
         template = self.policy.chat_template_kwargs
@@ -400,28 +401,29 @@ def check_seeds(seeds: list[int]) -> None:
 def check_tasks(tasks: list[str], data_dir: str | Path | None = None, allow_code_execution: bool = False) -> None:
     """
     Raises a `ValueError` if a task is unknown, would run code that nobody has allowed, or comes from the hub while
-    lm-evaluation-harness is missing; or if there is no task.
+    lm-evaluation-harness is missing; or if there is no task, or no directory `data_dir`.
     """
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise ValueError(f"There is no directory {data_dir} (`data_dir`).")
     if not tasks:
         raise ValueError(f"No task was given; there are {list(TASK_NAMES)}.")
     for task in tasks:
         if task not in TASK_NAMES:
             raise ValueError(f"Unknown task {task!r}; there are {list(TASK_NAMES)}.")
         benchmark, harness = BENCHMARKS.get(task), HARNESS_TASKS.get(task)
-        local = benchmark is not None and benchmark.is_in(data_dir)
+        local = benchmark is not None and benchmark.is_here(data_dir)
         chosen = benchmark if local else harness or benchmark
         if chosen is not None and chosen.runs_code and not allow_code_execution:
             raise ValueError(
                 f"{task} runs programs that a model wrote on this machine, in a sandbox. If that is what you want, pass "
                 "--allow_code_execution (read trl_diffusion.rewards.sandbox on what it leaves open)."
             )
-        if local:
+        if local and benchmark is not None:
+            if data_dir is not None and not benchmark.is_in(data_dir):
+                logger.warning(
+                    f"{data_dir} has no {benchmark.file}: the questions of {task} are those of the package."
+                )
             continue
-        if harness is None and benchmark is not None:
-            raise ValueError(
-                f"{task} is not on the hub: pass --data_dir, a directory that has {benchmark.file}"
-                + (f"; {data_dir} does not." if data_dir else ".")
-            )
         if find_spec("lm_eval") is None:
             raise ValueError(f"{task} from the hub needs lm-evaluation-harness: pip install 'trl-diffusion[eval]'")
 
