@@ -12,6 +12,8 @@ those of the busiest GPU: an update (weights, gradients, optimizer state, refere
 
 Times are arithmetic: floating-point operations, which are counted, divided by `--tflops`, or weights read by `--bandwidth`,
 whichever is slower. Rewards, communication, data and small batches that do not reach such rates come on top.
+
+What `train` would refuse is refused here, as far as configs can tell.
 """
 
 from __future__ import annotations
@@ -22,15 +24,17 @@ import math
 import sys
 import warnings
 from dataclasses import asdict
+from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
-from ..names import parse_words
 from ..plan.cost import Machine, RolloutCost, rollout_cost
 from ..plan.simulate import Footprint, Workload, simulate
 from ..plan.strategies import Plan, make_plans
-from ..policies.loading import load_config
-from ..policies.spec import check_spec, get_spec, spec_fields
+from ..policies.limits import check_layers, context_length
+from ..policies.loading import load_config, needs_tokenizer
+from ..policies.spec import DiffusionSpec, check_spec, get_spec
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from ..utils import exit_code, load_yaml, read_mapping
 
@@ -63,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
-    options = parse_words(_parser(), arguments)
+    options = _parser().parse_args(arguments)
     return exit_code(lambda: _run(options))
 
 
@@ -83,12 +87,8 @@ def _run(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan], RolloutCost]:
     config = load_config(options.model)
-    fields = read_mapping(options.diffusion_spec, "diffusion_spec")
-    vocabulary = config.get_text_config().vocab_size
-    if "mask_token_id" not in {**spec_fields(config), **fields}:
-        fields["mask_token_id"] = vocabulary - 1  # which one it is changes no size
-    spec = get_spec(config, fields)
-    check_spec(spec, config)
+    spec = _spec(config, read_mapping(options.diffusion_spec, "diffusion_spec"))
+    _check_work(config, spec, options)
     work = Workload(
         batch_size=options.batch_size,
         num_generations=options.num_generations,
@@ -109,6 +109,37 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan]
         footprints["mixed"], footprints["full"], footprints["lora"], options.gpus, options.beta, not options.no_gather
     )
     return footprints, plans, rollout_cost(config, spec, work, footprints["full"], options.answer_length)
+
+
+def _spec(config: PretrainedConfig, fields: dict[str, Any]) -> DiffusionSpec:
+    """The spec of a policy that `train` takes; the mask token that only a family's tokenizer knows is any, as it has no size."""
+    check_layers(config)
+    if needs_tokenizer(config, fields):
+        fields = {**fields, "mask_token_id": config.get_text_config().vocab_size - 1}
+    try:
+        spec = get_spec(config, fields)
+    except ValueError as error:
+        raise ValueError(f"{error} (Of this command: --diffusion_spec mask_token_id:ID+block_size:N.)") from error
+    check_spec(spec, config)
+    return spec
+
+
+def _check_work(config: PretrainedConfig, spec: DiffusionSpec, options: argparse.Namespace) -> None:
+    """Raises a `ValueError` if the policy does not take such prompts and responses, or groups do not fill a rollout."""
+    context, limit = context_length(config)
+    end = spec.canvas_end(options.prompt_length, options.completion_length)
+    if context is not None and end > context:
+        raise ValueError(
+            f"A prompt of {options.prompt_length} tokens with {options.completion_length} new ones, in whole blocks of "
+            f"{spec.block_size}, makes {end} positions, more than the policy's context of {context} (`{limit}`). Lower "
+            "`--prompt_length` or `--completion_length`."
+        )
+    responses = options.batch_size * options.gpus * options.accumulation
+    if responses % options.num_generations:
+        raise ValueError(
+            f"A rollout of {responses} responses (`--batch_size` {options.batch_size} x {options.gpus} GPUs x `--accumulation` "
+            f"{options.accumulation}) does not divide into groups of {options.num_generations} (`--num_generations`)."
+        )
 
 
 def _times(footprints: dict[str, Footprint], rollout: RolloutCost, options: argparse.Namespace) -> dict[str, float]:
@@ -157,9 +188,9 @@ def _with_recipe(options: argparse.Namespace) -> argparse.Namespace:
             setattr(options, name, recipe.get(FROM_RECIPE.get(name), default))
     for name in ("gpus", "batch_size", "accumulation", "prompt_length", "completion_length", "rollout_batch_size",
                  "num_generations", "tokens_per_step", "lora_rank"):  # fmt: skip
-        value = getattr(options, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`--{name}` must be a whole number of at least 1, got {value!r}.")
+        value, least = getattr(options, name), 2 if name == "num_generations" else 1
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"`--{name}` must be a whole number of at least {least}, got {value!r}.")
     for name in ("memory", "tflops", "bandwidth", "epochs", "prompts", "answer_length"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
@@ -171,7 +202,19 @@ def _with_recipe(options: argparse.Namespace) -> argparse.Namespace:
             f"`--answer_length` is {options.answer_length}, but responses have {options.completion_length} tokens at most "
             "(`--completion_length`)."
         )
+    if recipe:
+        _check_recipe(options.config, recipe)
     return options
+
+
+def _check_recipe(path: str, recipe: dict[str, Any]) -> None:
+    """Raises a `ValueError` if `train` has no such options, or refuses their numbers."""
+    from ..trainer.checks import check_given
+    from ..utils import check_options
+    from . import train  # here, since it brings TRL along
+
+    check_options(path, set(recipe) - {"env"}, train.KINDS)
+    check_given(recipe)
 
 
 DEFAULTS = {
