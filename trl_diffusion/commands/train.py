@@ -38,6 +38,7 @@ from ..policies.loading import load_tokenizer
 from ..policies.tiny import tiny_policy_path
 from ..tasks import TASKS, load_task, preference_rows
 from ..trainer.callbacks import RewardProgressCallback
+from ..trainer.checkpoints import check_start
 from ..trainer.config import DTRPOConfig
 from ..trainer.trainer import DTRPOTrainer
 from ..trajectories.dataset import load_trajectories
@@ -194,6 +195,7 @@ def run(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: Mo
     with errors_in_a_line():
         use_all_cores()
         check_writable(training_args.output_dir, "--output_dir")
+        check_start(training_args)
     if script_args.task == PREFERENCES:
         train_on_preferences(script_args, training_args, model_args)
     else:
@@ -308,6 +310,7 @@ def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOCon
     )
 
 
+@errors_in_a_line()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command, with the options of the command line by default."""
     with errors_in_a_line():

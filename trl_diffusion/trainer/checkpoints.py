@@ -11,10 +11,11 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
+from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ..utils import write_text
@@ -263,6 +264,38 @@ def only_training_in(output_dir: str | Path) -> Iterator[None]:
                 path.unlink()
             _open_locks.discard(descriptor)
             os.close(descriptor)
+
+
+def check_start(args: TrainingArguments) -> None:
+    """
+    Checks what can be known of the beginning of training before weights are loaded.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): settings, with `output_dir` and `resume_from_checkpoint`.
+
+    Raises:
+        ValueError: if another training uses the directory, or training cannot continue from the checkpoint.
+    """
+    run_dir, wanted, engine = Path(str(args.output_dir)), args.resume_from_checkpoint, _engine(args)
+    if args.process_index == 0 and (run_dir / LOCK).exists():
+        with only_training_in(run_dir):
+            pass
+    if str(wanted).lower() == "true":  # as text, of a command line
+        last_usable_checkpoint(run_dir, engine)
+    elif wanted:
+        fault = find_fault(wanted, engine)
+        if fault is not None:
+            raise ValueError(
+                f"{wanted} cannot be resumed: {fault}. Restore it, or name another `resume_from_checkpoint`."
+            )
+
+
+def _engine(args: TrainingArguments) -> Engine:
+    """The engine that settings and `accelerate launch` ask for."""
+    for engine, option in (("deepspeed", args.deepspeed), ("fsdp", args.fsdp)):
+        if option or os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("1", "true"):
+            return cast(Engine, engine)
+    return "plain"
 
 
 def _lock(path: Path) -> int | None:
