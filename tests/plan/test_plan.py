@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoConfig
 
 from tests.conftest import make_policy
 from trl_diffusion import DecodingConfig, DiffusionSpec, decode
@@ -18,6 +20,7 @@ from trl_diffusion.policies.trial import try_policy
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
+from trl_diffusion.utils import write_text
 
 
 SPEC = DiffusionSpec(mask_token_id=39, block_size=8)
@@ -150,6 +153,58 @@ def test_strategies_share_what_they_say():
     assert sharded["ZeRO-3, full"].rollout <= zero3.rollout
     for plan in plans.values():
         assert plan.peak >= plan.weights and plan.fits(2**40) and not plan.fits(2**30)
+
+
+def test_what_train_refuses_is_refused(capsys, tmp_path, monkeypatch):
+    """A causal model, layers that a mask does not rule, too long a canvas, groups that do not fill a rollout, other recipes."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    for name, config in {
+        "causal": AutoConfig.for_model("llama", **sizes),
+        "family": AutoConfig.for_model("Fast_dLLM_Qwen", **sizes),  # whose mask token its tokenizer knows
+        "recurrent": AutoConfig.for_model("qwen3_next", **sizes),
+    }.items():
+        config.save_pretrained(name)
+    spec = ["--diffusion_spec", "mask_token_id:39+block_size:8"]
+    small = ["--batch_size", "2", "--num_generations", "2", "--rollout_batch_size", "2", "--prompt_length", "16",
+             "--completion_length", "16", "--lora_rank", "4"]  # fmt: skip
+    write_text("recipe.yaml", "max_steps: 1\nlearning_rates: 1\n")
+    write_text("numbers.yaml", "max_steps: 1\nlearning_rate: .nan\n")
+    for words, message in (
+        (["causal"], "This `llama` model has no diffusion spec.*--diffusion_spec mask_token_id:ID\\+block_size:N"),
+        (
+            ["causal", "--diffusion_spec", "block_size:8"],
+            "does not say which token stands for .MASK.*--diffusion_spec mask_token_id:ID",
+        ),
+        (["recurrent", *spec], "`qwen3_next` cannot be a diffusion policy: it has layers of type 'linear_attention'"),
+        (
+            ["causal", *spec, "--prompt_length", "50"],
+            r"A prompt of 50 tokens with 16 new ones, in whole blocks of 8, makes 72 positions.*64 \(`max_position",
+        ),
+        (
+            ["causal", *spec, "--num_generations", "3", "--gpus", "1"],
+            r"16 responses .* does not divide into groups of 3 \(`--num_generations`\)",
+        ),
+        (
+            ["causal", *spec, "--num_generations", "1"],
+            "`--num_generations` must be a whole number of at least 2, got 1",
+        ),
+        (
+            ["causal", *spec, "--config", "recipe.yaml"],
+            r"recipe.yaml: unknown options \['learning_rates'\].*meant to be learning_rate\?",
+        ),
+        (
+            ["causal", *spec, "--config", "numbers.yaml"],
+            "`learning_rate` must be a number of at least 0 and finite, got nan",
+        ),
+    ):
+        assert main([words[0], *small, *words[1:]]) == 2, words
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and re.search(message, line), line
+    for words in (["causal", *spec], ["family"]):
+        assert main([words[0], "--memory", "80", *small, *words[1:]]) == 0
+        assert "The first that fits: DDP, full" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -94,6 +94,7 @@ DECODINGS = {
         22, 1.3, strategy="sampled_threshold", threshold=0.3, tempered_confidence=True, sub_block_size=3,
         score_selection=True, stop_rule="block",
     ),
+    "shorter than a block": DecodingConfig(3, 1.0, strategy="sampled_confidence", score_selection=True),
 }  # fmt: skip
 CONFIGS = {
     "exact": EstimatorConfig("exact"),

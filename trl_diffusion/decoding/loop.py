@@ -115,7 +115,8 @@ class DenoisingLoop:
         self.ids = ids.to(self.device)
         self.logps = torch.zeros(self.ids.shape, device=self.device)
         positions = np.arange(width)
-        self.masked = (positions >= self.lengths[:, None]) & (positions < self.canvas_ends[:, None])
+        self.writing_ends = spec.writing_end(self.lengths, config.max_new_tokens)  # what follows stays masked
+        self.masked = (positions >= self.lengths[:, None]) & (positions < self.writing_ends[:, None])
         self.steps = np.full(self.masked.shape, NEVER, dtype=np.int64)
         self.stops = torch.tensor(spec.stop_token_ids, dtype=torch.long, device=self.device)
         self.stopped_at = np.full(len(prompts), np.iinfo(np.int64).max)  # position of the leftmost stop token so far
@@ -203,7 +204,8 @@ class DenoisingLoop:
 
     def _begun(self, row: int) -> slice:
         """The positions of a response up to the end of its active block."""
-        return slice(self.lengths[row], self.spec.block_start(self.reached[row], self.lengths[row]))
+        end = min(self.spec.block_start(self.reached[row], self.lengths[row]), self.writing_ends[row])
+        return slice(self.lengths[row], end)
 
     def most_steps_left(self, lane: Lane) -> int:
         """

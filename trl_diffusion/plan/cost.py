@@ -66,12 +66,12 @@ def rollout_cost(
     heads = text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     prompt, size = work.prompt_length, spec.block_size
-    tail, head = spec.prompt_tail(prompt), spec.head(prompt)
+    head = spec.head(prompt)
     blocks = spec.num_blocks(prompt, answer_length or work.completion_length)
-    end = spec.canvas_end(prompt, work.completion_length)
+    end, written = (find(prompt, work.completion_length) for find in (spec.canvas_end, spec.writing_end))
     passes = logits = tokens = pairs = 0
     for block in range(blocks):
-        left = size - tail * (block == 0)
+        left = min(spec.block_start(block + 1, prompt), written) - max(spec.block_start(block, prompt), prompt)
         first = True
         while left > 0:
             if spec.attention == "full":

@@ -24,7 +24,7 @@ from ..policies.spec import DiffusionSpec
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from ..scoring.layout import PackedLayout, pack
 from ..scoring.score import score
-from ..trajectories.trajectory import TrajectoryBatch
+from ..trajectories.trajectory import NEVER, TrajectoryBatch
 
 
 if TYPE_CHECKING:
@@ -266,6 +266,7 @@ def _batch(spec: DiffusionSpec, work: Workload) -> TrajectoryBatch:
     positions = work.prompt_length + torch.arange(length)
     steps = spec.place_of(positions, work.prompt_length)
     steps = (steps - tail * (spec.block_of(positions, work.prompt_length) == 0)) // work.tokens_per_step
+    steps = steps.where(positions < spec.writing_end(work.prompt_length, work.completion_length), NEVER)
     token = 0 if spec.mask_token_id else 1
     prompts = torch.full((rows, work.prompt_length), token)
     if not (work.share_prompts and spec.attention == "block"):

@@ -171,6 +171,14 @@ class DiffusionSpec:
         """Position after the last one of the canvas, which fills whole blocks."""
         return self.block_start(self.num_blocks(prompt_length, new_tokens), prompt_length)
 
+    def writing_end(self, prompt_length, new_tokens: int):
+        """
+        Position after the last one that is unmasked: the end of the canvas, or that of `new_tokens` tokens, if these are less
+        than a block. The rest of the canvas then stays masked, instead of being denoised for nothing.
+        """
+        whole = new_tokens >= self.block_size
+        return self.canvas_end(prompt_length, new_tokens) if whole else prompt_length + new_tokens
+
     def longest_window(self, context: int) -> int:
         """Most tokens, in whole blocks, that leave a block of `context` positions for what comes before them; at least 1."""
         return max((context // self.block_size - 1) * self.block_size, 1)

@@ -171,7 +171,10 @@ def _rejected(
     parts = blocks * spec.block_size + places // part_size  # a different number for each part
     groups = blocks if spec.attention == "block" else torch.zeros_like(blocks)
     active = at_block(groups, max_by_block(groups, torch.where(unmasked, parts[:, None] + 1, 0)))
-    open_to_all = (columns < batch.canvas_lengths[:, None]) & ~autoregressive_positions(spec, lengths, width)
+    ends = batch.canvas_lengths
+    if selection.new_tokens is not None:
+        ends = ends.minimum(spec.writing_end(lengths, selection.new_tokens) - lengths)
+    open_to_all = (columns < ends[:, None]) & ~autoregressive_positions(spec, lengths, width)
     return hidden & ~unmasked & (parts[:, None] + 1 == active) & open_to_all[:, None]
 
 

@@ -222,12 +222,13 @@ class OfflineData:
                     f"Row {number}, column `decoding`: the log-probabilities were recorded at temperature {temperature}. "
                     f"Set `temperature={temperature}` (it is {self.args.temperature})."
                 )
-            selection = stored_selection(decoding)
-            if selection != self.args.decoding().selection:
+            selections = (stored_selection(decoding), self.args.decoding().selection)
+            then, now = (one and one.of_policy(self.spec) for one in selections)
+            if then != now:
                 raise ValueError(
                     f"Row {number}, column `decoding`: the log-probabilities were recorded with the selection scored as "
-                    f"{selection}, but these settings score {self.args.decoding().selection}. Set `score_selection`, "
-                    "`strategy`, `threshold`, `sub_block_size` and `tempered_confidence` as they were."
+                    f"{then}, but these settings score {now}. Set `score_selection`, `strategy`, `threshold`, "
+                    "`sub_block_size`, `tempered_confidence` and `max_completion_length` as they were."
                 )
             changed = {name: decoding.get(name) for name in OTHER_DISTRIBUTION if decoding.get(name)}
             if changed:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ..policies.spec import DiffusionSpec
 
 
 _NOTHING = -100.0  # log-probability, in nats, of an impossible event; finite, so that its gradient is 0 and not NaN
@@ -20,11 +22,19 @@ class Selection:
         threshold (`float`, *optional*): threshold of `"sampled_threshold"`. `None` for `"sampled_confidence"`.
         sub_block_size (`int`, *optional*): size of the parts of a block that are unmasked one after another.
         tempered (`bool`, *optional*, defaults to `False`): see `DecodingConfig.tempered_confidence`.
+        new_tokens (`int`, *optional*): largest number of tokens of a response. If it is less than a block, positions after it
+            were not there to be selected.
     """
 
     threshold: float | None = None
     sub_block_size: int | None = None
     tempered: bool = False
+    new_tokens: int | None = None
+
+    def of_policy(self, spec: DiffusionSpec) -> Selection:
+        """The same, without `new_tokens` if it is no less than a block, and has no effect."""
+        whole = self.new_tokens is None or self.new_tokens >= spec.block_size
+        return replace(self, new_tokens=None) if whole else self
 
     def rejected_logps(self, log_probs: Tensor, seen: Tensor, lowest: Tensor) -> Tensor:
         """
