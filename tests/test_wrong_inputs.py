@@ -22,6 +22,7 @@ from trl_diffusion import DTRPOConfig, DTRPOTrainer, get_spec, load_trajectories
 from trl_diffusion.commands import collect, evaluate, generate, iterate, plan, train, view
 from trl_diffusion.decoding.loop import DenoisingLoop
 from trl_diffusion.rewards.call import RewardCaller
+from trl_diffusion.trainer.checkpoints import mark_complete, only_training_in
 from trl_diffusion.utils import TEMPORARY, errors_in_a_line, exit_code
 
 
@@ -131,6 +132,15 @@ def rounds(name: str, content: str) -> Callable[[Path], object]:
         writes(name, content)(path)
 
     return write
+
+
+def checkpoint(path: Path) -> None:
+    """A checkpoint in `out/` that lacks its optimizer."""
+    folder = path / "out" / "checkpoint-5"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    torch.save({}, folder / "rng_state.pth")
+    mark_complete(folder)
 
 
 def blocked(path: Path) -> None:
@@ -273,6 +283,18 @@ CASES = {
         lambda path: exit_code(lambda: RewardCaller("model")), r"model/model.safetensors is a pointer of Git LFS",
         model("model.safetensors", POINTER),
     ),
+    "a checkpoint that is not there": Case(
+        command(train, "--resume_from_checkpoint", "out/checkpoint-5", "--output_dir", "out", "--bf16", "false"),
+        r"out/checkpoint-5 cannot be resumed: there is no such directory. Restore it, or name another `resume_from_checkpoint`",
+    ),
+    "a checkpoint without its state": Case(
+        command(train, "--resume_from_checkpoint", "old", "--output_dir", "out", "--bf16", "false"),
+        r"old cannot be resumed: trainer_state.json is missing", writes("old/optimizer.pt", b""),
+    ),
+    "a checkpoint without its optimizer": Case(
+        command(train, "--resume_from_checkpoint", "true", "--output_dir", "out", "--bf16", "false"),
+        r"out/checkpoint-5 cannot be resumed: optimizer.pt is missing.*so that training starts anew", checkpoint,
+    ),
     # Rows.
     "rows are strings": Case(
         train_rows("rows.jsonl"), r"rows.jsonl, row 1: must be an object .*got 'sudoku'",
@@ -377,6 +399,17 @@ CASES = {
     "too many weights of rewards": Case(
         on_stored(reward_weights=[1.0, 2.0, 3.0]), r"`reward_weights` holds 3 weights, but train_dataset the rewards", stored()
     ),
+    "several greedy responses": Case(
+        command(collect, "--temperature", "0", "--output_dir", "out"), r"16 responses to a prompt are all the same at temperature 0"
+    ),
+    "several greedy responses in rounds": Case(
+        RUNS, r"16 responses to a prompt are all the same at temperature 0. Set `temperature` to 1.0",
+        rounds("rounds.yaml", "output_dir: run\ncollect: {temperature: 0}\n"),
+    ),
+    "two ways to say how many tokens a step unmasks": Case(
+        command(train, "--steps_per_block", "4", "--output_dir", "out", "--bf16", "false"),
+        r"`tokens_per_step=2` and `steps_per_block=4` both say",
+    ),
     # What earlier commands have left.
     "a measurement is cut off": Case(
         command(evaluate, *EVALUATE), r"out/sudoku_seed0.json is not JSON .*Delete it to have it measured again",
@@ -458,6 +491,15 @@ def test_wrong_inputs_are_answered_by_a_line(name, tmp_path, monkeypatch, capsys
     assert len(lines) == 1 and err.rstrip().splitlines()[-1] == lines[0] and "Traceback" not in err + out, err
     assert re.search(case.message, lines[0]), lines[0]
     assert not list(tmp_path.rglob(f"{TEMPORARY}*"))  # no file is half written
+
+
+def test_a_directory_where_another_training_runs(tmp_path, monkeypatch, capsys):
+    forbid_computing(monkeypatch)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    with only_training_in(tmp_path), pytest.raises(SystemExit) as end:
+        train.main(["--output_dir", str(tmp_path), "--bf16", "false"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: Another training is going on in {tmp_path} (process ")
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", ""])

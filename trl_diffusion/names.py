@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from collections.abc import Callable, Collection, Iterable
-from difflib import get_close_matches
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -30,7 +28,7 @@ SAME = (
 )
 
 
-def name_here(name: str, known: Collection[str]) -> str | None:
+def other_names(name: str, known: Collection[str]) -> list[str]:
     """
     How a setting is called at a place that does not have its name.
 
@@ -39,23 +37,10 @@ def name_here(name: str, known: Collection[str]) -> str | None:
         known (`Collection[str]`): the names that the place has.
 
     Returns:
-        `str`, or `None` if it is not there under another name.
+        `list[str]`: the one name, or none if it is there under no other.
     """
     same = (other for group in SAME if name in group for other in group)
-    return None if name in known else next((other for other in same if other in known), None)
-
-
-def say_names(names: Iterable[str], known: Collection[str], prefix: str = "") -> str:
-    """A sentence for each unknown name that says which one is meant, if that can be told; `prefix` is put before names."""
-    sentences = []
-    for name in map(str, names):
-        here = name_here(name, known)
-        near = get_close_matches(name, known, 1)
-        if here is not None:
-            sentences.append(f" {prefix}{name} is called {prefix}{here} here.")
-        elif near:
-            sentences.append(f" Is {prefix}{name} meant to be {prefix}{near[0]}?")
-    return "".join(sentences)
+    return [] if name in known else [other for other in same if other in known][:1]
 
 
 def check_words(words: Iterable[str], known: Collection[str]) -> None:
@@ -69,24 +54,10 @@ def check_words(words: Iterable[str], known: Collection[str]) -> None:
     Raises:
         ValueError: if an option has another name here.
     """
-    for name in _options(words):
-        here = name_here(name, known)
-        if here is not None:
-            raise ValueError(f"--{name} is called --{here} here.")
-
-
-def parse_words(parser: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
-    """As `parser.parse_args`; the line about an unknown option also says which one is meant, if that can be told."""
-    options, rest = parser.parse_known_args(words)
-    if rest:
-        known = [name.removeprefix("--") for name in parser._option_string_actions if name.startswith("--")]
-        parser.error(f"unrecognized arguments: {' '.join(rest)}.{say_names(_options(rest), known, '--')}")
-    return options
-
-
-def _options(words: Iterable[str]) -> list[str]:
-    """The names of the options among the words of a command line."""
-    return [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+    for word in words:
+        name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
+        for here in other_names(name, known):
+            raise ValueError(f"There is no option --{name} here; it is called --{here}.")
 
 
 def knows_names(kind: T) -> T:
@@ -103,8 +74,7 @@ def knows_names(kind: T) -> T:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
-            here = name_here(name, known)
-            if here is not None:
+            for here in other_names(name, known):
                 raise TypeError(f"`{name}` is called `{here}` here ({getattr(kind, '__name__', kind)}).")
         return function(*args, **kwargs)
 

@@ -18,6 +18,8 @@ import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
 
+from .names import check_words, other_names
+
 
 # What a user can set right: options, files, data, what is installed, a policy whose numbers are not finite.
 USER_ERRORS = (FloatingPointError, ImportError, OSError, OverflowError, SafetensorError, ValueError, yaml.YAMLError)
@@ -174,7 +176,7 @@ def no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_config_file(arguments: list[str] | None, kinds: Collection[type] = ()) -> list[str]:
     """
-    The arguments of a command, if the YAML file behind `--config` gives no key twice.
+    The arguments of a command, if the YAML file behind `--config` gives no key twice, and no option has another name here.
 
     Args:
         arguments (`list[str]`, *optional*): the arguments. Defaults to those of the command line.
@@ -183,9 +185,10 @@ def check_config_file(arguments: list[str] | None, kinds: Collection[type] = ())
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: naming the file and the line, if it is not YAML, gives a key twice or without a value, or holds something
-            else than options that are known.
+            else than options that are known. Or naming the option, if it has another name here.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    check_words(arguments, [one.name for kind in kinds for one in fields(kind)])
     if arguments[-1:] == ["--config"]:
         raise ValueError("--config is followed by no path. Give that of a YAML file.")
     for option, path in zip(arguments, arguments[1:], strict=False):
@@ -213,7 +216,8 @@ def check_options(where: str, names: Iterable[str], kinds: Iterable[type]) -> No
     known = sorted(one.name for kind in kinds for one in fields(kind))
     unknown = sorted(set(names) - set(known), key=str)
     if unknown:
-        near = {name: get_close_matches(str(name), known, 1) for name in unknown}
+        near = {str(name): other_names(str(name), known) for name in unknown}
+        near = {name: same or get_close_matches(name, known, 1) for name, same in near.items()}
         hint = "".join(f" Is {name} meant to be {names[0]}?" for name, names in near.items() if names)
         raise ValueError(f"{where}: unknown options {unknown}; --help lists those that there are.{hint}")
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from trl_diffusion import DecodingConfig, DTRPOConfig
+from trl_diffusion import generate as decoding_generate
 from trl_diffusion.cli import main
 from trl_diffusion.commands import collect, generate, train
 from trl_diffusion.commands.collect import CollectArguments
@@ -21,7 +22,7 @@ from trl_diffusion.decoding.options import OLD_NAMES, given_decoding
 def another(setting: Field) -> Any:
     """A value of a setting that is not the default."""
     if setting.name == "strategy":
-        return "sampled_threshold"  # the one that every other setting goes with
+        return "sampled_threshold"  # the one that most others go with
     if "choices" in setting.metadata:
         return list(setting.metadata["choices"])[-1]
     return True if setting.default is False else 0.25 if isinstance(setting.default, float) else 5
@@ -34,7 +35,14 @@ def wrong(setting: Field) -> Any:
     return "yes" if setting.default is False else -0.5 if isinstance(setting.default, float) else 0
 
 
-OTHER = {setting.name: another(setting) for setting in fields(RolloutSettings)}
+# All of them, in two sets of which each goes together.
+EVERY = {setting.name: another(setting) for setting in fields(RolloutSettings)}
+SETS = [
+    {name: EVERY[name] for name in EVERY if name not in ("steps_per_block", "schedule", "entropy_bound")},
+    {"steps_per_block": EVERY["steps_per_block"], "schedule": EVERY["schedule"]},
+    {"strategy": "entropy_bound", "entropy_bound": EVERY["entropy_bound"]},
+]
+OTHER = SETS[0]
 WRONG = {setting.name: wrong(setting) for setting in fields(RolloutSettings)}
 
 
@@ -48,16 +56,57 @@ def training(**options) -> DTRPOConfig:
 
 def test_every_shared_setting_reaches_the_decoder_from_everywhere(tmp_path):
     assert OTHER.items() >= {"strategy": "sampled_threshold", "tokens_per_step": 5, "threshold": 0.25}.items()
-    expected = DecodingConfig(9, 0.5, **OTHER)
-    assert training(max_completion_length=9, temperature=0.5, **OTHER).decoding() == expected
-    both = {"max_completion_length": 9, "temperature": 0.5, **OTHER}
-    _, args, _ = train.parse([*words(both), "--output_dir", str(tmp_path), "--bf16", "false"])
-    assert args.decoding() == expected
-    args, _ = collect.parse(words(both))
-    assert args.decoding() == expected
-    switches = [word for word in words({"max_new_tokens": 9, "temperature": 0.5, **OTHER}) if word != "True"]
-    assert given_decoding(generate._parser().parse_args(switches)) == expected
-    assert DecodingConfig.from_dict({"max_new_tokens": 9, "temperature": 0.5, **OTHER}) == expected
+    assert {name for some in SETS for name in some} == set(EVERY)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: {tmp_path}\nbf16: false\n")
+    for some in SETS:
+        expected = DecodingConfig(9, 0.5, **some)
+        assert training(max_completion_length=9, temperature=0.5, **some).decoding() == expected
+        both = {"max_completion_length": 9, "temperature": 0.5, **some}
+        _, args, _ = train.parse(["--config", str(recipe), *words(both)])
+        assert args.decoding() == expected
+        args, _ = collect.parse(words({"tokens_per_step": 1, **both} if "entropy_bound" in some else both))
+        assert args.decoding() == expected
+        switches = [word for word in words({"max_new_tokens": 9, "temperature": 0.5, **some}) if word != "True"]
+        assert given_decoding(generate._parser().parse_args(switches)) == expected
+        assert DecodingConfig.from_dict({"max_new_tokens": 9, "temperature": 0.5, **some}) == expected
+
+
+def test_settings_that_nothing_looks_at(tmp_path):
+    """Given together or without what they need, they are refused, in whichever way they are given."""
+    both = {"tokens_per_step": 3, "steps_per_block": 4}
+    with pytest.raises(ValueError, match="`tokens_per_step=3` and `steps_per_block=4` both say"):
+        DecodingConfig(**both)
+    cases = (
+        (both, "`tokens_per_step=3` and `steps_per_block=4` both say how many positions a step unmasks. Give one"),
+        (
+            {"threshold": 0.5},
+            "`threshold=0.5` is for the strategy 'threshold' or 'sampled_threshold', not for 'confidence'. Set",
+        ),
+        (
+            {"entropy_bound": 0.5, "strategy": "threshold"},
+            "`entropy_bound=0.5` is for the strategy 'entropy_bound', not for 'thr",
+        ),
+        ({"schedule": "linear"}, "`schedule='linear'` divides `steps_per_block`, which is not set"),
+    )
+    model, tokenizer = object(), object()
+    for settings, message in cases:
+        for make in (
+            lambda settings: training(**settings),
+            lambda settings: CollectArguments(**settings),
+            DecodingConfig.from_dict,
+            lambda settings: given_decoding(generate._parser().parse_args(words(settings))),
+            lambda settings: decoding_generate(model, tokenizer, "x", **settings),
+        ):
+            with pytest.raises(ValueError) as error:
+                make(settings)
+            assert str(error.value).startswith(message)
+    for explicit in (DecodingConfig.from_dict, lambda settings: decoding_generate(model, tokenizer, "x", **settings)):
+        with pytest.raises(ValueError, match="both say"):  # even with the default
+            explicit({"tokens_per_step": 1, "steps_per_block": 4})
+    assert CollectArguments(steps_per_block=4).decoding() == DecodingConfig(17, 1.0, steps_per_block=4)
+    own = {"strategy": lambda view: view.candidates, "threshold": 0.5}  # which may look at anything
+    assert DecodingConfig.from_dict(own).threshold == 0.5
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -103,11 +152,12 @@ def test_help_of_evaluate_names_every_setting(capsys):
 @pytest.mark.parametrize(("old", "name"), OLD_NAMES.items())
 @pytest.mark.parametrize("make", [training, CollectArguments], ids=["train", "collect"])
 def test_old_names_are_understood(make, old, name):
+    needed = {"strategy": {}, "threshold": {"strategy": "threshold"}, "schedule": {"steps_per_block": 5}}[name]
     with pytest.warns(FutureWarning, match=f"`{old}` is called `{name}` now"):
-        config = make(**{old: OTHER[name]})
+        config = make(**needed, **{old: EVERY[name]})
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".* is called", category=FutureWarning)
-        assert config.decoding() == make(**{name: OTHER[name]}).decoding()
+        assert config.decoding() == make(**needed, **{name: EVERY[name]}).decoding()
         assert getattr(config, old) is None  # a copy is not told twice
 
 
@@ -115,12 +165,14 @@ def test_old_names_are_understood(make, old, name):
 @pytest.mark.parametrize("make", [training, CollectArguments], ids=["train", "collect"])
 def test_both_names_at_once_are_refused(make, old, name):
     with pytest.raises(ValueError, match=f"`{old}` is the old name of `{name}`: give `{name}` alone, got both"):
-        make(**{old: OTHER[name], name: OTHER[name]})
+        make(**{old: EVERY[name], name: EVERY[name]})
 
 
 def test_old_names_on_a_command_line_and_in_a_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"output_dir: {tmp_path}\nbf16: false\ndecoding_strategy: threshold\nstep_schedule: linear\n")
+    recipe.write_text(
+        f"output_dir: {tmp_path}\nbf16: false\ndecoding_strategy: threshold\nstep_schedule: linear\nsteps_per_block: 4\n"
+    )
     with pytest.warns(FutureWarning):
         _, args, _ = train.parse(["--config", str(recipe), "--confidence_threshold", "0.5"])
     assert (args.strategy, args.schedule, args.threshold) == ("threshold", "linear", 0.5)

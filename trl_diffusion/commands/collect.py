@@ -82,11 +82,15 @@ class CollectArguments(RolloutOptions):
     def __post_init__(self):
         self.take_old_names()
         check_fields(self)
-        self.decoding()  # checks the decoding settings
+        self.check_rollout_settings()
+        self.decoding().check_responses(self.num_responses)  # which checks the decoding settings as well
 
     def decoding(self) -> DecodingConfig:
         """Settings of the denoising loop."""
-        return DecodingConfig(self.max_completion_length, self.temperature, **self.rollout_settings())
+        settings = self.rollout_settings()
+        if self.steps_per_block is not None:  # which is given then, and `tokens_per_step` is not
+            del settings["tokens_per_step"]
+        return DecodingConfig(self.max_completion_length, self.temperature, **settings)
 
 
 # Options of `trl.ModelConfig` that are for opening a model; the others are for training it.

@@ -19,6 +19,8 @@ else:
 
 # With these settings, tokens are sampled from another distribution than the policy's own, which is the one that is scored.
 OTHER_DISTRIBUTION = ("top_k", "top_p", "suppress_tokens", "approximate_cache")
+# Settings that only some strategies look at.
+_LOOKED_AT_BY = {"threshold": ("threshold", "sampled_threshold"), "entropy_bound": ("entropy_bound",)}
 
 
 @dataclass(kw_only=True)
@@ -41,13 +43,13 @@ class RolloutSettings:
             higher temperature, their policy gradient has a bias. [`DecodingConfig`] also takes a function of your own, see
             [`decoding.strategies`]. `tempered_confidence` decides which distributions a strategy looks at.
         tokens_per_step (`int`, *optional*, defaults to `1`):
-            Positions unmasked at a step, unless `steps_per_block` is set.
+            Positions unmasked at a step. Not together with `steps_per_block`.
         threshold (`float`, *optional*, defaults to `0.9`):
             Probability above which `"threshold"` unmasks a position.
         entropy_bound (`float`, *optional*, defaults to `0.1`):
             Bound of `"entropy_bound"`, in nats.
         steps_per_block (`int`, *optional*):
-            Number of steps that unmask a block, instead of `tokens_per_step`. With `sub_block_size`, a step does not go
+            Number of steps that unmask a block, in place of `tokens_per_step`. With `sub_block_size`, a step does not go
             beyond its part, so there may be more steps.
         schedule (`str`, *optional*, defaults to `"even"`):
             How `steps_per_block` divides a block into steps. `"even"`: each step unmasks the same number of positions, and the
@@ -99,6 +101,12 @@ class RolloutSettings:
         """The settings of this class alone, by name."""
         return {one.name: getattr(self, one.name) for one in fields(RolloutSettings)}
 
+    def check_rollout_settings(self) -> None:
+        """Raises a `ValueError` for a setting that is not the default, and that nothing looks at."""
+        defaults = type(self).__dataclass_fields__
+        own = self.rollout_settings()
+        DecodingConfig.check_given({name: value for name, value in own.items() if value != defaults[name].default})
+
 
 @knows_names
 @dataclass(unsafe_hash=True)  # it cannot be changed, see `__setattr__`
@@ -110,7 +118,8 @@ class DecodingConfig(RolloutSettings):
 
     Args:
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Largest number of tokens of a response. The canvas is filled up to the end of the block of the last one.
+            Largest number of tokens of a response. The canvas ends with the block of the last one, and is denoised to its
+            end. If a response is shorter than a block, the rest of the canvas stays masked.
         temperature (`float`, *optional*, defaults to `0.0`):
             The logits are divided by this number before sampling. 0 takes the most likely token.
         top_k (`int`, *optional*):
@@ -151,6 +160,8 @@ class DecodingConfig(RolloutSettings):
                 if not isinstance(value, list | tuple) or any(type(token) is not int or token < 0 for token in value):
                     raise ValueError(f"`{name}` must be a list of token ids, got {value!r}.")
                 setattr(self, name, tuple(value))
+        if self.steps_per_block is not None and self.tokens_per_step != RolloutSettings.tokens_per_step:
+            self.check_given(vars(self))
         if self.steps_per_block is not None and self.strategy == "entropy_bound":
             raise ValueError("`steps_per_block` says how many positions a step unmasks; 'entropy_bound' ignores it.")
         if self.allow_mask_token and (
@@ -181,7 +192,46 @@ class DecodingConfig(RolloutSettings):
     def from_dict(cls, values: Mapping[str, Any]) -> DecodingConfig:
         """Makes a config from settings by name. Raises a `ValueError` for unknown names."""
         check_names("decoding settings", values, cls)
+        cls.check_given(values)
         return cls(**values)
+
+    @staticmethod
+    def check_given(settings: Mapping[str, Any]) -> None:
+        """
+        Checks that each of the settings that somebody gave has a meaning beside the others.
+
+        Args:
+            settings (`Mapping[str, Any]`): settings by name, without those that were left at their defaults.
+
+        Raises:
+            ValueError: with the setting that nothing would look at.
+        """
+        steps, tokens = settings.get("steps_per_block"), settings.get("tokens_per_step")
+        if steps is not None and tokens is not None:
+            raise ValueError(
+                f"`tokens_per_step={tokens}` and `steps_per_block={steps}` both say how many positions a step unmasks. Give one "
+                "of them (a `tokens_per_step` of 1 in a recipe or a config counts as not given)."
+            )
+        strategy = settings.get("strategy", RolloutSettings.strategy)
+        for name, strategies in _LOOKED_AT_BY.items():
+            if name in settings and strategy not in strategies and not callable(strategy):
+                raise ValueError(
+                    f"`{name}={settings[name]}` is for the strategy {' or '.join(map(repr, strategies))}, not for {strategy!r}. "
+                    f"Set `strategy`, or leave `{name}` out."
+                )
+        if "schedule" in settings and steps is None:
+            schedule = settings["schedule"]
+            raise ValueError(f"`schedule={schedule!r}` divides `steps_per_block`, which is not set. Set it, too.")
+
+    def check_responses(self, number: int) -> None:
+        """Raises a `ValueError` if `number` responses to a prompt would all be the same."""
+        sampled = self.temperature > 0 and self.top_k != 1
+        if number > 1 and not (sampled or self.strategy == "random" or callable(self.strategy)):
+            why = "with `top_k=1`" if self.temperature else "at temperature 0"
+            raise ValueError(
+                f"{number} responses to a prompt are all the same {why}. Set `temperature` to 1.0, without a `top_k` of 1, or "
+                "`num_responses` to 1."
+            )
 
     @property
     def selection(self) -> Selection | None:
@@ -211,4 +261,6 @@ def stored_selection(settings: Mapping[str, Any]) -> Selection | None:
     if not settings.get("score_selection") or not settings["temperature"]:
         return None
     threshold = settings["threshold"] if settings["strategy"] == "sampled_threshold" else None
-    return Selection(threshold, settings["sub_block_size"], settings["tempered_confidence"])
+    return Selection(
+        threshold, settings["sub_block_size"], settings["tempered_confidence"], settings["max_new_tokens"]
+    )

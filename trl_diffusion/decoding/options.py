@@ -58,7 +58,7 @@ def add_decoding_options(parser: argparse._ArgumentGroup) -> None:
 def given_decoding(options: argparse.Namespace) -> DecodingConfig:
     """The settings that were given on the command line of such a parser."""
     given = {one.name: getattr(options, one.name) for one in fields(DecodingConfig)}
-    return DecodingConfig(**{name: value for name, value in given.items() if value is not None})
+    return DecodingConfig.from_dict({name: value for name, value in given.items() if value is not None})
 
 
 def _kind(one: Field) -> dict[str, Any]:

@@ -337,6 +337,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
             raise ValueError(
                 f"`estimator_check_steps` with `estimator={self.estimator!r}` needs a reference to compare with: set `beta`."
             )
+        self.check_rollout_settings()
         self.decoding()  # checks the decoding settings
         read_chat_template_kwargs(cast("dict[str, Any] | None", self.chat_template_kwargs))
 
