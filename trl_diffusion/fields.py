@@ -12,13 +12,14 @@ import math
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
 from functools import cache
 from inspect import cleandoc
 from numbers import Real
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .names import say_names
+from .names import other_names
 
 
 T = TypeVar("T")
@@ -56,12 +57,28 @@ def check_within(name: str, value: Any, interval: str) -> None:
         raise ValueError(f"`{name}` must be a number {_in_words(interval)}, got {value!r}.")
 
 
+def check_kind(name: str, value: Any, kind: type | UnionType, what: str) -> None:
+    """Raises a `TypeError` that names the argument, says what it must be, and shows what was passed in its place."""
+    if not isinstance(value, kind):
+        raise TypeError(f"`{name}` must be {what}, got {value!r:.80} ({type(value).__name__}).")
+
+
 def check_names(what: str, names: Iterable[str], kind: type) -> None:
     """Raises a `ValueError` if some names are no fields of the dataclass `kind`; `what` says what they name."""
     known = sorted(one.name for one in fields(kind))
     unknown = sorted(set(names) - set(known))
     if unknown:
-        raise ValueError(f"Unknown {what} {unknown}; there are {known}.{say_names(unknown, known)}")
+        near = {name: nearest(str(name), known) for name in unknown}
+        hint = "".join(f" Is {name} meant to be {' or '.join(names)}?" for name, names in near.items() if names)
+        raise ValueError(f"Unknown {what} {unknown}; there are {known}.{hint}")
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """The names that another, a mistyped or a shortened one may stand for: that of the same setting, or else up to three that
+    begin with it, or else the most similar one."""
+    known = sorted(set(known))
+    begun = [one for one in known if one.startswith(name)][:3]
+    return other_names(name, known) or begun or get_close_matches(name, known, 1)
 
 
 def check_fields(config: Any, names: Collection[str] | None = None) -> None:

@@ -110,6 +110,7 @@ def test_another_collection_is_not_overwritten(collection, start, tokenizer, tmp
             {"decoding": DecodingConfig(14, tokens_per_step=2)},
             "4 responses to a prompt are all the same at temperature 0",
         ),
+        ({"decoding": DecodingConfig(14, 1.0, top_k=1, tokens_per_step=2)}, "are all the same with `top_k=1`"),
         ({"reward_funcs": codes}, "rewards"),
     ):
         with pytest.raises(ValueError, match=named):

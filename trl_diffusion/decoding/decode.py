@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
-from ..fields import check_at_least
+from ..fields import check_at_least, check_kind
 from ..policies.forward import unwrap
 from ..policies.limits import CONTEXT, context_length
 from ..policies.spec import DiffusionSpec, get_spec
@@ -16,6 +19,9 @@ from ..trajectories.trajectory import TrajectoryBatch
 from .config import DecodingConfig
 from .loop import DenoisingLoop
 from .pace import SharedPace
+
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -41,7 +47,7 @@ def decode(
         model (`nn.Module`):
             The policy, wrapped or not.
         prompts (`list[list[int]]`):
-            Token ids of the prompts, unpadded, of any lengths.
+            Token ids of the prompts, unpadded, of any lengths. A single prompt may be given as a list of ids.
         config ([`DecodingConfig`]):
             Settings of the loop.
         spec ([`DiffusionSpec`], *optional*):
@@ -62,6 +68,7 @@ def decode(
         [`TrajectoryBatch`]
 
     Raises:
+        TypeError: if the model is no model, the config no [`DecodingConfig`], or the prompts are not token ids.
         ValueError: if there is no prompt; if a prompt is empty, holds the mask token, or leaves no room for the response in
             the model's context; if the response is random and the number of seeds is not the number of prompts; or if a
             setting does not apply to this policy.
@@ -69,10 +76,11 @@ def decode(
             and the step.
         PeerFailed: with `keep_pace`, if decoding failed on another process.
     """
+    check_kind("model", model, nn.Module, "a model")
+    check_kind("config", config, DecodingConfig, "a DecodingConfig")
+    prompts = _as_ids(prompts)
     base = unwrap(model)
     spec = get_spec(base.config) if spec is None else spec
-    if len(prompts) == 0:
-        raise ValueError("There is no prompt to decode.")
     if batch_size is not None:
         check_at_least("batch_size", batch_size)
     if (config.is_random and seeds is None) or (seeds is not None and len(seeds) != len(prompts)):
@@ -84,9 +92,42 @@ def decode(
     if config.stop_token_ids is not None:
         spec = spec.replace(stop_token_ids=config.stop_token_ids)
     check_prompts(prompts, spec, base.config, config.max_new_tokens)
+    if not distributed.is_initialized() or distributed.get_rank() == 0:
+        _say_rounding(spec, config.max_new_tokens)
     try_policy(model, spec, cached=spec.attention == "block" or config.approximate_cache is not None)
     pace = SharedPace(next(base.parameters()).device) if keep_pace else None
     return DenoisingLoop(model, prompts, config, spec, seeds, batch_size, pace, on_step).run()
+
+
+def _as_ids(prompts: Any) -> list[list[int]]:
+    """Token ids of one or more prompts as a list. Raises a `TypeError` if they are something else, such as text."""
+    what = "token ids, a list for each prompt (`generate` takes text)"
+    check_kind("prompts", prompts, list | tuple, what)
+    if len(prompts) == 0:
+        raise ValueError("There is no prompt to decode.")
+    if isinstance(prompts[0], int):
+        return [list(prompts)]
+    for prompt in prompts:
+        check_kind("prompts", prompt, list | tuple, what)
+        if prompt and not isinstance(prompt[0], int):
+            raise TypeError(f"`prompts` must be {what}, got {prompt!r:.80}.")
+    return list(prompts)
+
+
+@cache
+def _say_rounding(spec: DiffusionSpec, new_tokens: int) -> None:
+    """Says once if responses do not fill the blocks that are run for them, however long the prompts are."""
+    whole = spec.canvas_end(0, new_tokens)
+    if new_tokens < spec.block_size:
+        logger.warning(
+            f"Responses have up to {new_tokens} tokens, less than a block of this policy ({spec.block_size}): every step runs "
+            "the whole block, whose rest stays masked."
+        )
+    elif spec.block_origin == "response" and whole > new_tokens:
+        logger.warning(
+            f"Responses have up to {new_tokens} tokens, which is rounded up to whole blocks of {spec.block_size}: {whole} "
+            f"positions are denoised, and the last {whole - new_tokens} do not count."
+        )
 
 
 def _check_settings(config: DecodingConfig, spec: DiffusionSpec, vocab_size: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..fields import check_kind
 from ..policies.forward import check_model, unwrap
 from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.spec import DiffusionSpec
@@ -75,7 +76,8 @@ def generate(
         [`Generation`]
 
     Raises:
-        TypeError: if the model is no model, or the tokenizer no tokenizer.
+        TypeError: if the model is no model, the tokenizer no tokenizer, the config no [`DecodingConfig`], or there are no
+            prompts where they should be.
         ValueError: if both `config` and `settings` are given, and as for [`decode`].
     """
     from ..policies.prompts import (
@@ -87,8 +89,10 @@ def generate(
 
     if config is not None and settings:
         raise ValueError(f"Give `config` or single settings, not both; got `config` and {sorted(settings)}.")
+    DecodingConfig.check_given(settings)
     config = config or DecodingConfig(**settings)
     check_model(model, tokenizer)
+    check_kind("config", config, DecodingConfig, "a DecodingConfig")
     prompts = as_prompts(prompts)
     model_config = unwrap(model).config
     spec = with_absent_tokens(spec, model_config, tokenizer) if spec else resolve_spec(model_config, None, tokenizer)

@@ -22,12 +22,12 @@ from trl import is_conversational
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
-from ..fields import check_at_least
+from ..fields import check_at_least, check_kind
 from ..names import knows_names
 from ..policies.forward import NonFiniteLogits, check_model
 from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.lora import adapters
-from ..policies.prompts import check_form, check_visible, read_chat_template_kwargs, tokenize_prompts
+from ..policies.prompts import as_prompts, check_form, check_visible, read_chat_template_kwargs, tokenize_prompts
 from ..policies.spec import DiffusionSpec
 from ..rewards.call import RewardCaller, RewardFunc, as_stored
 from ..seeds import derive_seed
@@ -48,7 +48,7 @@ PLAN = "collection.json"
 def collect(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Dataset,
+    prompts: Dataset | str | list,
     reward_funcs: RewardFunc | Sequence[RewardFunc] | RewardCaller,
     output_dir: str | Path,
     decoding: DecodingConfig,
@@ -72,8 +72,9 @@ def collect(
             The policy.
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer.
-        prompts ([`~datasets.Dataset`]):
-            A `prompt` column, standard or conversational; the other columns reach the reward functions and are kept.
+        prompts ([`~datasets.Dataset`], `str` or `list`):
+            A `prompt` column, standard or conversational; the other columns reach the reward functions and are kept. Or one
+            or more prompts, without other columns.
         reward_funcs (`RewardFunc`, `list[RewardFunc]` or [`~rewards.call.RewardCaller`]):
             As for [`~trl.GRPOTrainer`]: functions, asynchronous ones too, and reward models. Each gives a column
             `reward_NAME`, which holds null where it returned `None` or NaN.
@@ -102,7 +103,7 @@ def collect(
         `output_dir` as a `Path`.
 
     Raises:
-        TypeError: if the model is no model, or the tokenizer no tokenizer.
+        TypeError: if an argument is something else than it should be, as when two are swapped.
         ValueError: before anything is written, for prompts that the policy cannot take, a column whose name the format
             needs, or an `output_dir` that holds something else, such as a collection with other settings (the
             differences are named). Later, if a reward function gives something else than one finite number or `None` for
@@ -110,7 +111,7 @@ def collect(
         NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite. Shards that are whole stay; the
             one in work is not written.
     """
-    check_model(model, tokenizer)
+    prompts = _check_arguments(model, tokenizer, prompts, reward_funcs, output_dir, decoding)
     template = read_chat_template_kwargs(chat_template_kwargs)
     caller = reward_funcs
     if not isinstance(caller, RewardCaller):
@@ -122,11 +123,7 @@ def collect(
         raise ValueError("`allow_mask_token=True` leaves mask tokens in responses, which cannot be trained on.")
     for name, value in dict(num_responses=num_responses, batch_size=batch_size, rows_per_shard=rows_per_shard).items():
         check_at_least(name, value)
-    if num_responses > 1 and not (decoding.is_random or callable(decoding.strategy)):
-        raise ValueError(
-            f"{num_responses} responses to a prompt are all the same at temperature 0. Set `temperature=1.0`, or "
-            "`num_responses=1`."
-        )
+    decoding.check_responses(num_responses)
     check_writable(output_dir, "output_dir")
     prompt_ids = _check_source(prompts, tokenizer, template, spec, model.config, decoding.max_new_tokens)
     provenance = Provenance(
@@ -176,6 +173,20 @@ def collect(
         write_text(output_dir / "README.md", _card(output_dir, plan))
     state.wait_for_everyone()
     return output_dir
+
+
+def _check_arguments(model, tokenizer, prompts, reward_funcs, output_dir, decoding) -> Dataset:
+    """Raises a `TypeError` for an argument of [`collect`] that is something else than it should be. Returns the prompts."""
+    check_model(model, tokenizer)
+    several = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    for one in several:
+        if not callable(one):  # which models are as well
+            check_kind(
+                "reward_funcs", one, str | RewardCaller, "a function, a reward model, its path, or a list of these"
+            )
+    check_kind("output_dir", output_dir, str | Path, "a path")
+    check_kind("decoding", decoding, DecodingConfig, "a DecodingConfig")
+    return prompts if isinstance(prompts, Dataset) else Dataset.from_dict({"prompt": as_prompts(prompts)})
 
 
 def _decode(

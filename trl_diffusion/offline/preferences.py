@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from datasets import Dataset, is_caching_enabled
+from datasets import Dataset, IterableDataset, is_caching_enabled
 from datasets import config as datasets_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..fields import check_one_of
+from ..fields import check_kind, check_one_of
 from ..policies.forward import NonFiniteLogits, unwrap
 from ..policies.loading import with_absent_tokens
 from ..policies.prompts import read_chat_template_kwargs, tokenize_preference
@@ -82,6 +82,7 @@ def from_preferences(
             token that does not exist in either; or for a column whose name a trajectory dataset needs.
         FloatingPointError: naming the row, if what the policy says of it is NaN or infinite.
     """
+    check_kind("dataset", dataset, Dataset | IterableDataset, "a dataset of preference pairs")
     check_one_of("decoding_order", decoding_order, ORDERS)
     if decoding_order == "confidence" and model is None:
         raise ValueError("`decoding_order='confidence'` needs a `model` to ask.")

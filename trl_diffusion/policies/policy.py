@@ -18,6 +18,7 @@ from .forward import check_attention, check_implementation, unwrap
 from .limits import check_layers, context_length
 from .loading import load_config, load_tokenizer, refusing_code, resolve_spec
 from .lora import check_adapter, check_targets, empty_model
+from .places import check_there
 from .quantized import prepare_rounded
 from .spec import DiffusionSpec
 from .trial import try_policy
@@ -63,10 +64,11 @@ class Policy:
         """Most positions that the model takes, if its config says."""
         return context_length(unwrap(self.model).config)[0]
 
-    def encode(self, prompts: list[str | list[dict[str, str]]]) -> list[list[int]]:
-        """Token ids of prompts, standard or conversational, as training tokenizes them."""
-        from .prompts import tokenize_prompts  # here, since it brings TRL along
+    def encode(self, prompts: str | list) -> list[list[int]]:
+        """Token ids of prompts, standard or conversational, one or more, as training tokenizes them."""
+        from .prompts import as_prompts, tokenize_prompts  # here, since it brings TRL along
 
+        prompts = as_prompts(prompts) if prompts else []
         return tokenize_prompts(self.tokenizer, prompts, **self.chat_template_kwargs)
 
     def fit(self, prompts: list[list[int]], new_tokens: int, context: int | None = None) -> list[list[int]]:
@@ -106,6 +108,7 @@ class Policy:
 
 def _adapter_config(path: str) -> PeftConfig:
     """The config of an adapter, if its files are whole and it is of a kind that a policy can have."""
+    check_there(path, "adapter_config.json")
     check_records(path)
     check_weights(path)
     try:
@@ -178,6 +181,7 @@ def open_policy(
         chat_template_kwargs (`Mapping[str, Any]`, *optional*): variables of the chat template.
 
     Raises:
+        FileNotFoundError: if there is no such directory, and nothing of this name on the hub.
         ValueError: if neither a model nor an adapter is given, the adapter does not fit the model or is of a kind that a
             diffusion policy cannot have, nothing says how the model is denoised, or it cannot be a policy (see
             [`check_layers`] and [`try_policy`]).

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational, maybe_extract_prompt
 
+from ..fields import check_kind
 from ..utils import read_mapping
 from .spec import DiffusionSpec
 
@@ -45,16 +47,24 @@ def as_prompts(prompts: Any) -> list:
     One or more prompts as a list.
 
     Args:
-        prompts (`str` or iterable): a prompt (text, or a conversation, which is a list of messages), or several.
+        prompts (`str` or iterable): a prompt (text, or a conversation, which is a list of messages, of which there may be a
+            single one), or several.
 
     Raises:
-        ValueError: if there is none.
+        TypeError: if it is something else, such as a dataset instead of its column.
+        ValueError: if there is none, or one is neither text nor a list of messages.
     """
+    if isinstance(prompts, Dataset | IterableDataset):
+        raise TypeError("`prompts` must be prompts, got a dataset: pass its column, dataset['prompt'].")
     # The column of a dataset is not a list.
+    check_kind("prompts", prompts, Iterable, "text, a list of messages, or a list of prompts")
     prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
     if not prompts:
         raise ValueError("There is no prompt to answer.")
-    return [prompts] if isinstance(prompts[0], Mapping) else prompts
+    prompts = [prompts] if isinstance(prompts[0], Mapping) else prompts
+    for row, prompt in enumerate(prompts):
+        check_form(f"Prompt {row}", prompt)
+    return prompts
 
 
 def read_chat_template_kwargs(value: str | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from ..decoding.config import DecodingConfig
 from ..fields import check_at_least
+from ..policies.prompts import as_prompts
 from ..viz.plots import plot_trajectory
 from .metrics import SUNK, chosen_sinks
 
@@ -182,8 +183,8 @@ class MetricCallback(TrainerCallback):
             The metric, set up for one process (see `trl_diffusion.metrics`).
         name (`str`):
             Name of the results in the log.
-        prompts (`list`):
-            Standard or conversational prompts, the same on every process.
+        prompts (`str` or `list`):
+            Standard or conversational prompts, one or more, the same on every process.
         references (`list`, *optional*):
             The references of the metric, one for each prompt.
         decoding ([`DecodingConfig`], *optional*):
@@ -202,17 +203,15 @@ class MetricCallback(TrainerCallback):
         trainer: DTRPOTrainer,
         metric: EvaluationModule,
         name: str,
-        prompts: list,
+        prompts: str | list,
         references: list | None = None,
         decoding: DecodingConfig | None = None,
         prepare: Callable[[list[str]], list] | None = None,
         options: dict[str, Any] | None = None,
     ):
         self.trainer, self.metric, self.name = trainer, metric, name
-        self.prompts, self.references = list(prompts), None if references is None else list(references)
+        self.prompts, self.references = as_prompts(prompts), None if references is None else list(references)
         self.decoding, self.prepare, self.options = decoding, prepare, options or {}
-        if not self.prompts:
-            raise ValueError("There is no prompt to answer.")
         if self.references is not None and len(self.references) != len(self.prompts):
             raise ValueError(f"There are {len(self.prompts)} prompts but {len(self.references)} references.")
 

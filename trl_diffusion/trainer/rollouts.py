@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
 from ..decoding.pace import PeerFailed
+from ..fields import check_kind
 from ..objectives.pairwise import differing_groups
 from ..policies.forward import unwrap
 from ..policies.prompts import as_prompts, is_started, tokenize_prompts
@@ -247,6 +248,7 @@ class DiffusionRollouts(DiffusionScoring):
             process, and the trajectories of the responses that this process decoded.
         """
         decoding = self.args.decoding(temperature=0.0) if decoding is None else decoding
+        check_kind("decoding", decoding, DecodingConfig, "a DecodingConfig")
         prompts = as_prompts(prompts)
         prompt_ids = self._tokenize_prompts(prompts)[0]
         # Every process checks the prompts of all processes.

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..decoding.decode import check_prompts
+from ..fields import check_kind
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
 from ..policies.files import check_one_policy, check_weights
@@ -20,6 +21,7 @@ from ..policies.forward import check_attention, unwrap
 from ..policies.limits import check_layers
 from ..policies.loading import load_config, load_tokenizer, resolve_spec
 from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
+from ..policies.places import check_there
 from ..policies.prompts import TemplateRefusal, check_form, check_visible
 from ..policies.quantized import prepare_rounded
 from ..policies.spec import set_spec
@@ -108,6 +110,7 @@ def set_up(
         TypeError, ValueError: see [`DTRPOTrainer`].
     """
     args = _settings(model, args, options)
+    _check_kinds(reward_funcs, tokenizer)
     offline = is_trajectory_dataset(datasets[0]) or is_preference_dataset(datasets[0])
     if not reward_funcs and not offline:
         raise ValueError("No reward source provided: pass at least one reward function as `reward_funcs`.")
@@ -164,6 +167,18 @@ def _settings(model: Model, args: DTRPOConfig | None, options: dict[str, Any]) -
     if not isinstance(args, DTRPOConfig):
         raise TypeError(f"`args` must be a DTRPOConfig, got {type(args).__name__}.")
     return args
+
+
+def _check_kinds(reward_funcs: Any, tokenizer: Any) -> None:
+    """Checks that reward functions and tokenizer are such, and that there are reward models where paths lead."""
+    for reward in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
+        if isinstance(reward, str):
+            check_there(reward)
+        elif reward is not None and not callable(reward):
+            what = "a function, a reward model, its path, or a list of these"
+            raise TypeError(f"`reward_funcs` must be {what}, got {reward!r:.80} ({type(reward).__name__}).")
+    if tokenizer is not None:
+        check_kind("processing_class", tokenizer, PreTrainedTokenizerBase | ProcessorMixin, "a tokenizer")
 
 
 def _check_model(model: Model, config: PretrainedConfig, args: DTRPOConfig, adapter: Any) -> None:
