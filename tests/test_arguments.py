@@ -16,9 +16,11 @@ from trl_diffusion import (
     generate,
     get_spec,
     load_trajectories,
+    set_spec,
     tiny_policy_path,
 )
-from trl_diffusion.policies.policy import Policy
+from trl_diffusion.evaluation.run import Evaluation
+from trl_diffusion.policies.policy import Policy, open_policy
 from trl_diffusion.policies.prompts import as_prompts
 from trl_diffusion.trainer.callbacks import MetricCallback
 
@@ -107,6 +109,13 @@ def test_arguments_of_another_kind(model, tokenizer, trainer, tmp_path):
         (lambda: collect(model, tokenizer, prompts, zero, SHORT, out), "`output_dir` must be a path, got Decod"),
         (lambda: collect(model, tokenizer, prompts, zero, out, {}), "`decoding` must be a DecodingConfig, got {}"),
         (lambda: collect(model, tokenizer, 5, zero, out, SHORT), "`prompts` must be text"),
+        (lambda: get_spec(model), r"`config` must be the config of a model \(model.config\)"),
+        (lambda: set_spec(get_spec(model.config), model.config), "`config` must be the config of a model"),
+        (lambda: set_spec(model.config, {"mask_token_id": 1}), "`spec` must be a DiffusionSpec, got {"),
+        (lambda: open_policy(model), "`path` must be a path or a hub id"),
+        (lambda: Policy(tokenizer, model, get_spec(model.config)), "`model` must be a model"),
+        (lambda: load_trajectories([str(out)]), "`path` must be the directory of a collection"),
+        (lambda: Evaluation("path", out), r"`policy` must be an open policy \(`open_policy\(path\)`\), got 'path'"),
         (lambda: from_preferences([{}], tokenizer, get_spec(model.config)), "`dataset` must be a dataset of preference"),
         (lambda: DTRPOTrainer(tiny_policy_path(), prompts, trainer.args), "`reward_funcs` must be a function"),
         (lambda: DTRPOTrainer(tiny_policy_path(), trainer.args, zero), "`args` must be a DTRPOConfig"),

@@ -150,8 +150,11 @@ def packaged_puzzles() -> list[dict[str, Any]]:
 
 def packaged_games() -> list[dict[str, Any]]:
     """The 500 games of countdown on which `train` measures as well."""
-    games = countdown.evaluation_games()
-    return [{**game, "prompt": countdown.prompt(game["numbers"], game["target"])} for game in games]
+    games = [(game["numbers"], game["target"]) for game in countdown.evaluation_games()]
+    return [
+        {"numbers": numbers, "target": target, "prompt": countdown.prompt(numbers, target)}
+        for numbers, target in games
+    ]
 
 
 def code_checker() -> Callable:

@@ -16,7 +16,7 @@ import xxhash
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..decoding.config import DecodingConfig
-from ..fields import AtLeast, check_fields
+from ..fields import AtLeast, check_fields, check_kind
 from ..policies.policy import Policy
 from ..seeds import derive_seed
 from ..trajectories.fingerprint import fingerprint_policy
@@ -246,6 +246,7 @@ class Evaluation:
     progress: bool = True
 
     def __post_init__(self):
+        check_kind("policy", self.policy, Policy, "an open policy (`open_policy(path)`)")
         self.decoding = dict(self.decoding)
         decoding = DecodingConfig.from_dict(self.decoding)
         check_seeds(self.seeds)

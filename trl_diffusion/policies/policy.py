@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..fields import check_kind
 from .files import check_records, check_weights
-from .forward import check_attention, check_implementation, unwrap
+from .forward import check_attention, check_implementation, check_model, unwrap
 from .limits import check_layers, context_length
 from .loading import load_config, load_tokenizer, refusing_code, resolve_spec
 from .lora import check_adapter, check_targets, empty_model
@@ -43,6 +45,7 @@ class Policy:
         chat_template_kwargs (`dict`): variables of the chat template that conversations are written with.
 
     Raises:
+        TypeError: if the model is no model, or the tokenizer no tokenizer.
         ValueError: if the model computes something else under the attention of a diffusion policy (see [`try_policy`]).
     """
 
@@ -52,6 +55,7 @@ class Policy:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        check_model(self.model, self.tokenizer)
         try_policy(self.model, self.spec)
 
     @property
@@ -181,11 +185,13 @@ def open_policy(
         chat_template_kwargs (`Mapping[str, Any]`, *optional*): variables of the chat template.
 
     Raises:
+        TypeError: if the path of the model is no path.
         FileNotFoundError: if there is no such directory, and nothing of this name on the hub.
         ValueError: if neither a model nor an adapter is given, the adapter does not fit the model or is of a kind that a
             diffusion policy cannot have, nothing says how the model is denoised, or it cannot be a policy (see
             [`check_layers`] and [`try_policy`]).
     """
+    check_kind("path", path, str | Path | None, "a path or a hub id")
     adapter_config = None if adapter is None else _adapter_config(adapter)
     if not path and adapter_config is not None:
         path = adapter_config.base_model_name_or_path

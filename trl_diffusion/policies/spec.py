@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from transformers import PretrainedConfig
 
-from ..fields import AtLeast, check_fields, check_names
+from ..fields import AtLeast, check_fields, check_kind, check_names
 
 
 CONFIG_KEY = "diffusion_spec"
@@ -221,8 +221,10 @@ def get_spec(config: PretrainedConfig, overrides: Mapping[str, Any] | None = Non
             Fields that complete or replace what the config says.
 
     Raises:
+        TypeError: if the config is something else, such as the model.
         ValueError: if nothing says which token is the mask.
     """
+    check_kind("config", config, PretrainedConfig, "the config of a model (model.config)")
     values = {**spec_fields(config), **(overrides or {})}
     if not values:
         raise ValueError(
@@ -275,5 +277,7 @@ def impossible_token(
 
 def set_spec(config: PretrainedConfig, spec: DiffusionSpec) -> None:
     """Stores `spec` in `config`, from where it is saved and loaded with the model."""
+    check_kind("config", config, PretrainedConfig, "the config of a model (model.config)")
+    check_kind("spec", spec, DiffusionSpec, "a DiffusionSpec")
     check_spec(spec, config)
     setattr(config, CONFIG_KEY, spec.to_dict())

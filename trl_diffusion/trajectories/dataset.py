@@ -33,6 +33,7 @@ import pyarrow.parquet as parquet
 import torch
 from datasets import Dataset, IterableDataset
 
+from ..fields import check_kind
 from ..policies.spec import DiffusionSpec, impossible_token
 from ..utils import read_record
 from .trajectory import NEVER, TrajectoryBatch, response_blocks
@@ -299,6 +300,7 @@ def load_trajectories(path: str | Path, allow_partial: bool = False) -> Dataset:
         FileNotFoundError: if there is no such directory, or no shard in it.
         ValueError: if a shard cannot be read (the error names it), or the collection was interrupted.
     """
+    check_kind("path", path, str | Path, "the directory of a collection")
     return Dataset.from_parquet([str(file) for file in _shards(Path(path), allow_partial)])
 
 
