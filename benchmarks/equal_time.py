@@ -4,10 +4,14 @@ The embedded task trained for the same time in several ways: estimators, draws, 
     python benchmarks/equal_time.py --seconds 120 --jobs 2 --json
     python benchmarks/equal_time.py --runs dtrpo entropy sampled selection --seeds 0 1 2 3 4 --directory outputs/strategies
 
-Every run has the settings of `recipes/tiny_sudoku.yaml`, apart from what `RUNS` says and a learning rate that falls linearly
-with time instead of updates. Time is that of a processor core (the run has one thread), so that what else a machine does
-matters less. The clock runs while the trainer does (rollouts, rewards, updates) and stands still while the policy is measured
-(200 evaluation puzzles, greedily). A run that is over is kept in `--directory`: the same command goes on where it stopped.
+Every run has the settings of `recipes/tiny_sudoku.yaml`, apart from what `RUNS` says, its learning rate and its batch size. The
+learning rate falls linearly with time instead of updates. Each kind of run has the learning rate and the batch size, of those
+in `--learning_rates` and `--batch_sizes`, with which it solved most puzzles at its end with the seeds in `--choice_seeds`.
+No other seed plays a part in the choice.
+
+Time is that of a processor core (the run has one thread), so that what else a machine does matters less. The clock runs
+while the trainer does (rollouts, rewards, updates) and stands still while the policy is measured (200 evaluation puzzles,
+greedily). A run that is over is kept in `--directory`: the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -42,15 +46,15 @@ RUNS = {
     "sampled": {"strategy": "sampled_confidence"},
     "selection": {"strategy": "sampled_confidence", "score_selection": True},
 }
-LEARNING_RATE = 6e-4
+LEARNING_RATE, BATCH_SIZE = 6e-4, 512
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # 97.5 % quantile, by number of seeds
 
 
 class Clock(TrainerCallback):
     """Stops training when its time is up, lowers the learning rate with time, and measures the policy on the way."""
 
-    def __init__(self, seconds: float, measurements: int, measure):
-        self.seconds, self.measure = seconds, measure
+    def __init__(self, seconds: float, measurements: int, learning_rate: float, measure):
+        self.seconds, self.learning_rate, self.measure = seconds, learning_rate, measure
         self.due = [seconds * (i + 1) / measurements for i in range(measurements)]
         self.elapsed, self.curve = 0.0, []
 
@@ -61,7 +65,7 @@ class Clock(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         share = self.elapsed / self.seconds
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min((state.global_step + 1) / 3, 1.0) * max(1 - share, 0.0)
+            group["lr"] = self.learning_rate * min((state.global_step + 1) / 3, 1.0) * max(1 - share, 0.0)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.elapsed += time.process_time() - self.started
@@ -73,7 +77,7 @@ class Clock(TrainerCallback):
         return control
 
 
-def train(name: str, seed: int, seconds: float) -> list:
+def train(name: str, seed: int, seconds: float, learning_rate: float, batch_size: int) -> list:
     torch.set_num_threads(1)
     task = load_task("sudoku", eval_size=200, seed=seed)
     with tempfile.TemporaryDirectory() as directory:
@@ -81,8 +85,8 @@ def train(name: str, seed: int, seconds: float) -> list:
             model=tiny_policy_path(),
             reward_funcs=task.reward_funcs,
             args=DTRPOConfig(
-                output_dir=directory, per_device_train_batch_size=512, num_generations=16, max_completion_length=17,
-                tokens_per_step=2, max_steps=100_000, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+                output_dir=directory, per_device_train_batch_size=batch_size, num_generations=16, max_completion_length=17,
+                tokens_per_step=2, max_steps=100_000, learning_rate=learning_rate, lr_scheduler_type="constant",
                 beta=0.0, seed=seed, bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False,
                 save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no", **RUNS[name],
             ),
@@ -92,7 +96,7 @@ def train(name: str, seed: int, seconds: float) -> list:
         def measure() -> float:
             return task.solve_rate(trainer.answer(task.evaluation["prompt"])[0])
 
-        clock = Clock(seconds, 8, measure)
+        clock = Clock(seconds, 8, learning_rate, measure)
         trainer.add_callback(clock)
         trainer.train()
     return clock.curve
@@ -129,11 +133,11 @@ def interval(values: list[float]) -> str:
     return f"{mean:.1f} +- {half:.1f}"
 
 
-def table(curves: dict[str, list]) -> str:
+def table(curves: dict[str, list], settings: dict[str, tuple[float, int]]) -> str:
     """The runs beside the first one, seed by seed."""
     lines = [
-        "| run | updates | solve rate at the end, by seed | mean, % | first run minus this one |",
-        "|---|---|---|---|---|",
+        "| run | learning rate | batch | updates | solve rate at the end, by seed | mean, % | first run minus this one |",
+        "|---|---|---|---|---|---|---|",
     ]
     best = [curve[-1][2] for curve in next(iter(curves.values()))]
     for name, runs in curves.items():
@@ -141,8 +145,47 @@ def table(curves: dict[str, list]) -> str:
         updates = statistics.mean(curve[-1][1] for curve in runs)
         ahead = interval([first - rate for first, rate in zip(best, rates, strict=True)])
         shown = ", ".join(f"{rate:.1%}" for rate in rates)
-        lines.append(f"| {name} | {updates:.0f} | {shown} | {interval(rates)} | {ahead} |")
+        setting = " | ".join(f"{value:g}" for value in settings[name])
+        lines.append(f"| {name} | {setting} | {updates:.0f} | {shown} | {interval(rates)} | {ahead} |")
     return "\n".join(lines)
+
+
+class Queue:
+    """Runs in processes of their own, some at once. What is over is kept and not run again."""
+
+    def __init__(self, seconds: float, jobs: int, directory: Path):
+        self.seconds, self.jobs, self.directory = seconds, jobs, directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def one(self, run: tuple[str, int, float, int]) -> list:
+        kept = self.directory / "{0}_{4:g}s_seed{1}_lr{2:g}_batch{3}.json".format(*run, self.seconds)
+        if not kept.is_file():
+            command = [sys.executable, __file__, "--seconds", str(self.seconds), "--one", *map(str, run)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            write_text(kept, output.splitlines()[-1] + "\n")
+        curve = json.loads(kept.read_text())
+        print(f"{kept.stem}: {curve[-1]}", flush=True)
+        return curve
+
+    def all(self, runs: list[tuple[str, int, float, int]]) -> dict:
+        """The curve of each run: `{run: curve}`, a run is (name, seed, learning rate, batch size)."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return dict(zip(runs, pool.map(self.one, runs), strict=True))
+
+    def choose(
+        self, names: list[str], pairs: list[tuple[float, int]], seeds: list[int]
+    ) -> dict[str, tuple[float, int]]:
+        """The learning rate and the batch size that are best for each name, on average over the seeds."""
+        if len(pairs) == 1:
+            return dict.fromkeys(names, pairs[0])
+        curves = self.all([(name, seed, *pair) for pair in pairs for seed in seeds for name in names])
+
+        def solved(name: str, pair: tuple[float, int]) -> float:
+            return statistics.mean(curves[name, seed, *pair][-1][2] for seed in seeds)
+
+        for name in names:
+            print(name, {f"{pair[0]:g}, {pair[1]}": f"{solved(name, pair):.1%}" for pair in pairs}, flush=True)
+        return {name: max(pairs, key=lambda pair: solved(name, pair)) for name in names}
 
 
 def main() -> None:
@@ -152,39 +195,32 @@ def main() -> None:
         "--runs", nargs="+", choices=RUNS, default=list(RUNS)[:7], metavar="RUN", help=f"of {list(RUNS)}"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[LEARNING_RATE], metavar="RATE")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[BATCH_SIZE], metavar="ANSWERS")
+    parser.add_argument("--choice_seeds", type=int, nargs="+", default=[100, 101], metavar="SEED")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument(
         "--directory", type=Path, default=Path("outputs/equal_time"), help="where runs that are over are kept"
     )
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help="run this one only and print its curve")
+    parser.add_argument("--one", nargs=4, metavar=("NAME", "SEED", "RATE", "ANSWERS"), help="one run: print its curve")
     parser.add_argument("--plot", type=Path, help="draw the curves to this file")
     parser.add_argument("--json", action="store_true", help="print all curves as one JSON object on the last line")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(train(args.one[0], int(args.one[1]), args.seconds)))
+        name, seed, rate, size = args.one
+        print(json.dumps(train(name, int(seed), args.seconds, float(rate), int(size))))
         return
 
-    def run(pair: tuple[str, int]) -> list:
-        name, seed = pair
-        kept = args.directory / f"{name}_{seed}_{args.seconds:g}.json"
-        if not kept.is_file():
-            command = [sys.executable, __file__, "--seconds", str(args.seconds), "--one", name, str(seed)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            write_text(kept, output.splitlines()[-1] + "\n")
-        curve = json.loads(kept.read_text())
-        print(f"{name}, seed {seed}: {curve[-1]}", flush=True)
-        return curve
-
-    args.directory.mkdir(parents=True, exist_ok=True)
-    pairs = [(name, seed) for seed in args.seeds for name in args.runs]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(pairs, pool.map(run, pairs), strict=True))
-    curves = {name: [results[name, seed] for seed in args.seeds] for name in args.runs}
-    print(table(curves))
+    queue = Queue(args.seconds, args.jobs, args.directory)
+    pairs = [(rate, size) for rate in args.learning_rates for size in args.batch_sizes]
+    settings = queue.choose(args.runs, pairs, args.choice_seeds)
+    results = queue.all([(name, seed, *settings[name]) for seed in args.seeds for name in args.runs])
+    curves = {name: [results[name, seed, *settings[name]] for seed in args.seeds] for name in args.runs}
+    print(table(curves, settings))
     if args.plot:
         plot(curves, args.plot)
     if args.json:
-        print(json.dumps(curves))
+        print(json.dumps({"settings": settings, "curves": curves}))
 
 
 if __name__ == "__main__":

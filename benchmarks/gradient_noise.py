@@ -119,9 +119,10 @@ def main() -> None:
     parser.add_argument("--estimates", type=int, default=8)
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print all rows as one JSON object on the last line")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         trained = train(Path(directory), args.updates, args.seed)

@@ -1,14 +1,21 @@
 """
-Rebuilds the embedded policy: a block-diffusion model that has read some puzzles and is still bad at solving them.
+Rebuilds the embedded policies: models that have read some puzzles and are still bad at solving them.
 
     python recipes/pretrain_tiny.py --output_dir tiny
+    python recipes/pretrain_tiny.py --output_dir full --policy full
+    python recipes/pretrain_tiny.py --output_dir revising --policy revising
 
-A stock Qwen3 backbone with a character-level tokenizer is trained with the block-diffusion objective (mask some tokens
+`block`, the default, is a block-diffusion policy. A stock Qwen3 backbone with a character-level tokenizer is trained with the block-diffusion objective (mask some tokens
 of every block, predict them, all blocks in one packed pass) on 4x4 sudokus and countdown puzzles written by two kinds
 of authors, as in any corpus: careful ones, who solve the puzzle, and careless ones, whose answers look right and are
 not. What the policy has to learn by reinforcement afterwards is to be careful.
 
-Takes about 15 minutes on 2 CPU cores.
+`full` and `revising` have full attention over the whole answer, and know 4x4 sudokus with two clues only, all of them solved
+with care. `revising` was also shown wrong tokens: a share of the visible ones, between 0 and 10 % and another one for each
+answer, is replaced by tokens of other answers, and it predicts every position, not only the masked ones. What it predicts at a
+visible position therefore says how likely the visible token is, which a decoder that revises needs.
+
+`block` takes about 15 minutes on 2 CPU cores, each of the others about 4.
 """
 
 from __future__ import annotations
@@ -26,16 +33,17 @@ from trl_diffusion.decoding.config import DecodingConfig
 from trl_diffusion.decoding.decode import decode
 from trl_diffusion.policies.spec import DiffusionSpec, set_spec
 from trl_diffusion.rewards import countdown, sudoku
-from trl_diffusion.scoring.draws import StepDraw
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
-from trl_diffusion.scoring.states import drawn_states
-from trl_diffusion.trajectories.trajectory import TrajectoryBatch
+from trl_diffusion.scoring.states import States
+from trl_diffusion.trajectories.trajectory import TrajectoryBatch, response_blocks
 from trl_diffusion.utils import check_writable, errors_in_a_line
 
 
 SPECIAL = ["<pad>", "<mask>", "<eos>", "<unk>"]
 CONTEXT = 512
+CLUES = 2  # of the sudokus that the policies with full attention know
+CORRUPTION = 0.1  # largest share of visible tokens that the revising policy is shown wrong
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -57,8 +65,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int) -> Qwen3ForCausalLM:
-    """A randomly initialised policy with blocks of 8 characters."""
+def build_spec(tokenizer: PreTrainedTokenizerFast, policy: str) -> DiffusionSpec:
+    """Blocks of 8 characters, or the whole answer to a sudoku (16 digits and a stop token) at once."""
+    spec = DiffusionSpec(mask_token_id=tokenizer.mask_token_id, block_size=8, stop_token_ids=(tokenizer.eos_token_id,))
+    if policy == "block":
+        return spec
+    revises = policy == "revising"
+    return spec.replace(attention="full", block_size=17, block_origin="response", predicts_visible_tokens=revises)
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, spec: DiffusionSpec, hidden_size: int, num_layers: int
+) -> Qwen3ForCausalLM:
+    """A randomly initialised policy."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -74,7 +93,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers
         bos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    spec = DiffusionSpec(mask_token_id=tokenizer.mask_token_id, block_size=8, stop_token_ids=(tokenizer.eos_token_id,))
     set_spec(config, spec)
     return Qwen3ForCausalLM(config)
 
@@ -110,35 +128,56 @@ def make_corpus(size: int, carelessness: float, seed: int) -> list[tuple[str, st
     return corpus
 
 
-def collate(pairs: list[tuple[str, str]], tokenizer, block_size: int, generator: torch.Generator):
-    """A batch in which every block has a random share of its response tokens masked, and the draw that scores them."""
+def make_solutions(size: int, seed: int) -> list[tuple[str, str]]:
+    """Pairs of a prompt with a 4x4 sudoku of two clues, and one of its solutions."""
+    rng, kept = random.Random(seed), set(sudoku.evaluation_puzzles(16 - CLUES))
+    pairs = []
+    while len(pairs) < size:
+        grid, clues = rng.choice(sudoku.all_grids()), rng.sample(range(16), CLUES)
+        puzzle = "".join(digit if cell in clues else "0" for cell, digit in enumerate(grid))
+        if puzzle not in kept:
+            pairs.append((sudoku.prompt(puzzle), grid))
+    return pairs
+
+
+def collate(
+    pairs: list[tuple[str, str]], tokenizer, spec: DiffusionSpec, generator: torch.Generator
+) -> tuple[TrajectoryBatch, States]:
+    """
+    A batch in which every block has a random share of its response tokens masked. Without `spec.predicts_visible_tokens`, the
+    masked tokens are scored. With it, all tokens are, and some of the visible ones are shown wrong.
+    """
     prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
     answers = [tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id] for _, answer in pairs]
-    lengths = [
-        -(-(len(p) + len(a)) // block_size) * block_size - len(p) for p, a in zip(prompts, answers, strict=True)
-    ]
-    prompt_width, width = max(map(len, prompts)), max(lengths)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+    lengths = spec.canvas_end(prompt_lengths, torch.tensor([len(answer) for answer in answers])) - prompt_lengths
+    prompt_width, width = max(map(len, prompts)), int(lengths.max())
     prompt_ids = torch.full((len(pairs), prompt_width), tokenizer.pad_token_id)
     canvas = torch.full((len(pairs), width), tokenizer.eos_token_id)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         prompt_ids[row, prompt_width - len(prompt) :] = torch.tensor(prompt)
         canvas[row, : len(answer)] = torch.tensor(answer)
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
-    blocks = (prompt_lengths[:, None] % block_size + torch.arange(width)) // block_size
-    num_blocks = int(blocks.max()) + 1
-    ratio = torch.rand(len(pairs), num_blocks, generator=generator).gather(1, blocks)
+    blocks = response_blocks(spec, prompt_lengths, width)
+    ratio = torch.rand(len(pairs), int(blocks.max()) + 1, generator=generator).gather(1, blocks)
     masked = torch.rand(canvas.shape, generator=generator) < ratio
+    inside = torch.arange(width) < lengths[:, None]
     batch = TrajectoryBatch(
         prompt_ids=prompt_ids,
         prompt_mask=(torch.arange(prompt_width) >= (prompt_width - prompt_lengths)[:, None]).long(),
         canvas_ids=canvas,
-        steps=masked.long(),  # step 0 shows the tokens that step 1 sees
+        steps=inside.long() - 1,
         logps=torch.zeros(canvas.shape),
-        canvas_lengths=torch.tensor(lengths),
-        completion_lengths=torch.tensor(lengths),
+        canvas_lengths=lengths,
+        completion_lengths=lengths,
     )
-    hit = torch.zeros(len(pairs), num_blocks).scatter_add(1, blocks, (masked & batch.completion_mask).float()) > 0
-    return batch, StepDraw(torch.where(hit, 1, -1)[..., None], hit.float()[..., None], hit.float())
+    if not spec.predicts_visible_tokens:
+        scored = (masked & inside).float()
+        return batch, States(masked[:, None], scored[:, None], scored)
+    share = CORRUPTION * torch.rand(len(pairs), 1, generator=generator)
+    wrong = torch.rand(canvas.shape, generator=generator) < share
+    others = canvas.flatten()[torch.randperm(canvas.numel(), generator=generator)].view_as(canvas)
+    scored = inside.float()
+    return batch, States(masked[:, None], scored[:, None], scored, shown=torch.where(wrong, others, canvas)[:, None])
 
 
 def solve_rate(model, tokenizer, prompts: list[str], check, config: DecodingConfig) -> float:
@@ -149,15 +188,31 @@ def solve_rate(model, tokenizer, prompts: list[str], check, config: DecodingConf
     return sum(check(index, answer) for index, answer in enumerate(answers)) / len(answers)
 
 
+def checks(policy: str) -> dict:
+    """Prompts to measure a policy with, and what is a right answer to them, by name."""
+    puzzles = sudoku.evaluation_puzzles(8 if policy == "block" else 16 - CLUES)[:200]
+    found = {"sudoku": ([sudoku.prompt(p) for p in puzzles], lambda i, answer: sudoku.is_solved(puzzles[i], answer))}
+    if policy == "block":
+        games = countdown.evaluation_games()[:200]
+        found["countdown"] = (
+            [countdown.prompt(g["numbers"], g["target"]) for g in games],
+            lambda i, answer: countdown.is_solved(answer, games[i]["numbers"], games[i]["target"]),
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="tiny", help="where to save the model and its tokenizer")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
+    parser.add_argument("--policy", choices=("block", "full", "revising"), default="block", help="which one")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps (1500; 800 with full attention)")
     parser.add_argument("--batch_size", type=int, default=128, help="answers per step")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--hidden_size", type=int, default=None, help="128; 64 with full attention")
     parser.add_argument("--num_layers", type=int, default=4)
-    parser.add_argument("--carelessness", type=float, default=0.6, help="share of answers by careless authors")
+    parser.add_argument(
+        "--carelessness", type=float, default=0.6, help="share of answers by careless authors (`block`)"
+    )
     parser.add_argument("--corpus_size", type=int, default=100_000, help="answers in the corpus")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -165,30 +220,25 @@ def main() -> None:
         check_writable(args.output_dir, "--output_dir")
 
     torch.manual_seed(args.seed)
+    is_block = args.policy == "block"
+    steps = args.steps or (1500 if is_block else 800)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, args.hidden_size, args.num_layers)
-    spec = DiffusionSpec.from_dict(model.config.diffusion_spec)
+    spec = build_spec(tokenizer, args.policy)
+    model = build_model(tokenizer, spec, args.hidden_size or (128 if is_block else 64), args.num_layers)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    corpus = make_corpus(args.corpus_size, args.carelessness, args.seed)
+    corpus = make_solutions(args.corpus_size, args.seed)
+    if is_block:
+        corpus = make_corpus(args.corpus_size, args.carelessness, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, steps, pct_start=0.1)
     rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
 
-    puzzles = sudoku.evaluation_puzzles()[:200]
-    games = countdown.evaluation_games()[:200]
-    checks = {
-        "sudoku": ([sudoku.prompt(p) for p in puzzles], lambda i, answer: sudoku.is_solved(puzzles[i], answer)),
-        "countdown": (
-            [countdown.prompt(g["numbers"], g["target"]) for g in games],
-            lambda i, answer: countdown.is_solved(answer, games[i]["numbers"], games[i]["target"]),
-        ),
-    }
     started = time.perf_counter()
-    bar = tqdm(range(args.steps), desc="pretraining", unit="step")
+    bar = tqdm(range(steps), desc="pretraining", unit="step")
     for step in bar:
         model.train()
-        batch, draw = collate(rng.sample(corpus, args.batch_size), tokenizer, spec.block_size, generator)
-        layout = pack(batch, spec, drawn_states(batch, spec, draw))
+        batch, states = collate(rng.sample(corpus, args.batch_size), tokenizer, spec, generator)
+        layout = pack(batch, spec, states)
         logps, _ = score(model, layout, spec)
         loss = -logps.sum() / (layout.weights > 0).sum()
         loss.backward()
@@ -196,12 +246,12 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if (step + 1) % 250 == 0 or step + 1 == args.steps:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             model.eval()
             rates = [f"loss {loss.item():.3f}"]
-            for name, (prompts, check) in checks.items():
+            for name, (prompts, check) in checks(args.policy).items():
                 for temperature in (0.0, 1.0):
-                    config = DecodingConfig(24, temperature, tokens_per_step=2)
+                    config = DecodingConfig(24 if is_block else 17, temperature, tokens_per_step=2)
                     rate = solve_rate(model, tokenizer, prompts, check, config)
                     rates.append(f"{name} {rate:.1%} (temperature {temperature:g})")
             tqdm.write(f"step {step + 1}, {time.perf_counter() - started:.0f} s: " + ", ".join(rates))

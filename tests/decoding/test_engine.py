@@ -182,7 +182,7 @@ def test_a_strategy_of_your_own():
 
     with pytest.raises(ValueError, match="unmasked nothing"):
         decode(policy, make_prompts(), DecodingConfig(16, strategy=lambda view: view.candidates & False), spec)
-    with pytest.raises(ValueError, match=r"boolean tensor of the candidates' shape, \(6, 8\)"):
+    with pytest.raises(ValueError, match=r"boolean tensor of the positions' shape, \(6, 8\)"):
         decode(policy, make_prompts(), DecodingConfig(16, strategy=lambda view: view.confidences), spec)
 
 

@@ -35,10 +35,13 @@ def wrong(setting: Field) -> Any:
     return "yes" if setting.default is False else -0.5 if isinstance(setting.default, float) else 0
 
 
-# All of them, in two sets of which each goes together.
+# All of them, in sets of which each goes together.
+REVISING = ("revision", "revision_threshold", "edit_threshold", "revision_rate", "revision_max", "revision_limit",
+            "revision_steps", "fill_share")  # fmt: skip
 EVERY = {setting.name: another(setting) for setting in fields(RolloutSettings)}
 SETS = [
-    {name: EVERY[name] for name in EVERY if name not in ("steps_per_block", "schedule", "entropy_bound")},
+    {name: EVERY[name] for name in EVERY if name not in ("steps_per_block", "schedule", "entropy_bound", *REVISING)},
+    {"steps_per_block": EVERY["steps_per_block"], **{name: EVERY[name] for name in REVISING}},
     {"steps_per_block": EVERY["steps_per_block"], "schedule": EVERY["schedule"]},
     {"strategy": "entropy_bound", "entropy_bound": EVERY["entropy_bound"]},
 ]

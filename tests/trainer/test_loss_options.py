@@ -58,7 +58,7 @@ def test_gradient_of_entropies(policy, spec, moved):
     logits = policy_logits(model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns)
     kept = [token for token in range(logits.shape[1]) if token != spec.mask_token_id]
     wanted = Categorical(logits=logits[:, kept].double() / temperature).entropy()
-    places = (layout.responses, layout.canvas_columns)
+    places = (layout.responses, layout.event_columns)
     assert_close(entropies[places].double(), wanted)
     (wanted * layout.weights[places]).sum().backward()
     assert_close_gradients(found, torch.cat([p.grad.flatten() for p in model.parameters()]))

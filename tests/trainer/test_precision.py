@@ -21,7 +21,7 @@ def test_bf16_computes_in_bf16_and_scores_in_float32(make_trainer, checkpointing
 
     def spy(logps):
         layout = trainer.scored.layout
-        scores.append((logps, layout.targets, layout.responses, layout.canvas_columns))
+        scores.append((logps, layout.targets, layout.responses, layout.event_columns))
         log_scores(logps)
 
     trainer.log_scores = spy

@@ -35,7 +35,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..fields import check_fields
 from ..policies.loading import load_tokenizer
-from ..policies.tiny import tiny_policy_path
+from ..policies.tiny import resolve_embedded, tiny_policy_path
 from ..tasks import TASKS, load_task, preference_rows
 from ..trainer.callbacks import RewardProgressCallback
 from ..trainer.checkpoints import check_start
@@ -131,7 +131,7 @@ def find_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_
         tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
         directory = Path(training_args.output_dir) / "random_policy"
         return random_policy(script_args.random_policy, tokenizer, directory, training_args.seed), tokenizer
-    path = model_args.model_name_or_path or tiny_policy_path()
+    path = resolve_embedded(model_args.model_name_or_path or tiny_policy_path())
     tokenizer = load_tokenizer(script_args.tokenizer_name_or_path or path)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

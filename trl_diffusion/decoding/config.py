@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 from ..fields import AtLeast, Within, check_fields, check_names, explained
 from ..names import knows_names
 from ..trajectories.selection import Selection
+from .revising import REVISIONS, Revising
 from .strategies import SCHEDULED, SELECT_BY_SAMPLE, STRATEGIES, Strategy
 
 
 if TYPE_CHECKING:
     StrategyOption = str | Strategy
-else:
-    StrategyOption = str  # as given on a command line
+    RevisionOption = str | Revising | None
+else:  # as given on a command line
+    StrategyOption = str
+    RevisionOption = str | None
 
 # With these settings, tokens are sampled from another distribution than the policy's own, which is the one that is scored.
 OTHER_DISTRIBUTION = ("top_k", "top_p", "suppress_tokens", "approximate_cache")
 # Settings that only some strategies look at.
+_OF_REVISION = (
+    "revision_threshold", "edit_threshold", "revision_rate", "revision_max", "revision_limit", "revision_steps", "fill_share",
+)  # fmt: skip
 _LOOKED_AT_BY = {"threshold": ("threshold", "sampled_threshold"), "entropy_bound": ("entropy_bound",)}
 
 
@@ -83,6 +89,32 @@ class RolloutSettings:
             tokens *and* of their selection. This makes the policy gradient of these strategies exact (docs/method.md,
             section 1). Each token that a step unmasks gets an equal share of the selection's log-probability. An update
             then runs the LM head at every masked position of the scored blocks.
+        revision (`str` or [`Revising`], *optional*):
+            Whether a step may take visible tokens back, and which. `None`: a token stays as it is. `"confidence"`: erases
+            tokens whose probability is below `revision_threshold` (WINO). `"edit"`: writes over tokens that are not the
+            likeliest at their position, if the likeliest has a probability above `edit_threshold`. Published rules:
+            `"self_planning"` (P2), `"random"` (ReMDM) and `"sampled_edit"` (LLaDA 2.1, with a bias). The choice is made
+            inside the active block. With full attention, it is made in the whole response up to the end of the active
+            block. A block is over after a step that found nothing masked and took nothing back, or when
+            `steps_per_block` or `revision_steps` are used up. A block is always filled, with both values of `stop_rule`.
+            Until it is filled, `tokens_per_step` or the schedule say by how many tokens a step raises the number of visible
+            ones. After that, every step writes all positions that were erased.
+        revision_threshold (`float`, *optional*, defaults to `0.8`):
+            Probability below which `revision="confidence"` erases a token.
+        edit_threshold (`float`, *optional*, defaults to `0.5`):
+            Probability above which `revision="edit"` and `"sampled_edit"` write another token.
+        revision_rate (`float`, *optional*, defaults to `0.1`):
+            Largest probability with which `revision="random"` erases a token.
+        revision_max (`int`, *optional*):
+            Most tokens that `revision="confidence"` and `"edit"` take back at a step. A fifth of the region, rounded up, if
+            `None`.
+        revision_limit (`int`, *optional*, defaults to `2`):
+            How often the token of one position may be taken back.
+        revision_steps (`int`, *optional*):
+            Most steps of a block after it was filled for the first time. The last one erases nothing.
+        fill_share (`float`, *optional*, defaults to `0.5`):
+            With `revision` and `steps_per_block`: share of the steps in which the block is filled. The other steps write the
+            positions again that were erased. The last one erases nothing.
     """
 
     strategy: StrategyOption = field(default="confidence", metadata={"choices": STRATEGIES})
@@ -96,6 +128,14 @@ class RolloutSettings:
     approximate_cache: str | None = field(default=None, metadata={"choices": ("prefix", "dual", "sub_block")})
     tempered_confidence: bool = False
     score_selection: bool = False
+    revision: RevisionOption = field(default=None, metadata={"choices": REVISIONS})
+    revision_threshold: Annotated[float, Within("[0, 1]")] = 0.8
+    edit_threshold: Annotated[float, Within("[0, 1]")] = 0.5
+    revision_rate: Annotated[float, Within("[0, 1]")] = 0.1
+    revision_max: Annotated[int, AtLeast(1)] | None = None
+    revision_limit: Annotated[int, AtLeast(1)] = 2
+    revision_steps: Annotated[int, AtLeast(1)] | None = None
+    fill_share: Annotated[float, Within("(0, 1]")] = 0.5
 
     def rollout_settings(self) -> dict[str, Any]:
         """The settings of this class alone, by name."""
@@ -153,7 +193,9 @@ class DecodingConfig(RolloutSettings):
     allow_mask_token: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
-        check_fields(self, {one.name for one in fields(self)} - ({"strategy"} if callable(self.strategy) else set()))
+        own = {"strategy"} if callable(self.strategy) else set()
+        own |= {"revision"} if isinstance(self.revision, Revising) else set()
+        check_fields(self, {one.name for one in fields(self)} - own)
         for name in ("suppress_tokens", "stop_token_ids"):
             value = getattr(self, name)
             if value is not None:
@@ -180,7 +222,17 @@ class DecodingConfig(RolloutSettings):
             raise ValueError("`approximate_cache='sub_block'` needs `sub_block_size`.")
         if self.approximate_cache is not None and self.allow_mask_token:
             raise ValueError("`approximate_cache` and `allow_mask_token` do not go together.")
+        self._check_revision()
         vars(self)["_is_checked"] = True
+
+    def _check_revision(self) -> None:
+        if self.revising is None:
+            return
+        for name in ("approximate_cache", "allow_mask_token"):
+            if getattr(self, name):
+                raise ValueError(f"`revision` and `{name}` do not go together: set one of the two to None or False.")
+        if self.score_selection and self.sub_block_size is not None:
+            raise ValueError("`revision` with `score_selection=True` needs `sub_block_size=None`.")
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A dataclass that inherits from one that can be changed cannot be `frozen`.
@@ -219,6 +271,12 @@ class DecodingConfig(RolloutSettings):
                     f"`{name}={settings[name]}` is for the strategy {' or '.join(map(repr, strategies))}, not for {strategy!r}. "
                     f"Set `strategy`, or leave `{name}` out."
                 )
+        revising = sorted(set(settings) & set(_OF_REVISION))
+        if revising and not settings.get("revision"):
+            raise ValueError(
+                f"`{revising[0]}={settings[revising[0]]}` is for a decoder that takes tokens back, and `revision` is not set. Set "
+                "it, too."
+            )
         if "schedule" in settings and steps is None:
             schedule = settings["schedule"]
             raise ValueError(f"`schedule={schedule!r}` divides `steps_per_block`, which is not set. Set it, too.")
@@ -226,12 +284,18 @@ class DecodingConfig(RolloutSettings):
     def check_responses(self, number: int) -> None:
         """Raises a `ValueError` if `number` responses to a prompt would all be the same."""
         sampled = self.temperature > 0 and self.top_k != 1
-        if number > 1 and not (sampled or self.strategy == "random" or callable(self.strategy)):
+        own = callable(self.strategy) or isinstance(self.revision, Revising)
+        if number > 1 and not (sampled or self.is_random or own):
             why = "with `top_k=1`" if self.temperature else "at temperature 0"
             raise ValueError(
                 f"{number} responses to a prompt are all the same {why}. Set `temperature` to 1.0, without a `top_k` of 1, or "
                 "`num_responses` to 1."
             )
+
+    @property
+    def revising(self) -> Revising | None:
+        """How visible tokens are taken back. `None` if they stay."""
+        return REVISIONS[self.revision] if isinstance(self.revision, str) else self.revision
 
     @property
     def selection(self) -> Selection | None:
@@ -246,13 +310,15 @@ class DecodingConfig(RolloutSettings):
     @property
     def is_random(self) -> bool:
         """Whether a response depends on its seed."""
-        return self.temperature > 0 or self.strategy == "random"
+        return self.temperature > 0 or self.strategy == "random" or self.revision == "random"
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types. A strategy that is a function is given by its name."""
         values = asdict(self)
         if callable(self.strategy):
             values["strategy"] = getattr(self.strategy, "__qualname__", repr(self.strategy))
+        if isinstance(self.revision, Revising):
+            values["revision"] = self.revision.name
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

@@ -88,7 +88,7 @@ def decode(
             "Sampling needs `seeds`, one for each prompt, so that a rollout can be reproduced; got "
             f"{'none' if seeds is None else len(seeds)} for {len(prompts)} prompts."
         )
-    _check_settings(config, spec, base.config.get_text_config().vocab_size)
+    check_settings(config, spec, base.config.get_text_config().vocab_size)
     if config.stop_token_ids is not None:
         spec = spec.replace(stop_token_ids=config.stop_token_ids)
     check_prompts(prompts, spec, base.config, config.max_new_tokens)
@@ -130,8 +130,14 @@ def _say_rounding(spec: DiffusionSpec, new_tokens: int) -> None:
         )
 
 
-def _check_settings(config: DecodingConfig, spec: DiffusionSpec, vocab_size: int) -> None:
+def check_settings(config: DecodingConfig, spec: DiffusionSpec, vocab_size: int) -> None:
     """Raises a `ValueError` for a setting that does not apply to this policy."""
+    if config.revising is not None and config.revising.edits and not spec.predicts_visible_tokens:
+        raise ValueError(
+            f"`revision={config.to_dict()['revision']!r}` writes over visible tokens where the policy now prefers others, but "
+            "this policy was not trained to predict visible tokens. Use `revision='confidence'`, which erases first; or set "
+            "`predicts_visible_tokens` in the policy's spec, if it was trained for it."
+        )
     if config.allow_mask_token and spec.attention != "full":
         raise ValueError("`allow_mask_token=True` is for full-attention policies only.")
     attention: dict[str | None, str] = {"prefix": "full", "dual": "full", "sub_block": "block"}

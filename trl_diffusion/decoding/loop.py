@@ -20,11 +20,14 @@ from ..policies.attention import plans_enabled
 from ..policies.cache import lane_cache
 from ..policies.forward import NON_FINITE_ADVICE, NonFiniteLogits, policy_logits, unwrap
 from ..policies.spec import DiffusionSpec
-from ..trajectories.trajectory import NEVER, TrajectoryBatch
+from ..trajectories.revisions import NEVER
+from ..trajectories.trajectory import TrajectoryBatch
 from .attention import Spans, ragged_mask
 from .config import DecodingConfig
+from .history import History
 from .pace import Pace
-from .sampling import propose
+from .revising import ReviseView, Revising
+from .sampling import Proposal, propose
 from .strategies import SCHEDULED, STRATEGIES, StepView, step_quota
 
 
@@ -43,6 +46,10 @@ class Lane:
         part (`int`): part of the block whose surroundings are in the cache, -1 for none. Only for `"sub_block"`.
         uniforms (`Tensor` of shape `(kinds, T, B)`, *optional*): random numbers for the block, by kind, step and
             position.
+        filled (`bool`): whether the block was without a masked position once. This and the next two are used only with a
+            revising strategy.
+        revised (`int`): steps after that.
+        settled (`bool`): whether the last step began without a masked position and took nothing back.
     """
 
     row: int
@@ -53,30 +60,64 @@ class Lane:
     cached: int = 0
     part: int = -1
     uniforms: Tensor | None = None
+    filled: bool = False
+    revised: int = 0
+    settled: bool = False
 
 
 @dataclass
 class Window:
     """
     The active block of each of `L` lanes, and the positions in it that may be unmasked in this step. All attributes are
-    arrays on the host.
+    arrays on the host. With a revising strategy and full attention, the response up to the end of the active block takes
+    the place of the block.
 
     Attributes:
         starts (`np.ndarray` of shape `(L,)`): first position of each block.
         positions (`np.ndarray` of shape `(L, B)`): positions of each block. A shorter block repeats its last one.
+        inside (boolean `np.ndarray` of shape `(L, B)`): False where a position is repeated.
         masked (boolean `np.ndarray` of shape `(L, B)`): positions that are masked.
         candidates (boolean `np.ndarray` of shape `(L, B)`): positions that may be unmasked now.
         autoregressive (boolean `np.ndarray` of shape `(L,)`): lanes whose next token is the autoregressive first one of
             the block.
         quota (`np.ndarray` of shape `(L,)`): number of positions to unmask.
+        visible (boolean `np.ndarray` of shape `(L, B)`): positions whose token may be taken back.
     """
 
     starts: np.ndarray
     positions: np.ndarray
+    inside: np.ndarray
     masked: np.ndarray
     candidates: np.ndarray
     autoregressive: np.ndarray
     quota: np.ndarray
+    visible: np.ndarray
+
+    @property
+    def looked_at(self) -> np.ndarray:
+        """Positions whose logits are needed, boolean, `(L, B)`."""
+        return self.candidates | self.visible
+
+
+@dataclass
+class Choice:
+    """
+    What a step does at the `M` positions that it looked at. All attributes are tensors of shape `(M,)`.
+
+    Attributes:
+        tokens: the proposed tokens.
+        written (boolean): where they are written.
+        erased (boolean): where a visible token is erased.
+        broken (boolean): where no token can be proposed.
+        before, logps_before: tokens, and their recorded log-probabilities, before the step.
+    """
+
+    tokens: Tensor
+    written: Tensor
+    erased: Tensor
+    broken: Tensor
+    before: Tensor
+    logps_before: Tensor
 
 
 class DenoisingLoop:
@@ -96,9 +137,13 @@ class DenoisingLoop:
         self.model, self.config, self.spec, self.prompts = model, config, spec, prompts
         self.on_step, self.pace = on_step, pace or Pace()
         self.strategy = config.strategy if callable(config.strategy) else STRATEGIES[config.strategy]
+        self.revising = config.revising
+        # Positions of earlier blocks are looked at as well.
+        self.is_wide = config.allow_mask_token or (self.revising is not None and spec.attention == "full")
         self.device = next(model.parameters()).device
         self.generators = None
-        if seeds is not None and (config.is_random or callable(config.strategy)):
+        own = callable(config.strategy) or isinstance(config.revision, Revising)
+        if seeds is not None and (config.is_random or own):
             self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         self.lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
@@ -118,6 +163,7 @@ class DenoisingLoop:
         self.writing_ends = spec.writing_end(self.lengths, config.max_new_tokens)  # what follows stays masked
         self.masked = (positions >= self.lengths[:, None]) & (positions < self.writing_ends[:, None])
         self.steps = np.full(self.masked.shape, NEVER, dtype=np.int64)
+        self.history = History(self.masked.shape) if self.revising is not None else None
         self.stops = torch.tensor(spec.stop_token_ids, dtype=torch.long, device=self.device)
         self.stopped_at = np.full(len(prompts), np.iinfo(np.int64).max)  # position of the leftmost stop token so far
         self.reached = np.zeros(len(prompts), dtype=np.int64)  # number of blocks begun
@@ -155,15 +201,18 @@ class DenoisingLoop:
 
     def _begin_block(self, lane: Lane) -> Lane:
         """Moves a lane to the next block of its response."""
-        lane.block, lane.step, lane.taken, lane.part = lane.block + 1, 0, 0, -1
+        lane.block, lane.step, lane.part = lane.block + 1, 0, -1
+        lane.filled, lane.revised, lane.settled = False, 0, False
+        if self.revising is None or self.spec.attention == "block":
+            lane.taken = 0
         if self.spec.attention == "full":
             lane.cached = 0  # all keys and values have changed
         start = self.spec.block_start(lane.block, self.lengths[lane.row])
         masked = self.masked[lane.row, start : start + self.spec.block_size]
         lane.total = int(masked.sum()) - int(self.spec.first_token == "autoregressive" and masked[0])
-        if self.generators is not None:
+        if self.generators is not None and self.revising is None:
             kinds = 2 if self._strategy_is_random else 1
-            width = self.spec.block_size * (lane.block + 1 if self.config.allow_mask_token else 1)
+            width = self.spec.block_size * (lane.block + 1 if self.is_wide else 1)
             steps = self.spec.block_size + (self.config.steps_per_block or 0) + 1
             lane.uniforms = torch.rand(kinds, steps, width, generator=self.generators[lane.row])
         self.reached[lane.row] = lane.block + 1
@@ -175,6 +224,8 @@ class DenoisingLoop:
 
     def _is_over(self, lane: Lane, left: int) -> bool:
         """Whether the active block, of which `left` positions are masked, is finished."""
+        if self.revising is not None:
+            return left == 0 and (lane.settled or not self._may_take_back(lane))
         if self.config.allow_mask_token:  # the schedule ends even if positions are left
             steps = self.config.steps_per_block
             assert steps is not None  # see DecodingConfig
@@ -217,7 +268,7 @@ class DenoisingLoop:
         masked = self.masked[row, start : start + size]
         left = 0
         if not self._is_over(lane, int(masked.sum())):
-            left = most_steps(masked, lane.step, lane.total, self.spec, self.config)
+            left = most_steps(masked, lane.step, lane.total, self.spec, self.config, lane.revised)
         later = int(self.num_blocks[row]) - lane.block - 1
         if later and not self._has_stopped(row):
             total = size - int(self.spec.first_token == "autoregressive")
@@ -233,17 +284,20 @@ class DenoisingLoop:
         rows = np.array([lane.row for lane in lanes])
         window = self._window(lanes, rows)
         spans = self._spans(np.array(places), lanes, rows, window)
-        row_of, column_of = np.nonzero(window.candidates)
+        row_of, column_of = np.nonzero(window.looked_at)
         logits = self._forward(spans, row_of, window.positions[row_of, column_of] - int(self.spec.token_shift))
 
-        tokens, chosen, broken = self._unmask(lanes, rows, window, row_of, column_of, logits)
-        stops = torch.isin(tokens, self.stops) & chosen
-        flags = torch.stack([chosen, stops, broken])
-        chosen, stops, broken = flags.cpu().numpy()  # the only wait for the device
+        choice = self._choose(lanes, rows, window, row_of, column_of, logits)
+        stops = torch.isin(choice.tokens, self.stops) & choice.written
+        flags = torch.stack([choice.written, choice.erased, stops, choice.broken])
+        written, erased, stops, broken = flags.cpu().numpy()  # the only wait for the device
         if broken.any():
             candidate = int(broken.argmax())
             raise self._broken(lanes[row_of[candidate]], logits[candidate])
-        self._remember(lanes, rows, window, row_of[chosen], column_of[chosen], stops[chosen])
+        taken_back = np.zeros(len(lanes), dtype=np.int64)
+        if self.history is not None:
+            taken_back = self._take_back(lanes, rows, window, row_of, column_of, choice, written, erased, stops)
+        self._remember(lanes, rows, window, row_of[written], column_of[written], stops[written], taken_back)
         if self.on_step is not None:
             self.on_step(self)
         for place, lane, left in zip(places, lanes, self._left(rows, window), strict=True):
@@ -256,7 +310,7 @@ class DenoisingLoop:
         size = self.spec.block_size
         starts = self.heads[rows] + np.array([lane.block for lane in lanes]) * size
         ends = starts + size
-        if self.config.allow_mask_token:  # positions left by earlier blocks are tried again
+        if self.is_wide:  # positions of earlier blocks are looked at again
             starts = self.heads[rows]
         positions = starts[:, None] + np.arange((ends - starts).max())
         inside = positions < ends[:, None]
@@ -270,10 +324,29 @@ class DenoisingLoop:
             for lane, left, first in zip(lanes, masked.sum(1), autoregressive, strict=True)
         ]
         quota = np.minimum(quota, candidates.sum(1))
-        return Window(starts, positions, masked, candidates, autoregressive, quota)
+        visible = np.zeros_like(masked)
+        if self.history is not None:
+            may = self.history.counts[rows[:, None], positions] < self.config.revision_limit
+            written = (positions >= self.lengths[rows][:, None]) & (positions < self.writing_ends[rows][:, None])
+            visible = inside & ~masked & written & may
+            if self.spec.first_token == "autoregressive":
+                visible[:, 0] = False  # it is not revised
+            visible[[not self._may_take_back(lane) for lane in lanes]] = False
+        return Window(starts, positions, inside, masked, candidates, autoregressive, quota, visible)
+
+    def _may_take_back(self, lane: Lane) -> bool:
+        """Whether the next step of a block may take tokens back. The last one erases nothing, as it would leave masked
+        positions."""
+        assert self.revising is not None
+        last = 0 if self.revising.edits else 1
+        steps, more = self.config.steps_per_block, self.config.revision_steps
+        within = steps is None or lane.step + last < steps
+        return within and (more is None or not lane.filled or lane.revised + last < more)
 
     def _quota(self, lane: Lane, left: int) -> int:
         """Number of positions that the next step of the schedule unmasks. Steps that unmask nothing are skipped."""
+        if lane.filled:
+            return left
         while not (quota := step_quota(lane.step, lane.total, left, self.config)):
             lane.step += 1
         return quota
@@ -335,46 +408,110 @@ class DenoisingLoop:
             cache=self.cache,
         )
 
-    def _unmask(self, lanes, rows, window: Window, row_of, column_of, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Proposes a token for each candidate, and unmasks those that the strategy selects. Returns three tensors `(M,)`: the
-        tokens, which candidates were unmasked, and for which candidates no token can be proposed."""
+    def _choose(self, lanes, rows, window: Window, row_of, column_of, logits: Tensor) -> Choice:
+        """Proposes a token for each position that is looked at, and carries out what the strategies select."""
         places = (self._to_device(row_of), self._to_device(column_of))
         uniforms = self._uniforms(lanes, window)
         noise = uniforms[0][places] if uniforms is not None and self.config.temperature > 0 else None
         proposal = propose(logits, self.spec, self.config, noise)
-        tokens = proposal.tokens
-        candidates = torch.from_numpy(window.candidates).to(self.device)
-        zeros = torch.zeros(candidates.shape, device=self.device)
-        view = StepView(
-            candidates=candidates,
-            quota=self._to_device(window.quota),
-            token_logps=zeros.index_put(places, proposal.seen_logps),
-            best_logps=zeros.index_put(places, proposal.best_logps),
-            log_probs=proposal.seen,
-            places=places,
-            config=self.config,
-            uniforms=uniforms[1] if uniforms is not None and self._strategy_is_random else None,
-        )
-        chosen = self.strategy(view)
-        if chosen.dtype != torch.bool or chosen.shape != candidates.shape:
-            raise ValueError(
-                f"The decoding strategy {self.config.strategy!r} must return a boolean tensor of the candidates' shape, "
-                f"{tuple(candidates.shape)}; got {chosen.dtype} of shape {tuple(chosen.shape)}."
-            )
-        chosen = (chosen & candidates)[places]
-        if window.autoregressive.any():
-            chosen = chosen | torch.from_numpy(window.autoregressive).to(self.device)[places[0]]
-        if self.config.allow_mask_token:
-            chosen = chosen & (tokens != self.spec.mask_token_id)
+        candidates, quota = torch.from_numpy(window.candidates).to(self.device), self._to_device(window.quota)
+        where = (self._to_device(rows[row_of]), self._to_device(window.positions[row_of, column_of]))
+        before, logps_before = self.ids[where], self.logps[where]
+        nothing = torch.zeros_like(proposal.tokens, dtype=torch.bool)
+        is_masked, erased, edited = ~nothing, nothing, nothing
+        if self.revising is not None:
+            is_masked = candidates[places]
+            selected = self._select_visible(window, places, proposal, before, uniforms)
+            erased, edited = (nothing, selected[places]) if self.revising.edits else (selected[places], nothing)
+            more = torch.zeros_like(quota).index_add(0, places[0], erased.long())
+            quota = (quota + more).minimum(candidates.sum(1))  # the schedule counts visible tokens
+        unmasked = self._select_masked(window, candidates, quota, places, is_masked, proposal, uniforms)
         logps = proposal.logps
         if self.config.selection is not None:
             logps = logps + self.config.selection.shares(
-                proposal.log_probs, proposal.seen, tokens, places[0], chosen, ~chosen
+                proposal.log_probs, proposal.seen, proposal.tokens, places[0], unmasked, is_masked & ~unmasked
             )
-        where = (self._to_device(rows[row_of]), self._to_device(window.positions[row_of, column_of]))
-        self.ids[where] = torch.where(chosen, tokens, self.spec.mask_token_id)
-        self.logps[where] = torch.where(chosen, logps, 0.0)
-        return tokens, chosen, ~proposal.logps.isfinite()
+        written = unmasked | edited
+        others, logps_of_others = self.spec.mask_token_id, 0.0
+        if self.revising is not None:
+            stays = ~is_masked & ~erased
+            others, logps_of_others = before.where(stays, others), logps_before.where(stays, 0.0)
+        self.ids[where] = torch.where(written, proposal.tokens, others)
+        self.logps[where] = torch.where(written, logps, logps_of_others)
+        return Choice(proposal.tokens, written, erased, ~proposal.logps.isfinite(), before, logps_before)
+
+    def _select_masked(
+        self,
+        window: Window,
+        candidates: Tensor,
+        quota: Tensor,
+        places: tuple[Tensor, Tensor],
+        is_masked: Tensor,
+        proposal: Proposal,
+        uniforms: Tensor | None,
+    ) -> Tensor:
+        """Which places are unmasked, boolean, `(M,)`."""
+        zeros = torch.zeros(candidates.shape, device=self.device)
+        log_probs, own = proposal.seen, places
+        if self.revising is not None:
+            log_probs, own = log_probs[is_masked], (places[0][is_masked], places[1][is_masked])
+        view = StepView(
+            candidates=candidates,
+            quota=quota,
+            token_logps=zeros.index_put(places, proposal.seen_logps).masked_fill(~candidates, 0.0),
+            best_logps=zeros.index_put(places, proposal.best_logps).masked_fill(~candidates, 0.0),
+            log_probs=log_probs,
+            places=own,
+            config=self.config,
+            uniforms=uniforms[1] if uniforms is not None and self._strategy_is_random else None,
+        )
+        chosen = self._checked(self.strategy(view), candidates.shape, f"decoding strategy {self.config.strategy!r}")
+        unmasked = (chosen & candidates)[places]
+        if window.autoregressive.any():
+            unmasked = unmasked | torch.from_numpy(window.autoregressive).to(self.device)[places[0]]
+        if self.config.allow_mask_token:
+            unmasked = unmasked & (proposal.tokens != self.spec.mask_token_id)
+        return unmasked
+
+    def _select_visible(
+        self,
+        window: Window,
+        places: tuple[Tensor, Tensor],
+        proposal: Proposal,
+        before: Tensor,
+        uniforms: Tensor | None,
+    ) -> Tensor:
+        """Which visible tokens are taken back, boolean, `(L, B)`."""
+        assert self.revising is not None
+        visible, masked = (torch.from_numpy(one).to(self.device) for one in (window.visible, window.candidates))
+        zeros = torch.zeros(visible.shape, device=self.device)
+        shown = proposal.seen.gather(1, before[:, None]).squeeze(1)
+        size = self.config.revision_max
+        limit = torch.from_numpy(-(-window.inside.sum(1) // 5)).to(self.device)
+        view = ReviseView(
+            masked=masked,
+            visible=visible,
+            quota=self._to_device(window.quota),
+            limit=limit if size is None else torch.full_like(limit, size),
+            shown_logps=zeros.index_put(places, shown).masked_fill(~visible, 0.0),
+            best_logps=zeros.index_put(places, proposal.best_logps),
+            best_differs=(zeros > 0).index_put(places, proposal.best_tokens != before) & visible,
+            sampled_logps=zeros.index_put(places, proposal.seen_logps),
+            sampled_differs=(zeros > 0).index_put(places, proposal.tokens != before) & visible,
+            config=self.config,
+            uniforms=None if uniforms is None else uniforms[2],
+        )
+        selected = self.revising.select(view)
+        return self._checked(selected, visible.shape, f"revising strategy {self.revising.name!r}") & visible
+
+    @staticmethod
+    def _checked(selected: Tensor, shape: torch.Size, what: str) -> Tensor:
+        if selected.dtype != torch.bool or selected.shape != shape:
+            raise ValueError(
+                f"The {what} must return a boolean tensor of the positions' shape, {tuple(shape)}; got "
+                f"{selected.dtype} of shape {tuple(selected.shape)}."
+            )
+        return selected
 
     def _broken(self, lane: Lane, logits: Tensor) -> NonFiniteLogits:
         """The error for a candidate whose logits, `(V,)`, leave no token to propose."""
@@ -397,6 +534,11 @@ class DenoisingLoop:
         """Random numbers of this step, `(kinds, L, B)`."""
         if self.generators is None:
             return None
+        if self.revising is not None:  # the number of steps is not known before
+            uniforms = torch.zeros(3, *window.masked.shape)
+            for index, (lane, width) in enumerate(zip(lanes, window.inside.sum(1).tolist(), strict=True)):
+                uniforms[:, index, :width] = torch.rand(3, width, generator=self.generators[lane.row])
+            return uniforms.to(self.device, non_blocking=True)
         drawn = [lane.uniforms for lane in lanes if lane.uniforms is not None]  # every lane has some
         uniforms = torch.zeros(drawn[0].shape[0], *window.masked.shape)
         for index, (lane, own) in enumerate(zip(lanes, drawn, strict=True)):
@@ -404,10 +546,35 @@ class DenoisingLoop:
             uniforms[:, index, : own.shape[2]] = own[:, step]
         return uniforms.to(self.device, non_blocking=True)
 
-    def _remember(self, lanes, rows, window: Window, row_of, column_of, stops) -> None:
-        """Records on the host what this step unmasked. All arrays have the same length."""
+    def _take_back(
+        self, lanes, rows, window: Window, row_of, column_of, choice: Choice, written, erased, stops
+    ) -> np.ndarray:
+        """Records on the host which tokens this step took back. Returns their number in each lane."""
+        assert self.history is not None
+        changed = erased | (written & window.visible[row_of, column_of])
+        own, positions = rows[row_of], window.positions[row_of, column_of]
+        taken = np.array([lane.taken for lane in lanes])
+        index = self._to_device(np.nonzero(changed)[0])
+        self.history.add(
+            own[changed],
+            positions[changed],
+            self.steps[own[changed], positions[changed]],
+            taken[row_of[changed]],
+            choice.before[index],
+            choice.logps_before[index],
+        )
+        self.masked[own[erased], positions[erased]] = True
+        self.steps[own[erased], positions[erased]] = NEVER
+        self.history.stops[own[changed], positions[changed]] = False
+        self.history.stops[own[stops], positions[stops]] = True
+        found = self.history.stops[rows]
+        self.stopped_at[rows] = np.where(found.any(1), found.argmax(1), np.iinfo(np.int64).max)
+        return np.bincount(row_of[changed], minlength=len(lanes))
+
+    def _remember(self, lanes, rows, window: Window, row_of, column_of, stops, taken_back) -> None:
+        """Records on the host what this step wrote. The arrays of writes have the same length."""
         progress = np.bincount(row_of, minlength=len(lanes))
-        if not progress.all() and not self.config.allow_mask_token:
+        if not (progress > 0)[window.candidates.any(1)].all() and not self.config.allow_mask_token:
             raise ValueError(
                 f"The decoding strategy {self.config.strategy!r} unmasked nothing in a block that has masked positions "
                 "left; it would go on like that for ever. A strategy must pick at least one candidate of every row that "
@@ -417,14 +584,20 @@ class DenoisingLoop:
         taken = np.array([lane.taken for lane in lanes])
         self.masked[rows[row_of], positions] = False
         self.steps[rows[row_of], positions] = taken[row_of]
-        np.minimum.at(self.stopped_at, rows[row_of][stops], positions[stops])
-        for lane, count, first in zip(lanes, progress, window.autoregressive, strict=True):
-            lane.taken += bool(count)
+        if self.history is None:
+            np.minimum.at(self.stopped_at, rows[row_of][stops], positions[stops])
+        changed, left = progress + taken_back, self._left(rows, window)
+        for index, (lane, first) in enumerate(zip(lanes, window.autoregressive, strict=True)):
+            lane.taken += bool(changed[index])
             lane.step += not first
+            if self.revising is not None:
+                lane.revised += lane.filled
+                lane.settled = lane.filled and not taken_back[index]
+                lane.filled = lane.filled or not left[index]
 
     def _left(self, rows: np.ndarray, window: Window) -> np.ndarray:
-        """Positions of each window that are still masked."""
-        return (self.masked[rows[:, None], window.positions] & window.masked).sum(1)
+        """Positions of each window that are masked."""
+        return (self.masked[rows[:, None], window.positions] & window.inside).sum(1)
 
     def _idle(self) -> None:
         """An empty forward pass, because all processes must gather parameters together."""
@@ -467,6 +640,7 @@ class DenoisingLoop:
             canvas_lengths=self._to_device(lengths),
             completion_lengths=self._to_device(ends),
             cache=self.config.approximate_cache or "exact",
+            revisions=None if self.history is None else self.history.revisions(self.lengths, self.device),
         )
 
 
@@ -479,7 +653,9 @@ def leftmost_part(masked: np.ndarray, size: int | None) -> np.ndarray:
     return masked & (parts == first)
 
 
-def most_steps(masked: np.ndarray, step: int, total: int, spec: DiffusionSpec, config: DecodingConfig) -> int:
+def most_steps(
+    masked: np.ndarray, step: int, total: int, spec: DiffusionSpec, config: DecodingConfig, revised: int = 0
+) -> int:
     """
     The largest number of denoising steps that a block may still take.
 
@@ -489,17 +665,23 @@ def most_steps(masked: np.ndarray, step: int, total: int, spec: DiffusionSpec, c
         total (`int`): positions that the schedule divides into steps.
         spec ([`DiffusionSpec`]): facts about the policy.
         config ([`DecodingConfig`]): settings.
+        revised (`int`, *optional*, defaults to `0`): steps after the block was filled for the first time.
     """
     if config.allow_mask_token:  # positions may stay masked, so no step is left out
         assert config.steps_per_block is not None  # see DecodingConfig
         return config.steps_per_block - step
-    masked, count = masked.copy(), 0
+    masked, count, finished = masked.copy(), 0, step
     if spec.first_token == "autoregressive" and masked[0]:
         masked[0], count = False, 1
+    first = count
     follows = config.strategy in (*SCHEDULED, "threshold", "sampled_threshold")  # others unmask at least one position
     while masked.any():
         quota = step_quota(step, total, int(masked.sum()), config) if follows else 1
         (candidates,) = np.nonzero(leftmost_part(masked[None], config.sub_block_size)[0])
         masked[candidates[:quota]] = False
         step, count = step + 1, count + bool(quota)
-    return count
+    if config.revising is None:
+        return count
+    if config.steps_per_block is not None:
+        return max(config.steps_per_block - finished + first, count)
+    return count + max((config.revision_steps or config.revision_limit * len(masked) + 1) - revised, 0)

@@ -23,6 +23,7 @@ class Proposal(NamedTuple):
         seen_logps (`Tensor` of shape `(M,)`): their log-probabilities under `seen`.
         best_logps (`Tensor` of shape `(M,)`): log-probabilities of the likeliest tokens that may be proposed,
             under `seen`.
+        best_tokens (`Tensor` of shape `(M,)`): these tokens.
         log_probs (`Tensor` of shape `(M, V)`): the log-distributions that the tokens were sampled from.
         seen (`Tensor` of shape `(M, V)`): the log-distributions that a strategy looks at, see
             `DecodingConfig.tempered_confidence`.
@@ -32,6 +33,7 @@ class Proposal(NamedTuple):
     logps: Tensor
     seen_logps: Tensor
     best_logps: Tensor
+    best_tokens: Tensor
     log_probs: Tensor
     seen: Tensor
 
@@ -96,9 +98,9 @@ def propose(logits: Tensor, spec: DiffusionSpec, config: DecodingConfig, uniform
         logps = _at(log_probs, tokens)
         log_probs[:, never] = share
     if config.tempered_confidence or (config.temperature in (0.0, 1.0) and not config.is_truncated):
-        return Proposal(tokens, logps, logps, _at(log_probs, best), log_probs, log_probs)
+        return Proposal(tokens, logps, logps, _at(log_probs, best), best, log_probs, log_probs)
     seen = log_distribution(logits, spec)
-    return Proposal(tokens, logps, _at(seen, tokens), _at(seen, best), log_probs, seen)
+    return Proposal(tokens, logps, _at(seen, tokens), _at(seen, best), best, log_probs, seen)
 
 
 def _pick(log_probs: Tensor, scaled: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:

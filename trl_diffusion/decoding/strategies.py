@@ -6,6 +6,7 @@ your own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -197,6 +198,10 @@ def step_quota(step: int, total: int, left: int, config: DecodingConfig) -> int:
     steps = config.steps_per_block
     if steps is None:
         return config.tokens_per_step
+    if config.revising is not None:
+        steps = math.ceil(config.fill_share * steps)
+        if step >= steps - 1:
+            return left
     if config.schedule == "even":
         return total // steps + (step < total % steps)
     if step >= steps - 1:

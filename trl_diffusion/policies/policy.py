@@ -23,6 +23,7 @@ from .lora import check_adapter, check_targets, empty_model
 from .places import check_there
 from .quantized import prepare_rounded
 from .spec import DiffusionSpec
+from .tiny import resolve_embedded
 from .trial import try_policy
 
 
@@ -173,7 +174,7 @@ def open_policy(
     loaded.
 
     Args:
-        path (`str`, *optional*): path or hub id of the model. Defaults to the one that the adapter was made for.
+        path (`str`, *optional*): path or hub id of the model, or `embedded:NAME` (see [`tiny_policy_path`]). Defaults to the one that the adapter was made for.
         adapter (`str`, *optional*): path or hub id of an adapter, which is used as it is, not merged.
         tokenizer (`str`, *optional*): path or hub id of the tokenizer, if it is not where the model is.
         revision (`str`, *optional*): revision of the model on the hub.
@@ -200,6 +201,7 @@ def open_policy(
             "No model was given: pass its path or hub id"
             + (f"; the adapter {adapter} does not name the one it was made for." if adapter else ".")
         )
+    path = resolve_embedded(path)
     if attn_implementation is not None:
         check_implementation(attn_implementation)
     source = {} if revision is None else {"revision": revision}

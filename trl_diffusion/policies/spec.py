@@ -49,6 +49,9 @@ class DiffusionSpec:
             not included, in rising order. Vocabularies are padded to round numbers, and some tokenizers leave holes.
             These ids are removed from the softmax, in decoding and in scoring alike, so they are never sampled and never
             trained. `None` if nobody has said: [`resolve_spec`] then fills it from the tokenizer; `()` for none.
+        predicts_visible_tokens (`bool`, *optional*, defaults to `False`):
+            Whether the policy was trained to predict visible tokens too, some of which were wrong. What it predicts at a
+            visible position then says how likely the token there is. Decoders that write over visible tokens need this.
 
     Raises:
         ValueError: if a field has a value that is not listed above, or two fields contradict each other.
@@ -63,6 +66,7 @@ class DiffusionSpec:
     stop_token_ids: tuple[int, ...] = ()
     predicts_mask_token: bool = False
     absent_token_ids: tuple[tuple[int, int], ...] | None = None
+    predicts_visible_tokens: bool = False
 
     def __post_init__(self):
         if type(self.mask_token_id) is not int or self.mask_token_id < 0:
@@ -122,6 +126,8 @@ class DiffusionSpec:
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain JSON types; without `absent_token_ids` if nobody has said."""
         values = {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+        if not self.predicts_visible_tokens:  # a config that earlier versions can read
+            del values["predicts_visible_tokens"]
         absent = values.pop("absent_token_ids")
         return values if absent is None else {**values, "absent_token_ids": [list(pair) for pair in absent]}
 

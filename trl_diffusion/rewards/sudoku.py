@@ -134,6 +134,7 @@ def sudoku_units(completions, puzzle, **kwargs) -> list[float | None]:
 
 
 @cache
-def evaluation_puzzles() -> tuple[str, ...]:
-    """The 500 puzzles kept for evaluation: no generator of training data in this project ever yields one of them."""
-    return tuple(row["puzzle"] for row in generate(500, seed=20260319))
+def evaluation_puzzles(blanks: int = 8) -> tuple[str, ...]:
+    """The 500 puzzles with this many blanks that are kept for evaluation: no generator of training data in this project ever
+    yields one of them."""
+    return tuple(row["puzzle"] for row in generate(500, seed=20260319, blanks=blanks))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..fields import AtLeast, Within, check_fields, check_one_of
@@ -116,7 +117,7 @@ def dtrpo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config:
         num_draws=config.num_draws,
         weighting=config.weighting,
         num_blocks=config.num_blocks,
-        surprises=-torch.expm1(batch.logps),
+        surprises=-torch.expm1(batch.event_logps),
     )
     return drawn_states(batch, spec, draw, selection=config.selection)
 
@@ -135,7 +136,7 @@ def exact(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config:
 def elbo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
     """
     Evidence lower bound as in VRPO (LLaDA 1.5, https://huggingface.co/papers/2505.19223). Of the `N` tokens of the
-    response, `m` random ones are masked, where `m` is uniform in 1 to `N`. The sum of their log-probabilities is
+    response as it is in the end, `m` random ones are masked, where `m` is uniform in 1 to `N`. The sum of their log-probabilities is
     multiplied by `N / m`. The bound is the mean over `num_draws` masks. With block attention this is done for each
     block, given the blocks before it.
 
@@ -214,9 +215,9 @@ ESTIMATORS: dict[str, Estimator] = {
 
 def _tokens(batch: TrajectoryBatch, spec: DiffusionSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The group of each token, whose tokens are masked together; which tokens are autoregressive, which can be masked,
-    and which count. All of shape `(R, C)`."""
+    and which count. All of shape `(R, C)`: these estimators know the final text alone, not what was taken back."""
     unmasked = batch.steps != NEVER
-    groups, _, drawn, _ = token_states(spec, batch, unmasked)
+    groups, _, drawn, _ = token_states(spec, replace(batch, revisions=None), unmasked)
     return groups, unmasked & ~drawn, drawn, batch.completion_mask & unmasked
 
 
@@ -232,7 +233,9 @@ def _random_states(
     always = (autoregressive & counted).float()
     coefficients = coefficients.clone()
     coefficients[:, 0] += always
-    return States((batch.steps == NEVER)[:, None] | masked, coefficients.float(), (weights + always).float())
+    taken_back = batch.event_steps.shape[1] - batch.steps.shape[1]
+    coefficients, weights = (F.pad(values.float(), (0, taken_back)) for values in (coefficients, weights + always))
+    return States((batch.steps == NEVER)[:, None] | masked, coefficients, weights)
 
 
 def _uniforms(batch: TrajectoryBatch, seeds: list[int], num: int) -> Tensor:

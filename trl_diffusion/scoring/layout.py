@@ -28,7 +28,7 @@ class SelectionLayout:
         states (`Tensor` of shape `(M,)`): number of the state that each place of a [`PackedLayout`] belongs to.
         unmasked (boolean `Tensor` of shape `(M,)`): places that the step of the state unmasked.
         rejected (boolean `Tensor` of shape `(M,)`): places that this step could have unmasked but did not. Autoregressive
-            tokens are neither unmasked nor rejected.
+            tokens, and writes over visible tokens, are neither unmasked nor rejected.
     """
 
     selection: Selection
@@ -52,9 +52,9 @@ class PackedLayout:
             mask's row sees the token of its column.
         rows, columns (`Tensor` of shape `(M,)`): where the logits of a scored token are read.
         targets (`Tensor` of shape `(M,)`): the token that is scored there.
-        responses, canvas_columns (`Tensor` of shape `(M,)`): the response and the canvas position of that token.
+        responses, event_columns (`Tensor` of shape `(M,)`): the response and the column of that write in `(R, E)`.
         coefficients (`Tensor` of shape `(M,)`, float32): factor of the log-probability in the token's estimate.
-        weights (`Tensor` of shape `(R, C)`, float32): weight of each canvas position, 0 where it is not scored.
+        weights (`Tensor` of shape `(R, E)`, float32): weight of each write, 0 where it is not scored.
         selected ([`SelectionLayout`], *optional*): set if the selection is scored as well. Its rejected
             places have coefficient 0.
     """
@@ -66,7 +66,7 @@ class PackedLayout:
     columns: Tensor
     targets: Tensor
     responses: Tensor
-    canvas_columns: Tensor
+    event_columns: Tensor
     coefficients: Tensor
     weights: Tensor
     selected: SelectionLayout | None = None
@@ -171,26 +171,28 @@ def _pack_full(batch: TrajectoryBatch, spec: DiffusionSpec, states: States) -> P
     needed[:1, :1] |= ~needed.any()  # a pass needs at least one row
     responses, views = needed.nonzero(as_tuple=True)
     positions = torch.arange(sequence.shape[1], device=sequence.device).expand(len(responses), -1)
-    hidden = states.hidden[responses, views].gather(1, canvas_columns[responses])
-    hidden &= positions >= prompt_lengths[responses, None]
+    in_canvas = positions >= prompt_lengths[responses, None]
+    hidden = states.hidden[responses, views].gather(1, canvas_columns[responses]) & in_canvas
+    ids = sequence[responses]
+    if states.shown is not None:
+        ids = torch.where(in_canvas, states.shown[responses, views].gather(1, canvas_columns[responses]), ids)
     valid = positions < (prompt_lengths + batch.canvas_lengths)[responses, None]
 
     scored = states.coefficients[responses, views]
     rows, columns = states.read[responses, views].nonzero(as_tuple=True)
+    cells = batch.event_positions[responses[rows], columns]
     return PackedLayout(
-        input_ids=sequence[responses].masked_fill(hidden, spec.mask_token_id).masked_fill(~valid, 0),
+        input_ids=ids.masked_fill(hidden, spec.mask_token_id).masked_fill(~valid, 0),
         position_ids=positions.masked_fill(~valid, 0),
         allowed=valid[:, None, None],
         rows=rows,
-        columns=prompt_lengths[responses[rows]] + columns - int(spec.token_shift),
-        targets=batch.canvas_ids[responses[rows], columns],
+        columns=prompt_lengths[responses[rows]] + cells - int(spec.token_shift),
+        targets=batch.event_ids[responses[rows], columns],
         responses=responses[rows],
-        canvas_columns=columns,
+        event_columns=columns,
         coefficients=scored[rows, columns],
         weights=states.weights,
-        selected=_selected(
-            states, responses[rows], views[rows], columns, rows, torch.zeros_like(rows, dtype=torch.bool)
-        ),
+        selected=_selected(states, responses[rows], views[rows], columns, cells, rows),
     )
 
 
@@ -208,8 +210,9 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
 
     # Where each token is scored: autoregressive ones in the clean part, others in the noisy copy of their block.
     responses, views, columns = states.read.nonzero(as_tuple=True)
-    blocks = token_blocks[responses, columns]
-    from_clean = autoregressive_positions(spec, prompt_lengths, canvas_width)[responses, columns]
+    cells = batch.event_positions[responses, columns]
+    blocks = token_blocks[responses, cells]
+    from_clean = autoregressive_positions(spec, prompt_lengths, canvas_width)[responses, cells]
 
     # Clean part: from the end of the shared prompt to the start of the last scored block.
     first = starts if members is not None else torch.zeros_like(starts)
@@ -235,9 +238,9 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
         copies=torch.cat([torch.zeros_like(clean_columns), noisy.copies]),
     )
 
-    slot = spec.place_of(prompt_lengths[responses] + columns, starts[responses]) - int(spec.token_shift)
+    slot = spec.place_of(prompt_lengths[responses] + cells, starts[responses]) - int(spec.token_shift)
     in_copy = clean_width + copy_of[responses, views * num_blocks + blocks] * block_size + slot
-    before = prompt_lengths[responses] + columns - 1  # position of the last clean token
+    before = prompt_lengths[responses] + cells - 1  # position of the last clean token
     in_clean = before - first[responses]
     places = torch.where(from_clean, in_clean, in_copy)
     rows = responses
@@ -257,28 +260,41 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
         allowed=allowed,
         rows=rows,
         columns=places,
-        targets=batch.canvas_ids[responses, columns],
+        targets=batch.event_ids[responses, columns],
         responses=responses,
-        canvas_columns=columns,
+        event_columns=columns,
         coefficients=states.coefficients[responses, views, columns],
         weights=states.weights,
         selected=_selected(
-            states, responses, views, columns, responses * needed.shape[1] + views * num_blocks + blocks, from_clean
+            states,
+            responses,
+            views,
+            columns,
+            cells,
+            responses * needed.shape[1] + views * num_blocks + blocks,
+            from_clean,
         ),
     )
 
 
 def _selected(
-    states: States, responses: Tensor, views: Tensor, columns: Tensor, numbers: Tensor, autoregressive: Tensor
+    states: States,
+    responses: Tensor,
+    views: Tensor,
+    columns: Tensor,
+    cells: Tensor,
+    numbers: Tensor,
+    autoregressive: Tensor | None = None,
 ) -> SelectionLayout | None:
-    """Where the selection of `M` places is scored. All arguments but `states` have shape `(M,)`. `numbers` holds a number
-    that identifies the state of each place."""
+    """Where the selection of `M` places is scored. All arguments but `states` have shape `(M,)`. `cells` holds the canvas position
+    of each place, `numbers` a number that identifies its state."""
     if states.selection is None or states.rejected is None:
         return None
     rejected = states.rejected[responses, views, columns]
-    return SelectionLayout(
-        states.selection, numbers.unique(return_inverse=True)[1], ~rejected & ~autoregressive, rejected
-    )
+    unmasked = states.hidden[responses, views, cells] & ~rejected
+    if autoregressive is not None:
+        unmasked &= ~autoregressive
+    return SelectionLayout(states.selection, numbers.unique(return_inverse=True)[1], unmasked, rejected)
 
 
 @dataclass
@@ -321,12 +337,14 @@ def _noisy_part(
     positions = spec.block_start(order % num_blocks, starts[:, None])
     positions = (positions[..., None] + torch.arange(block_size, device=device)).flatten(1)
     in_sequence = positions.clamp(max=sequence.shape[1] - 1)
-    hidden = states.hidden[
-        torch.arange(num_rows, device=device)[:, None], views, canvas_columns.gather(1, in_sequence)
-    ]
-    hidden = hidden & (positions >= prompt_lengths[:, None])
+    index = (torch.arange(num_rows, device=device)[:, None], views, canvas_columns.gather(1, in_sequence))
+    in_canvas = positions >= prompt_lengths[:, None]
+    hidden = states.hidden[index] & in_canvas
+    ids = sequence.gather(1, in_sequence)
+    if states.shown is not None:
+        ids = torch.where(in_canvas, states.shown[index], ids)
     return _Part(
-        ids=sequence.gather(1, in_sequence).masked_fill(hidden, spec.mask_token_id),
+        ids=ids.masked_fill(hidden, spec.mask_token_id),
         positions=positions,
         valid=needed.gather(1, order).repeat_interleave(block_size, 1),
         copies=torch.arange(1, order.shape[1] + 1, device=device).repeat_interleave(block_size),

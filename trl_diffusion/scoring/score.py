@@ -32,7 +32,7 @@ def score(
             whether gradients flow through the entropies. This needs two more tensors of the size of the logits.
 
     Returns:
-        Two float32 tensors of shape `(R, C)`, in nats and 0 where nothing is scored. The first holds log-probabilities.
+        Two float32 tensors of shape `(R, E)`, in nats and 0 where nothing is scored. The first holds log-probabilities.
         The second holds the entropies of their distributions (the mean over the states that score the token), or is
         `None`.
     """
@@ -56,7 +56,7 @@ def score_logits(
         picked = picked + _selection_shares(log_probs, logits, layout, layout.selected, spec, temperature)
         picked = torch.where(scored, picked, 0.0)  # the mask token at a rejected place may have probability 0
     picked = picked * layout.coefficients
-    shape, places = layout.weights.shape, (layout.responses, layout.canvas_columns)
+    shape, places = layout.weights.shape, (layout.responses, layout.event_columns)
     # `index_put` on fresh zeros, out of place, keeps the result connected to the graph even when nothing is scored.
     logps = torch.zeros(shape, device=picked.device).index_put(places, picked, accumulate=True)
     if not compute_entropy:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..policies.spec import DiffusionSpec
 from ..trajectories.by_block import at_block, max_by_block
+from ..trajectories.revisions import Revisions
 from ..trajectories.selection import Selection
 from ..trajectories.trajectory import (
     NEVER,
@@ -25,14 +27,15 @@ from .draws import StepDraw
 @dataclass
 class States:
     r"""
-    `W` views of each of `R` responses. The estimate of the log-probability of token $c$ of response $r$ is
+    `W` views of each of `R` responses with `E` writes. The estimate of the log-probability of write $e$ of response $r$,
+    which put token $y_{r,e}$ into its position, is
 
     $$
-    e_{r,c} = \sum_{v} a_{r,v,c} \log p(y_{r,c} \mid \text{view } v)
+    s_{r,e} = \sum_{v} a_{r,v,e} \log p(y_{r,e} \mid \text{view } v)
     $$
 
-    with the coefficients $a$. The estimate of the log-probability of the response is $\sum_c w_{r,c} e_{r,c}$, with the
-    weights $w$.
+    with the coefficients $a$. The estimate of the log-probability of the response is $\sum_e w_{r,e} s_{r,e}$, with the
+    weights $w$. Unless the decoder revises, the writes are the `C` positions of the canvas.
 
     With block attention, a view shows one state of every block, after clean blocks. A block without coefficients in a
     view is not run. With full attention, a view is one state of the whole response. Autoregressive tokens are scored
@@ -40,13 +43,15 @@ class States:
 
     Attributes:
         hidden (boolean `Tensor` of shape `(R, W, C)`): True where the view shows the mask token.
-        coefficients (`Tensor` of shape `(R, W, C)`, float32): 0 where the view does not score the token.
-        weights (`Tensor` of shape `(R, C)`, float32): weight of each token in the loss, 0 where it is not scored.
+        coefficients (`Tensor` of shape `(R, W, E)`, float32): 0 where the view does not score the write.
+        weights (`Tensor` of shape `(R, E)`, float32): weight of each write in the loss, 0 where it is not scored.
         prompt_hidden (boolean `Tensor` of shape `(R, P)`, *optional*): prompt tokens replaced by the mask token.
         selection ([`Selection`], *optional*): how positions were selected, if the selection is scored as well. A token's
             log-probability then contains its share of the selection's.
-        rejected (boolean `Tensor` of shape `(R, W, C)`, *optional*): with `selection`, positions that the step of the view
+        rejected (boolean `Tensor` of shape `(R, W, E)`, *optional*): with `selection`, positions that the step of the view
             could have unmasked but did not.
+        shown (`Tensor` of shape `(R, W, C)`, *optional*): the token that the view shows at each position that it does not
+            hide. `None` if these are the tokens of the canvas, which is so unless the decoder revises.
     """
 
     hidden: Tensor
@@ -55,10 +60,11 @@ class States:
     prompt_hidden: Tensor | None = None
     selection: Selection | None = None
     rejected: Tensor | None = None
+    shown: Tensor | None = None
 
     @property
     def read(self) -> Tensor:
-        """Places where logits are needed, boolean, `(R, W, C)`."""
+        """Places where logits are needed, boolean, `(R, W, E)`."""
         scored = self.coefficients != 0
         return scored if self.rejected is None else scored | self.rejected
 
@@ -78,6 +84,7 @@ class States:
             prompt_hidden=None if self.prompt_hidden is None else self.prompt_hidden[rows],
             selection=self.selection,
             rejected=None if self.rejected is None else self.rejected.flatten(0, 1)[:, None],
+            shown=None if self.shown is None else self.shown.flatten(0, 1)[:, None],
         )
 
 
@@ -95,7 +102,7 @@ def drawn_states(
         batch ([`TrajectoryBatch`]): the responses.
         spec ([`DiffusionSpec`]): facts about the policy.
         draw ([`StepDraw`]): the drawn steps. Groups and steps are numbered as in [`token_states`].
-        counted (boolean `Tensor` of shape `(R, C)`, *optional*): tokens that may be scored. Defaults to [`counted_writes`].
+        counted (boolean `Tensor` of shape `(R, E)`, *optional*): writes that may be scored. Defaults to [`counted_writes`].
         selection ([`Selection`], *optional*): how positions were selected, if the selection is scored
             as well.
 
@@ -133,24 +140,44 @@ def drawn_states(
     groups, steps, drawable, counted = tokens
     num_groups, num_draws = draw.steps.shape[1:]
 
-    def of_token(values: Tensor) -> Tensor:  # (R, S, ...) -> (R, C, ...)
+    def of_write(values: Tensor) -> Tensor:  # (R, S, ...) -> (R, E, ...)
         index = groups.clamp(max=num_groups - 1)
         return values.gather(1, index.view(*index.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:]))
 
-    drawn, weights = of_token(draw.steps), of_token(draw.weights)  # (R, C, K)
+    drawn, weights = of_write(draw.steps), of_write(draw.weights)  # (R, E, K)
     hit = (drawn == steps[..., None]) & (drawn >= 0) & drawable[..., None]
     hit &= (groups < num_groups)[..., None]
     always = (counted & ~drawable).float()  # autoregressive: their state is in every pass
     coefficients = hit.float()
-    coefficients[..., 0] += always * (of_token(draw.block_weights) > 0)
+    coefficients[..., 0] += always * (of_write(draw.block_weights) > 0)
     hidden = ((steps[..., None] == NEVER) | (steps[..., None] >= drawn)).transpose(1, 2)
+    shown = None
+    if batch.revisions is not None:
+        hidden, shown = _shown(batch, batch.revisions, hidden, drawn.transpose(1, 2))
     return States(
         hidden=hidden,
         coefficients=coefficients.transpose(1, 2),
-        weights=(hit * weights).sum(-1) + always * of_token(draw.block_weights),
+        weights=(hit * weights).sum(-1) + always * of_write(draw.block_weights),
         selection=selection,
         rejected=None if selection is None else _rejected(batch, spec, selection, hidden, hit.transpose(1, 2)),
+        shown=shown,
     )
+
+
+def _shown(batch: TrajectoryBatch, revisions: Revisions, unwritten: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    What a view shows of a response that was revised: which positions it hides, and the tokens of the others, `(R, W, C)` each.
+    `unwritten` (boolean): writes that the step of the view, `drawn`, does not see yet. Both have the shape `(R, W, E)`.
+    """
+    width = batch.canvas_ids.shape[1]
+    hidden = unwritten[..., :width].clone()
+    shown = batch.canvas_ids[:, None].expand_as(hidden).clone()
+    visible = ~unwritten[..., width:] & (drawn[..., width:] <= revisions.until[:, None])
+    rows, views, columns = visible.nonzero(as_tuple=True)
+    positions = revisions.positions[rows, columns]
+    hidden[rows, views, positions] = False
+    shown[rows, views, positions] = revisions.tokens[rows, columns]
+    return hidden, shown
 
 
 def states_to_draw(batch: TrajectoryBatch, spec: DiffusionSpec, selection: Selection | None) -> TokenStates:
@@ -159,11 +186,20 @@ def states_to_draw(batch: TrajectoryBatch, spec: DiffusionSpec, selection: Selec
 
 
 def _rejected(
-    batch: TrajectoryBatch, spec: DiffusionSpec, selection: Selection, hidden: Tensor, unmasked: Tensor
+    batch: TrajectoryBatch, spec: DiffusionSpec, selection: Selection, hidden: Tensor, written: Tensor
 ) -> Tensor:
-    """Positions that the step of each view could have unmasked but did not, boolean, `(R, W, C)`. These are the masked
-    positions of the block, or of the part of a block, in which it unmasked something. `unmasked` has the same shape."""
+    """
+    Positions that the step of each view could have unmasked but did not, boolean, `(R, W, E)`. These are the masked positions
+    of the block, or of the part of a block, in which it unmasked something. With revisions and full attention, they are the
+    masked positions of the blocks that had been begun. `written`, of the same shape: the writes of the step.
+    """
     lengths, width = batch.prompt_lengths, batch.canvas_ids.shape[1]
+    unmasked = written
+    if batch.revisions is not None:  # from writes to positions; writes over visible tokens are not the strategy's
+        rows, views, columns = written.nonzero(as_tuple=True)
+        unmasked = torch.zeros_like(hidden)
+        unmasked[rows, views, batch.event_positions[rows, columns]] = True
+        unmasked &= hidden
     columns = torch.arange(width, device=lengths.device)
     blocks = response_blocks(spec, lengths, width)
     places = spec.place_of(lengths[:, None] + columns, lengths[:, None])
@@ -171,11 +207,19 @@ def _rejected(
     parts = blocks * spec.block_size + places // part_size  # a different number for each part
     groups = blocks if spec.attention == "block" else torch.zeros_like(blocks)
     active = at_block(groups, max_by_block(groups, torch.where(unmasked, parts[:, None] + 1, 0)))
+    candidates = parts[:, None] + 1 == active
+    if batch.revisions is not None and spec.attention == "full":
+        steps = batch.event_steps[:, None]
+        last = torch.where(written, steps, NEVER).amax(-1, keepdim=True)  # the step of the view
+        begun = (steps <= last) & (steps != NEVER)
+        newest = torch.where(begun, batch.of_events(blocks)[:, None], NEVER).amax(-1, keepdim=True)
+        candidates = (blocks[:, None] <= newest) & unmasked.any(-1, keepdim=True)
     ends = batch.canvas_lengths
     if selection.new_tokens is not None:
         ends = ends.minimum(spec.writing_end(lengths, selection.new_tokens) - lengths)
     open_to_all = (columns < ends[:, None]) & ~autoregressive_positions(spec, lengths, width)
-    return hidden & ~unmasked & (parts[:, None] + 1 == active) & open_to_all[:, None]
+    rejected = hidden & ~unmasked & candidates & open_to_all[:, None]
+    return F.pad(rejected, (0, batch.event_steps.shape[1] - width))
 
 
 def all_states(

@@ -183,19 +183,27 @@ def preference_rows(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _sudoku(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
+def _sudoku(
+    train_file: str | None,
+    eval_file: str | None,
+    train_size: int,
+    eval_size: int,
+    seed: int,
+    name: str = "sudoku",
+    blanks: int = 8,
+) -> Task:
     def ask(puzzle: str) -> dict[str, str]:
         return {"puzzle": puzzle, "prompt": sudoku.prompt(puzzle)}
 
-    kept = list(sudoku.evaluation_puzzles())
+    kept = list(sudoku.evaluation_puzzles(blanks))
     evaluation = sudoku_rows(eval_file) if eval_file else [ask(puzzle) for puzzle in kept]
     excluded = {*kept, *(row["puzzle"] for row in evaluation)}
     if train_file:
         train = [row for row in sudoku_rows(train_file) if row["puzzle"] not in excluded][:train_size]
     else:
-        train = [ask(row["puzzle"]) for row in sudoku.generate(train_size, seed, exclude=excluded)]
+        train = [ask(row["puzzle"]) for row in sudoku.generate(train_size, seed, blanks, excluded)]
     rewards = [sudoku.sudoku_solved, sudoku.sudoku_units]
-    return _task("sudoku", "puzzles", train, evaluation[:eval_size], rewards, sudoku.sudoku_solved)
+    return _task(name, "puzzles", train, evaluation[:eval_size], rewards, sudoku.sudoku_solved)
 
 
 def _countdown(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
@@ -235,6 +243,11 @@ def _gsm8k(train_file: str | None, eval_file: str | None, train_size: int, eval_
     return _task("gsm8k", "questions", train, evaluation, [math.math_accuracy, math.answer_format], math.math_accuracy)
 
 
+def _sparse_sudoku(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
+    most = 1000  # of the 1,696 puzzles with two clues, 500 are kept
+    return _sudoku(train_file, eval_file, min(train_size, most), eval_size, seed, "sparse_sudoku", 14)
+
+
 def _task(name: str, unit: str, train: list, evaluation: list, reward_funcs: list, solved: Callable) -> Task:
     for what, rows in (("training", train), ("evaluation", evaluation)):
         if not rows:
@@ -242,7 +255,12 @@ def _task(name: str, unit: str, train: list, evaluation: list, reward_funcs: lis
     return Task(name, unit, Dataset.from_list(train), Dataset.from_list(evaluation), reward_funcs, solved)
 
 
-TASKS: dict[str, Callable[..., Task]] = {"sudoku": _sudoku, "countdown": _countdown, "gsm8k": _gsm8k}
+TASKS: dict[str, Callable[..., Task]] = {
+    "sudoku": _sudoku,
+    "sparse_sudoku": _sparse_sudoku,
+    "countdown": _countdown,
+    "gsm8k": _gsm8k,
+}
 
 
 def load_task(
@@ -257,7 +275,7 @@ def load_task(
     Makes or reads a task.
 
     Args:
-        name (`str`): `"sudoku"` (4x4), `"countdown"` (three numbers) or `"gsm8k"`.
+        name (`str`): `"sudoku"` (4x4), `"sparse_sudoku"` (4x4, two clues), `"countdown"` (three numbers) or `"gsm8k"`.
         train_file (`str`, *optional*): rows to train on. The puzzles are generated without it; GSM8K needs it.
         eval_file (`str`, *optional*): rows to measure on. Training rows that are among them are dropped.
         train_size (`int`, *optional*, defaults to `10_000`): most training rows.

@@ -6,7 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..trajectories.revisions import Revisions
 from ..trajectories.trajectory import TrajectoryBatch
+
+
+_REVISED = "revised_"  # prefix of the columns with the writes that were taken back
 
 
 def is_rows(value: Any) -> bool:
@@ -21,8 +25,22 @@ def ungroup(inputs: dict[str, Any]) -> dict[str, Any]:
     return {key: value.flatten(0, 1) if is_rows(value) else value for key, value in inputs.items()}
 
 
+def columns_of(trajectories: TrajectoryBatch) -> dict[str, Tensor]:
+    """What a batch says about trajectories beside TRL's own tensors."""
+    columns = {
+        "canvas_ids": trajectories.canvas_ids,
+        "canvas_steps": trajectories.steps,
+        "canvas_logps": trajectories.logps,
+        "canvas_lengths": trajectories.canvas_lengths,
+    }
+    if trajectories.revisions is not None:
+        columns |= {_REVISED + name: values for name, values in vars(trajectories.revisions).items()}
+    return columns
+
+
 def trajectories_of(inputs: dict[str, Any]) -> TrajectoryBatch:
-    """The trajectories of a batch."""
+    """The trajectories of a batch, which has the columns of [`columns_of`]."""
+    revised = {key.removeprefix(_REVISED): value for key, value in inputs.items() if key.startswith(_REVISED)}
     return TrajectoryBatch(
         prompt_ids=inputs["prompt_ids"],
         prompt_mask=inputs["prompt_mask"],
@@ -31,4 +49,5 @@ def trajectories_of(inputs: dict[str, Any]) -> TrajectoryBatch:
         logps=inputs["canvas_logps"],
         canvas_lengths=inputs["canvas_lengths"],
         completion_lengths=inputs["completion_mask"].long().sum(1),
+        revisions=Revisions(**revised) if revised else None,
     )

@@ -13,14 +13,15 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..scoring.score import score
 from ..seeds import DRAWS, derive_seed
 from ..trajectories.dataset import from_rows
+from ..trajectories.trajectory import TrajectoryBatch
 from ._trl import use_adapter
+from .batches import trajectories_of
 from .data import count_epochs
 from .rollouts import StoredResponse
 from .scored import fit
@@ -47,12 +48,13 @@ class Reference:
 
     def __init__(self, trainer: DTRPOTrainer, recorded: bool):
         self.trainer, self.recorded = trainer, recorded
-        self.estimates: dict[tuple[int, int], Tensor] = {}  # by epoch and row; shape (responses, iterations, C)
+        # By epoch and row: shape (responses, iterations, E), and how many of the E columns are positions of the canvas.
+        self.estimates: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._epochs = 0  # of `estimates`
 
     def of_batch(self, inputs: dict[str, Any], layout: PackedLayout, iteration: int) -> Tensor:
         """
-        The reference's log-probabilities of the tokens that a pass scores, `(R, C)`.
+        The reference's log-probabilities of the tokens that a pass scores, `(R, E)`.
 
         Args:
             inputs (`dict[str, Any]`): a batch of a rollout, one row for each response.
@@ -60,14 +62,14 @@ class Reference:
             iteration (`int`): number of passes over the rollout before this one.
         """
         if self.recorded:
-            return torch.where(layout.weights > 0, inputs["canvas_logps"], 0.0)
+            return torch.where(layout.weights > 0, trajectories_of(inputs).event_logps, 0.0)
         if "ref_estimates" in inputs:
-            return fit(inputs["ref_estimates"][:, iteration], layout.weights.shape[1])
+            return inputs["ref_estimates"][:, iteration]
         return self.logps(layout)
 
     @torch.no_grad()
     def logps(self, layout: PackedLayout) -> Tensor:
-        """The reference's log-probabilities of the tokens that a layout scores, `(R, C)`, from one forward pass."""
+        """The reference's log-probabilities of the tokens that a layout scores, `(R, E)`, from one forward pass."""
         trainer = self.trainer
         if trainer.ref_model is not None:
             trainer.try_policy(trainer.ref_model)
@@ -104,19 +106,23 @@ class Reference:
                     self.logps(trainer.layout(batch, seeds, iteration)[0])
                     for iteration in range(trainer.num_iterations)
                 ]
-                found.append(((epoch, row["row"]), torch.stack(passes, 1).cpu()))
+                found.append(((epoch, row["row"]), (torch.stack(passes, 1).cpu(), batch.canvas_ids.shape[1])))
         self.estimates, self._epochs = dict(gather_object(found)), epochs
         if trainer.eval_dataset is None:
             trainer.ref_model = None
 
-    def precomputed(self, stored: list[StoredResponse] | None) -> dict[str, Tensor]:
+    def precomputed(self, stored: list[StoredResponse] | None, trajectories: TrajectoryBatch) -> dict[str, Tensor]:
         """The precomputed log-probabilities for the responses of a rollout, as the entry `ref_estimates` of a batch,
-        `(R, I, C)` for `I` iterations. No entry if nothing was precomputed."""
+        `(R, I, E)` for `I` iterations. No entry if nothing was precomputed."""
         if stored is None or not self.estimates:
             return {}
-        rows = [self.estimates[epoch, row["row"]][index] for row, index, epoch in stored]
-        padded = pad_sequence([row.T for row in rows], batch_first=True).transpose(1, 2)
-        return {"ref_estimates": padded.to(self.trainer.accelerator.device)}
+        width = trajectories.canvas_ids.shape[1]
+        taken_back = trajectories.event_steps.shape[1] - width
+        rows = []
+        for row, index, epoch in stored:
+            values, own = self.estimates[epoch, row["row"]]
+            rows.append(torch.cat([fit(values[index, :, :own], width), fit(values[index, :, own:], taken_back)], 1))
+        return {"ref_estimates": torch.stack(rows).to(self.trainer.accelerator.device)}
 
 
 def save_reference(model: nn.Module, checkpoint: str | Path, write: bool) -> None:

@@ -24,10 +24,11 @@ from ..scoring.draws import expected_weights
 from ..scoring.states import states_to_draw
 from ..seeds import CHOICE, DRAWS, EVALUATION, STORED, TRAINING, derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows
-from ..trajectories.trajectory import TrajectoryBatch, response_blocks
+from ..trajectories.revisions import NEVER
+from ..trajectories.trajectory import TrajectoryBatch, event_regions
 from ._trl import unwrapped_policy
 from .agreement import fail_together
-from .batches import is_rows, trajectories_of
+from .batches import columns_of, is_rows, trajectories_of
 from .metrics import add_over_processes
 from .scored import DiffusionScoring
 
@@ -117,10 +118,7 @@ class DiffusionRollouts(DiffusionScoring):
         trajectories = rollout.trajectories
         assert trajectories is not None and rollout.unscored is not None  # TRL has called the hooks below
         output.update(
-            canvas_ids=trajectories.canvas_ids,
-            canvas_steps=trajectories.steps,
-            canvas_logps=trajectories.logps,
-            canvas_lengths=trajectories.canvas_lengths,
+            **columns_of(trajectories),
             draw_seeds=torch.tensor(
                 [derive_seed(seed, DRAWS) for seed in rollout.seeds], device=trajectories.canvas_ids.device
             ),
@@ -134,7 +132,7 @@ class DiffusionRollouts(DiffusionScoring):
         self._log_trajectories(trajectories)
         if self.model.training:
             self.last_rollouts = trajectories
-            output.update(self.reference.precomputed(rollout.stored))
+            output.update(self.reference.precomputed(rollout.stored, trajectories))
             self._note_gradient(rollout, output["completion_mask"].any(1))
         return self._group(output)
 
@@ -376,11 +374,17 @@ class DiffusionRollouts(DiffusionScoring):
     def _log_trajectories(self, trajectories: TrajectoryBatch) -> None:
         """Records metrics about the trajectories of a rollout."""
         rows = self._counted(len(trajectories))
-        counted = trajectories.completion_mask & rows[:, None]
-        blocks = response_blocks(self.spec, trajectories.prompt_lengths, trajectories.canvas_ids.shape[1])
-        pairs = torch.unique(
-            torch.stack([counted.nonzero()[:, 0], blocks[counted], trajectories.steps[counted]]), dim=1
-        ).shape[1]
+        counted, written = trajectories.completion_mask & rows[:, None], trajectories.completion_mask
+        if trajectories.revisions is not None:
+            written = trajectories.event_steps != NEVER
+            revised = (trajectories.revisions.steps != NEVER) & rows[:, None]
+            taken_back, responses = add_over_processes(self.accelerator, revised.sum(), rows.sum())
+            self._record("diffusion/taken_back", taken_back / max(responses, 1), responses)
+        written = written & rows[:, None]
+        regions, steps_of = event_regions(self.spec, trajectories), trajectories.event_steps
+        pairs = torch.unique(torch.stack([written.nonzero()[:, 0], regions[written], steps_of[written]]), dim=1).shape[
+            1
+        ]
         tokens, steps, responses = add_over_processes(self.accelerator, counted.sum(), pairs, rows.sum())
         self._record("diffusion/tokens_per_step", tokens / max(steps, 1), steps)
         self._record("diffusion/steps_per_response", steps / responses, responses)

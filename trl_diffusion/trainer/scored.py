@@ -38,8 +38,8 @@ class Scored:
 
     Attributes:
         layout ([`PackedLayout`]): the drawn states in packed rows, with the weight of each token.
-        recorded (`Tensor` of shape `(R, C)`): log-probabilities recorded while decoding; 0 where nothing is scored.
-        old (`Tensor` of shape `(R, C)`, *optional*): log-probabilities of the old policy. `None` if it is the current policy.
+        recorded (`Tensor` of shape `(R, E)`): log-probabilities recorded while decoding; 0 where nothing is scored.
+        old (`Tensor` of shape `(R, E)`, *optional*): log-probabilities of the old policy. `None` if it is the current policy.
     """
 
     layout: PackedLayout
@@ -75,7 +75,7 @@ class DiffusionScoring(RowwiseEvaluation):
         try_policy(policy, self.spec, cached, training)
 
     def layout(self, batch: TrajectoryBatch, seeds: list[int], iteration: int) -> tuple[PackedLayout, Tensor]:
-        """Draws and packs the states that a pass over a batch scores. Also returns the weights, `(R, C)`."""
+        """Draws and packs the states that a pass over a batch scores. Also returns the weights, `(R, E)`."""
         draws = [derive_seed(seed, iteration) for seed in seeds]
         states = self.estimator.states(batch, self.spec, draws, self.scoring_config)
         return pack(batch, self.spec, states, self.estimator.one_row, self._share_prompts), states.weights
@@ -92,7 +92,7 @@ class DiffusionScoring(RowwiseEvaluation):
         self.try_policy(self.model, training=True)
         batch = trajectories_of(inputs)
         layout, weights = self.layout(batch, inputs["draw_seeds"].tolist(), iteration)
-        recorded = torch.where(weights > 0, batch.logps, 0.0)  # tokens that are not scored have ratio 1
+        recorded = torch.where(weights > 0, batch.event_logps, 0.0)  # tokens that are not scored have ratio 1
         old = recorded if self._old_is_recorded else None
         if old is None and "old_estimates" in inputs:
             old = inputs["old_estimates"][:, iteration]
@@ -106,7 +106,7 @@ class DiffusionScoring(RowwiseEvaluation):
     def old_estimates(self, output: dict[str, Any]) -> Tensor:
         """
         The estimates of the policy of this rollout, in the states that each pass over the rollout will draw, if the recorded
-        log-probabilities cannot be used. Shape `(R, I, C)`, for `I` iterations.
+        log-probabilities cannot be used. Shape `(R, I, E)`, for `I` iterations.
         """
         size = self.args.per_device_train_batch_size
         estimates = []
@@ -189,7 +189,7 @@ class DiffusionScoring(RowwiseEvaluation):
             logps, _ = score(self.model, layout, self.spec, self.temperature)
             if self.beta != 0.0:
                 return logps - self.reference.logps(layout)
-            return logps - torch.where(layout.weights > 0, batch.logps, 0.0)
+            return logps - torch.where(layout.weights > 0, batch.event_logps, 0.0)
 
         quality = estimate_quality(log_ratios, batch, self.spec, self.scoring_config, seeds)
         self._record("diffusion/check/log_ratio", self.accelerator.gather(quality.exact).mean().item())

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..decoding.decode import check_prompts
+from ..decoding.decode import check_prompts, check_settings
 from ..fields import check_kind
 from ..offline.preferences import is_preference_dataset
 from ..policies.attention import enable_plans
@@ -126,6 +126,7 @@ def set_up(
     processing_class = _load_tokenizer(model) if tokenizer is None else tokenizer
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     spec = resolve_spec(config, args.spec_overrides(), tokenizer)
+    check_settings(args.decoding(), spec, config.get_text_config().vocab_size)
     _check_model(model, config, args, options.get("peft_config"))
 
     store = None

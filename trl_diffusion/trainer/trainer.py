@@ -180,8 +180,8 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
             layout = scored.layout
             if self.beta != 0.0:
                 inputs["ref_per_token_logps"] = self.reference.of_batch(inputs, layout, iteration)
-            # TRL's loss gets the whole canvas, because tokens after the completion may count as well.
-            inputs["completion_ids"], inputs["completion_mask"] = inputs["canvas_ids"], layout.weights
+            # TRL's loss gets all writes, because tokens after the completion, or taken back, may count as well.
+            inputs["completion_ids"], inputs["completion_mask"] = trajectories_of(inputs).event_ids, layout.weights
             for name in ("old_per_token_logps", "sampling_per_token_logps"):
                 inputs.pop(name, None)
             if scored.old is not None:
@@ -326,12 +326,12 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
     def extra_state(self) -> dict[str, Any]:
         """Metrics that were not logged yet, and the rollout that callbacks may draw."""
         rollouts = self.last_rollouts if self.inside_rollout() else None
-        return {"tally": vars(self.tally), "last_rollouts": None if rollouts is None else vars(rollouts)}
+        return {"tally": vars(self.tally), "last_rollouts": None if rollouts is None else rollouts.to_dict()}
 
     def restore_extra_state(self, state: dict[str, Any]) -> None:
         self.tally = Tally(**state["tally"])
         if state["last_rollouts"] is not None:
-            self.last_rollouts = TrajectoryBatch(**state["last_rollouts"]).to(self.accelerator.device)
+            self.last_rollouts = TrajectoryBatch.from_dict(state["last_rollouts"]).to(self.accelerator.device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not self._load_renamed(resume_from_checkpoint):

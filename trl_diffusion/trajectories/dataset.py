@@ -8,15 +8,20 @@ Trajectories on disk: one row per prompt with its group of responses, each an ev
 | `row` | int | row of the prompt dataset |
 | `prompt_ids` | list of int | token ids of the prompt |
 | `canvas_lengths`, `completion_lengths` | list of int | for each response, positions of the canvas, and tokens that count |
-| `event_steps`, `event_positions`, `event_tokens` | list of list of int | for each response and each token unmasked: decoding step, \
-counted from 0 inside its block; position in the canvas; token id |
-| `event_logps` | list of list of float, or null | log-probability, in nats, that the decoding policy gave the token; null if it \
-was not recorded |
+| `event_steps`, `event_positions`, `event_tokens` | list of list of int | for each response and each token written or erased: \
+decoding step, counted from 0 inside its block; position in the canvas; token id, which is the mask token if the position was \
+erased |
+| `event_logps` | list of list of float, or null | log-probability, in nats, that the decoding policy gave the token, 0 for an \
+erasure; null if it was not recorded |
 | `reward_NAME` | list of float | for each response, the reward of the function `NAME`; null if the function does not apply |
 | `policy_fingerprint`, `tokenizer_fingerprint` | string | the policy and the tokenizer that made it |
 | `spec`, `decoding` | string | [`DiffusionSpec`] and settings of the decoder, as JSON |
 
 A position without an event was never unmasked. Events are sorted by block, step and position.
+
+Rows of a decoder that takes no token back have version 1: every position has at most one event. Rows of a decoder that
+revises have version 2: a position may be written, erased and written again. With full attention, their steps are counted over
+the whole response, and events are sorted by step and position.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +37,16 @@ import numpy as np
 import pyarrow.parquet as parquet
 import torch
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 
 from ..fields import check_kind
 from ..policies.spec import DiffusionSpec, impossible_token
 from ..utils import read_record
-from .trajectory import NEVER, TrajectoryBatch, response_blocks
+from .revisions import NEVER, Revisions
+from .trajectory import TrajectoryBatch, event_regions
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, REVISED_VERSION = 1, 2
 EVENTS = ("event_steps", "event_positions", "event_tokens", "event_logps")
 OWN_COLUMNS = (
     "format_version", "row", "prompt_ids", "canvas_lengths", "completion_lengths", *EVENTS, "policy_fingerprint",
@@ -85,28 +92,46 @@ def to_rows(
     adds the columns of the prompt dataset and the rewards.
     """
     batch = batch.to("cpu")
-    blocks = response_blocks(spec, batch.prompt_lengths, batch.canvas_ids.shape[1])
+    regions = event_regions(spec, batch)
+    version = FORMAT_VERSION if batch.revisions is None else REVISED_VERSION
     rows = []
     for begin in range(0, len(batch), num_responses):
-        row: dict[str, Any] = {**provenance.columns()}
+        row: dict[str, Any] = {**provenance.columns(), "format_version": version}
         row["prompt_ids"] = batch.prompt_ids[begin][batch.prompt_mask[begin] > 0].tolist()
         members = range(begin, begin + num_responses)
         row["canvas_lengths"] = batch.canvas_lengths[begin : begin + num_responses].tolist()
         row["completion_lengths"] = batch.completion_lengths[begin : begin + num_responses].tolist()
         events: dict[str, list] = {name: [] for name in EVENTS}
         for member in members:
-            positions = (batch.steps[member] != NEVER).nonzero().squeeze(1).tolist()
-            order = sorted((int(blocks[member, p]), int(batch.steps[member, p]), p) for p in positions)
-            positions = [position for _, _, position in order]
-            events["event_positions"].append(positions)
-            events["event_steps"].append(batch.steps[member, positions].tolist())
-            events["event_tokens"].append(batch.canvas_ids[member, positions].tolist())
-            events["event_logps"].append(batch.logps[member, positions].tolist())
+            for name, values in zip(EVENTS, _events(batch, regions, spec.mask_token_id, member), strict=True):
+                events[name].append(values)
         row.update(events)
         if not recorded:
             row["event_logps"] = None
         rows.append(row)
     return rows
+
+
+def _events(batch: TrajectoryBatch, regions: Tensor, mask_token_id: int, row: int) -> list[list]:
+    """Steps, positions, tokens and log-probabilities of the writes and erasures of a response."""
+    columns = (batch.event_steps[row] != NEVER).nonzero().squeeze(1)
+    columns = [
+        values[row, columns].tolist()
+        for values in (regions, batch.event_steps, batch.event_positions, batch.event_ids, batch.event_logps)
+    ]
+    events = list(zip(*columns, strict=True))
+    if batch.revisions is not None:
+        written = {event[1:3] for event in events}  # step and position
+        width = batch.canvas_ids.shape[1]
+        taken_back = zip(batch.revisions.steps[row].tolist(), batch.revisions.until[row].tolist(),
+                         batch.revisions.positions[row].tolist(), regions[row, width:].tolist(), strict=True)  # fmt: skip
+        events += [
+            (region, until, position, mask_token_id, 0.0)
+            for step, until, position, region in taken_back
+            if step != NEVER and (until, position) not in written
+        ]
+    events.sort()
+    return [list(values) for values in list(zip(*events, strict=True))[1:]] if events else [[], [], [], []]
 
 
 def completions_of(row: dict[str, Any]) -> list[list[int]]:
@@ -141,15 +166,27 @@ def from_rows(responses: Iterable[tuple[dict[str, Any], int]], spec: DiffusionSp
     canvas = np.full((count, width), spec.mask_token_id, dtype=np.int64)
     steps = np.full((count, width), NEVER, dtype=np.int64)
     logps = np.zeros((count, width), dtype=np.float32)
+    taken_back: dict[str, list] = {name: [] for name in ("rows", *(one.name for one in fields(Revisions)))}
     for place, (row, index) in enumerate(responses):
         ids = row["prompt_ids"]
         prompt_ids[place, prompt_width - len(ids) :] = ids
         prompt_mask[place, prompt_width - len(ids) :] = 1
-        positions = row["event_positions"][index]
-        canvas[place, positions] = row["event_tokens"][index]
-        steps[place, positions] = row["event_steps"][index]
-        if row["event_logps"] is not None:
-            logps[place, positions] = row["event_logps"][index]
+        positions, tokens, times = (row[name][index] for name in ("event_positions", "event_tokens", "event_steps"))
+        values = row["event_logps"][index] if row["event_logps"] is not None else [0.0] * len(positions)
+        if row["format_version"] != REVISED_VERSION:
+            canvas[place, positions], steps[place, positions], logps[place, positions] = tokens, times, values
+            continue
+        for position, token, time, logp in zip(positions, tokens, times, values, strict=True):
+            if steps[place, position] != NEVER:
+                gone = (place, position, canvas[place, position], steps[place, position], time, logps[place, position])
+                for name, value in zip(taken_back, gone, strict=True):
+                    taken_back[name].append(value)
+            canvas[place, position], logps[place, position] = token, logp
+            steps[place, position] = NEVER if token == spec.mask_token_id else time
+    revisions = None
+    if any(row["format_version"] == REVISED_VERSION for row, _ in responses):
+        found = {name: torch.tensor(np.array(values, dtype=float)) for name, values in taken_back.items()}
+        revisions = Revisions.collect(found.pop("rows").long(), count, **found)
     return TrajectoryBatch(
         prompt_ids=torch.from_numpy(prompt_ids),
         prompt_mask=torch.from_numpy(prompt_mask),
@@ -158,6 +195,7 @@ def from_rows(responses: Iterable[tuple[dict[str, Any], int]], spec: DiffusionSp
         logps=torch.from_numpy(logps),
         canvas_lengths=torch.tensor([row["canvas_lengths"][index] for row, index in responses]),
         completion_lengths=torch.tensor([row["completion_lengths"][index] for row, index in responses]),
+        revisions=revisions,
     )
 
 
@@ -172,7 +210,9 @@ def check_trajectories(
 
             - a column is missing, or the format version is unknown;
             - the tokenizer was another one, or the policy denoised in another way (mask token, block size, ...);
-            - lengths disagree, or a position of a response has no event or two;
+            - lengths disagree, or a position of a response is not visible in the end;
+            - a position has two events, and the decoder did not revise; or an event contradicts those before it;
+            - rows have different format versions;
             - the steps of a block are not counted from 0;
             - a token is the mask token, outside the vocabulary or unknown to the tokenizer;
             - log-probabilities were recorded with other tokens in the softmax;
@@ -186,8 +226,16 @@ def check_trajectories(
         )
     rewards = [REWARD_PREFIX + name for name in reward_columns(dataset)]
     wanted = dataset.select_columns([*(name for name in OWN_COLUMNS if name in dataset.column_names), *rewards])
+    version = None
     for number, row in enumerate(wanted):
         _check_row(row, number, spec, vocab_size, tokenizer_fingerprint, rewards)
+        version = row["format_version"] if version is None else version
+        if row["format_version"] != version:
+            raise ValueError(
+                f"Row {number}, column `format_version`: is {row['format_version']}, but row 0 has {version}. Responses of a "
+                "decoder that takes tokens back and of one that does not cannot be in one dataset. Train on one after the "
+                "other."
+            )
 
 
 def _check_row(row, number, spec, vocab_size, tokenizer_fingerprint, rewards) -> None:
@@ -195,9 +243,10 @@ def _check_row(row, number, spec, vocab_size, tokenizer_fingerprint, rewards) ->
         where = f"Row {number}, column `{column}`" + ("" if response is None else f", response {response}")
         raise ValueError(f"{where}: {why}")
 
-    if row["format_version"] != FORMAT_VERSION:
+    if row["format_version"] not in (FORMAT_VERSION, REVISED_VERSION):
         refuse(
-            "format_version", f"is {row['format_version']!r}; this version of trl_diffusion reads {FORMAT_VERSION}."
+            "format_version",
+            f"is {row['format_version']!r}; this version of trl_diffusion reads {FORMAT_VERSION} and {REVISED_VERSION}.",
         )
     if tokenizer_fingerprint is not None and row["tokenizer_fingerprint"] != tokenizer_fingerprint:
         refuse(
@@ -262,18 +311,32 @@ def _check_response(row, index, spec, vocab_size, prompt_length, refuse) -> None
         refuse("completion_lengths", f"is {counted}, with a canvas of {length} positions.", index)
     if len(positions) and (positions.min() < 0 or positions.max() >= length):
         refuse("event_positions", f"holds a position outside the canvas of {length}.", index)
-    covered = np.bincount(positions, minlength=length) if len(positions) else np.zeros(length, dtype=np.int64)
-    if (covered > 1).any():
+    revises = row["format_version"] == REVISED_VERSION
+    written = tokens != spec.mask_token_id if revises else np.ones(len(tokens), dtype=bool)
+    found = impossible_token(tokens[written], spec, vocab_size)
+    if found is not None:
+        refuse("event_tokens", f"position {int(positions[written][found[0]])} holds {found[1]}.", index)
+    if (steps < 0).any():
+        refuse("event_steps", f"holds the step {int(steps.min())}.", index)
+    covered = np.bincount(positions[written], minlength=length)
+    if not revises and (covered > 1).any():
         refuse("event_positions", f"unmasks position {int(covered.argmax())} twice.", index)
+    if revises:
+        covered = _replay(positions, steps, written, length, lambda why: refuse("event_positions", why, index))
+        again = np.flatnonzero(np.bincount(positions, minlength=length) > 1)
+        first = again[spec.place_of(prompt_length + again, prompt_length) == 0]
+        if spec.first_token == "autoregressive" and len(first):
+            refuse(
+                "event_positions",
+                f"takes back position {first[0]}, which is the autoregressive first one of its block.",
+                index,
+            )
     if (covered[:counted] == 0).any():
         where = int((covered[:counted] == 0).argmax())
         refuse("event_positions", f"leaves position {where} of the response masked; {counted} tokens count.", index)
-    found = impossible_token(tokens, spec, vocab_size)
-    if found is not None:
-        refuse("event_tokens", f"position {int(positions[found[0]])} holds {found[1]}.", index)
-    if (steps < 0).any():
-        refuse("event_steps", f"holds the step {int(steps.min())}.", index)
     blocks = spec.block_of(prompt_length + positions, prompt_length)
+    if revises and spec.attention == "full":
+        blocks = np.zeros_like(blocks)  # steps are counted over the whole response
     for block in np.unique(blocks):
         own = np.unique(steps[blocks == block])
         if own[0] != 0 or own[-1] != len(own) - 1:
@@ -286,6 +349,20 @@ def _check_response(row, index, spec, vocab_size, prompt_length, refuse) -> None
     if not np.isfinite(logps).all() or (logps > 1e-6).any():
         bad = logps[(~np.isfinite(logps) | (logps > 1e-6)).argmax()]
         refuse("event_logps", f"holds {bad}, which is not the logarithm of a probability.", index)
+    if logps[~written].any():
+        refuse("event_logps", f"holds {logps[~written & (logps != 0)][0]} for an erasure; it must be 0.", index)
+
+
+def _replay(positions, steps, written, length: int, refuse) -> np.ndarray:
+    """Which positions are visible after the events of a decoder that revises, boolean, `(length,)`."""
+    visible, last = np.zeros(length, dtype=bool), np.full(length, NEVER)
+    for position, step, is_write in zip(positions.tolist(), steps.tolist(), written.tolist(), strict=True):
+        if step <= last[position]:
+            refuse(f"has two events of position {position} at step {step}, or an earlier one after it.")
+        if not is_write and not visible[position]:
+            refuse(f"erases position {position} at step {step}, where nothing is written.")
+        visible[position], last[position] = is_write, step
+    return visible
 
 
 def load_trajectories(path: str | Path, allow_partial: bool = False) -> Dataset:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from ..policies.spec import DiffusionSpec
-from ..trajectories.trajectory import NEVER, TrajectoryBatch, global_steps, response_blocks
+from ..trajectories.revisions import NEVER
+from ..trajectories.trajectory import TrajectoryBatch, event_regions, global_steps
 
 
 class Stay(NamedTuple):
@@ -37,15 +38,25 @@ def response_stays(batch: TrajectoryBatch, spec: DiffusionSpec, row: int) -> lis
     """For each canvas position of a response, the tokens that were written there, in their order. A position that was never
     unmasked has none."""
     one = batch.select(torch.tensor([row])).to("cpu")
-    length = int(one.canvas_lengths[0])
-    blocks = response_blocks(spec, one.prompt_lengths, length)
-    steps = global_steps(blocks, one.steps[:, :length])[0].tolist()
-    probabilities = one.logps[0, :length].exp().tolist()
-    ids = one.canvas_ids[0, :length].tolist()
-    return [
-        [] if step == NEVER else [Stay(token, probability, step + 1)]
-        for token, probability, step in zip(ids, probabilities, steps, strict=True)
-    ]
+    stays: list[list[Stay]] = [[] for _ in range(int(one.canvas_lengths[0]))]
+    regions = event_regions(spec, one)
+    steps = global_steps(regions, one.event_steps)[0]
+    before = steps - one.event_steps[0]  # steps of the regions before that of the write
+    width, ends = one.canvas_ids.shape[1], [inf] * one.canvas_ids.shape[1]
+    if one.revisions is not None:
+        ends += (before[width:] + one.revisions.until[0] + 1).tolist()
+    writes = zip(
+        one.event_positions[0].tolist(),
+        one.event_ids[0].tolist(),
+        one.event_logps[0].exp().tolist(),
+        steps.tolist(),
+        ends,
+        strict=True,
+    )
+    for position, token, probability, step, end in writes:
+        if step != NEVER:
+            stays[position].append(Stay(token, probability, step + 1, end))
+    return [sorted(position, key=lambda stay: stay.first) for position in stays]
 
 
 def last_step(stays: list[list[Stay]]) -> int:
