@@ -144,7 +144,8 @@ def test_page_shows_what_happened(spec, tokenizer, tmp_path):
             if steps[place] == math.inf:
                 assert (token.text, bar.all(), step.text, probability.text) == ("", [], "never", "")
                 continue
-            assert token.text == tokens[place].replace("\n", "↵") and step.text == str(steps[place])
+            label = tokens[place].replace("\n", "↵")
+            assert token.text == (label if label.strip() else "␣" * len(label)) and step.text == str(steps[place])
             assert probability.text == f"{probabilities[place]:.2f}"
             left, width = (float(value) for value in re.findall(r"[\d.]+", bar.one("i").attrs["style"]))
             assert left == pytest.approx(100 * (steps[place] - 1) / last, rel=1e-2, abs=0.01)
@@ -292,7 +293,7 @@ def long_page(folder: Path, length: int, responses: int = 4, step: int | None = 
         torch.full((responses,), length - 9),
     )
     path = trajectory_html(
-        batch, spec, Bytes(), folder / "page.html", title="row 0, response 0", policy="some/policy-8B-Instruct" * 3,
+        batch, spec, Bytes(), folder / "page.html", title="row 0, response 0", policy="policy" * 20,
         rewards={"correct": [1.0] * responses}, decoding=DecodingConfig(length, 1.0, strategy="threshold"),
     )  # fmt: skip
     source = path.read_text(encoding="utf-8")
