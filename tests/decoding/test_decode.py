@@ -29,6 +29,9 @@ def assert_valid(batch: TrajectoryBatch, spec: DiffusionSpec, config: DecodingCo
         blocks_done = torch.where(unmasked, blocks, -1).max(1).values
         inside = inside & (blocks <= blocks_done[:, None])
     columns = torch.arange(width)
+    if config.max_new_tokens < spec.block_size:  # what follows a response that is shorter than a block stays masked
+        assert (batch.canvas_ids[inside & (columns >= config.max_new_tokens)] == spec.mask_token_id).all()
+        inside = inside & (columns < config.max_new_tokens)
     if config.stop_rule == "token":  # the last block may keep masks, behind a stop token or the limit only
         stops = torch.isin(batch.canvas_ids, torch.tensor(spec.stop_token_ids)) & unmasked
         first = torch.where(stops.any(1), stops.long().argmax(1), width)[:, None].clamp(max=config.max_new_tokens - 1)
@@ -92,7 +95,7 @@ def test_every_trajectory_is_valid(
         max_new_tokens,
         temperature,
         strategy=strategy,
-        tokens_per_step=tokens_per_step,
+        tokens_per_step=tokens_per_step if steps_per_block is None else 1,
         threshold=threshold,
         steps_per_block=steps_per_block,
         schedule=schedule,
