@@ -81,9 +81,9 @@ def policy_logits(
     return output.logits[0]
 
 
-def check_model(model: Any, tokenizer: Any) -> None:
+def check_model(model: Any, tokenizer: Any, takes_text: bool = True) -> None:
     """
-    Checks the two objects that make up a policy.
+    Checks the two objects that make up a policy; the model alone without `takes_text`.
 
     Raises:
         TypeError: if the model is no model (but its path, say), or the tokenizer no tokenizer.
@@ -92,7 +92,7 @@ def check_model(model: Any, tokenizer: Any) -> None:
         raise TypeError(
             f"`model` must be a model, got {model!r:.80} ({type(model).__name__}). Load it first, with AutoModelForCausalLM."
         )
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+    if takes_text and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
             f"`tokenizer` must be a tokenizer, got {tokenizer!r:.80} ({type(tokenizer).__name__}). Load it first, with "
             "AutoTokenizer."

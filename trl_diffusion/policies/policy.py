@@ -41,7 +41,8 @@ class Policy:
 
     Attributes:
         model (`nn.Module`): the model, with its adapter if there is one.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer. `None` will do if the policy is only asked with token
+            ids.
         spec ([`DiffusionSpec`]): facts about it.
         chat_template_kwargs (`dict`): variables of the chat template that conversations are written with.
 
@@ -56,7 +57,7 @@ class Policy:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        check_model(self.model, self.tokenizer)
+        check_model(self.model, self.tokenizer, takes_text=self.tokenizer is not None)
         try_policy(self.model, self.spec)
 
     @property
