@@ -131,7 +131,7 @@ def make_corpus(size: int, carelessness: float, seed: int) -> list[tuple[str, st
 def make_solutions(size: int, seed: int) -> list[tuple[str, str]]:
     """Pairs of a prompt with a 4x4 sudoku of two clues, and one of its solutions."""
     rng, kept = random.Random(seed), set(sudoku.evaluation_puzzles(16 - CLUES))
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     while len(pairs) < size:
         grid, clues = rng.choice(sudoku.all_grids()), rng.sample(range(16), CLUES)
         puzzle = "".join(digit if cell in clues else "0" for cell, digit in enumerate(grid))

@@ -432,10 +432,11 @@ class DenoisingLoop:
                 proposal.log_probs, proposal.seen, proposal.tokens, places[0], unmasked, is_masked & ~unmasked
             )
         written = unmasked | edited
-        others, logps_of_others = self.spec.mask_token_id, 0.0
+        others: int | Tensor = self.spec.mask_token_id
+        logps_of_others: float | Tensor = 0.0
         if self.revising is not None:
             stays = ~is_masked & ~erased
-            others, logps_of_others = before.where(stays, others), logps_before.where(stays, 0.0)
+            others, logps_of_others = before.where(stays, self.spec.mask_token_id), logps_before.where(stays, 0.0)
         self.ids[where] = torch.where(written, proposal.tokens, others)
         self.logps[where] = torch.where(written, logps, logps_of_others)
         return Choice(proposal.tokens, written, erased, ~proposal.logps.isfinite(), before, logps_before)

@@ -114,9 +114,9 @@ def to_rows(
 
 def _events(batch: TrajectoryBatch, regions: Tensor, mask_token_id: int, row: int) -> list[list]:
     """Steps, positions, tokens and log-probabilities of the writes and erasures of a response."""
-    columns = (batch.event_steps[row] != NEVER).nonzero().squeeze(1)
+    written_at = (batch.event_steps[row] != NEVER).nonzero().squeeze(1)
     columns = [
-        values[row, columns].tolist()
+        values[row, written_at].tolist()
         for values in (regions, batch.event_steps, batch.event_positions, batch.event_ids, batch.event_logps)
     ]
     events = list(zip(*columns, strict=True))
