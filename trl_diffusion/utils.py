@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -336,3 +338,23 @@ def write_text(path: str | Path, text: str) -> None:
 def processes() -> PartialState:
     """The processes that share the work; on machines without an accelerator, too, where accelerate has to be told."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def wilson(share: float, number: int, confidence: float = 0.95) -> tuple[float, float]:
+    """
+    Wilson's score interval of a share.
+
+    Args:
+        share (`float`): observed share of right answers.
+        number (`int`): answers.
+        confidence (`float`, *optional*, defaults to `0.95`): chance that such an interval covers the true share.
+
+    Raises:
+        ValueError: if the share or the confidence is not between 0 and 1, or there is no answer.
+    """
+    if not 0 <= share <= 1 or not 0 < confidence < 1 or number < 1:
+        raise ValueError(f"There is no interval for a share of {share} of {number} at confidence {confidence}.")
+    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
+    centre = (share + z * z / (2 * number)) / (1 + z * z / number)
+    half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ from ..fields import AtLeast, check_fields, check_kind
 from ..policies.policy import Policy
 from ..seeds import derive_seed
 from ..trajectories.fingerprint import fingerprint_policy
-from ..utils import check_writable, processes, read_record, write_text
+from ..utils import check_writable, processes, read_record, wilson, write_text
 from . import tasks_path
 from .benchmarks import BENCHMARKS, Benchmark
 from .generate import Usage, cut, generate
@@ -430,26 +429,6 @@ def check_tasks(tasks: list[str], data_dir: str | Path | None = None, allow_code
 
 
 # ------------------------------------------------------------------------------------------------------ results
-
-
-def wilson(share: float, number: int, confidence: float = 0.95) -> tuple[float, float]:
-    """
-    Wilson's score interval of a share.
-
-    Args:
-        share (`float`): observed share of right answers.
-        number (`int`): answers.
-        confidence (`float`, *optional*, defaults to `0.95`): chance that such an interval covers the true share.
-
-    Raises:
-        ValueError: if the share or the confidence is not between 0 and 1, or there is no answer.
-    """
-    if not 0 <= share <= 1 or not 0 < confidence < 1 or number < 1:
-        raise ValueError(f"There is no interval for a share of {share} of {number} at confidence {confidence}.")
-    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
-    centre = (share + z * z / (2 * number)) / (1 + z * z / number)
-    half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def summarise(task: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
