@@ -33,7 +33,7 @@ DIRECT = {
     "iterate": "collect and train in rounds, each with the policy of the one before",
     "generate": "answer a prompt, and watch it being denoised",
     "plan": "say what fits on which GPU, and how long it takes, from the config of a model alone",
-    "view": "draw a stored answer being denoised",
+    "view": "draw a stored answer being denoised, or how a run went",
 }
 EXAMPLES = f"""
 from the embedded policy, which is bad at 4x4 sudoku before it is trained, to a model of your own:

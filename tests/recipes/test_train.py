@@ -16,6 +16,7 @@ from tests.processes import HANGS
 from trl_diffusion import DTRPOConfig, tiny_policy_path
 from trl_diffusion.commands import train
 from trl_diffusion.tasks import load_task
+from trl_diffusion.viz.runs import Run, read_run
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,9 +53,10 @@ def test_sudoku_end_to_end(tmp_path, train_here):
     out = tmp_path / "outputs" / "tiny_sudoku"
     results = json.loads((out / "results.json").read_text())
     assert lines[-1].split()[2] == f"{results['solve_rate_before']:.1%}"
-    assert (out / "reward_curve.png").stat().st_size > 5000 and (out / "denoising.png").stat().st_size > 5000
+    assert (out / "run.png").stat().st_size > 5000 and (out / "denoising.png").stat().st_size > 5000
     assert (out / "model.safetensors").exists() and (out / "tokenizer.json").exists()
     assert "2603.18806" in (out / "README.md").read_text()
+    assert not read_run(out).stored and read_run(out).results == results
     # What was saved is a policy.
     config = str(ROOT / "recipes" / "tiny_sudoku.yaml")
     again = train_here("--config", config, "--model_name_or_path", str(out), *SMALL, "--max_steps", "1")
@@ -113,6 +115,7 @@ def test_gsm8k_preferences_with_the_real_tokenizer(tmp_path, train_here):
     state = json.loads((out / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert len(losses) == 2 and losses[0] == pytest.approx(0.6931, rel=1e-3) and abs(losses[1]) < 100
+    assert Run("", state["log_history"]).stored and (out / "run.png").exists() and not (out / "denoising.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,19 @@ import itertools
 import numpy as np
 import pytest
 
-from trl_diffusion.viz.colours import AFTER_END, GRAY, KEPT, NEW, _of_terminal, colour, contrast, css, ink, terminal
+from trl_diffusion.viz.colours import (
+    AFTER_END,
+    CURVES,
+    GRAY,
+    KEPT,
+    NEW,
+    _of_terminal,
+    colour,
+    contrast,
+    css,
+    ink,
+    terminal,
+)
 
 
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
@@ -53,6 +65,7 @@ def test_probabilities_can_be_told_apart(vision):
     assert distance(colour(0.3, KEPT), colour(0.7, KEPT), vision) > 8
     shown = [_of_terminal(colour(probability))[1] for probability in (0.3, 0.7)]
     assert distance(*shown, vision) > 25
+    assert all(distance(one, other, vision) > 15 for one, other in itertools.combinations(CURVES, 2))
     lightness = [seen(colour(level / 10), vision)[0] for level in range(11)]
     assert all(4 < b - a < 11 for a, b in itertools.pairwise(lightness)), lightness
 

@@ -14,8 +14,8 @@ Options are those of `DTRPOConfig`, `trl.ModelConfig` and the ones below; a YAML
 and the command line wins. Without a model and without a config, `recipes/tiny_sudoku.yaml` applies.
 
 The policy is measured before and after training, greedily, on rows that training never sees. In the output directory
-it leaves the trained model with its card, `reward_curve.png`, `denoising.png` (one answer, positions against steps),
-`results.json`, and every metric of the run in `trainer_state.json`. With preference pairs (`task: preferences`) nothing is
+it leaves the trained model with its card, `run.png` (the run in six panels), `denoising.png` (one answer, positions against
+steps), `results.json`, and every metric of the run in `trainer_state.json`. With preference pairs (`task: preferences`) nothing is
 generated; the policy is measured on pairs that training never sees.
 """
 
@@ -42,6 +42,7 @@ from ..trainer.checkpoints import check_start
 from ..trainer.config import DTRPOConfig
 from ..trainer.trainer import DTRPOTrainer
 from ..trajectories.dataset import load_trajectories
+from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import (
     USAGE,
     check_config_file,
@@ -51,6 +52,7 @@ from ..utils import (
     use_all_cores,
     write_text,
 )
+from ..viz.runs import Run
 from . import recipes_path
 
 
@@ -221,8 +223,9 @@ def train_on_preferences(script_args: ScriptArguments, training_args: DTRPOConfi
         "steps": trainer.state.global_step,
     }
     if trainer.is_world_process_zero():
-        path = Path(training_args.output_dir) / "results.json"
-        write_text(path, json.dumps(results, indent=2) + "\n")
+        directory = Path(training_args.output_dir)
+        write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
+        print(draw(trainer, directory, results))
     accuracy = results["accuracy_after"]
     order = "" if accuracy is None else f", {accuracy:.1%} in the order of the data"
     say(f"loss {before:.4f} -> {after['eval_loss']:.4f}{order} ({len(held_out)} pairs, seed {training_args.seed})")
@@ -278,19 +281,37 @@ def report(trainer, trajectories, directory: Path, task, rate_before: float, rat
     }
     write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
     print(f"The trained model, its tokenizer and results.json are in {directory}.")
-    try:
-        from ..viz.plots import plot_rewards, plot_trajectory
-
-        curve = plot_rewards(trainer.state.log_history, directory / "reward_curve.png", f"{task.name}: rewards")
-        prompt = task.evaluation[0]["prompt"]
-        title = prompt if isinstance(prompt, str) else "an answer being denoised"
-        picture = plot_trajectory(
-            trajectories, trainer.spec, trainer.processing_class, directory / "denoising.png", title=title
-        )
-        print(f"How the rewards rose: {curve}. One answer being denoised: {picture}.")
-    except ImportError as error:
-        print(f"No pictures were drawn: {error}")
+    print(draw(trainer, directory, results, trajectories, task.evaluation[0]["prompt"]))
     print("Next: your own task (docs/quickstart.md, section 4) and model (section 5).")
+
+
+def draw(
+    trainer, directory: Path, results: dict[str, Any], answers: TrajectoryBatch | None = None, prompt: Any = ""
+) -> str:
+    """Draws the run and the first of some answers beside the trained model. Says what was drawn."""
+    try:
+        from ..viz.plots import MOST_CELLS, PART, fitting_positions, num_cells, plot_runs, plot_trajectory
+
+        run = Run(str(directory), trainer.state.log_history, results)
+        said = f"The run in six panels: {plot_runs([run], directory / 'run.png')}."
+        if answers is None:
+            return said
+        part = None
+        if num_cells(answers, trainer.spec) > MOST_CELLS:
+            part = fitting_positions(answers, trainer.spec, 0, PART)
+        title = prompt if isinstance(prompt, str) else ""
+        picture = plot_trajectory(
+            answers,
+            trainer.spec,
+            trainer.processing_class,
+            directory / "denoising.png",
+            title=title,
+            max_positions=part,
+        )
+    except ImportError as error:
+        return f"No pictures were drawn: {error}"
+    what = f"The first {part} positions of one answer" if part else "One answer"
+    return f"{said} {what} being denoised: {picture}."
 
 
 KINDS = (ScriptArguments, DTRPOConfig, ModelConfig)  # which have the options

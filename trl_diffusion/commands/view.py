@@ -1,14 +1,19 @@
 """
-Shows how a stored response was denoised.
+Shows how a stored response was denoised, or how a run went.
 
     trl-diffusion view DATASET ROW                          # first response: trajectory_ROW_0.png
     trl-diffusion view DATASET ROW --response 3             # its fourth one
     trl-diffusion view DATASET ROW --output page.html       # a page for a browser, with a slider
     trl-diffusion view DATASET ROW --tokenizer path/to/it   # if DATASET does not know its tokenizer
+    trl-diffusion view RUN                                  # the run in six panels: run.png
+    trl-diffusion view RUN RUN RUN --output rounds.png      # several runs in one picture
 
 DATASET is a directory of trajectories, such as collecting leaves; an interrupted collection will do. Rows and
 responses are counted from 0. Besides the picture it prints the prompt, the final text, and how many tokens it took how
 many steps to make, how sure the policy was of them, and what the reward functions gave.
+
+RUN is the output directory of a training run, or one of its checkpoints. Besides the picture it prints the first and the last
+value of each curve. A run on stored responses does not show their rewards, which training does not change.
 """
 
 from __future__ import annotations
@@ -23,21 +28,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..policies.loading import load_tokenizer
 from ..policies.spec import DiffusionSpec
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, from_rows, load_row
 from ..trajectories.fingerprint import fingerprint_tokenizer
-from ..trajectories.trajectory import TrajectoryBatch, global_steps, response_blocks
+from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import check_writable, exit_code, printable, read_record
 from ..viz.html import trajectory_html
-from ..viz.plots import plot_trajectory
+from ..viz.plots import MOST_CELLS, num_cells, plot_runs, plot_trajectory
+from ..viz.runs import STATE, describe, read_run, state_file
+from ..viz.stays import response_stays
 
 
 SUFFIXES = (".png", ".html")
-MOST_CELLS = 20_000  # of a PNG: 140 positions in as many steps
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,17 +62,21 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-diffusion view",
+        usage="%(prog)s DATASET ROW [options], or %(prog)s RUN [RUN ...] [--output FILE]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("dataset", metavar="DATASET", type=Path, help="directory of trajectories")
-    parser.add_argument("row", metavar="ROW", type=int, help="which row of it: a prompt with its responses")
-    parser.add_argument("--response", type=int, default=0, metavar="N", help="which response to it (default: 0)")
+    parser.add_argument(
+        "paths", metavar="DATASET ROW | RUN ...", nargs="+",
+        help="directory of trajectories, and which row of it (a prompt with its responses); or output directories of runs",
+    )  # fmt: skip
+    parser.add_argument("--response", type=int, metavar="N", help="which response to the row's prompt (default: 0)")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help="picture (.png) or page (.html) to write (default: trajectory_ROW_RESPONSE.png)",
+        help="picture (.png) or, of a response, page (.html) to write (default: trajectory_ROW_RESPONSE.png, run.png for a "
+        "run, runs.png for several)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -79,12 +88,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _show(options: argparse.Namespace) -> str:
     """Writes the picture; what there is to say about it."""
+    if state_file(options.paths[0]):
+        return _show_runs(options)
+    options.dataset, options.row = _place(options.paths)
+    options.response = options.response or 0
     index, response = options.row, options.response
     output = options.output or Path(f"trajectory_{index}_{response}.png")
     if output.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--output must end in {' or '.join(SUFFIXES)}, got {output}.")
-    if not options.dataset.is_dir():
-        raise FileNotFoundError(f"There is no directory {options.dataset}.")
     row = _row(options.dataset, index)
     if not 0 <= response < len(row["canvas_lengths"]):
         raise ValueError(
@@ -140,7 +151,7 @@ def _write_page(
             group.append(from_rows([(row, response)], spec))
     batch = TrajectoryBatch.concatenate(group)
     if row["event_logps"] is None:
-        batch = replace(batch, logps=torch.full_like(batch.logps, float("nan")))
+        batch = _unrecorded(batch)
     with _damage_named(options, options.response):
         decoding = dict(json.loads(row["decoding"]))
     trajectory_html(
@@ -162,6 +173,44 @@ def _policy(directory: Path, fingerprint: str | None) -> str:
     except ValueError:  # it can be shown without
         name = None
     return f"{name or 'unknown'}, fingerprint {fingerprint or 'unknown'}"
+
+
+def _show_runs(options: argparse.Namespace) -> str:
+    """Writes the picture of some runs; what there is to say about them."""
+    for name in ("response", "tokenizer"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{options.paths[0]} is a run, for which --{name} means nothing. Leave it out.")
+    output = options.output or Path("run.png" if len(options.paths) == 1 else "runs.png")
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output of a run must end in .png, got {output}.")
+    runs = [read_run(path) for path in options.paths]
+    check_writable(output.parent, "--output")
+    words = "\n".join(describe(run) for run in runs)
+    try:
+        plot_runs(runs, output)
+    except ImportError as error:
+        if options.output:
+            raise
+        return f"{words}\nNo picture was drawn: {error}"
+    return f"{output}\n{words}"
+
+
+def _place(paths: list[str]) -> tuple[Path, int]:
+    """The dataset and the row that the command names."""
+    dataset, *rest = paths
+    if not Path(dataset).is_dir():
+        raise FileNotFoundError(f"There is no directory {dataset}.")
+    if not rest:
+        raise ValueError(
+            f"{dataset} is not a run: neither it nor a checkpoint in it has a {STATE}. If it holds trajectories, say which row: "
+            f"trl-diffusion view {dataset} 0"
+        )
+    if len(rest) > 1:
+        raise ValueError(f"{dataset} is not a run, and takes one row, got {rest}. Give DATASET ROW, or runs only.")
+    try:
+        return Path(dataset), int(rest[0])
+    except ValueError:
+        raise ValueError(f"ROW must be a whole number, got {rest[0]!r}.") from None
 
 
 def _row(directory: Path, index: int) -> dict[str, Any]:
@@ -203,32 +252,33 @@ def _tokenizer(directory: Path, given: str | None) -> PreTrainedTokenizerBase:
 
 
 def _draw(batch: TrajectoryBatch, spec: DiffusionSpec, tokenizer, output: Path, title: str, recorded: bool) -> None:
-    positions, steps = int(batch.canvas_lengths[0]), int(_steps(batch, spec).max()) + 1
-    if positions * steps > MOST_CELLS:
+    batch = batch if recorded else _unrecorded(batch)
+    page = f"--output {output.with_suffix('.html')}"
+    positions, cells = int(batch.canvas_lengths[0]), num_cells(batch, spec)
+    if cells > MOST_CELLS:
         raise ValueError(
-            f"{positions} positions in {steps} steps are too many for a PNG. Write a page: --output "
-            f"{output.with_suffix('.html')}"
+            f"{positions} positions in {cells // positions} steps are too many for a PNG. Write a page: {page}"
         )
-    if not recorded:  # the colour in the middle, which is neither sure nor unsure
-        batch = replace(batch, logps=torch.full_like(batch.logps, 0.5).log())
-        title += " (probabilities were not recorded)"
     try:
         plot_trajectory(batch, spec, tokenizer, output, title=title)
     except ImportError as error:
         raise ImportError(
-            f"A PNG needs matplotlib: pip install 'trl-diffusion[viz]'. Or write a page, which does not: --output "
-            f"{output.with_suffix('.html')}"
+            f"A PNG needs matplotlib: pip install 'trl-diffusion[viz]'. Or write a page, which does not: {page}"
         ) from error
 
 
-def _steps(batch: TrajectoryBatch, spec: DiffusionSpec) -> Tensor:
-    """Decoding step of each position, counted through all blocks, of shape `(R, C)`."""
-    return global_steps(response_blocks(spec, batch.prompt_lengths, batch.canvas_ids.shape[1]), batch.steps)
+def _unrecorded(batch: TrajectoryBatch) -> TrajectoryBatch:
+    """The responses with NaN for every log-probability."""
+    revisions = batch.revisions
+    if revisions is not None:
+        revisions = replace(revisions, logps=torch.full_like(revisions.logps, torch.nan))
+    return replace(batch, logps=torch.full_like(batch.logps, torch.nan), revisions=revisions)
 
 
 def _numbers(batch: TrajectoryBatch, spec: DiffusionSpec, rewards: dict[str, float | None], recorded: bool) -> str:
     counted = batch.completion_mask
-    tokens, steps = int(counted.sum()), len(_steps(batch, spec)[counted].unique())
+    tokens = int(counted.sum())
+    steps = len({stay.first for stays in response_stays(batch, spec, 0)[:tokens] for stay in stays})
     mean = f"{batch.logps[counted].exp().mean():.3f}" if recorded else "not recorded"
     parts = [
         f"{tokens} tokens",

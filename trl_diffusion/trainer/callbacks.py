@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from transformers import ProgressCallback, TrainerCallback
 from ..decoding.config import DecodingConfig
 from ..fields import check_at_least
 from ..policies.prompts import as_prompts
-from ..viz.plots import plot_trajectory
+from ..viz.plots import fitting_positions, plot_trajectory
 from .metrics import SUNK, chosen_sinks
 
 
@@ -89,7 +88,8 @@ class TrajectoryCallback(TrainerCallback):
         rows (`int`, *optional*, defaults to `1`):
             Number of responses to draw, from the first of the rollout on.
         max_positions (`int`, *optional*, defaults to `64`):
-            Number of positions to draw of a response, from its first on. The picture of a long response would be too large.
+            Largest number of positions to draw of a response, from its first on. The picture of a long response would be too
+            large.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -116,13 +116,15 @@ class TrajectoryCallback(TrainerCallback):
         if not state.is_world_process_zero or state.global_step % self.every or rollouts is None:
             return
         directory = Path(args.output_dir, "trajectories") if self.directory is None else Path(self.directory)
-        shown = replace(rollouts, canvas_lengths=rollouts.canvas_lengths.clamp(max=self.max_positions))
         paths = []
-        for row in range(min(self.rows, len(shown))):
+        for row in range(min(self.rows, len(rollouts))):
             path = directory / f"step_{state.global_step:06d}{f'_{row}' if row else ''}.png"
             title = f"response {row} at optimizer step {state.global_step}"
+            shown = fitting_positions(rollouts, self.trainer.spec, row, self.max_positions)
             paths.append(
-                plot_trajectory(shown, self.trainer.spec, self.trainer.processing_class, path, row=row, title=title)
+                plot_trajectory(
+                    rollouts, self.trainer.spec, self.trainer.processing_class, path, row, title, max_positions=shown
+                )
             )
         if "wandb" in args.report_to:
             self._log_to_wandb(paths, state.global_step)

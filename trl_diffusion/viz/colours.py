@@ -20,6 +20,10 @@ WHITE: Colour = (255, 255, 255)
 MASKED: Colour = (237, 237, 237)
 UNKNOWN: Colour = (214, 222, 238)  # a probability that was not recorded
 GRAY: Colour = (85, 85, 85)  # text after the end of the response
+# Curves, as Okabe and Ito chose them for any kind of colour vision: blue, red, green, purple, orange, sky blue, black.
+CURVES: tuple[Colour, ...] = (
+    (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), BLACK,
+)  # fmt: skip
 
 # How much of its colour a token keeps, the rest is background: at the step that unmasked it, at later steps, and after
 # the end of the response.
