@@ -32,6 +32,7 @@ from transformers import TrainerCallback
 from trl_diffusion import DTRPOConfig, DTRPOTrainer, tiny_policy_path
 from trl_diffusion.tasks import load_task
 from trl_diffusion.utils import write_text
+from trl_diffusion.viz.colours import CURVES, css
 
 
 RUNS = {
@@ -108,20 +109,21 @@ def plot(curves: dict[str, list], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for index, name in enumerate(curves):
-        for number, curve in enumerate(curves[name]):
+    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    dashes = ("-", "--", "-.", ":")
+    for index, (name, runs) in enumerate(curves.items()):
+        for number, curve in enumerate(runs):
             axis.plot(
                 [point[0] for point in curve],
                 [100 * point[2] for point in curve],
-                color=f"C{index}",
-                alpha=0.8,
+                color=css(CURVES[index % len(CURVES)]),
+                linestyle=dashes[index % len(dashes)],
                 label=name if number == 0 else None,
             )
     axis.set(xlabel="seconds of one core", ylabel="sudokus solved greedily, %", title="equal time")
     axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=120)
+    axis.legend(handlelength=3)
+    figure.savefig(path, dpi=150)
 
 
 def interval(values: list[float]) -> str:

@@ -41,6 +41,7 @@ from trl_diffusion.scoring.score import score
 from trl_diffusion.seeds import derive_seed
 from trl_diffusion.tasks import load_task
 from trl_diffusion.trajectories.trajectory import TrajectoryBatch
+from trl_diffusion.viz.colours import CURVES, css
 
 
 POINTS, LATER = (0, 50, 200), 10
@@ -142,19 +143,24 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(POINTS), figsize=(13, 4.2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(POINTS), figsize=(7.2, 3.6), sharey=True, layout="constrained")
     markers = {"dtrpo": "o", "elbo": "s", "mean_field": "^", "coupled": "D", "exact": "*"}
     for axis, point in zip(axes, POINTS, strict=True):
-        for name, marker in markers.items():
+        for (name, marker), shade in zip(markers.items(), CURVES, strict=False):
             own = [row for row in rows if row["updates"] == point and row["estimator"].split(",")[0] == name]
             error = [max((row["bias"] ** 2 + row["std"] ** 2) ** 0.5 / row["spread"], 1e-3) for row in own]
-            axis.plot([row["ms"] for row in own], error, marker=marker, label=name)
-        axis.set(xscale="log", yscale="log", title=f"after {point} updates", xlabel="ms per response")
+            axis.plot([row["ms"] for row in own], error, marker=marker, color=css(shade), label=name)
+        axis.set(xscale="log", yscale="log")
+        axis.set_title(f"after {point} updates", fontsize=9)
+        axis.set_xlabel("ms per response", fontsize=9)
+        axis.set_xticks([3, 10, 30], labels=["3", "10", "30"])
+        axis.set_xticks([], minor=True)
         axis.axhline(1.0, color="gray", linewidth=0.8, linestyle=":")
-        axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("root mean square error / spread of the exact value")
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("error / spread of the exact value", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
