@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trl_diffusion.decoding.config import DecodingConfig
 from trl_diffusion.decoding.decode import decode
+from trl_diffusion.policies.files import check_one_policy
 from trl_diffusion.policies.spec import DiffusionSpec, set_spec
 from trl_diffusion.rewards import countdown, sudoku
 from trl_diffusion.scoring.layout import pack
@@ -218,6 +219,7 @@ def main() -> None:
     args = parser.parse_args()
     with errors_in_a_line():
         check_writable(args.output_dir, "--output_dir")
+        check_one_policy(args.output_dir, adapter=False)
 
     torch.manual_seed(args.seed)
     is_block = args.policy == "block"

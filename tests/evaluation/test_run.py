@@ -108,6 +108,15 @@ def test_what_is_left_in_the_directory(tiny, data_dir, tmp_path):
     assert not list(out.glob(".unfinished*"))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json"])
+def test_the_results_of_a_training_are_kept(tiny, data_dir, tmp_path, name):
+    """`results.json` beside a policy is what `train` has left there."""
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{tmp_path} holds a.*that of the training. Choose another `output_dir`"):
+        Evaluation(tiny, tmp_path, data_dir, progress=False).run(["sudoku"])
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_seeds_and_temperature(tiny, data_dir, tmp_path, caplog):
     hot = Evaluation(tiny, tmp_path / "hot", data_dir, {"temperature": 1.0}, [0, 1], limit=6, progress=False)
     (row,) = hot.run(["sudoku"])["tasks"]

@@ -32,3 +32,11 @@ def test_backbone_gives_the_same_logits(tmp_path, name, model_type):
 def test_a_plain_backbone_needs_no_export(tmp_path):
     with pytest.raises(ValueError, match="Qwen3ForCausalLM is not of a diffusion family"):
         save_backbone(make_policy(SPECS["full"]), tmp_path)
+
+
+def test_a_backbone_is_not_saved_beside_an_adapter(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(shared("fixtures", "sdar"))
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="holds an adapter .* would save a whole model beside it"):
+        save_backbone(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]

@@ -211,5 +211,25 @@ def test_a_directory_holds_one_policy(make_trainer, tmp_path):
         make_trainer(output_dir=directory, **first).save_model()  # the same kind takes its place
         with pytest.raises(ValueError, match=f"{directory} holds a.* and this run would save a"):
             make_trainer(output_dir=directory, **second)
-        with pytest.raises(ValueError, match="Set another `output_dir`"):
+        with pytest.raises(ValueError, match="Choose another directory"):
             make_trainer(output_dir=str(tmp_path / "other"), **second).save_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_config.json", "out holds an adapter"),
+        ("checkpoint-2/adapter_model.safetensors", "checkpoint-2 holds an adapter"),
+        ("collection.json", "out holds a collection of trajectories"),
+    ],
+)
+def test_what_is_there_is_looked_at_before_weights_are_loaded(
+    make_trainer, saved, tmp_path, monkeypatch, name, message
+):
+    """Also where checkpoints go: an adapter of a killed run would otherwise be found when the first one is saved."""
+    left = tmp_path / "out" / name
+    left.parent.mkdir(parents=True)
+    left.touch()
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
+    with pytest.raises(ValueError, match=f"{message}.*Choose another directory"):
+        make_trainer(str(saved / "base"), output_dir=str(tmp_path / "out"))

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from ..decoding.config import DecodingConfig
 from ..fields import AtLeast, check_fields, check_kind
+from ..policies.files import policy_in
 from ..policies.policy import Policy
 from ..seeds import derive_seed
 from ..trajectories.fingerprint import fingerprint_policy
@@ -267,7 +268,7 @@ class Evaluation:
 
         Raises:
             ValueError: before anything is measured, if a task is unknown, needs what is not allowed or not there, or the
-                directory holds measurements of another policy or with other settings.
+                directory holds a policy, or measurements of another policy or with other settings.
         """
         check_tasks(tasks, self.data_dir, self.allow_code_execution)
         tasks = list(dict.fromkeys(tasks))
@@ -275,6 +276,10 @@ class Evaluation:
         settings = {task: self._settings(task, fingerprint) for task in tasks}
         jobs = [(task, seed) for task in tasks for seed in self.seeds]
         check_writable(self._directory, "output_dir")
+        for kind in policy_in(self._directory):
+            raise ValueError(
+                f"{self._directory} holds {kind}, and its `results.json` is that of the training. Choose another `output_dir`."
+            )
         for task, seed in jobs:
             self._check_known(task, seed, settings[task])
         (pending,) = broadcast_object_list(

@@ -24,6 +24,7 @@ from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
 from ..fields import check_at_least, check_kind
 from ..names import knows_names
+from ..policies.files import COLLECTION
 from ..policies.forward import NonFiniteLogits, check_model
 from ..policies.loading import resolve_spec, with_absent_tokens
 from ..policies.lora import adapters
@@ -39,9 +40,6 @@ from ..utils import TEMPORARY, check_writable, read_record, whole_file, write_te
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-PLAN = "collection.json"
 
 
 @knows_names
@@ -274,7 +272,7 @@ def _check_source(prompts, tokenizer, template, spec, config, max_new_tokens) ->
 
 def _prepare(output_dir: Path, plan: dict[str, Any]) -> None:
     """Writes the plan of a new collection, or checks that of an interrupted one, and removes unfinished files."""
-    path = output_dir / PLAN
+    path = output_dir / COLLECTION
     if path.exists():
         found = read_record(path, advice="Use another `output_dir`.")
         # Where the policy and the tokenizer were loaded from does not matter; what they are does.

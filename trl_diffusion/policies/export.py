@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from .families import FAMILIES
+from .files import check_one_policy
 from .spec import get_spec, set_spec
 
 
@@ -24,10 +25,12 @@ def save_backbone(model: PreTrainedModel, directory: str | Path) -> Path:
         `Path` of the directory.
 
     Raises:
-        ValueError: if the model is not of a family; it is a plain backbone already then, and `save_pretrained` does.
+        ValueError: if the model is not of a family; it is a plain backbone already then, and `save_pretrained` does. Or if
+            the directory holds an adapter or a collection.
     """
     if not any(isinstance(model.config, config) for config, *_ in FAMILIES.values()):
         raise ValueError(f"{type(model).__name__} is not of a diffusion family: save it with `save_pretrained`.")
+    check_one_policy(directory, adapter=False)
     stock = next(
         base
         for base in type(model).__mro__

@@ -17,6 +17,7 @@ RECORDS = (
 INDEX = "model.safetensors.index.json"
 MODELS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+COLLECTION = "collection.json"  # the plan of stored trajectories, as `collect` writes it
 _AGAIN = "Fetch it again."
 
 
@@ -71,23 +72,31 @@ def check_weights(path: str | Path) -> None:
 def check_one_policy(directory: str | Path, adapter: bool) -> None:
     """
     Checks that a policy can be saved in a directory. An adapter and a whole model side by side would be opened as one policy,
-    which nobody has trained.
+    which nobody has trained. The card of a policy would replace the card of a collection.
 
     Args:
         directory (`str` or `Path`): the directory, which may not exist.
         adapter (`bool`): whether an adapter will be saved, and not a whole model.
 
     Raises:
-        ValueError: if the directory holds the other kind.
+        ValueError: if the directory holds the other kind of policy, or a collection.
     """
-    whole = [*MODELS, *(path.name for path in sorted(Path(directory).glob("model-*-of-*.safetensors")))]
-    found = [name for name in (whole if adapter else ADAPTERS) if Path(directory, name).exists()]
-    if found:
+    found, advice = policy_in(directory), "Choose another directory (`output_dir`), or remove what is there."
+    if (name := found.get("a whole model" if adapter else "an adapter")) is not None:
         kinds = ("a whole model", "an adapter")
         raise ValueError(
-            f"{directory} holds {kinds[not adapter]} ({found[0]}), and this run would save {kinds[adapter]} beside it. Set "
-            "another `output_dir`, or remove what is there."
+            f"{directory} holds {kinds[not adapter]} ({name}), and this run would save {kinds[adapter]} beside it. {advice}"
         )
+    if Path(directory, COLLECTION).exists():
+        raise ValueError(f"{directory} holds a collection of trajectories ({COLLECTION}), and no policy. {advice}")
+
+
+def policy_in(directory: str | Path) -> dict[str, str]:
+    """The kinds of policy that a directory holds, `"a whole model"` and `"an adapter"`, each with the name of a file."""
+    whole = [*MODELS, *(path.name for path in sorted(Path(directory).glob("model-*-of-*.safetensors")))]
+    kinds = {"a whole model": whole, "an adapter": ADAPTERS}
+    found = {kind: [name for name in names if Path(directory, name).exists()] for kind, names in kinds.items()}
+    return {kind: names[0] for kind, names in found.items() if names}
 
 
 def check_no_pointer(file: str | Path) -> None:

@@ -35,6 +35,7 @@ from ..policies.training import (
 )
 from ..trajectories.dataset import is_trajectory_dataset
 from .agreement import failing_together
+from .checkpoints import checkpoints_in
 from .checks import (
     check_callback,
     check_columns,
@@ -128,6 +129,8 @@ def set_up(
     spec = resolve_spec(config, args.spec_overrides(), tokenizer)
     check_settings(args.decoding(), spec, config.get_text_config().vocab_size)
     _check_model(model, config, args, options.get("peft_config"))
+    for directory in (args.output_dir, *checkpoints_in(str(args.output_dir))):  # it saves its own to the same places
+        check_one_policy(str(directory), isinstance(model, PeftModel) or options.get("peft_config") is not None)
 
     store = None
     if offline:
@@ -238,7 +241,6 @@ def make_ready(trainer: DTRPOTrainer, setup: Setup, optimizer: Optimizer | None)
     """
     _check_placement(trainer)
     _share_failures(trainer)
-    check_one_policy(str(setup.args.output_dir), isinstance(trainer.model, PeftModel))
     policies = [policy for policy in (trainer.model, trainer.ref_model) if policy is not None]
     for policy in policies:
         prepare_rounded(policy)
@@ -279,7 +281,7 @@ def _check_placement(trainer: DTRPOTrainer) -> None:
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError(
             "FSDP version 1 cannot decode on sharded parameters. Set `fsdp_version: 2` in the config of accelerate "
-            "(recipes/accelerate/fsdp2.yaml), or use DDP or DeepSpeed."
+            "(`trl-diffusion train --accelerate_config fsdp2`), or use DDP or DeepSpeed."
         )
     devices = set(getattr(unwrap(trainer.model), "hf_device_map", {}).values())
     if len(devices) > 1:
