@@ -114,35 +114,68 @@ def test_infinite_rewards(make_trainer, value):
     assert any(repr(prompt) in str(error.value) for prompt in first) and trainer.state.global_step == 0
 
 
+def same(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
 @pytest.mark.parametrize(
-    "reason", ["have the same reward", "are the same. A higher `temperature`", "every response is empty"]
+    ("reason", "reward", "options"),
+    [
+        ("all responses to a prompt have the same reward", same, {}),
+        ("all responses to a prompt are the same. A higher `temperature`", same, {"temperature": 1e-4}),
+        ("every response is empty. Does the policy know prompts of this form?", same, {}),
+        ("no reward function applies", lambda completions, **kwargs: [None] * len(completions), {}),
+        ("are cut off, and `mask_truncated_completions`", codes, {"mask_truncated_completions": True}),
+    ],
+    ids=["equal rewards", "equal responses", "empty", "not scored", "cut off"],
 )
-def test_nothing_learnt_from_equal_rewards(make_trainer, char_spec, caplog, reason):
+def test_nothing_learnt(make_trainer, char_spec, caplog, reason, reward, options):
     """Said after the third rollout, once, with the reason; and in the end."""
-    options = {"temperature": 1e-4} if "temperature" in reason else {}
-    trainer = make_trainer(reward_funcs=lambda completions, **kwargs: [1.0] * len(completions), max_steps=5, **options)
-    if "empty" in reason:
-        decode = trainer.decode
+    trainer = make_trainer(reward_funcs=reward, max_steps=5, **options)
+    decode = trainer.decode
 
-        def say_nothing(*given):
-            batch = decode(*given)
-            batch.canvas_ids[:, 0] = char_spec.stop_token_ids[0]
-            return replace(batch, completion_lengths=torch.ones_like(batch.completion_lengths))
+    def end_at_once(*given):
+        batch = decode(*given)
+        batch.canvas_ids[:, 0] = char_spec.stop_token_ids[0]
+        return replace(batch, completion_lengths=torch.ones_like(batch.completion_lengths))
 
-        trainer.decode = say_nothing
+    def never_end(*given):
+        batch = decode(*given)
+        batch.canvas_ids[batch.canvas_ids == char_spec.stop_token_ids[0]] = 7
+        return replace(batch, completion_lengths=batch.canvas_lengths)
+
+    if "empty" in reason or "cut off" in reason:
+        trainer.decode = end_at_once if "empty" in reason else never_end
     seen = []
     trainer.add_callback(
         OnStep(lambda: seen.append(caplog.text.count("Nothing could be learnt from the last 3 rollouts")))
     )
     trainer.train()
     assert seen == [0, 0, 1, 1, 1] and reason in caplog.text
-    assert "Nothing was learnt from the rewards" in caplog.text
+    assert trainer.learning.summary().startswith("Nothing was learnt from the rewards: ")
+    assert caplog.messages[-1].endswith(trainer.learning.summary()) and reason in caplog.messages[-1]
+
+
+def test_a_run_that_stops_learning(make_trainer, caplog):
+    """The rewards become equal after two updates: said in the end, too, from how many rollouts nothing could be learnt."""
+    calls = []
+
+    def fades(completions, **kwargs):
+        calls.append(1)
+        return codes(completions) if len(calls) <= 2 else same(completions)
+
+    trainer = make_trainer(reward_funcs=fades, max_steps=6)
+    trainer.train()
+    said = "Nothing could be learnt from 4 of 6 rollouts: all responses to a prompt have the same reward."
+    assert trainer.learning.summary().startswith(said) and caplog.messages[-1].endswith(trainer.learning.summary())
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dpo"])
 def test_something_learnt(make_trainer, start, caplog, loss_type):  # noqa: F811
-    make_trainer(str(start), loss_type=loss_type, beta=0.1, max_steps=1).train()
-    assert "Nothing was learnt" not in caplog.text
+    trainer = make_trainer(str(start), loss_type=loss_type, beta=0.1, max_steps=1)
+    trainer.train()
+    assert trainer.learning.summary() is None and trainer.learning.rollouts == 1
+    assert "Nothing" not in caplog.text
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1"])

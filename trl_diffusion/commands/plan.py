@@ -285,8 +285,7 @@ def _print(full: Footprint, plans: list[Plan], options: argparse.Namespace) -> N
     if fitting:
         first = fitting[0]
         print(
-            f"\nThe first that fits: {first.name}. Its engine is recipes/accelerate/{first.recipe}.yaml, or "
-            f"`trl-diffusion train --accelerate_config {first.recipe}`."
+            f"\nThe first that fits: {first.name}. `trl-diffusion train --accelerate_config {first.recipe}` trains with it."
         )
     else:
         print("\nNothing fits. Lower --batch_size, --rollout_batch_size or --completion_length, or use more GPUs.")

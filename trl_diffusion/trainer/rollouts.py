@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from jinja2 import TemplateError
 from torch import Tensor
@@ -29,17 +28,13 @@ from ..trajectories.trajectory import TrajectoryBatch, event_regions
 from ._trl import unwrapped_policy
 from .agreement import fail_together
 from .batches import columns_of, is_rows, trajectories_of
+from .learning import Learning
 from .metrics import add_over_processes
 from .scored import DiffusionScoring
 
 
 if TYPE_CHECKING:
     from .throughput import ThroughputCallback
-
-
-logger = get_logger(__name__)
-
-IDLE = 3  # rollouts without a gradient after which a run says so
 
 
 class StoredResponse(NamedTuple):
@@ -90,6 +85,7 @@ class DiffusionRollouts(DiffusionScoring):
     Attributes:
         rollout ([`Rollout`], *optional*): the rollout in progress. `None` if there is none.
         last_rollouts ([`TrajectoryBatch`], *optional*): the last rollout of training on this process.
+        learning ([`Learning`]): the rollouts of the run, and those from which nothing could be learnt.
     """
 
     rollout: Rollout | None = None
@@ -98,8 +94,7 @@ class DiffusionRollouts(DiffusionScoring):
     num_generations: int
     _throughput: ThroughputCallback
     _rollout_clock: tuple[int, int] = (-1, 0)  # optimizer step, and rollouts so far in it
-    _idle: int = 0  # rollouts, one after another, in which no response had an advantage
-    _learnt: bool | None = None  # whether any response of this run had a gradient; `None` before the first rollout
+    learning: Learning
 
     # ---------------------------------------------------------------------------------------------- TRL's hooks
 
@@ -349,23 +344,27 @@ class DiffusionRollouts(DiffusionScoring):
         of this process that are not masked."""
         assert rollout.differing is not None  # TRL has called `_calculate_rewards`
         number = self.accelerator.reduce((rollout.differing & counted).sum(), reduction="sum").item()
-        self._learnt = bool(self._learnt) or (number > 0 and self.loss_type != "dpo")
-        self._idle = 0 if number else self._idle + 1
-        if self._idle == IDLE:
-            logger.warning(f"Nothing could be learnt from the last {IDLE} rollouts: {self._why_idle(rollout)}")
+        self.learning.learnt |= number > 0 and self.loss_type != "dpo"
+        self.learning.note(number, lambda: self._why_idle(rollout))
 
     def _why_idle(self, rollout: Rollout) -> str:
         """Why no response of a rollout has an advantage."""
-        assert rollout.trajectories is not None  # TRL has called `_generate_single_turn`
+        assert rollout.trajectories is not None and rollout.differing is not None and rollout.unscored is not None
         answers, stops = rollout.trajectories.completions(), set(self.spec.stop_token_ids)
         prompts = [tuple(ids) for ids in rollout.trajectories.prompt_ids.tolist()]
         written = sum(not set(ids) <= stops for ids in answers)
         different = len({(prompt, *ids) for prompt, ids in zip(prompts, answers, strict=True)}) - len(set(prompts))
-        totals = add_over_processes(self.accelerator, written, different)
-        if not totals[0]:
+        any_written, any_different, any_scored, any_differing = add_over_processes(
+            self.accelerator, written, different, (~rollout.unscored).sum(), rollout.differing.sum()
+        )
+        if not any_written:
             return "every response is empty. Does the policy know prompts of this form?"
-        if not totals[1]:
+        if not any_different:
             return "all responses to a prompt are the same. A higher `temperature` makes them differ."
+        if not any_scored:
+            return "no reward function applies to any response (`None`, or NaN)."
+        if any_differing:
+            return "all responses are cut off, and `mask_truncated_completions` masks them. Raise `max_completion_length`."
         return (
             "all responses to a prompt have the same reward. Easier prompts help, or a reward that also tells wrong responses "
             "apart."

@@ -29,6 +29,7 @@ from .callbacks import SinkingRewardCallback
 from .card import PAPER, model_card
 from .checks import check_callback, check_steps_made
 from .config import DTRPOConfig
+from .learning import Learning
 from .metrics import How, Tally, add_over_processes
 from .reference import FILE as REFERENCE
 from .reference import Reference, load_reference, save_reference
@@ -135,6 +136,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         self.scoring_config = args.scoring()
         self.reference = Reference(self, setup.reference_is_recorded)
         self._kept_columns = setup.kept_columns
+        self.learning = Learning()
         self._is_recorded = setup.store is None or setup.store.recorded
         self._old_is_recorded = self.estimator.recorded and not args.rescore_old_log_probs
         beta = args.beta
@@ -222,7 +224,7 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
             elif count:
                 self._record(name, value / count, count)
         if training and count:
-            self._learnt = True
+            self.learning.learnt = True
         if self.evaluation is not None:
             self._tally_loss(loss, inputs)
         return loss / self.current_gradient_accumulation_steps if training else loss
@@ -276,14 +278,11 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
             ValueError: if another training uses `output_dir`, if the checkpoint is damaged or incomplete, or if a stream ended
                 before its first rollout.
         """
-        self._learnt, self._idle = None, 0
+        self.learning = Learning()
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         check_steps_made(self.state.global_step, cast("Dataset | IterableDataset", self.train_dataset), self.args)
-        if self._learnt is False:
-            logger.warning(
-                "Nothing was learnt from the rewards: in every group all responses had the same one, or none could be "
-                "compared. Look at `frac_reward_zero_std` and the rewards (docs/troubleshooting.md)."
-            )
+        if (said := self.learning.summary()) is not None:
+            logger.warning(said)
         return result
 
     def add_callback(self, callback) -> None:
