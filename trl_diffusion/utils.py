@@ -215,7 +215,7 @@ def check_options(where: str, names: Iterable[str], kinds: Iterable[type]) -> No
     Raises:
         ValueError: naming those that are not known, and what they may be meant to be.
     """
-    known = sorted(one.name for kind in kinds for one in fields(kind))
+    known = sorted(one.name for kind in kinds for one in fields(kind) if one.init)
     unknown = sorted(set(names) - set(known), key=str)
     if unknown:
         near = {str(name): other_names(str(name), known) for name in unknown}

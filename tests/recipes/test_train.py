@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from trl import ModelConfig
 
 from tests.conftest import shared
@@ -31,7 +32,8 @@ def train_here(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         monkeypatch.setattr(train, "use_all_cores", lambda: None)
         train.main()
-        return capsys.readouterr().out.strip().splitlines()[-1]
+        start.printed = capsys.readouterr().out.strip()
+        return start.printed.splitlines()[-1]
 
     return start
 
@@ -57,18 +59,28 @@ def test_sudoku_end_to_end(tmp_path, train_here):
     assert (out / "model.safetensors").exists() and (out / "tokenizer.json").exists()
     assert "2603.18806" in (out / "README.md").read_text()
     assert not read_run(out).stored and read_run(out).results == results
-    # What was saved is a policy.
-    config = str(ROOT / "recipes" / "tiny_sudoku.yaml")
-    again = train_here("--config", config, "--model_name_or_path", str(out), *SMALL, "--max_steps", "1")
+    # What was saved is a policy, which goes on with the options of the recipe.
+    again = train_here("--model_name_or_path", "outputs/tiny_sudoku", "--max_steps", "1")
     assert again.startswith(f"solve rate {results['solve_rate_after']:.1%}")
+    assert "as outputs/tiny_sudoku was trained (outputs/tiny_sudoku/train.yaml)" in train_here.printed
+    assert (out / "model.safetensors").read_bytes() != (
+        tmp_path / "outputs" / "tiny_sudoku_continued" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.slow
 def test_lora_and_a_file_of_puzzles(tmp_path, train_here):
     (tmp_path / "mine.csv").write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
-    last = train_here(*SMALL, "--use_peft", "--lora_target_modules", "all-linear", "--eval_file", "mine.csv")
+    lora = ("--use_peft", "--lora_target_modules", "all-linear", "--output_dir", "outputs/lora")
+    last = train_here(*SMALL, *lora, "--eval_file", "mine.csv")
     assert last.endswith("(1 puzzles, seed 0)")
-    assert (tmp_path / "outputs" / "tiny_sudoku" / "adapter_model.safetensors").exists()
+    first = load_file(tmp_path / "outputs" / "lora" / "adapter_model.safetensors")
+    # The adapter is trained further, and is not put on another one.
+    assert train_here("--model_name_or_path", "outputs/lora").endswith("(1 puzzles, seed 0)")
+    second = load_file(tmp_path / "outputs" / "lora_continued" / "adapter_model.safetensors")
+    assert first.keys() == second.keys()
+    apart = {name: (second[name] - first[name]).abs().max().item() for name in first}
+    assert 0 < max(apart.values()) < 0.02  # two steps; another adapter would have other random numbers in `lora_A`
 
 
 @pytest.mark.slow

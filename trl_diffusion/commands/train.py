@@ -6,12 +6,15 @@ Trains a diffusion language model with dTRPO and shows what it gained.
     trl-diffusion train --config tiny_countdown
     trl-diffusion train --config tiny_offline --trajectories outputs/trajectories
     trl-diffusion train --config gsm8k_preferences --train_file pairs.jsonl --tokenizer_name_or_path DIR
-    trl-diffusion train --config tiny_sudoku --use_peft --learning_rate 3e-3
+    trl-diffusion train --config tiny_sudoku --use_peft --learning_rate 3e-3 --output_dir outputs/lora
+    trl-diffusion train --model_name_or_path outputs/tiny_sudoku                  # goes on from what was trained there
 
 `accelerate launch recipes/train.py` takes the same options, and paths of YAML files.
 
 Options are those of `DTRPOConfig`, `trl.ModelConfig` and the ones below; a YAML file given by `--config` sets them too,
-and the command line wins. Without a model and without a config, `recipes/tiny_sudoku.yaml` applies.
+and the command line wins. Without a model and without a config, `recipes/tiny_sudoku.yaml` applies. A directory that
+`train` has written holds its options in `train.yaml`: as `--model_name_or_path`, it goes on with them, and what it becomes
+is saved beside it, in DIRECTORY_continued. An adapter is trained further. The first line of a run says what is taken from where.
 
 The policy is measured before and after training, greedily, on rows that training never sees. In the output directory
 it leaves the trained model with its card, `run.png` (the run in six panels), `denoising.png` (one answer, positions against
@@ -34,7 +37,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pro
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..fields import check_fields
+from ..links import link
+from ..policies.files import policy_in
 from ..policies.loading import load_tokenizer
+from ..policies.policy import open_adapter
 from ..policies.tiny import resolve_embedded, tiny_policy_path
 from ..tasks import TASKS, load_task, preference_rows
 from ..trainer.callbacks import RewardProgressCallback
@@ -53,7 +59,7 @@ from ..utils import (
     write_text,
 )
 from ..viz.runs import Run
-from . import recipes_path
+from .settings import Settings, check_adapter_options, find_settings, given_options, keep_settings
 
 
 if TYPE_CHECKING:
@@ -96,6 +102,7 @@ class ScriptArguments:
             "name no `model_type`) with the vocabulary of `tokenizer_name_or_path`. For trying a pipeline, not for results."
         },
     )
+    settings: Settings | None = field(default=None, init=False)  # where the options come from
 
     def __post_init__(self):
         if isinstance(self.trajectories, str):  # a YAML file may name a single one
@@ -126,7 +133,7 @@ def random_policy(fields: str, tokenizer, directory: Path, seed: int) -> str:
 
 
 def find_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig):
-    """The path of the model (made here if it is a random one) and its tokenizer."""
+    """The path of the model (made here if it is a random one), or an adapter to train further, and its tokenizer."""
     if script_args.random_policy and not model_args.model_name_or_path:
         if not script_args.tokenizer_name_or_path:
             raise ValueError("`--random_policy` needs `--tokenizer_name_or_path`.")
@@ -135,12 +142,15 @@ def find_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_
         return random_policy(script_args.random_policy, tokenizer, directory, training_args.seed), tokenizer
     path = resolve_embedded(model_args.model_name_or_path or tiny_policy_path())
     tokenizer = load_tokenizer(script_args.tokenizer_name_or_path or path)
-    training_args.model_init_kwargs = {
+    options = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **training_args.model_options(),
     }
+    if "an adapter" in policy_in(path):
+        return open_adapter(path, training_args.device, get_quantization_config(model_args), **options), tokenizer
+    training_args.model_init_kwargs = options
     return path, tokenizer
 
 
@@ -168,28 +178,39 @@ def make_trainer(
 ) -> DTRPOTrainer:
     """The trainer of the policy that the arguments name."""
     model, tokenizer = find_policy(script_args, training_args, model_args)
+    opened = not isinstance(model, str)  # an adapter, which is trained further
     trainer = DTRPOTrainer(
         model=model,
         args=training_args,
         processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        quantization_config=None if opened else get_quantization_config(model_args),
+        peft_config=None if opened else get_peft_config(model_args),
         **data,
     )
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(RewardProgressCallback)
+    if script_args.settings is not None:
+        trainer.accelerator.print(script_args.settings.line)
     trainer.accelerator.print(f"Policy: {trainer.spec}")
     return trainer
 
 
-def train(trainer: DTRPOTrainer) -> None:
+def train(trainer: DTRPOTrainer, settings: Settings | None) -> None:
     """Trains and saves."""
     resume = trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
     trainer.create_model_card()  # after saving an adapter, which brings a card of peft's
+    if settings is not None and trainer.is_world_process_zero():
+        keep_settings(settings.options, str(trainer.args.output_dir))
+
+
+def say_if_idle(trainer: DTRPOTrainer) -> None:
+    """Says in the summary, too, if nothing could be learnt from some rollouts."""
+    if (said := trainer.learning.summary()) is not None:
+        trainer.accelerator.print(said)
 
 
 def run(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
@@ -211,7 +232,7 @@ def train_on_preferences(script_args: ScriptArguments, training_args: DTRPOConfi
     say = trainer.accelerator.print
     say(f"Measuring the policy on {len(held_out)} pairs that training never sees ...")
     before = trainer.evaluate()["eval_loss"]
-    train(trainer)
+    train(trainer, script_args.settings)
     after = trainer.evaluate()
     results = {
         "task": PREFERENCES,
@@ -226,6 +247,7 @@ def train_on_preferences(script_args: ScriptArguments, training_args: DTRPOConfi
         directory = Path(training_args.output_dir)
         write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
         print(draw(trainer, directory, results))
+    say_if_idle(trainer)
     accuracy = results["accuracy_after"]
     order = "" if accuracy is None else f", {accuracy:.1%} in the order of the data"
     say(f"loss {before:.4f} -> {after['eval_loss']:.4f}{order} ({len(held_out)} pairs, seed {training_args.seed})")
@@ -257,12 +279,13 @@ def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, mode
     rate_before = task.solve_rate(before)
     say(f"solve rate before training: {rate_before:.1%}")
 
-    train(trainer)
+    train(trainer, script_args.settings)
 
     after, trajectories = trainer.answer(task.evaluation["prompt"])
     rate_after = task.solve_rate(after)
     if trainer.is_world_process_zero():
         report(trainer, trajectories, Path(training_args.output_dir), task, rate_before, rate_after)
+    say_if_idle(trainer)
     say(
         f"solve rate {rate_before:.1%} -> {rate_after:.1%} "
         f"({len(task.evaluation)} {task.unit}, seed {training_args.seed})"
@@ -282,7 +305,7 @@ def report(trainer, trajectories, directory: Path, task, rate_before: float, rat
     write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
     print(f"The trained model, its tokenizer and results.json are in {directory}.")
     print(draw(trainer, directory, results, trajectories, task.evaluation[0]["prompt"]))
-    print("Next: your own task (docs/quickstart.md, section 4) and model (section 5).")
+    print(f"Next: your own task and your own model, {link('docs/quickstart.md#5-train-it-on-your-task')}.")
 
 
 def draw(
@@ -318,17 +341,16 @@ KINDS = (ScriptArguments, DTRPOConfig, ModelConfig)  # which have the options
 
 
 def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOConfig, ModelConfig]:
-    """Reads options, those of the command line by default; with neither a model nor a config among them, the embedded
-    policy's recipe applies."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    given = {argument.split("=")[0] for argument in arguments}
-    if not given & {"--config", "--model_name_or_path", "--random_policy"}:
-        arguments = ["--config", str(recipes_path() / "tiny_sudoku.yaml"), *arguments]
+    """Reads options, those of the command line by default, after [`find_settings`] has found the recipe that applies."""
+    settings = find_settings(sys.argv[1:] if arguments is None else arguments)
     parser = TrlParser(KINDS, usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    return cast(
+    found = cast(
         "tuple[ScriptArguments, DTRPOConfig, ModelConfig]",
-        parser.parse_args_and_config(args=check_config_file(arguments, KINDS)),
+        parser.parse_args_and_config(args=check_config_file(settings.arguments, KINDS)),
     )
+    check_adapter_options(found[2].model_name_or_path or "", given_options(settings.arguments))
+    found[0].settings = settings
+    return found
 
 
 @errors_in_a_line()

@@ -157,6 +157,29 @@ def load_model(
     return model
 
 
+def open_adapter(
+    path: str, device: str | torch.device, quantization: QuantizationConfigMixin | None = None, **options: Any
+) -> PeftModel:
+    """
+    An adapter on the model that it was made for, to train it further.
+
+    Args:
+        path (`str`): directory or hub id of the adapter.
+        device, quantization, options: as for [`load_model`].
+
+    Raises:
+        ValueError: if the adapter does not name its model, is damaged, or is of a kind that a diffusion policy cannot have.
+    """
+    config = _adapter_config(path)
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"The adapter {path} does not name the model that it was made for (`base_model_name_or_path`)."
+        )
+    check_weights(config.base_model_name_or_path)
+    model = load_model(config.base_model_name_or_path, device, quantization, **options)
+    return PeftModel.from_pretrained(model, path, config=config, is_trainable=True)
+
+
 def open_policy(
     path: str | None = None,
     adapter: str | None = None,

@@ -1,0 +1,118 @@
+"""Where the options of `train` come from: a recipe, the run that trained the policy, or the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..policies.files import policy_in
+from ..trainer.config import DTRPOConfig
+from ..utils import load_yaml, write_text
+from . import recipes_path
+
+
+FILE = "train.yaml"  # beside a trained policy: the options that it was trained with, as `--config` takes them
+# Options of one run only: where it begins, where it writes, and what it continues.
+_OF_ONE_RUN = ("config", "model_name_or_path", "output_dir", "random_policy", "resume_from_checkpoint")
+_TOLD = ("learning_rate", "max_completion_length", "num_generations", "beta")  # of the defaults
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    The options of a run.
+
+    Attributes:
+        arguments (`list[str]`): the words of the command line, with the `--config` that applies.
+        line (`str`): what is taken from where, for the terminal.
+        options (`dict[str, Any]`): the options that were given, in the file and on the command line.
+    """
+
+    arguments: list[str]
+    line: str
+    options: dict[str, Any]
+
+
+def given_options(arguments: list[str]) -> dict[str, Any]:
+    """The options on a command line, with their values as text: `True` for none, a list for several."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in arguments:
+        if word.startswith("--"):
+            name, has_value, value = word.removeprefix("--").partition("=")
+            values = [value] if has_value else []
+            found[name.replace("-", "_")] = values
+        else:
+            values.append(word)
+    return {name: words if len(words) > 1 else (words[0] if words else True) for name, words in found.items()}
+
+
+def find_settings(arguments: list[str]) -> Settings:
+    """
+    Finds the recipe that a command line of `train` leaves open. Without a model it is that of the embedded policy. A model that
+    `train` has trained goes on with the options that it was trained with, and is saved beside it. The command line wins.
+
+    Args:
+        arguments (`list[str]`): the words of the command line.
+    """
+    given = given_options(arguments)
+    model, config, before = given.get("model_name_or_path"), given.get("config"), []
+    kept = Path(str(model), FILE)
+    if config is not None:
+        source = str(config)
+    elif model is not None and kept.is_file():
+        config, source = str(kept), f"as {model} was trained ({kept})"
+        before = ["--output_dir", f"{str(model).rstrip('/')}_continued"]
+    elif model is None and "random_policy" not in given:
+        config = str(recipes_path() / "tiny_sudoku.yaml")
+        source = f"{config}, the recipe of the embedded policy"
+    else:
+        source = f"the defaults of DTRPOConfig ({_defaults(given)}), as there is no --config"
+    if config is not None and "config" not in given:
+        before = ["--config", str(config), *before]
+    own = [f"--{name}" for name in given if name != "config"]
+    line = f"Settings: {source}" + (f"; {', '.join(own)} from the command line." if own else ".")
+    return Settings([*before, *arguments], line, _in_file(config) | given)
+
+
+def _in_file(config: Any) -> dict[str, Any]:
+    """The options in a YAML file. What is wrong with the file is for the parser to say."""
+    try:
+        found = load_yaml(config) if config is not None else None
+    except (OSError, ValueError):
+        found = None
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def _defaults(given: Collection[str]) -> str:
+    values = {field.name: field.default for field in fields(DTRPOConfig)}
+    return ", ".join(f"{name} {values[name]}" for name in _TOLD if name not in given)
+
+
+def keep_settings(options: dict[str, Any], directory: str | Path) -> None:
+    """Writes the options of a run beside the policy that it has trained, for `train --model_name_or_path DIRECTORY`."""
+    kept = {name: value for name, value in sorted(options.items()) if name not in (*_OF_ONE_RUN, "env")}
+    head = "# The options that this policy was trained with. `trl-diffusion train --model_name_or_path` reads them.\n"
+    write_text(Path(directory, FILE), head + yaml.safe_dump(kept, sort_keys=False))
+
+
+def check_adapter_options(path: str, given: Collection[str]) -> bool:
+    """
+    Whether training continues an adapter.
+
+    Raises:
+        ValueError: if the options ask for a new adapter as well.
+    """
+    if "an adapter" not in policy_in(path):
+        return False
+    new = sorted(f"--{name}" for name in given if name == "use_peft" or name.startswith("lora_"))
+    if new:
+        raise ValueError(
+            f"{path} is an adapter, which training continues; {', '.join(new)} would make another one. Leave out what is for a "
+            "new adapter, or give the model below it as `--model_name_or_path`."
+        )
+    return True
