@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import SPECS, make_policy
 from tests.processes import HANGS
 from trl_diffusion import __version__, generate, tiny_policy_path
+from trl_diffusion.links import REPOSITORY
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +79,7 @@ def test_wheel_and_sdist_hold_the_package(built):
         assert names == {name for name in other.namelist() if not name.endswith("/")}
         meta = f"trl_diffusion-{__version__}.dist-info"
         entry_points = archive.read(f"{meta}/entry_points.txt").decode()
+        metadata = archive.read(f"{meta}/METADATA").decode()
         assert archive.read(f"{meta}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         for name, path in shipped().items():
             assert archive.read(name) == path.read_bytes(), name
@@ -85,6 +88,12 @@ def test_wheel_and_sdist_hold_the_package(built):
     for name in ("py.typed", "policies/tiny_policy/model.safetensors", "evaluation/tasks/sudoku_local.yaml",
                  "commands/train.py", "recipes/llada.yaml", "recipes/accelerate/zero3.yaml"):  # fmt: skip
         assert f"trl_diffusion/{name}" in names
+    # What the README links to can be read without the repository.
+    assert (
+        f"Project-URL: Repository, {REPOSITORY}" in metadata and "Description-Content-Type: text/markdown" in metadata
+    )
+    assert f"]({REPOSITORY}/blob/main/docs/quickstart.md)" in metadata
+    assert not re.findall(r"\]\((?!https://)[^)\s]+\)", metadata)
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     sources = {path.relative_to(ROOT).as_posix() for path in shipped().values()}
