@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable
@@ -18,11 +19,15 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, cli
-from trl_diffusion.commands import collect, evaluate, train
+import trl_diffusion
+from trl_diffusion import DecodingConfig, DTRPOConfig, cli
+from trl_diffusion.commands import collect, evaluate, recipes_path, train
+from trl_diffusion.commands.parser import file_or_name
+from trl_diffusion.commands.settings import find_settings, given_options, keep_settings
 from trl_diffusion.decoding.options import RolloutOptions
 from trl_diffusion.decoding.strategies import STRATEGIES
 from trl_diffusion.evaluation.run import TASK_NAMES, check_tasks
+from trl_diffusion.rewards import countdown
 from trl_diffusion.utils import read_mapping
 
 
@@ -34,7 +39,8 @@ PAGES = [
 ]
 UNRUNNABLE = "<!-- needs a 7B model -->\n"  # before a Python block that is compiled only
 # Commands of others, which are not parsed.
-FOREIGN = {"curl", "done", "for", "hf", "mkdir", "source"}
+FOREIGN = {"cd", "curl", "done", "for", "git", "hf", "mkdir", "source"}
+SLOW = "<!-- takes minutes -->\n"  # before a Python block that is run with fewer updates
 
 
 def glob_pages(folder: str) -> list[str]:
@@ -49,9 +55,18 @@ def text_of(page: str) -> str:
 def blocks(page: str, language: str) -> list[tuple[str, bool]]:
     """The code blocks of a page, and whether each can be run here."""
     found = re.findall(
-        rf"({re.escape(UNRUNNABLE)})?^```{language}\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE
+        rf"({re.escape(UNRUNNABLE)}|{re.escape(SLOW)})?^```{language}\n(.*?)^```",
+        text_of(page),
+        re.DOTALL | re.MULTILINE,
     )
-    return [(code, not mark) for mark, code in found]
+    return [(shortened(code) if mark == SLOW else code, mark != UNRUNNABLE) for mark, code in found]
+
+
+def shortened(code: str) -> str:
+    """A training of a few updates, each of which is logged."""
+    short = re.sub(r"max_steps=\d+", "max_steps=8", re.sub(r"logging_steps=\d+", "logging_steps=1", code))
+    assert short != code
+    return short
 
 
 def commands(page: str) -> list[list[str]]:
@@ -136,7 +151,7 @@ def check_harness(options: list[str]) -> None:
 def check_command_line(options: list[str], monkeypatch) -> None:
     started: list[list[str]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(os, "execv", lambda path, words: started.append(words))
+        patch.setattr(os, "execve", lambda path, words, environment: started.append(words))
         if options[0] in cli.DIRECT:
             options_of(lambda: cli.main(options), monkeypatch)
         elif options != ["--help"]:
@@ -244,12 +259,28 @@ def check_strategy(names: dict) -> None:
     assert 0 < int(batch.steps.max()) < 7 and names["args"].strategy == "nearly_as_sure"
 
 
+def check_rising(names: dict) -> None:
+    """The mean reward of the last updates is above that of the first ones, by more than a tenth."""
+    rewards = [entry["reward"] for entry in names["trainer"].state.log_history if "reward" in entry]
+    half = len(rewards) // 2
+    assert half > 1 and sum(rewards[-half:]) > 1.1 * sum(rewards[:half]), rewards
+
+
+def check_preferences(names: dict) -> None:
+    """The better response of more pairs becomes likelier, compared with the worse one."""
+    margins = [entry["rewards/margins"] for entry in names["trainer"].state.log_history if "rewards/margins" in entry]
+    assert margins[-1] > margins[0], margins
+
+
 AFTERWARDS: dict[str, Callable[[dict], None]] = {
     "docs/decoding.md": check_decoding,
     "docs/evaluation.md": check_best_checkpoint,
+    "docs/howto/lora.md": check_rising,
+    "docs/howto/preferences.md": check_preferences,
     "docs/howto/strategy.md": check_strategy,
+    "docs/quickstart.md": check_rising,
 }
-# The README trains on what the how-to collects.
+# The README trains on what the how-to collects. That page is run here, too.
 TOGETHER = {"README.md": ["docs/howto/offline.md", "README.md"]}
 RUN = [page for page in PAGES if blocks(page, "python") and page != "docs/howto/offline.md"]
 
@@ -269,12 +300,14 @@ def test_python_runs_as_printed(page, tmp_path, monkeypatch):
 
 
 def run_blocks(page: str) -> None:
+    """Runs the Python blocks of a page, as docs/follow.py does: a training that moves no weight, or whose log shows that nothing
+    was learnt, is an error."""
     names: dict = {}
-    for code, runs in blocks(page, "python"):
-        if runs:
+    runnable = [code for code, runs in blocks(page, "python") if runs]
+    with recipe("docs/follow.py")["watched_trainers"]() as trained:
+        for code in runnable:
             exec(compile(code, page, "exec"), names)
-    if isinstance(trainer := names.get("trainer"), DTRPOTrainer):
-        assert trainer.state.global_step > 0
+    assert len(trained) == sum(code.count("trainer.train()") for code in runnable)
     if page in AFTERWARDS:
         AFTERWARDS[page](names)
 
@@ -294,6 +327,86 @@ def test_python_that_needs_a_large_model_is_right_as_far_as_can_be_seen():
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "DTRPOConfig":
                 names = {keyword.arg for keyword in node.keywords}
                 assert names <= set(DTRPOConfig.__dataclass_fields__), names
+
+
+# -------------------------------------------------------------------------------------------------- directories
+
+
+# Options that say how a run is started, and not what it writes.
+STARTS = {"output_dir", "resume_from_checkpoint", "ds3_gather_for_generation"}
+
+
+def what_writes(page: str) -> list[tuple[str, str]]:
+    """The directories that the examples of a page write, each with what writes it there."""
+    found = []
+    for words in commands(page):
+        scripts = {"recipes/train.py": "train", "recipes/collect.py": "collect"}
+        name = next(
+            (one for at, one in enumerate(words) if one in scripts or (at == 1 and words[0] == "trl-diffusion")), ""
+        )
+        options = words[words.index(name) + 1 :] if name else []
+        name = scripts.get(name, name)
+        if name == "train":
+            options = without(options, "--accelerate_config", "--num_processes")
+            if "--config" in options:
+                at = options.index("--config") + 1
+                options[at] = file_or_name(recipes_path())(options[at])
+            settings = find_settings(options)
+            given = {key: str(value) for key, value in settings.options.items() if key != "config"}
+            command = sorted((key, value) for key, value in given.items() if key not in STARTS)
+            directory = given_options(settings.arguments).get("output_dir") or given["output_dir"]
+            found.append((str(directory), f"train {command}"))
+        elif name == "collect":
+            args, model = parse_options("collect", options)
+            found.append((args.output_dir, f"collect {args} {model.model_name_or_path}"))
+    for code, _ in [*blocks(page, "python"), *blocks(page, "diff")]:
+        kept = "\n".join(line for line in code.splitlines() if not line.startswith("-"))
+        kept = re.sub(r'(?:load_trajectories|from_pretrained)\(\s*"[^"]*"', "", kept)
+        found += [(path, code) for path in re.findall(r'"(outputs/\w+)"', kept)]
+    return found
+
+
+def without(words: list[str], *options: str) -> list[str]:
+    """A command line without some options, each of which has a value."""
+    at = {place for place, word in enumerate(words) if word in options}
+    return [word for place, word in enumerate(words) if place not in at and place - 1 not in at]
+
+
+def test_every_example_has_a_directory_of_its_own(tmp_path, monkeypatch):
+    """Somebody who follows all pages writes no policy over another one."""
+    monkeypatch.chdir(tmp_path)
+    keep_settings({}, "outputs/tiny_sudoku")  # the quick start goes on from it
+    writers: dict[str, set[tuple[str, str]]] = {}
+    for page in PAGES:
+        for directory, writer in what_writes(page):
+            writers.setdefault(directory.rstrip("/"), set()).add(writer)
+    assert len(writers) > 20
+    assert {"outputs/tiny_sudoku", "outputs/tiny_sudoku_continued", "outputs/lora", "outputs/plus"} <= set(writers)
+    shared = {directory: found for directory, found in writers.items() if len(found) > 1}
+    assert not shared, shared
+
+
+# ------------------------------------------------------------------------------------------------------ prompts
+
+
+def test_prompts_are_those_that_the_embedded_policy_knows():
+    """Text that begins like one of its prompts is one, in pages, notebooks and help, and not nearly one."""
+    files = [
+        *(ROOT / page for page in PAGES),
+        *(ROOT / "notebooks").glob("*.ipynb"),
+        *(ROOT / "trl_diffusion").rglob("*.py"),
+    ]
+    found = [
+        one
+        for file in files
+        for one in re.findall(r"[\"`](countdown [^\"`:\\]*)[\"`\\]", file.read_text(encoding="utf-8"))
+    ]
+    for prompt in found:
+        if "{" in prompt:  # an f-string, which the numbers complete
+            prompt = re.sub(r"\{[^}]*\}", "1", prompt.replace("{','.join(map(str, numbers))}", "1,2,3"))
+        numbers, _, target = prompt.removeprefix("countdown ").partition("=")
+        assert prompt == countdown.prompt([int(number) for number in numbers.split(",")], int(target)), prompt
+    assert len(found) > 5
 
 
 # ------------------------------------------------------------------------------------------------------ what is named
@@ -387,7 +500,7 @@ def test_every_concept_has_one_file():
     )
     files = [path for _, path in rows]
     assert len(files) == len(set(files)) and all((ROOT / path).is_file() for path in files)
-    assert {number for number, _ in rows} == set("1234567")
+    assert {number for number, _ in rows} == set("12345678")
     citing = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "trl_diffusion").rglob("*.py")
@@ -401,7 +514,38 @@ def test_pictures_can_be_drawn_again(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs the extra `viz`")
     scope = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
     monkeypatch.setitem(scope["main"].__globals__, "PICTURES", tmp_path)
-    scope["main"]([])
-    drawn, kept = ({path.name for path in folder.glob("*.png")} for folder in (tmp_path, ROOT / "docs" / "pictures"))
-    assert drawn == kept - {"rewards.png"}  # which is that of a run of some minutes
-    assert all(path.stat().st_size < 100_000 for path in (ROOT / "docs" / "pictures").glob("*.png"))
+    (tmp_path / "trainer_state.json").write_text(
+        '{"log_history": [{"step": 1, "reward": 0.5, "rewards/a/mean": 0.5}]}'
+    )
+    shutil.copytree(trl_diffusion.tiny_policy_path(), tmp_path, dirs_exist_ok=True)  # what a run leaves, untrained
+    scope["main"]([str(tmp_path)])
+    kinds = (".png", ".gif", ".svg")
+    drawn, kept = (
+        {path.name for path in folder.iterdir() if path.suffix in kinds}
+        for folder in (tmp_path, ROOT / "docs" / "pictures")
+    )
+    assert drawn == kept
+    assert all(path.stat().st_size < 100_000 for path in (ROOT / "docs" / "pictures").iterdir())
+
+
+def test_the_moving_picture_shows_each_step(tmp_path):
+    """Every digit comes once and stays, two at a step, and the last picture stays longest. Digits that are repeated are in
+    conflict, and so is one that is not the puzzle's."""
+    image = pytest.importorskip("PIL.Image", reason="needs the extra `viz`")
+    scope = recipe("docs/pictures.py")
+    policy = scope["open_policy"](trl_diffusion.tiny_policy_path())
+    (frames,) = scope["denoise_puzzles"](policy, ["3100243010040003"])
+    masks = [frame.count(".") for frame in frames]
+    assert masks[0] == 16 and masks[-1] == 0 and all(0 <= a - b <= 2 for a, b in zip(masks, masks[1:], strict=False))
+    assert all(
+        a in (b, ".") for one, other in zip(frames, frames[1:], strict=False) for a, b in zip(one, other, strict=True)
+    )
+    assert scope["conflicts"]("0" * 16, "1234341221434321") == set()
+    assert scope["conflicts"]("2" + "0" * 15, "1234341221434321") == {0}
+    assert scope["conflicts"]("0" * 16, "1134341221434321") == {0, 1, 9}
+    with image.open(ROOT / "docs" / "pictures" / "before_after.gif") as picture:
+        durations = []
+        for frame in range(picture.n_frames):
+            picture.seek(frame)
+            durations.append(picture.info["duration"])
+    assert picture.n_frames == len(frames) and max(durations) == durations[-1]
