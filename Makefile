@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast test-lowest test-newest coverage check lint types docs clean
+.PHONY: help train test test-long test-fast test-lowest test-newest coverage check lint types docs clean
 
 help: ## Shows this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -18,14 +18,16 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 train: $(BIN)/.installed ## Trains the embedded policy on 4x4 sudoku and shows what it gained. ARGS="..." for options.
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		recipes/train.py $(ARGS)
+	$(BIN)/trl-diffusion train $(ARGS)
 
 test: $(BIN)/.installed ## Runs the tests.
-	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long" $(ARGS)
+
+test-long: $(BIN)/.installed ## Runs the tests that `make test` leaves out because they take long.
+	$(BIN)/python -m pytest -n auto --dist worksteal -m long $(ARGS)
 
 test-fast: $(BIN)/.installed ## Runs the tests that take no more than a few seconds each.
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not distributed" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not distributed and not long" $(ARGS)
 
 # What moves fastest at its lowest version, over the other packages of $(VENV).
 .venv-lowest/.installed: $(BIN)/.installed constraints-lowest.txt

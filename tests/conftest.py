@@ -28,15 +28,37 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+# Tests that take so long that `make test` leaves them to `make test-long`.
+LONG = (
+    "test_docs.py::test_python_runs_as_printed[docs/howto/",
+    "test_docs.py::test_python_runs_as_printed[docs/quickstart",
+    "test_notebooks.py::test_notebooks_give_what_is_stored",
+    "test_recipes.py::test_an_interrupted_run_of_two_processes",
+    "test_train.py::test_an_interrupted_run_goes_on",
+    "test_train.py::test_gsm8k_preferences_with_the_real_tokenizer",
+)
+# Files of which it runs the first case of each test only.
+LONG_CASES = (
+    "decoding/test_revising.py", "decoding/test_short_responses.py", "offline/test_revised_rows.py", "scoring/test_revision.py",
+    "scoring/test_revision_gradients.py", "trainer/test_revision.py", "viz/test_page.py", "viz/test_streamer.py",
+    "viz/test_runs.py", "viz/test_colours.py", "recipes/test_lines.py", "test_names.py", "policies/test_places.py",
+    "policies/test_left_to_right.py",
+)  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of a test with many cases, the first is fast; the others are slow, as they add up."""
     cases = defaultdict(list)
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
+        if any(part in item.nodeid for part in LONG):
+            item.add_marker(pytest.mark.long)
     for group in cases.values():
         for item in group[1:]:
             item.add_marker(pytest.mark.slow)
+            if item.nodeid.partition("::")[0].endswith(LONG_CASES):
+                item.add_marker(pytest.mark.long)
 
 
 MASK, STOP = 39, 5
