@@ -106,7 +106,7 @@ def measure(
         try:
             while browser.poll() is None:
                 with suppress(queue.Empty):
-                    return results.get(timeout=1)
+                    return results.get(True, 1)
             raise RuntimeError(f"Chromium ended with code {browser.returncode} before it had measured anything.")
         finally:
             browser.terminate()

@@ -5,10 +5,17 @@ one starts, and can be killed, within a moment.
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
+import pty
+import re
+import signal
 import socket
+import struct
+import termios
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +53,45 @@ def run_pair(job, *arguments: Any, timeout: float = HANGS) -> list[Any]:
             process.kill()
     found = dict(results.get() for _ in pair)
     return [found[rank] for rank in range(2)]
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def in_a_terminal(words: list[str], directory: Path, interrupt_at: str | None = None) -> tuple[int, str]:
+    """
+    Runs a command in a terminal of its own, 200 columns wide.
+
+    Args:
+        words (`list[str]`): the command.
+        directory (`Path`): where it runs.
+        interrupt_at (`str`, *optional*): a pattern; Ctrl-C is typed when the output matches it.
+
+    Returns:
+        Its exit code, and its output as the terminal got it.
+    """
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(directory)
+        os.environ.update(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TERM="xterm")
+        os.environ.pop("TRANSFORMERS_VERBOSITY", None)  # of these tests
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background ignore it
+        os.execv(words[0], words)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+    output = b""
+    while True:
+        try:
+            part = os.read(terminal, 1 << 16)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        output += part
+        if interrupt_at is not None and re.search(interrupt_at.encode(), output):
+            os.write(terminal, b"\x03")
+            interrupt_at = None
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), output.decode()
 
 
 def _run(job, rank: int, port: int, results, arguments: tuple) -> None:

@@ -38,7 +38,7 @@ assert main(["generate", "sudoku 3102200002100320", "--max_new_tokens", "17"]) =
 import trl_diffusion.commands.train
 assert trl_diffusion.commands.train.parse(["--bf16", "false"])[1].output_dir == "outputs/tiny_sudoku"
 assert main(["plan", config, "--config", "tiny_sudoku", "--batch_size", "2", "--num_generations", "2",
-             "--rollout_batch_size", "2"]) == 0
+             "--rollout_batch_size", "2", "--prompt_length", "64"]) == 0
 """
 
 

@@ -5,20 +5,18 @@ of its own come at once: nothing is imported for them.
 
 from __future__ import annotations
 
-import argparse
-import ast
 import os
+import shlex
 import sys
-from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from . import __version__
-from .commands import PACKAGE, recipes_path
+from .commands.interrupt import TYPED, ending_in_a_line
+from .commands.parser import PROG, Parser, starting_parser
+from .fields import nearest
 
 
-PROG = "trl-diffusion"
 COMMANDS = f"{__package__}.commands"
 # Commands that `accelerate launch` starts, on one process or several.
 LAUNCHED = {
@@ -34,6 +32,7 @@ DIRECT = {
     "generate": "answer a prompt, and watch it being denoised",
     "plan": "say what fits on which GPU, and how long it takes, from the config of a model alone",
     "view": "draw a stored answer being denoised, or how a run went",
+    "completion": "print a script that completes commands and options in a shell",
 }
 EXAMPLES = f"""
 from the embedded policy, which is bad at 4x4 sudoku before it is trained, to a model of your own:
@@ -63,29 +62,31 @@ def main(arguments: list[str] | None = None) -> int:
         `int`: exit code.
 
     Raises:
-        SystemExit: with code 2, after a line on stderr that says what is wrong with the arguments.
+        SystemExit: with code 2, after a line on stderr that says what is wrong with the arguments, or with code 130 after
+            Ctrl-C.
     """
-    parser, commands = _parsers()
-    options, rest = parser.parse_known_args((sys.argv[1:] if arguments is None else arguments) or ["--help"])
-    name = options.command
-    if vars(options).get("config"):
-        rest = ["--config", options.config, *rest]
-    if name in DIRECT:
-        return import_module(f"{COMMANDS}.{name}").main(rest)
-    if {"-h", "--help"} & set(rest):
-        commands[name].print_help()
-        print("\nOptions of the command itself:\n")
-        return _help(name)
-    command = launch_command(name, rest, options.accelerate_config, options.num_processes)
-    sys.stdout.flush()
-    os.execv(command[0], command)
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    name, rest = words[0], words[1:]
+    with ending_in_a_line():
+        if name in DIRECT:
+            return import_module(f"{COMMANDS}.{name}").main(rest)
+        if name not in LAUNCHED:
+            _without_a_command(words)
+        options, rest = starting_parser(name).parse_own_args(rest)
+        if options.config:
+            rest = ["--config", options.config, *rest]
+        if {"-h", "--help", "--help-all", "--help_all"} & set(rest):
+            import_module(f"{COMMANDS}.{name}").main(rest)
+        command = launch_command(name, rest, options.accelerate_config, options.num_processes)
+        sys.stdout.flush()
+        os.execve(command[0], command, {**os.environ, TYPED: shlex.join([PROG, *words])})
 
 
 def launch_command(
     name: str, arguments: list[str], accelerate_config: str | None = None, num_processes: int | None = None
 ) -> list[str]:
     """The words of an `accelerate launch` that starts a command."""
-    words = [sys.executable, "-m", f"{COMMANDS}.launch", "--quiet"]  # the command has said what is wrong
+    words = [sys.executable, "-m", f"{COMMANDS}.launch"]
     if accelerate_config is not None:
         words += ["--config_file", accelerate_config]
     if num_processes is not None:
@@ -93,62 +94,15 @@ def launch_command(
     return [*words, "--module", f"{COMMANDS}.{name}", *arguments]
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and that of each command, which leaves the options that are not for starting it."""
-    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    purpose = "Reinforcement learning for diffusion language models, on TRL."
-    parser = argparse.ArgumentParser(PROG, description=purpose, epilog=EXAMPLES, **style)
-    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+def _without_a_command(words: list[str]) -> NoReturn:
+    """Prints the help or the version, or says which command may be meant."""
+    parser = Parser(PROG, description="Reinforcement learning for diffusion language models, on TRL.", epilog=EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}", help="prints the version")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for name, purpose in {**LAUNCHED, **DIRECT}.items():
-        about = _about(name) if name in LAUNCHED else None
-        command = commands.add_parser(name, help=purpose, description=about, add_help=False, **style)
-        if name in ("train", "plan", "iterate"):
-            command.add_argument(
-                "--config", type=file_or_name(recipes_path()), metavar="NAME_OR_PATH",
-                help="options from a YAML file, or from a recipe that comes with the package, such as llada",
-            )  # fmt: skip
-        if name in LAUNCHED:
-            command.add_argument(
-                "--accelerate_config", type=file_or_name(recipes_path() / "accelerate"), metavar="NAME_OR_PATH",
-                help="engine: ddp, zero2, zero3, zero3_offload or fsdp2, for 8 GPUs, or a config file of accelerate's",
-            )  # fmt: skip
-            command.add_argument("--num_processes", type=_count, metavar="N", help="instead of one for each GPU")
-    return parser, commands.choices
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def file_or_name(folder: Path) -> Callable[[str], str]:
-    """Type of an option for argparse: the path of an existing YAML file, or of `folder/NAME.yaml`."""
-
-    def find(name: str) -> str:
-        for path in (Path(name), recipes_path().parent / name, folder / f"{name}.yaml"):
-            if path.is_file():
-                return str(path)
-        names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise argparse.ArgumentTypeError(f"there is no file {name}, and what comes with the package is {names}")
-
-    return find
-
-
-def _about(name: str) -> str:
-    """The docstring of a command, which is read without importing it."""
-    code = (PACKAGE / "commands" / f"{name}.py").read_text(encoding="utf-8")
-    return ast.get_docstring(ast.parse(code)) or ""
-
-
-def _help(name: str) -> int:
-    """Prints the help of a command that is otherwise launched."""
-    before, sys.argv = sys.argv, [f"{PROG} {name}", "--help"]
-    try:
-        import_module(f"{COMMANDS}.{name}").main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = before
-    return 0
+        commands.add_parser(name, help=purpose)
+    if words[0].startswith("-"):
+        parser.parse_args(words)
+    near = nearest(words[0], commands.choices)
+    hint = f" Is it meant to be {' or '.join(near)}?" if near else ""
+    parser.error(f"there is no command {words[0]!r}; there are {', '.join(commands.choices)}.{hint}")

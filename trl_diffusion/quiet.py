@@ -1,28 +1,72 @@
-"""What commands do not show: remarks of libraries about what their user neither chose nor can change."""
+"""What runs do not show: remarks of libraries about what their user neither chose nor can change."""
 
 from __future__ import annotations
 
 import logging
 import re
+import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 
 # They say on import that kernels for weights of 4 bits are missing, and on a launch which options were left out.
 LOGGERS = ("bitsandbytes.backends.cpu.ops", "accelerate.commands.launch")
 # They say which names of theirs TRL should use instead of others.
 MODULES = ("transformers.training_args", "transformers.modeling_utils")
-# It says on import that there is no GPU, which the name of its logger alone does not tell from its warnings about a run.
-DEEPSPEED, NO_GPU = "DeepSpeed", "Setting accelerator to CPU."
+# Single remarks of loggers whose other warnings are shown, as patterns: DeepSpeed says on import that there is no GPU, and the
+# launcher of several processes repeats at their end what Ctrl-C or their own line of error has said.
+REMARKS = {
+    "DeepSpeed": r"Setting accelerator to CPU\.",
+    "torch.distributed.elastic.agent.server.api": r"Received (2|\S*SIGINT) death signal",
+    "torch.distributed.elastic.multiprocessing.api": r"Sending process \d+ closing signal|failed \(exitcode: (2|130)\)",
+}
+SLOW = 10.0  # seconds after which loading or saving a model shows its progress
 
 
 def hush() -> None:
     """Hides these remarks, in this process. Errors are shown."""
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger(DEEPSPEED).addFilter(_is_about_the_run)
+    for name, remark in REMARKS.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(one, _Without) for one in logger.filters):
+            logger.addFilter(_Without(remark))
     for name in MODULES:
         warnings.filterwarnings("ignore", category=FutureWarning, module=re.escape(name))
 
 
-def _is_about_the_run(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(NO_GPU)
+def hush_commands() -> None:
+    """
+    What commands do as well, when they have imported what they need: progress bars of loading and of saving appear only if that
+    takes long, and warnings are lines that begin with "warning:", which do not break a progress bar.
+    """
+    from transformers.utils.logging import set_tqdm_hook
+
+    set_tqdm_hook(_later)
+    logging.lastResort = _Lines(logging.WARNING)
+
+
+def _later(make: Callable[..., Any], arguments: tuple, options: dict[str, Any]) -> Any:
+    return make(*arguments, **{"delay": SLOW, **options})
+
+
+class _Without(logging.Filter):
+    """Leaves out messages that begin with a pattern."""
+
+    def __init__(self, remark: str):
+        super().__init__()
+        self.remark = re.compile(remark)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self.remark.match(record.getMessage())
+
+
+class _Lines(logging.Handler):
+    """Writes a record as one line to stderr, above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        text = re.sub(r"^\[RANK 0\] ", "", record.getMessage())
+        tqdm.write(f"{record.levelname.lower()}: {' '.join(text.split())}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
 
+from . import __version__
 from .names import check_words, other_names
 
 
@@ -56,10 +59,6 @@ def _is_control(one: str) -> bool:
 
 def _spelled(one: str) -> str:
     return one.encode("unicode_escape").decode()
-
-
-# Of the scripts in recipes/, whose hundreds of options argparse would print before a line about one of them.
-USAGE = "%(prog)s [--config FILE] [--OPTION VALUE ...], all options: %(prog)s --help"
 
 
 @contextmanager
@@ -333,6 +332,12 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes a text file that is there whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package, of Python, and of the libraries that figures of a run depend on."""
+    found = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")}
+    return {"trl_diffusion": __version__, "python": platform.python_version(), **found}
 
 
 def processes() -> PartialState:

@@ -134,7 +134,7 @@ def test_defaults_are_the_same_everywhere():
 @pytest.mark.parametrize("command", ["train", "collect", "generate"])
 def test_help_explains_every_setting(command, capsys):
     with pytest.raises(SystemExit):
-        raise SystemExit(main([command, "--help"]))
+        raise SystemExit(main([command, "--help-all"]))
     text = " ".join(capsys.readouterr().out.split())
     for setting in fields(RolloutSettings):
         help_text = setting.metadata["help"].replace("%%", "%")
@@ -144,7 +144,7 @@ def test_help_explains_every_setting(command, capsys):
 
 def test_help_of_evaluate_names_every_setting(capsys):
     with pytest.raises(SystemExit):
-        raise SystemExit(main(["evaluate", "--help"]))
+        raise SystemExit(main(["evaluate", "--help-all"]))
     text = " ".join(capsys.readouterr().out.split())
     assert all(f" {setting.name}" in text for setting in fields(DecodingConfig))
 

@@ -105,7 +105,7 @@ def engine_runs(tmp_path_factory, scenarios_of):
                 done.write_text("failed")  # until it has not
                 shipped = "zero3" if engine == "deepspeed" else engine
                 code, output = launch(shipped, directory, scenarios_of(engine, directory))
-                assert all((directory / f"finished_{rank}").exists() for rank in (0, 1)), output[-5000:]
+                assert all((directory / f"finished_{rank}").exists() for rank in (0, 1)), output[-20000:]
                 done.write_text(f"{code}")
         assert done.read_text() != "failed", f"the launch with {engine} has failed"
         return directory

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shlex
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,16 +15,20 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, ModelConfig
 
 from tests.conftest import SPECS
 from tests.viz.test_viewer import make_batch, write_dataset
-from trl_diffusion import DecodingConfig, DTRPOConfig, __version__, generate, tiny_policy_path
+from trl_diffusion import DecodingConfig, __version__, generate, tiny_policy_path
 from trl_diffusion.cli import EXAMPLES, main
-from trl_diffusion.commands import plan
+from trl_diffusion.commands import collect, evaluate, plan, train
+from trl_diffusion.commands.collect import OPENING
+from trl_diffusion.decoding.options import OLD_NAMES
+from trl_diffusion.trainer.config import is_refused
 
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = {"train": ["task", "eval_file"], "collect": ["num_responses", "output_dir"], "evaluate": ["tasks", "decoding"]}
+OWN = ("train", "collect", "evaluate")
 
 
 @pytest.fixture
@@ -31,11 +36,12 @@ def started(monkeypatch):
     """What `accelerate launch` is told by the commands that this process would become."""
     found = []
 
-    def execv(program, words):
+    def execve(program, words, environment):
         assert program == words[0] == sys.executable and words[1:3] == ["-m", "trl_diffusion.commands.launch"]
         found.append(launch_command_parser().parse_args(words[3:]))
+        found[-1].typed = environment["TRL_DIFFUSION_COMMAND"]
 
-    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "execve", execve)
     return found
 
 
@@ -63,21 +69,41 @@ def test_help_names_every_command(capsys):
     text = says(capsys)
     assert text == says(capsys, "--help")
     assert re.findall(r"^    (\w+) +\w", text, re.MULTILINE) == [
-        "train", "collect", "evaluate", "iterate", "generate", "plan", "view"
+        "train", "collect", "evaluate", "iterate", "generate", "plan", "view", "completion"
     ]  # fmt: skip
     assert says(capsys, "--version").split() == ["trl-diffusion", __version__]
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_help_of_a_recipe(name, capsys):
-    text = says(capsys, name, "--help")
-    assert f"    trl-diffusion {name}" in text
-    options = {"accelerate_config", "num_processes", *OWN[name]}
-    if name == "train":
-        options |= {"config"} | {field.name for field in dataclasses.fields(DTRPOConfig) if field.init} - {
-            "deepspeed_plugin"
-        }
-    assert not {option for option in options if f"--{option}" not in text}
+KINDS = {"train": train.KINDS, "collect": collect.KINDS, "evaluate": evaluate.KINDS}
+
+
+def listed(text: str) -> set[str]:
+    """The options that a help lists."""
+    return set(re.findall(r"^  --(\w+)", text, re.MULTILINE)) - {"help", "help_all"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_help_of_a_recipe(name, capsys, monkeypatch):
+    """`--help` lists all options of ours and the most needed of the inherited ones, `--help-all` all that are not refused."""
+    monkeypatch.setenv("COLUMNS", "120")
+    short, full = says(capsys, name, "--help"), says(capsys, name, "--help-all")
+    assert f"    trl-diffusion {name}" in short
+    known = {field.name for kind in KINDS[name] for field in dataclasses.fields(kind) if field.init}
+    inherited = {field.name for kind in (GRPOConfig, ModelConfig) for field in dataclasses.fields(kind)}
+    model = {field.name for field in dataclasses.fields(ModelConfig)}
+    refused = {option for option in known if is_refused(option)} if name == "train" else model & known - set(OPENING)
+    taken = {"config", "accelerate_config", "num_processes", *known} - {*OLD_NAMES, *refused}
+    assert taken - inherited <= listed(short) <= taken
+    assert taken <= listed(full) and not listed(full) & {*OLD_NAMES, *refused}
+    assert len(short.splitlines()) < 170
+    left_out = re.search(r"--help-all lists (\d+) more options", short)
+    assert (int(left_out[1]) if left_out else 0) == len(taken - listed(short))
+
+
+def test_help_shows_the_defaults_of_a_recipe(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert re.search(r"--max_steps N .*\(default: 60\)", says(capsys, "train", "--help"))
+    assert re.search(r"--max_steps N .*\(default: 500\)", says(capsys, "train", "--config", "llada", "--help"))
 
 
 @pytest.mark.parametrize(
@@ -86,23 +112,66 @@ def test_help_of_a_recipe(name, capsys):
         ("generate", ["--chat", "--adapter", *(f"--{field.name}" for field in dataclasses.fields(DecodingConfig))]),
         ("plan", ["--gpus", "--memory", "--config", "--prompts", "--epochs", "--answer_length", "--tflops", "--bandwidth"]),
         ("view", ["--response", "--output", "--tokenizer"]),
+        ("iterate", ["--rounds", "--config", "--accelerate_config"]),
     ],
 )  # fmt: skip
-def test_help_of_the_others(name, options, capsys):
+def test_help_of_the_others(name, options, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     text = says(capsys, name, "--help")
     assert f"    trl-diffusion {name} " in text and "python -m" not in text
     assert not [option for option in options if f"  {option}" not in text]
+    assert len(text.splitlines()) < 80
+
+
+UNKNOWN = [
+    (["train", "--learning_rat", "1"], "there is no option --learning_rat; .* Is it meant to be --learning_rate?"),
+    (["train", "--max_comp", "8"], "there is no option --max_comp; .* Is it meant to be --max_completion_length?"),
+    (
+        ["train", "--accelerate_confg=zero3"],
+        "there is no option --accelerate_confg; .* Is it meant to be --accelerate_config?",
+    ),
+    (["collect", "--num_respons", "4"], "there is no option --num_respons; .* Is it meant to be --num_responses?"),
+    (["evaluate", "--task", "sudoku"], "There is no option --task here; it is called --tasks"),
+    (
+        ["evaluate", "--xyzzy"],
+        "there is no option --xyzzy; `trl-diffusion evaluate --help-all` lists those that there are.\n$",
+    ),
+    (["generate", "x", "--max_new", "8"], "there is no option --max_new; .* Is it meant to be --max_new_tokens?"),
+    (["plan", "x", "--gpu", "8"], "there is no option --gpu; .* Is it meant to be --gpus?"),
+    (["view", "x", "0", "--resp", "1"], "there is no option --resp; .* Is it meant to be --response?"),
+    (["iterate", "--round", "2"], "there is no option --round; .* Is it meant to be --rounds?"),
+    (["completion", "bash", "--shell"], "there is no option --shell; `trl-diffusion completion --help-all` lists"),
+    (["generate", "x", "y"], "'y' is no argument of `trl-diffusion generate`"),
+    (["--versio"], "there is no option --versio; .* Is it meant to be --version?"),
+    (["tarin"], "there is no command 'tarin'; there are train, collect, .*, completion. Is it meant to be train?"),
+    (["eval", "--tasks", "x"], "there is no command 'eval'; .* Is it meant to be evaluate?"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), UNKNOWN)
+def test_options_are_not_abbreviated(words, message, capsys):
+    """An unknown option or command is answered with the nearest one, in one line, by every command."""
+    launched = {"train": train, "collect": collect, "evaluate": evaluate}.get(words[0])
+    if launched is None:
+        line = complains(capsys, *words)
+    else:  # as `accelerate launch` starts it
+        with pytest.raises(SystemExit) as end:
+            launched.main(words[1:])
+        assert end.value.code == 2
+        line = capsys.readouterr().err
+    assert len(line.splitlines()) == 1 and re.match(f"error: {message.replace('?', '[?]')}", line), line
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tarin"], "invalid choice: 'tarin'.*train.*collect.*evaluate.*generate.*plan.*view"),
         (["train", "--config", "lama"], "--config: there is no file lama, .*llada, llada_24gb"),
         (["plan", "x", "--config", "lama"], "--config: there is no file lama"),
         (["collect", "--accelerate_config", "zero4"], "--accelerate_config: there is no file zero4, .*zero2, zero3"),
         (["evaluate", "--num_processes", "two"], "--num_processes: must be a whole number of at least 1, got 'two'"),
         (["collect", "--num_processes", "0"], "--num_processes: must be a whole number of at least 1, got '0'"),
+        (["view", "x"], "error: There is no directory x"),
+        (["plan", "x", "--gpus", "two\x1b[2J"], r"error: argument --gpus: invalid int value: 'two\\x1b\[2J'"),
         (["generate", ""], "error: The prompt is empty"),
         (["generate", "x", "--chat"], "error: --chat: the tokenizer has no chat template"),
         (["generate", "x", "--temperature", "-1"], "error: .*temperature"),
@@ -111,7 +180,8 @@ def test_help_of_the_others(name, options, capsys):
     ],
 )
 def test_mistakes(words, message, capsys, started):
-    assert re.search(message, complains(capsys, *words), re.DOTALL)
+    line = complains(capsys, *words)
+    assert re.search(message, line) and len(line.splitlines()) == 1
     assert not started
 
 
@@ -119,6 +189,7 @@ def test_a_recipe_is_started(started, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["train", "--learning_rate", "1e-3", "--config", "tiny_countdown", "--use_peft"])
     (launch,) = started
+    assert launch.typed == "trl-diffusion train --learning_rate 1e-3 --config tiny_countdown --use_peft"
     assert launch.module and launch.config_file is None and launch.num_processes is None
     config, path, *rest = launch.training_script_args
     assert config == "--config" and rest == ["--learning_rate", "1e-3", "--use_peft"]
@@ -171,12 +242,11 @@ def test_generate(capsys, monkeypatch):
 def test_plan_with_a_recipe(monkeypatch):
     """What the plan is told; it runs in `tests/test_packaging.py`."""
     told = []
-    monkeypatch.setattr(plan, "main", lambda arguments: told.append(arguments) or 0)
+    monkeypatch.setattr(plan, "_run", told.append)
     assert main(["plan", "MODEL", "--gpus", "1", "--config", "tiny_sudoku"]) == 0
     assert main(["plan", "MODEL"]) == 0
-    (option, path, *rest), plain = told
-    assert option == "--config" and Path(path).samefile(ROOT / "recipes" / "tiny_sudoku.yaml")
-    assert rest == ["MODEL", "--gpus", "1"] and plain == ["MODEL"]
+    assert Path(told[0].config).samefile(ROOT / "recipes" / "tiny_sudoku.yaml")
+    assert told[0].gpus == 1 and told[1].config is None
 
 
 def test_view(capsys, tmp_path):
@@ -186,3 +256,29 @@ def test_view(capsys, tmp_path):
     page = tmp_path / "page.html"
     text = says(capsys, "view", str(tmp_path / "data"), "1", "--response", "1", "--output", str(page))
     assert text.startswith(f"{page}\n") and "<table" in page.read_text()
+
+
+def test_completion(capsys):
+    """A script of bash, asked as bash asks it: commands, options in full, choices, and no option that is refused."""
+    pytest.importorskip("shtab", reason="needs the extra `completion`")
+    script = says(capsys, "completion", "bash")
+
+    def complete(*words: str) -> list[str]:
+        typed = " ".join(map(shlex.quote, ("trl-diffusion", *words)))
+        ask = f'COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _shtab_trl_diffusion; printf "%s\n" "${{COMPREPLY[@]}}"'
+        bash = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True, cwd=ROOT)
+        return bash.stdout.split()
+
+    assert complete("ge") == ["generate"]
+    assert complete("train", "--accelerate") == ["--accelerate_config"]
+    assert {"--use_peft", "--use_cpu"} <= set(complete("train", "--use_")) and "--use_vllm" not in complete(
+        "train", "--use_"
+    )
+    assert complete("train", "--task", "") == ["countdown", "gsm8k", "sparse_sudoku", "sudoku", "preferences"]
+    assert complete("plan", "x", "--config", "reci") == ["recipes"]
+    assert "completion" in complete("")
+
+
+def test_completion_without_its_library(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "pip install 'trl-diffusion[completion]'" in complains(capsys, "completion", "bash")

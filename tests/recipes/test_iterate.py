@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import fields
 
 import pytest
@@ -80,7 +81,7 @@ def test_rounds_may_train_on_earlier_collections(tmp_path):
     assert last[at + 1 : at + 3] == [str(rounds.directory(number) / "trajectories") for number in (2, 3)]
     script, training, _ = parse([*last, "--config", "recipes/tiny_sudoku.yaml"])
     assert script.trajectories == last[at + 1 : at + 3]
-    assert training.max_steps == 1 and training.resume_from_checkpoint == "true"
+    assert training.max_steps == 1
 
 
 @pytest.mark.parametrize("fail_at", range(1, 7))
@@ -97,6 +98,16 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, fail_at):
     done = [name for name, _ in first.calls + second.calls]
     assert done.count("train") == 3 and 3 <= done.count("collect") <= 4
     assert run(make(tmp_path), Commands(1)) == results
+
+
+def test_a_round_goes_on_from_a_checkpoint_if_it_was_interrupted(tmp_path):
+    """It does not ask for one in a round that begins, which would be answered with a warning."""
+    rounds = make(tmp_path)
+    _, training, _ = parse(_arguments(rounds.train_options(2)))
+    assert training.resume_from_checkpoint is None
+    (rounds.directory(2) / "policy" / "checkpoint-10").mkdir(parents=True)
+    _, training, _ = parse(_arguments(rounds.train_options(2)))
+    assert training.resume_from_checkpoint == "true"
 
 
 def test_a_run_keeps_its_options_but_may_get_more_rounds(tmp_path):
@@ -155,7 +166,7 @@ def test_two_rounds_for_real(tmp_path, monkeypatch, capsys):
         "disable_tqdm: true}\n"
     )
 
-    def start(command, check):
+    def start(command, check, env):
         at = command.index("--module")
         module = {"collect": collect, "train": train}[command[at + 1].rsplit(".", 1)[1]]
         monkeypatch.setattr("sys.argv", ["command", *command[at + 2 :]])
@@ -164,12 +175,20 @@ def test_two_rounds_for_real(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(iterate.subprocess, "run", start)
     arguments = ["--config", str(config), "--output_dir", str(tmp_path / "run"), "--rounds", "2"]
     assert main(arguments) == 0
-    assert "round    before     after" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "round    before     after" in out
+    told = [line.strip() for line in out.splitlines()[-3:]]
+    assert (
+        told[0] == "Next:" and told[1].startswith("trl-diffusion generate 'sudoku ") and "/round_2/policy " in told[1]
+    )
+    assert told[2] == shlex.join(["trl-diffusion", "iterate", *arguments[:-1], "4"])
     plans = [
         json.loads((tmp_path / "run" / f"round_{number}" / "trajectories" / "collection.json").read_text())
         for number in (1, 2)
     ]
     assert plans[0]["policy_fingerprint"] != plans[1]["policy_fingerprint"]
     assert plans[0]["prompts_fingerprint"] != plans[1]["prompts_fingerprint"]
-    results = json.loads((tmp_path / "run" / "results.json").read_text())["rounds"]
+    whole = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = whole["rounds"]
     assert [row["round"] for row in results] == [1, 2]
+    assert whole["command"] == shlex.join(["trl-diffusion", "iterate", *arguments]) and whole["versions"]["torch"]

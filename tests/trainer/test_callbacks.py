@@ -6,12 +6,64 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from trl import LogCompletionsCallback, WeaveCallback
 
 from tests.trainer.conftest import make_dataset
-from trl_diffusion.trainer.callbacks import TrajectoryCallback
+from trl_diffusion.trainer.callbacks import RewardProgressCallback, TrajectoryCallback
 from trl_diffusion.trajectories.trajectory import TrajectoryBatch
+
+
+class NotebookBar(ProgressCallback):
+    """A bar of another kind."""
+
+
+def bars(trainer) -> list[type]:
+    return [type(one) for one in trainer.callback_handler.callbacks if isinstance(one, ProgressCallback)]
+
+
+def test_the_bar_shows_the_rewards(make_trainer, capsys):
+    """In Python as on the command line: rewards on the bar, an evaluation as a line above it, and no table of all metrics."""
+    assert bars(make_trainer(disable_tqdm=True)) == []
+    trainer = make_trainer(
+        disable_tqdm=False, max_steps=2, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=4,
+        kwargs={"eval_dataset": make_dataset(1), "callbacks": [NotebookBar()]},
+    )  # fmt: skip
+    assert sorted(kind.__name__ for kind in bars(trainer)) == ["NotebookBar", "RewardProgressCallback"]
+    trainer.remove_callback(NotebookBar)
+    trainer.train()
+    out, err = capsys.readouterr()
+    logs = [entry for entry in trainer.state.log_history if "rewards/codes/mean" in entry]
+    assert ["2/2 [" in line for line in err.split("\r") if f"codes={logs[-1]['rewards/codes/mean']:.3f}" in line][-1]
+    (measured,) = [entry for entry in trainer.state.log_history if "eval_rewards/codes/mean" in entry]
+    line = next(line for line in out.splitlines() if "Evaluation" in line)
+    assert line.endswith(
+        f"Evaluation after 2 updates: loss {measured['eval_loss']:.4g}, reward {measured['eval_reward']:.4g}, "
+        f"codes {measured['eval_rewards/codes/mean']:.4g}"
+    )
+    assert "grad_norm" not in out + err and "throughput" not in out + err
+
+
+def test_the_bar_shows_the_order_of_pairs():
+    """With the pairwise loss the bar has the share of pairs in the right order; what was not measured is left out."""
+    shown, written = [], []
+    callback = RewardProgressCallback()
+    callback.training_bar = SimpleNamespace(set_postfix=shown.append, write=written.append)
+    logs = {
+        "loss": 0.5,
+        "rewards/accuracies": 0.75,
+        "rewards/chosen": -1.0,
+        "rewards/f/mean": None,
+        "rewards/f/std": 0.1,
+    }
+    main, other = (SimpleNamespace(is_world_process_zero=first, global_step=3) for first in (True, False))
+    callback.on_log(None, main, None, logs=logs)
+    callback.on_log(None, other, None, logs=logs)
+    callback.on_log(None, main, None, logs={"train_runtime": 3.0})
+    callback.on_log(
+        None, main, None, logs={"eval_sudoku_solved": 0.5, "eval_runtime": 3.0, "eval_completions/mean_length": 9.0}
+    )
+    assert shown == [{"accuracies": "0.750"}] and written == ["Evaluation after 3 updates: sudoku_solved 0.5"]
 
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from transformers import TrainingArguments
 from trl import GRPOConfig, ModelConfig, TrlParser
 
@@ -109,3 +110,10 @@ def test_parser_reads_yaml_and_the_command_line(tmp_path):
     parser = TrlParser((DTRPOConfig, ModelConfig))
     config, _ = parser.parse_args_and_config(["--config", str(path), "--tokens_per_step", "2"])
     assert config.tokens_per_step == 2 and config.diffusion_spec == spec
+
+
+def test_memory_is_pinned_only_for_an_accelerator(monkeypatch, tmp_path):
+    """torch warns at every run on a CPU otherwise, which is TRL's default and not the user's choice."""
+    for there in (False, True):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
+        assert DTRPOConfig(str(tmp_path), bf16=False).dataloader_pin_memory == there

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
+import transformers
 
+from tests.conftest import make_policy
 from tests.offline.conftest import collection, start  # noqa: F401
 from tests.trainer.conftest import make_dataset, record
 from trl_diffusion import load_trajectories
@@ -102,6 +104,30 @@ def test_train_loss_is_that_of_this_call(make_trainer, start, tmp_path):  # noqa
     assert entry == pytest.approx(sum(losses[:3]) / 3, rel=1e-5, abs=1e-6)
     # Older versions of transformers divide by all steps of the run.
     assert any(mean * steps == pytest.approx(losses[2] + losses[3], rel=1e-4, abs=1e-5) for steps in (2, 4))
+
+
+def test_tied_weights_are_not_missing(make_trainer, char_spec, tokenizer, monkeypatch):
+    """A weight that is tied to a loaded one is in the checkpoint under the other's name. One that is really missing is named."""
+    said = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", said.append)
+    head, norm, embedding = "lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"
+    for tied in (True, False):
+        policy = make_policy(char_spec, vocab_size=len(tokenizer), tie_word_embeddings=tied)
+        trainer = make_trainer(policy)
+        whole = policy.state_dict()
+
+        def load(*names, trainer=trainer, policy=policy, whole=whole, **more) -> list[str]:
+            said.clear()
+            weights = {name: weight for name, weight in whole.items() if name not in names} | more
+            trainer._issue_warnings_after_load(policy.load_state_dict(weights, strict=False))
+            return list(said)
+
+        message = "There were missing keys in the checkpoint model loaded: {}."
+        assert load() == []
+        assert load(head) == ([] if tied else [message.format([head])])
+        assert load(head, norm) == [message.format([norm] if tied else [norm, head])]
+        assert load(head, embedding) == [message.format([embedding, head])]
+        assert load(x=whole[norm]) == ["There were unexpected keys in the checkpoint model loaded: ['x']."]
 
 
 def test_later_checkpoints_do_not_count_once_a_run_goes_back(make_trainer, start, tmp_path):  # noqa: F811

@@ -14,23 +14,31 @@ from tests.events import events_of, moments, replayed_logps
 from tests.offline.conftest import run_collect
 from tests.scoring.test_revision import check_draw
 from tests.trainer.conftest import make_dataset, per_row_inputs, record, slice_rows
-from trl_diffusion import DecodingConfig, DiffusionSpec, load_trajectories
+from trl_diffusion import DecodingConfig, load_trajectories
 from trl_diffusion.scoring.estimators import EstimatorConfig
 from trl_diffusion.trainer.batches import trajectories_of
 
 
 WAYS = {
-    "erasing": {"revision": "confidence", "revision_threshold": 0.4, "tokens_per_step": 2, "revision_max": 2},
+    "erasing": {"revision": "confidence", "revision_threshold": 0.05, "tokens_per_step": 2, "revision_max": 2},
     "editing": {"revision": "edit", "edit_threshold": 0.2, "steps_per_block": 5, "revision_limit": 3, "tokens_per_step": 1},
 }  # fmt: skip
 KINDS = ("block", "full")
 
 
-@pytest.fixture(params=KINDS)
-def revising_spec(request, char_spec) -> DiffusionSpec:
-    if request.param == "block":
-        return char_spec.replace(predicts_visible_tokens=True)
-    return char_spec.replace(attention="full", block_origin="response", predicts_visible_tokens=True)
+@pytest.fixture(scope="session", params=KINDS)
+def policies(request, tmp_path_factory, tokenizer, char_spec) -> tuple[str, str]:
+    """Two policies on disk."""
+    spec = char_spec.replace(predicts_visible_tokens=True)
+    if request.param == "full":
+        spec = spec.replace(attention="full", block_origin="response")
+    found = []
+    for seed in (0, 7):
+        found.append(tmp_path_factory.mktemp(f"revising-{request.param}-{seed}"))
+        policy = make_policy(spec, seed=seed, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+        policy.save_pretrained(found[-1])
+        tokenizer.save_pretrained(found[-1])
+    return str(found[0]), str(found[1])
 
 
 @pytest.fixture(params=WAYS)
@@ -39,13 +47,11 @@ def way(request) -> dict:
 
 
 @pytest.fixture
-def ready(make_trainer, revising_spec):
+def ready(make_trainer, policies):
     """A trainer with one batch of 8 responses, and a policy that has moved away from them and from the reference."""
 
     def build(**options):
-        trainer = make_trainer(
-            spec=revising_spec, per_device_train_batch_size=8, beta=0.05, max_completion_length=14, **options
-        )
+        trainer = make_trainer(policies[0], per_device_train_batch_size=8, beta=0.05, **options)
         inputs = per_row_inputs(trainer)
         trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
         disturb(trainer.model)
@@ -88,7 +94,7 @@ def test_the_loss_is_that_of_the_event_log(ready, way, estimator):
     ratio, advantages = (logps - recorded).exp(), inputs["advantages"][:, None]
     losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
     kl = (reference - logps).exp() - (reference - logps) - 1
-    expected = ((losses + 0.05 * kl) * weights).sum() / written.sum()
+    expected = ((losses + 0.05 * kl * ratio) * weights).sum() / written.sum()  # use_bias_correction_kl
     trainer.model.zero_grad()
     expected.backward()
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
@@ -141,12 +147,17 @@ def logs_of(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_online_training(make_trainer, revising_spec, way):
+def test_online_training(make_trainer, policies, way):
     """The rollout's own scores are those that the next pass finds, and the figures are those of the event log."""
     trainer = make_trainer(
-        spec=revising_spec, per_device_train_batch_size=8, beta=0.05, max_steps=3, estimator_check_steps=1,
-        estimator_check_size=2, max_completion_length=14, **way,
-    )  # fmt: skip
+        policies[0],
+        per_device_train_batch_size=8,
+        beta=0.05,
+        max_steps=3,
+        estimator_check_steps=1,
+        estimator_check_size=2,
+        **way,
+    )
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     logs = logs_of(trainer)
@@ -166,33 +177,26 @@ def test_online_training(make_trainer, revising_spec, way):
 # ------------------------------------------------------------------------------------------------------------- offline
 
 
-@pytest.fixture(scope="session", params=KINDS)
-def stored(request, tmp_path_factory, tokenizer, char_spec):
-    """A policy on disk, and a collection of its responses."""
-    spec = char_spec.replace(predicts_visible_tokens=True)
-    if request.param == "full":
-        spec = spec.replace(attention="full", block_origin="response")
-    directory = tmp_path_factory.mktemp(f"revising-{request.param}")
-    policy = make_policy(spec, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
-    policy.save_pretrained(directory / "policy")
-    tokenizer.save_pretrained(directory / "policy")
+@pytest.fixture(scope="session")
+def stored(policies, tmp_path_factory, tokenizer):
+    """A collection of responses of the first policy."""
+    directory = tmp_path_factory.mktemp("revised") / "run"
     decoding = DecodingConfig(14, 1.0, **WAYS["erasing"])
-    path = run_collect(directory / "policy", directory / "run", tokenizer, decoding=decoding)
-    other = make_policy(spec, seed=7, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
-    other.save_pretrained(directory / "other")
-    return str(directory / "policy"), str(directory / "other"), load_trajectories(path)
+    return load_trajectories(run_collect(policies[0], directory, tokenizer, decoding=decoding))
 
 
-OFFLINE = {"max_completion_length": 14, "reward_funcs": None, "optim": "sgd", **WAYS["erasing"]}
+OFFLINE = {"reward_funcs": None, "optim": "sgd", **WAYS["erasing"]}
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dpo"])
-def test_offline_training(make_trainer, stored, loss_type, monkeypatch):
+def test_offline_training(make_trainer, policies, stored, loss_type, monkeypatch):
     """Recorded scores are those of the old policy and of the reference: no pass without a gradient, and the same losses as with
     the reference's own passes."""
-    start, _, dataset = stored
-    options = {**OFFLINE, "dataset": dataset, "loss_type": loss_type, "beta": 0.1, "max_steps": 3}
-    recorded, counts = make_trainer(start, **options), {True: 0, False: 0}
+    options = {
+        **OFFLINE, "dataset": stored.select(range(6)), "loss_type": loss_type, "beta": 0.1, "max_steps": 3,
+        "kwargs": {"eval_dataset": stored.select(range(6, 10))}, "per_device_eval_batch_size": 4,
+    }  # fmt: skip
+    recorded, counts = make_trainer(policies[0], **options), {True: 0, False: 0}
     assert recorded.ref_model is None
 
     def count(module, args):
@@ -204,23 +208,25 @@ def test_offline_training(make_trainer, stored, loss_type, monkeypatch):
     logs = logs_of(recorded)
     assert logs[0]["diffusion/recorded_gap/max"] < ROUNDING and logs[0]["kl"] < 1e-6 < logs[-1]["kl"]
     assert logs[0]["diffusion/taken_back"] > 0
+    evaluation = recorded.evaluate()
     monkeypatch.setattr("trl_diffusion.trainer.data.fingerprint_policy", lambda model: "somebody else")
-    scored = make_trainer(start, **options)
+    scored = make_trainer(policies[0], **options)
     assert scored.ref_model is not None
     scored.train()
+    for name in ("eval_loss", "eval_kl", "eval_diffusion/taken_back"):
+        assert evaluation[name] == close_to(scored.evaluate()[name])
     for a, b in zip(logs, logs_of(scored), strict=True):
         assert a["loss"] == close_to(b["loss"]) and a["kl"] == close_to(b["kl"])
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dpo"])
-def test_a_precomputed_reference(make_trainer, stored, loss_type):
+def test_a_precomputed_reference(make_trainer, policies, stored, loss_type):
     """Rows have different numbers of writes, and are put together in other batches than those of the passes before training."""
-    _, other, dataset = stored
     options = {
-        **OFFLINE, "dataset": dataset.select(range(6)), "loss_type": loss_type, "beta": 0.1, "max_steps": 5,
+        **OFFLINE, "dataset": stored.select(range(6)), "loss_type": loss_type, "beta": 0.1, "max_steps": 5,
         "per_device_train_batch_size": 8, "num_iterations": 2, "learning_rate": 1e-3,
     }  # fmt: skip
-    plain, early = (make_trainer(other, precompute_ref_log_probs=value, **options) for value in (False, True))
+    plain, early = (make_trainer(policies[1], precompute_ref_log_probs=value, **options) for value in (False, True))
     plain.train()
     early.train()
     assert early.ref_model is None
@@ -231,22 +237,20 @@ def test_a_precomputed_reference(make_trainer, stored, loss_type):
     assert len(widths) > 1
 
 
-def test_stored_settings_and_those_of_the_run(make_trainer, stored):
+def test_stored_settings_and_those_of_the_run(make_trainer, policies, stored):
     """What was taken back is in the data: a run needs no setting for it."""
-    start, _, dataset = stored
-    options = {**OFFLINE, "dataset": dataset, "max_steps": 1}
+    options = {**OFFLINE, "dataset": stored, "max_steps": 1}
     same = {name: value for name, value in options.items() if not name.startswith("revision")}
     losses = []
     for one in (options, same):
-        trainer = make_trainer(start, **one)
+        trainer = make_trainer(policies[0], **one)
         trainer.train()
         losses.append(logs_of(trainer)[0]["loss"])
     assert losses[0] == losses[1]
 
 
-def test_a_damaged_row_is_refused(make_trainer, stored, char_spec, tmp_path):
-    start, _, dataset = stored
-    rows = copy.deepcopy(dataset.to_list())
+def test_a_damaged_row_is_refused(make_trainer, policies, stored, char_spec, tmp_path):
+    rows = copy.deepcopy(stored.to_list())
     erasures = [
         (response, place)
         for response, tokens in enumerate(rows[2]["event_tokens"])
@@ -259,7 +263,9 @@ def test_a_damaged_row_is_refused(make_trainer, stored, char_spec, tmp_path):
     for name in ("event_steps", "event_positions", "event_tokens", "event_logps"):
         rows[2][name][response].pop(first)
     with pytest.raises(ValueError, match=rf"train_dataset.*Row 2, column `event_.*`, response {response}: ") as error:
-        make_trainer(start, **{**OFFLINE, "dataset": Dataset.from_list(rows), "output_dir": str(tmp_path / "out")})
+        make_trainer(
+            policies[0], **{**OFFLINE, "dataset": Dataset.from_list(rows), "output_dir": str(tmp_path / "out")}
+        )
     assert "erases position" in str(error.value) or "count from 0" in str(error.value)
 
 
@@ -267,19 +273,18 @@ def test_a_damaged_row_is_refused(make_trainer, stored, char_spec, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["online", "offline"])
-def test_resuming_in_the_middle_of_a_rollout(make_trainer, stored, tmp_path, source):
+def test_resuming_in_the_middle_of_a_rollout(make_trainer, policies, stored, tmp_path, source):
     """The same draws, losses and weights as without an interruption, to the bit."""
-    start, _, dataset = stored
     options = {
         **OFFLINE, "per_device_train_batch_size": 8, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 6,
-        "save_strategy": "steps", "save_steps": 3, "beta": 0.05, "output_dir": str(tmp_path), "dataset": dataset.select(range(6)),
+        "save_strategy": "steps", "save_steps": 3, "beta": 0.05, "output_dir": str(tmp_path), "dataset": stored.select(range(6)),
     }  # fmt: skip
     if source == "online":
         options |= {"dataset": make_dataset(6)}
         del options["reward_funcs"]
     runs = []
     for resume in (None, str(tmp_path / "checkpoint-3")):
-        trainer = make_trainer(start, **options)
+        trainer = make_trainer(policies[0], **options)
         draws = record(trainer)
         torch.manual_seed(7 + len(runs))  # another process has another random state
         trainer.train(resume_from_checkpoint=resume)

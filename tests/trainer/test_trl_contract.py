@@ -35,6 +35,8 @@ RESUMING = {
     ],
     "_save_rng_state": ["self", "output_dir"],
     "_save_checkpoint": ["self", "model", "trial"],
+    # Tied weights, which a checkpoint has under one name.
+    "_issue_warnings_after_load": ["self", "load_result"],
     # A family's own weight names.
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_load_best_model": ["self"],

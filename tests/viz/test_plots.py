@@ -134,7 +134,9 @@ def test_a_token_that_is_taken_back_is_struck_out_and_gone(answer, tokenizer, dr
     plot_trajectory(batch, SPECS["full"], tokenizer, tmp_path / "one.png")
     axes = drawn[0].axes[0]
     texts = cells(axes)
-    shown = [[texts[line, place].get_text() if (line, place) in texts else "" for place in range(3)] for line in range(4)]
+    shown = [
+        [texts[line, place].get_text() if (line, place) in texts else "" for place in range(3)] for line in range(4)
+    ]
     assert shown == [["3", "2", "4"], ["3", "2", "4"], ["3", "", "4"], ["3", "1", "4"]]
     bold = {place for place, text in texts.items() if text.get_weight() == "bold"}
     assert bold == {(0, 0), (0, 1), (0, 2), (2, 2), (3, 1)}
@@ -163,7 +165,9 @@ def test_a_long_response_is_drawn_in_part(answer, tokenizer, drawn, tmp_path):
     assert [int(label.get_text()) for label in axes.get_yticklabels()] == [step + 1 for step in sorted(set(steps))]
     assert axes.get_xlabel() == f"position in the response (0 to 9 of {length})"
     assert min(drawn[0].get_size_inches()) * 150 > 300 and max(drawn[0].get_size_inches()) * 150 < 2000
-    assert fitting_positions(batch, SPEC, 0, 10) == 10 and fitting_positions(answer, SPEC, 0, 500) == len(answer.steps[0])
+    assert fitting_positions(batch, SPEC, 0, 10) == 10 and fitting_positions(answer, SPEC, 0, 500) == len(
+        answer.steps[0]
+    )
     fits = fitting_positions(batch, SPEC, 0, 500)
     assert fits * num_cells(batch, SPEC) // length <= MOST_CELLS < (fits + 1) * num_cells(batch, SPEC) // length
     drawn[0].set_size_inches(80, 1)

@@ -240,12 +240,13 @@ def test_command_draws_and_prints_runs(drawn, tmp_path, monkeypatch, capsys):
 
 def test_training_leaves_pictures_that_can_be_opened(answer, tokenizer, drawn, tmp_path):
     """Of an answer whose picture would be too large, the first positions; and it says so."""
-    trainer = SimpleNamespace(state=SimpleNamespace(log_history=logs()), spec=SPEC, processing_class=tokenizer)
-    said = train.draw(trainer, tmp_path, RESULTS, answer, "sudoku 31")
-    run, denoising = tmp_path / "run.png", tmp_path / "denoising.png"
-    assert said == f"The run in six panels: {run}. One answer being denoised: {denoising}."
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(log_history=logs()), spec=SPEC, processing_class=tokenizer,
+        args=SimpleNamespace(output_dir=str(tmp_path)),
+    )  # fmt: skip
+    assert train.draw(trainer, RESULTS, answer, "sudoku 31") == ["run.png", "denoising.png"]
     assert drawn[1].axes[0].get_title() == "sudoku 31"
-    said = train.draw(trainer, tmp_path, RESULTS, longer(answer, 20), [{"role": "user", "content": "?"}])
-    assert said == f"The run in six panels: {run}. The first 64 positions of one answer being denoised: {denoising}."
+    said = train.draw(trainer, RESULTS, longer(answer, 20), [{"role": "user", "content": "?"}])
+    assert said == ["run.png", "denoising.png (the first 64 positions of an answer)"]
     assert faces(drawn[3].axes[0]).shape[1] == 64
-    assert train.draw(trainer, tmp_path, {"loss_before": 1.0}) == f"The run in six panels: {run}."
+    assert train.draw(trainer, {"loss_before": 1.0}) == ["run.png"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..quiet import hush
+from .interrupt import end_imports_in_a_line
 
 
 PACKAGE = Path(__file__).parents[1]
+end_imports_in_a_line()
 hush()  # before a command imports what it needs
 
 

@@ -13,28 +13,29 @@ An interrupted run goes on where it stopped when the same command is given again
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
-from trl import ModelConfig, TrlParser, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from ..decoding.config import DecodingConfig
 from ..decoding.options import RolloutOptions
 from ..fields import AtLeast, Within, check_fields, with_default
 from ..offline.collect import collect
+from ..policies.files import COLLECTION
 from ..policies.policy import open_policy
 from ..policies.prompts import read_chat_template_kwargs
 from ..policies.tiny import tiny_policy_path
+from ..quiet import hush_commands
 from ..tasks import TASKS, load_task
-from ..utils import (
-    USAGE,
-    check_config_file,
-    check_writable,
-    errors_in_a_line,
-    processes,
-    read_mapping,
-    use_all_cores,
-)
+from ..utils import check_writable, errors_in_a_line, processes, read_mapping, use_all_cores
+from .groups import COLLECT, INHERITED
+from .interrupt import ending_in_a_line, how_to_go_on, is_part
+from .options import OptionParser
+from .parser import PROG
 
 
 if TYPE_CHECKING:
@@ -162,6 +163,42 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
         chat_template_kwargs=template,
     )
     processes().print(f"Trajectories and their card are in {directory}.")
+    if not is_part():
+        processes().print("Next:", *next_commands(args, model_args), sep="\n  ")
+
+
+# Options of `collect` that `train` does not have, or has with another meaning.
+_OWN = ("output_dir", "train_size", "num_responses", "batch_size", "rows_per_shard", "seed", "adapter_name_or_path")
+
+
+def next_commands(args: CollectArguments, model_args: ModelConfig) -> list[str]:
+    """The commands that show a stored response and train on all of them."""
+    commands = [[PROG, "view", args.output_dir, "0", "--output", "response.html"]]
+    train = [PROG, "train", "--trajectories", args.output_dir]
+    if model_args.model_name_or_path is None and args.task == "sudoku":
+        commands.append([*train, "--config", "tiny_offline"])
+    elif args.adapter_name_or_path is None:  # `train` begins with a whole model
+        given = {one.name: (getattr(args, one.name), one.default) for one in fields(args) if one.name not in _OWN}
+        settings = {
+            "model_name_or_path": model_args.model_name_or_path or tiny_policy_path(),
+            **{name: value for name, (value, default) in given.items() if value != default},
+            **{name: getattr(args, name) for name in ("task", "max_completion_length", "tokens_per_step")},
+            "loss_type": "dpo",
+            "beta": 0.1,
+        }
+        commands.append([*train, *(word for name, value in settings.items() for word in (f"--{name}", str(value)))])
+    return [shlex.join(words) for words in commands]
+
+
+def kept(output_dir: str) -> str:
+    """What an interrupted collection has, and how to go on."""
+    directory = Path(output_dir)
+    try:
+        total = json.loads((directory / COLLECTION).read_text())["num_shards"]
+    except (OSError, ValueError, KeyError):
+        return "Nothing was collected yet."
+    done = len(list((directory / "data").glob("shard-*.parquet")))
+    return f"{done} of {total} shards are kept in {directory}. {how_to_go_on()}"
 
 
 KINDS = (CollectArguments, ModelConfig)  # which have the options
@@ -169,16 +206,22 @@ KINDS = (CollectArguments, ModelConfig)  # which have the options
 
 def parse(arguments: list[str] | None = None) -> tuple[CollectArguments, ModelConfig]:
     """Reads options, those of the command line by default."""
-    parser = TrlParser(KINDS, usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    return cast(
-        "tuple[CollectArguments, ModelConfig]", parser.parse_args_and_config(args=check_config_file(arguments, KINDS))
-    )
+    return cast("tuple[CollectArguments, ModelConfig]", _parser().read(arguments))
+
+
+def _parser() -> OptionParser:
+    hidden = [one.name for one in fields(ModelConfig) if one.name not in OPENING]
+    return OptionParser("collect", KINDS, __doc__, COLLECT, INHERITED, hidden)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command, with the options of the command line by default."""
-    with errors_in_a_line():
-        run(*parse(arguments))
+    hush_commands()
+    directory = ""
+    with ending_in_a_line(lambda: kept(directory)), errors_in_a_line():
+        args, model_args = parse(arguments)
+        directory = args.output_dir
+        run(args, model_args)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ Given again after an interruption, the same command adds what is missing. With s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import shlex
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, cast
-
-from trl import TrlParser
 
 from ..decoding.config import DecodingConfig
 from ..evaluation.run import Evaluation, check_seeds, check_tasks, markdown
@@ -31,15 +31,12 @@ from ..policies.policy import open_policy
 from ..policies.prompts import read_chat_template_kwargs
 from ..policies.quantized import rounding
 from ..policies.tiny import tiny_policy_path
-from ..utils import (
-    USAGE,
-    check_config_file,
-    check_writable,
-    errors_in_a_line,
-    processes,
-    read_mapping,
-    use_all_cores,
-)
+from ..quiet import hush_commands
+from ..utils import check_writable, errors_in_a_line, processes, read_mapping, use_all_cores
+from .groups import EVALUATE, INHERITED
+from .interrupt import ending_in_a_line, how_to_go_on, typed
+from .options import OptionParser
+from .parser import PROG
 
 
 @dataclass
@@ -129,11 +126,33 @@ def run(args: EvaluateArguments) -> None:
         args.batch_size,
         args.limit,
         args.allow_code_execution,
-        about={"model": args.model_name_or_path, "adapter": args.adapter_name_or_path},
+        about={"model": args.model_name_or_path, "adapter": args.adapter_name_or_path, "command": typed()},
     )
     results = evaluation.run(args.tasks)
     state.print(markdown(results))
-    state.print(f"Results and samples are in {args.output_dir}.")
+    state.print(f"Results, and every question with its response, are in {args.output_dir}.")
+    state.print(f"Next, to compare with another policy: {next_command(args)}")
+
+
+def next_command(args: EvaluateArguments) -> str:
+    """The command that measures another policy in the same way."""
+    own = ("tasks", "model_name_or_path", "adapter_name_or_path", "tokenizer_name_or_path", "output_dir")
+    words = [PROG, "evaluate", "--tasks", *args.tasks, "--model_name_or_path", "OTHER"]
+    for one in fields(args):
+        value = getattr(args, one.name)
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if one.name not in own and value != default:
+            words += [f"--{one.name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join([*words, "--output_dir", f"{args.output_dir.rstrip('/')}_other"])
+
+
+def kept(args: EvaluateArguments | None) -> str:
+    """What an interrupted evaluation has, and how to go on."""
+    if args is None:
+        return ""
+    names = [f"{task}_seed{seed}.json" for task in args.tasks for seed in args.seeds]
+    done = sum(Path(args.output_dir, name).exists() for name in names)
+    return f"{done} of {len(names)} measurements are kept in {args.output_dir}. {how_to_go_on()}"
 
 
 KINDS = (EvaluateArguments,)  # which have the options
@@ -141,15 +160,21 @@ KINDS = (EvaluateArguments,)  # which have the options
 
 def parse(arguments: list[str] | None = None) -> EvaluateArguments:
     """Reads options, those of the command line by default."""
-    parser = TrlParser(KINDS, usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    (found,) = cast("tuple[EvaluateArguments]", parser.parse_args_and_config(args=check_config_file(arguments, KINDS)))
+    (found,) = cast("tuple[EvaluateArguments]", _parser().read(arguments))
     return found
+
+
+def _parser() -> OptionParser:
+    return OptionParser("evaluate", KINDS, __doc__, EVALUATE, INHERITED)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command, with the options of the command line by default."""
-    with errors_in_a_line():
-        run(parse(arguments))
+    hush_commands()
+    args = None
+    with ending_in_a_line(lambda: kept(args)), errors_in_a_line():
+        args = parse(arguments)
+        run(args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ import argparse
 import sys
 
 from ..decoding.options import add_decoding_options, given_decoding
+from ..quiet import hush_commands
 from ..utils import exit_code, printable, read_mapping
+from .interrupt import ending_in_a_line
+from .parser import PROG, Parser
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
     options = _parser().parse_args(arguments)
-    return exit_code(lambda: _print(_answer(options)))
+    hush_commands()
+    with ending_in_a_line():
+        return exit_code(lambda: _print(_answer(options)))
 
 
 def _print(answer: str) -> None:
@@ -89,10 +94,8 @@ def _prompt(given: str | None) -> str:
     return given
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trl-diffusion generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(f"{PROG} generate", description=__doc__)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to answer (default: standard input)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
     parser.add_argument(

@@ -16,20 +16,33 @@ An interrupted run goes on where it stopped when the same command is given again
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
+import shlex
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..cli import file_or_name, launch_command
+from ..cli import launch_command
 from ..fields import AtLeast, check_fields, check_names
 from ..policies.tiny import tiny_policy_path
 from ..seeds import derive_seed
-from ..utils import check_options, check_writable, exit_code, load_yaml, read_mapping, read_record, write_text
-from . import recipes_path
+from ..utils import (
+    check_options,
+    check_writable,
+    exit_code,
+    load_yaml,
+    read_mapping,
+    read_record,
+    versions,
+    write_text,
+)
+from .interrupt import INTERRUPTED, TYPED, ending_in_a_line, left_to_the_child
+from .parser import PROG, Parser, add_config_option, add_engine_options
 
 
 # Options of the two commands that each round sets itself.
@@ -119,17 +132,18 @@ class Rounds:
             "trajectories": [str(self.directory(one) / "trajectories") for one in range(first, number + 1)],
             "output_dir": str(self.directory(number) / "policy"),
             "seed": self.seed,
-            "resume_from_checkpoint": True,
+            "resume_from_checkpoint": (self.directory(number) / "policy").is_dir() or None,  # it was interrupted
         }
 
 
-def run(rounds: Rounds, start: Callable[[str, list[str]], None]) -> list[dict[str, Any]]:
+def run(rounds: Rounds, start: Callable[[str, list[str]], None], typed: str = "") -> list[dict[str, Any]]:
     """
     Does the rounds that are not done yet.
 
     Args:
         rounds ([`Rounds`]): what to do.
         start (callable): runs a command, given its name and its arguments, to its end.
+        typed (`str`, *optional*): the command as it was typed, for the results.
 
     Returns:
         `list[dict[str, Any]]`: for each round, what `train` has left in its `results.json`.
@@ -142,12 +156,13 @@ def run(rounds: Rounds, start: Callable[[str, list[str]], None]) -> list[dict[st
     _keep_plan(rounds, directory / "iterate.json")
     found = []
     for number in range(1, rounds.rounds + 1):
-        results = rounds.directory(number) / "policy" / RESULTS
-        if not results.is_file():  # `train` writes it last
+        path = rounds.directory(number) / "policy" / RESULTS
+        if not path.is_file():  # `train` writes it last
             start("collect", _arguments(rounds.collect_options(number)))
             start("train", _arguments(rounds.train_options(number)))
-        found.append({"round": number, **read_record(results, _SHOWN, "Delete it to have the round trained again.")})
-        write_text(directory / RESULTS, json.dumps({"rounds": found}, indent=2) + "\n")
+        found.append({"round": number, **read_record(path, _SHOWN, "Delete it to have the round trained again.")})
+        results = {"rounds": found, "command": typed, "versions": versions()}
+        write_text(directory / RESULTS, json.dumps(results, indent=2) + "\n")
     return found
 
 
@@ -193,33 +208,50 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         `int`: exit code, 0, 2 after one line on stderr that says what is wrong, or that of the command that failed.
     """
-    options = vars(_parser().parse_args(arguments))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = vars(_parser().parse_args(words))
     engine = options.pop("accelerate_config"), options.pop("num_processes")
+    typed = shlex.join([PROG, "iterate", *words])
 
-    def start(name: str, words: list[str]) -> None:
-        subprocess.run(launch_command(name, words, *engine), check=True)
+    def start(name: str, arguments: list[str]) -> None:
+        command = launch_command(name, arguments, *engine)
+        with left_to_the_child():
+            subprocess.run(command, check=True, env={**os.environ, TYPED: typed})
+
+    def work() -> None:
+        rounds = _rounds(options)
+        results = run(rounds, start, typed)
+        print(table(results))
+        print(
+            f"{rounds.output_dir} has all rounds and {RESULTS}; the last policy is {rounds.directory(rounds.rounds)}/policy."
+        )
+        print("Next:", *results[-1].get("next_commands", []), _more_rounds(words, rounds.rounds + 2), sep="\n  ")
 
     try:
-        return exit_code(lambda: print(table(run(_rounds(options), start))))
+        with ending_in_a_line(lambda: f"The rounds that are whole are kept. To go on: {typed}"):
+            return exit_code(work)
     except subprocess.CalledProcessError as error:
-        return error.returncode  # the command has said what is wrong
+        # The command has said what is wrong, or what is kept.
+        return INTERRUPTED if error.returncode == -signal.SIGINT else error.returncode
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "trl-diffusion iterate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config",
-        type=file_or_name(recipes_path()),
-        default=str(recipes_path() / "tiny_iterate.yaml"),
-        help="YAML file, or a recipe that comes with the package (default: tiny_iterate)",
-    )
+def _more_rounds(words: list[str], number: int) -> str:
+    """The command that adds rounds, with as many as that in all."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word == "--rounds":
+            next(rest, None)
+        elif not word.startswith("--rounds="):
+            kept.append(word)
+    return shlex.join([PROG, "iterate", *kept, "--rounds", str(number)])
+
+
+def _parser() -> Parser:
+    parser = Parser(f"{PROG} iterate", description=__doc__)
+    add_config_option(parser, default="tiny_iterate")
     for name, kind in (("output_dir", str), ("rounds", int), ("mix_rounds", int), ("seed", int)):
         parser.add_argument(f"--{name}", type=kind, help="instead of that of the file")
-    engines = file_or_name(recipes_path() / "accelerate")
-    parser.add_argument("--accelerate_config", type=engines, help="engine, as for `train`")
-    parser.add_argument("--num_processes", type=int, help="instead of one for each GPU")
+    add_engine_options(parser)
     return parser
 
 

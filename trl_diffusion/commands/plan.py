@@ -37,6 +37,8 @@ from ..policies.loading import load_config, needs_tokenizer
 from ..policies.spec import DiffusionSpec, check_spec, get_spec
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from ..utils import exit_code, load_yaml, read_mapping
+from .interrupt import ending_in_a_line
+from .parser import PROG, Parser, add_config_option
 
 
 GIB = 2**30
@@ -68,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
     options = _parser().parse_args(arguments)
-    return exit_code(lambda: _run(options))
+    with ending_in_a_line():
+        return exit_code(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -234,14 +237,12 @@ DEFAULTS = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trl-diffusion plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(f"{PROG} plan", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="directory or hub id; only its config is read")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of a GPU")
-    parser.add_argument("--config", help="recipe to take options from")
+    add_config_option(parser)
     parser.add_argument("--no_gather", action="store_true", help="rollouts under ZeRO-3 with shared weights")
     parser.add_argument("--prompts", type=int, help="rows to train on, for the hours of a run")
     parser.add_argument("--epochs", type=float, default=1.0, help="times that each row is answered and trained on")

@@ -61,6 +61,8 @@ def find_settings(arguments: list[str]) -> Settings:
     """
     given = given_options(arguments)
     model, config, before = given.get("model_name_or_path"), given.get("config"), []
+    if config is True:  # without a name, which is for the parser to say
+        return Settings(arguments, "", {})
     kept = Path(str(model), FILE)
     if config is not None:
         source = str(config)

@@ -26,44 +26,44 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import fmean as mean
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, ProgressCallback
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from ..evaluation.run import wilson
 from ..fields import check_fields
 from ..links import link
 from ..policies.files import policy_in
 from ..policies.loading import load_tokenizer
 from ..policies.policy import open_adapter
 from ..policies.tiny import resolve_embedded, tiny_policy_path
+from ..quiet import hush_commands
 from ..tasks import TASKS, load_task, preference_rows
-from ..trainer.callbacks import RewardProgressCallback
 from ..trainer.checkpoints import check_start
-from ..trainer.config import DTRPOConfig
+from ..trainer.config import DTRPOConfig, is_refused
 from ..trainer.trainer import DTRPOTrainer
 from ..trajectories.dataset import load_trajectories
 from ..trajectories.trajectory import TrajectoryBatch
-from ..utils import (
-    USAGE,
-    check_config_file,
-    check_writable,
-    errors_in_a_line,
-    read_mapping,
-    use_all_cores,
-    write_text,
-)
+from ..utils import check_writable, errors_in_a_line, read_mapping, use_all_cores, versions, write_text
 from ..viz.runs import Run
+from .groups import INHERITED, TRAIN
+from .interrupt import ending_in_a_line, is_part, typed
+from .lines import RunLines, describe_output, describe_policy, next_command, one_line, prompt_text
+from .options import OptionParser
 from .settings import Settings, check_adapter_options, find_settings, given_options, keep_settings
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ..trajectories.trajectory import TrajectoryBatch
 
 
 PREFERENCES = "preferences"  # as a task: pairs of a better and a worse response instead of prompts and rewards
@@ -174,9 +174,9 @@ def load_preferences(script_args: ScriptArguments) -> tuple[Dataset, Dataset]:
 
 
 def make_trainer(
-    script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig, **data: Any
+    script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig, lines: RunLines, **data: Any
 ) -> DTRPOTrainer:
-    """The trainer of the policy that the arguments name."""
+    """The trainer of the policy that the arguments name. Says what it trains and where it writes."""
     model, tokenizer = find_policy(script_args, training_args, model_args)
     opened = not isinstance(model, str)  # an adapter, which is trained further
     trainer = DTRPOTrainer(
@@ -187,24 +187,25 @@ def make_trainer(
         peft_config=None if opened else get_peft_config(model_args),
         **data,
     )
-    if not training_args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(RewardProgressCallback)
+    lines.follow(trainer, stored=bool(script_args.trajectories) or script_args.task == PREFERENCES)
     if script_args.settings is not None:
         trainer.accelerator.print(script_args.settings.line)
-    trainer.accelerator.print(f"Policy: {trainer.spec}")
+    trainer.accelerator.print(describe_policy(trainer, str(model_args.model_name_or_path) if opened else model))
+    trainer.accelerator.print(describe_output(training_args))
     return trainer
 
 
-def train(trainer: DTRPOTrainer, settings: Settings | None) -> None:
+def train(trainer: DTRPOTrainer, lines: RunLines, settings: Settings | None) -> None:
     """Trains and saves."""
     resume = trainer.args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    with lines.timed("training"):
+        trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
     trainer.create_model_card()  # after saving an adapter, which brings a card of peft's
     if settings is not None and trainer.is_world_process_zero():
         keep_settings(settings.options, str(trainer.args.output_dir))
+    lines.is_saved = True
 
 
 def say_if_idle(trainer: DTRPOTrainer) -> None:
@@ -213,47 +214,59 @@ def say_if_idle(trainer: DTRPOTrainer) -> None:
         trainer.accelerator.print(said)
 
 
-def run(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
+def run(
+    script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig, lines: RunLines | None = None
+) -> None:
     """Trains, and measures before and after."""
+    lines = lines or RunLines()
     with errors_in_a_line():
         use_all_cores()
         check_writable(training_args.output_dir, "--output_dir")
         check_start(training_args)
     if script_args.task == PREFERENCES:
-        train_on_preferences(script_args, training_args, model_args)
+        train_on_preferences(script_args, training_args, model_args, lines)
     else:
-        train_on_task(script_args, training_args, model_args)
+        train_on_task(script_args, training_args, model_args, lines)
 
 
-def train_on_preferences(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
+def train_on_preferences(
+    script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig, lines: RunLines
+) -> None:
     with errors_in_a_line():
         pairs, held_out = load_preferences(script_args)
-        trainer = make_trainer(script_args, training_args, model_args, train_dataset=pairs, eval_dataset=held_out)
+        trainer = make_trainer(
+            script_args, training_args, model_args, lines, train_dataset=pairs, eval_dataset=held_out
+        )
     say = trainer.accelerator.print
     say(f"Measuring the policy on {len(held_out)} pairs that training never sees ...")
-    before = trainer.evaluate()["eval_loss"]
-    train(trainer, script_args.settings)
-    after = trainer.evaluate()
+    with lines.timed("measuring_before"):
+        before = trainer.evaluate()["eval_loss"]
+    train(trainer, lines, script_args.settings)
+    with lines.timed("measuring_after"):
+        after = trainer.evaluate()
+    accuracy = after.get("eval_rewards/accuracies")  # none without a reference
     results = {
         "task": PREFERENCES,
         "rows": len(held_out),
         "seed": training_args.seed,
         "loss_before": before,
         "loss_after": after["eval_loss"],
-        "accuracy_after": after.get("eval_rewards/accuracies"),  # none without a reference
-        "steps": trainer.state.global_step,
+        "accuracy_after": accuracy,
+        "accuracy_interval": None if accuracy is None else wilson(accuracy, len(held_out)),
     }
-    if trainer.is_world_process_zero():
-        directory = Path(training_args.output_dir)
-        write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
-        print(draw(trainer, directory, results))
     say_if_idle(trainer)
-    accuracy = results["accuracy_after"]
     order = "" if accuracy is None else f", {accuracy:.1%} in the order of the data"
     say(f"loss {before:.4f} -> {after['eval_loss']:.4f}{order} ({len(held_out)} pairs, seed {training_args.seed})")
+    if trainer.is_world_process_zero():
+        row = held_out[0]
+        prompt = row.get("prompt") or (row["chosen"] if isinstance(row["chosen"], str) else row["chosen"][:-1])
+        write_results(trainer, results, lines, prompt)
+        say_next(trainer, prompt, draw(trainer, results))
 
 
-def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig) -> None:
+def train_on_task(
+    script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig, lines: RunLines
+) -> None:
     with errors_in_a_line():
         task = load_task(
             script_args.task,
@@ -270,71 +283,105 @@ def train_on_task(script_args: ScriptArguments, training_args: DTRPOConfig, mode
             train_dataset = stored.select(range(min(len(stored), script_args.train_size)))
             reward_funcs = None  # the stored rewards
         trainer = make_trainer(
-            script_args, training_args, model_args, reward_funcs=reward_funcs, train_dataset=train_dataset
+            script_args, training_args, model_args, lines, reward_funcs=reward_funcs, train_dataset=train_dataset
         )
     say = trainer.accelerator.print
 
     say(f"Measuring the policy on {len(task.evaluation)} {task.unit} that training never sees ...")
-    before, _ = trainer.answer(task.evaluation["prompt"])
-    rate_before = task.solve_rate(before)
-    say(f"solve rate before training: {rate_before:.1%}")
+    with lines.timed("measuring_before"):
+        before, _ = trainer.answer(task.evaluation["prompt"])
+        was = task.scores(before)
+    say(f"solve rate before training: {mean(was):.1%}")
 
-    train(trainer, script_args.settings)
+    train(trainer, lines, script_args.settings)
 
-    after, trajectories = trainer.answer(task.evaluation["prompt"])
-    rate_after = task.solve_rate(after)
-    if trainer.is_world_process_zero():
-        report(trainer, trajectories, Path(training_args.output_dir), task, rate_before, rate_after)
+    with lines.timed("measuring_after"):
+        after, trajectories = trainer.answer(task.evaluation["prompt"])
+        now = task.scores(after)
     say_if_idle(trainer)
+    rows, interval = len(now), wilson(mean(now), len(now))
     say(
-        f"solve rate {rate_before:.1%} -> {rate_after:.1%} "
-        f"({len(task.evaluation)} {task.unit}, seed {training_args.seed})"
+        f"solve rate {mean(was):.1%} -> {mean(now):.1%} "
+        f"({rows} {task.unit}, 95 % interval {interval[0]:.1%} to {interval[1]:.1%}, seed {training_args.seed})"
     )
+    if trainer.is_world_process_zero():
+        results = {
+            "task": task.name,
+            "rows": rows,
+            "seed": trainer.args.seed,
+            "solve_rate_before": mean(was),
+            "interval_before": wilson(mean(was), rows),
+            "solve_rate_after": mean(now),
+            "interval_after": interval,
+        }
+        row = most_telling(was, now)
+        prompt = task.evaluation[row]["prompt"]
+        write_results(trainer, results, lines, prompt)
+        pictures = draw(trainer, results, trajectories, task.evaluation[0]["prompt"])
+        print(
+            f"One of the {task.unit} that it solves now:"
+            if now[row]
+            else f"It solves none of the {task.unit} yet. The first:"
+        )
+        for name, text in (("prompt", prompt_text(prompt)), ("before", before[row]), ("after", after[row])):
+            print(f"  {name:7}{one_line(text)}")
+        say_next(trainer, prompt, pictures)
 
 
-def report(trainer, trajectories, directory: Path, task, rate_before: float, rate_after: float) -> None:
-    """Leaves figures and pictures beside the trained model."""
-    results = {
-        "task": task.name,
-        "rows": len(task.evaluation),
-        "seed": trainer.args.seed,
-        "solve_rate_before": rate_before,
-        "solve_rate_after": rate_after,
+def write_results(trainer: DTRPOTrainer, results: dict[str, Any], lines: RunLines, prompt: Any) -> None:
+    """Leaves the figures of the run beside the trained policy, and what is needed to get them again. `prompt`: one to try."""
+    results |= {
         "steps": trainer.state.global_step,
+        "seconds": lines.seconds,
+        "command": typed(),
+        "versions": versions(),
+        "next_commands": [next_command(trainer, prompt)],
     }
-    write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
-    print(f"The trained model, its tokenizer and results.json are in {directory}.")
-    print(draw(trainer, directory, results, trajectories, task.evaluation[0]["prompt"]))
-    print(f"Next: your own task and your own model, {link('docs/quickstart.md#5-train-it-on-your-task')}.")
+    write_text(Path(trainer.args.output_dir) / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def most_telling(was: list[float], now: list[float]) -> int:
+    """The first row that is solved and was not, or else the first that is solved, or else the first."""
+    solved = [row for row, score in enumerate(now) if score]
+    return next((row for row in solved if not was[row]), solved[0] if solved else 0)
 
 
 def draw(
-    trainer, directory: Path, results: dict[str, Any], answers: TrajectoryBatch | None = None, prompt: Any = ""
-) -> str:
-    """Draws the run and the first of some answers beside the trained model. Says what was drawn."""
+    trainer: DTRPOTrainer, results: dict[str, Any], answers: TrajectoryBatch | None = None, prompt: Any = ""
+) -> list[str]:
+    """Draws the run, and the first of some answers. Returns the names of the pictures."""
+    directory = Path(trainer.args.output_dir)
     try:
         from ..viz.plots import MOST_CELLS, PART, fitting_positions, num_cells, plot_runs, plot_trajectory
 
         run = Run(str(directory), trainer.state.log_history, results)
-        said = f"The run in six panels: {plot_runs([run], directory / 'run.png')}."
+        names = [plot_runs([run], directory / "run.png").name]
         if answers is None:
-            return said
+            return names
         part = None
         if num_cells(answers, trainer.spec) > MOST_CELLS:
             part = fitting_positions(answers, trainer.spec, 0, PART)
-        title = prompt if isinstance(prompt, str) else ""
         picture = plot_trajectory(
             answers,
             trainer.spec,
             trainer.processing_class,
             directory / "denoising.png",
-            title=title,
+            title=prompt if isinstance(prompt, str) else "",
             max_positions=part,
         )
     except ImportError as error:
-        return f"No pictures were drawn: {error}"
-    what = f"The first {part} positions of one answer" if part else "One answer"
-    return f"{said} {what} being denoised: {picture}."
+        print(f"No pictures were drawn: {error}")
+        return []
+    return [*names, picture.name + (f" (the first {part} positions of an answer)" if part else "")]
+
+
+def say_next(trainer: DTRPOTrainer, prompt: Any, pictures: list[str]) -> None:
+    """Prints what was written where, and the next command."""
+    written = ", ".join(["the trained policy", "its card", "results.json", "trainer_state.json", *pictures])
+    print(f"{trainer.args.output_dir} has {written}.")
+    if not is_part():
+        print(f"Next: {next_command(trainer, prompt)}")
+        print(f"Your own task and your own model: {link('docs/quickstart.md#5-train-it-on-your-task')}")
 
 
 KINDS = (ScriptArguments, DTRPOConfig, ModelConfig)  # which have the options
@@ -343,22 +390,28 @@ KINDS = (ScriptArguments, DTRPOConfig, ModelConfig)  # which have the options
 def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOConfig, ModelConfig]:
     """Reads options, those of the command line by default, after [`find_settings`] has found the recipe that applies."""
     settings = find_settings(sys.argv[1:] if arguments is None else arguments)
-    parser = TrlParser(KINDS, usage=USAGE)  # type: ignore[arg-type]  # takes classes
-    found = cast(
-        "tuple[ScriptArguments, DTRPOConfig, ModelConfig]",
-        parser.parse_args_and_config(args=check_config_file(settings.arguments, KINDS)),
-    )
+    found = cast("tuple[ScriptArguments, DTRPOConfig, ModelConfig]", _parser().read(settings.arguments))
     check_adapter_options(found[2].model_name_or_path or "", given_options(settings.arguments))
     found[0].settings = settings
     return found
 
 
+def _parser() -> OptionParser:
+    hidden = [one.name for one in fields(DTRPOConfig) if is_refused(one.name)]
+    parser = OptionParser("train", KINDS, __doc__, TRAIN, INHERITED, hidden)
+    parser.set_defaults(lora_dropout=0.0)  # updates and rollouts need the same network, so it would be switched off
+    return parser
+
+
 @errors_in_a_line()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command, with the options of the command line by default."""
-    with errors_in_a_line():
-        given = parse(arguments)
-    run(*given)
+    hush_commands()
+    lines = RunLines()
+    with ending_in_a_line(lines.kept):
+        with errors_in_a_line():
+            given = parse(arguments)
+        run(*given, lines)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ from ..viz.html import trajectory_html
 from ..viz.plots import MOST_CELLS, num_cells, plot_runs, plot_trajectory
 from ..viz.runs import STATE, describe, read_run, state_file
 from ..viz.stays import response_stays
+from .interrupt import ending_in_a_line
+from .parser import PROG, Parser
 
 
 SUFFIXES = (".png", ".html")
@@ -56,15 +58,15 @@ def main(arguments: list[str] | None = None) -> int:
         `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
     """
     options = _parser().parse_args(arguments)
-    return exit_code(lambda: print(printable(_show(options))))
+    with ending_in_a_line():
+        return exit_code(lambda: print(printable(_show(options))))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trl-diffusion view",
+def _parser() -> Parser:
+    parser = Parser(
+        f"{PROG} view",
         usage="%(prog)s DATASET ROW [options], or %(prog)s RUN [RUN ...] [--output FILE]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "paths", metavar="DATASET ROW | RUN ...", nargs="+",

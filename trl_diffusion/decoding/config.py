@@ -285,7 +285,7 @@ class DecodingConfig(RolloutSettings):
         """Raises a `ValueError` if `number` responses to a prompt would all be the same."""
         sampled = self.temperature > 0 and self.top_k != 1
         own = callable(self.strategy) or isinstance(self.revision, Revising)
-        if number > 1 and not (sampled or self.is_random or own):
+        if number > 1 and not (sampled or own or "random" in (self.strategy, self.revision)):
             why = "with `top_k=1`" if self.temperature else "at temperature 0"
             raise ValueError(
                 f"{number} responses to a prompt are all the same {why}. Set `temperature` to 1.0, without a `top_k` of 1, or "

@@ -38,11 +38,15 @@ class Task:
     reward_funcs: list[Callable]
     solved: Callable
 
+    def scores(self, answers: list[str]) -> list[float]:
+        """For each evaluation row, whether `answers`, in their order, solve it: 0 or 1."""
+        columns = {name: self.evaluation[name] for name in self.evaluation.column_names if name != "prompt"}
+        return [reward or 0.0 for reward in self.solved(completions=answers, **columns)]
+
     def solve_rate(self, answers: list[str]) -> float:
         """Share of the evaluation rows that `answers`, in their order, solve."""
-        columns = {name: self.evaluation[name] for name in self.evaluation.column_names if name != "prompt"}
-        rewards = self.solved(completions=answers, **columns)
-        return sum(reward or 0.0 for reward in rewards) / len(rewards)
+        scores = self.scores(answers)
+        return sum(scores) / len(scores)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

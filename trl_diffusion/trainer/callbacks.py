@@ -27,22 +27,50 @@ if TYPE_CHECKING:  # not at run time: a recipe named `evaluate` may be in the sa
 logger = get_logger(__name__)
 
 
+# Of an evaluation, but not about what the policy can do.
+_COSTS = frozenset(
+    "runtime samples_per_second steps_per_second num_tokens entropy reward_std frac_reward_zero_std".split()
+)
+
+
 class RewardProgressCallback(ProgressCallback):
     """
-    A progress bar that shows the rewards, instead of all metrics at every log. All metrics are still in
-    `trainer.state.log_history` and in the trackers named by `report_to`.
+    A progress bar that shows the rewards instead of writing all metrics at every log. With the pairwise loss, it shows the share of
+    pairs in the right order. An evaluation is a line above the bar. All metrics are in `trainer.state.log_history` and in the
+    trackers named by `report_to`. [`DTRPOTrainer`] has this bar in place of that of transformers.
     """
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None or logs is None:
             return
-        shown = {
-            name.removeprefix("rewards/").removesuffix("/mean"): f"{value:.3f}"
-            for name, value in logs.items()
-            if name.startswith("rewards/") and name.endswith("/mean") and value is not None
-        }
+        shown = {name: f"{value:.3f}" for name, value in _rewards(logs, "").items()}
         if shown:
             self.training_bar.set_postfix(shown)
+        own = {name: value for name, value in logs.items() if name.startswith("eval_") and "/" not in name}
+        measured = {name.removeprefix("eval_"): value for name, value in own.items() if isinstance(value, float)}
+        measured = {name: value for name, value in measured.items() if name not in _COSTS} | _rewards(logs, "eval_")
+        if measured:
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+            self.training_bar.write(f"Evaluation after {state.global_step} updates: {figures}")
+
+
+def _rewards(logs: dict[str, Any], prefix: str) -> dict[str, float]:
+    """The mean rewards in a log, by the names of their functions, and the share of pairs in the right order."""
+    found = {}
+    for name, value in logs.items():
+        if value is not None and name.startswith(f"{prefix}rewards/") and name.endswith(("/mean", "/accuracies")):
+            found[name.removeprefix(f"{prefix}rewards/").removesuffix("/mean")] = value
+    return found
+
+
+def show_rewards(trainer: DTRPOTrainer) -> None:
+    """Replaces transformers' progress bar by one that shows the rewards. Another bar, such as that of a notebook, stays."""
+    callbacks = trainer.callback_handler.callbacks
+    plain = [one for one in callbacks if type(one) is ProgressCallback]
+    for one in plain:
+        trainer.remove_callback(one)
+    if plain and not any(isinstance(one, RewardProgressCallback) for one in callbacks):
+        trainer.add_callback(RewardProgressCallback())
 
 
 class SinkingRewardCallback(TrainerCallback):

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
+import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
@@ -50,6 +51,13 @@ _REFUSED = {
     "train_sampling_strategy": "TRL's own sampler is needed, which repeats prompts for their groups",
     "label_smoothing_factor": "there are no labels",
 }
+
+
+def is_refused(name: str) -> bool:
+    """Whether an option of GRPOConfig does not apply to a diffusion policy."""
+    return name in _REFUSED or name.startswith("vllm_")
+
+
 _CHOICES = {
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
@@ -65,7 +73,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
 
     It has every parameter of [`~trl.GRPOConfig`], with the same meaning, and the ones below. Parameters of
     [`~trl.GRPOConfig`] that do not apply to a diffusion policy are refused (see [`DTRPOConfig.refused`]). `bf16` defaults
-    to `True` on a GPU that computes in bfloat16, and to `False` elsewhere.
+    to `True` on a GPU that computes in bfloat16, and to `False` elsewhere. `dataloader_pin_memory` is `False` without a GPU.
 
     Decoding has the settings of [`RolloutSettings`] (`strategy` by its name, `tokens_per_step`, `threshold`, ...), and TRL's
     `max_completion_length` and `temperature`.
@@ -305,6 +313,8 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
                 ) from error
         if self.bf16 is None and (self.use_cpu or not is_torch_bf16_gpu_available()):
             self.bf16 = False
+        if not torch.accelerator.is_available():  # torch warns that it cannot be done
+            self.dataloader_pin_memory = False
         if self.trust_remote_code is None:  # with `None`, transformers asks on the terminal
             self.trust_remote_code = False
         if self.max_completion_length is None:

@@ -35,6 +35,7 @@ from ..policies.training import (
 )
 from ..trajectories.dataset import is_trajectory_dataset
 from .agreement import failing_together
+from .callbacks import show_rewards
 from .checkpoints import checkpoints_in
 from .checks import (
     check_callback,
@@ -241,6 +242,7 @@ def make_ready(trainer: DTRPOTrainer, setup: Setup, optimizer: Optimizer | None)
     """
     _check_placement(trainer)
     _share_failures(trainer)
+    show_rewards(trainer)
     policies = [policy for policy in (trainer.model, trainer.ref_model) if policy is not None]
     for policy in policies:
         prepare_rounded(policy)
