@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .offline.preferences import from_preferences
     from .policies.spec import DiffusionSpec, get_spec, set_spec
     from .policies.tiny import tiny_policy_path
+    from .sft.config import DiffusionSFTConfig
+    from .sft.trainer import DiffusionSFTTrainer
     from .trainer.config import DTRPOConfig
     from .trainer.trainer import DTRPOTrainer
     from .trajectories.dataset import load_trajectories
@@ -31,6 +33,8 @@ _LOCATIONS = {
     "DTRPOConfig": "trainer.config",
     "DTRPOTrainer": "trainer.trainer",
     "DecodingConfig": "decoding.config",
+    "DiffusionSFTConfig": "sft.config",
+    "DiffusionSFTTrainer": "sft.trainer",
     "DiffusionSpec": "policies.spec",
     "Generation": "decoding.generate",
     "TerminalStreamer": "viz.terminal",
@@ -49,6 +53,8 @@ __all__ = [
     "DTRPOConfig",
     "DTRPOTrainer",
     "DecodingConfig",
+    "DiffusionSFTConfig",
+    "DiffusionSFTTrainer",
     "DiffusionSpec",
     "Generation",
     "TerminalStreamer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 # Random streams of a training run.
-TRAINING, EVALUATION, DRAWS, CHECKS, STORED, CHOICE = range(6)
+TRAINING, EVALUATION, DRAWS, CHECKS, STORED, CHOICE, SUPERVISED = range(7)
 
 _MASK64 = (1 << 64) - 1
 

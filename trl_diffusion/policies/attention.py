@@ -62,10 +62,12 @@ class PackedMask:
 
     Attributes:
         blocks (`Tensor` of shape `(Q, N)`): attention block of each token; in the prefix below those of the parts.
-        copies (`Tensor` of shape `(N,)`): the noisy copy that a column belongs to, 0 for clean tokens.
+        copies (`Tensor` of shape `(N,)` or `(Q, N)`): the noisy copy that a column belongs to, 0 for clean tokens.
         valid (boolean `Tensor` of shape `(Q, N)`): False for padding.
         prefix (`int`): length of the prefix `P`.
-        count (`int`): number of parts.
+        count (`int`): number of parts of equal width.
+        documents (`Tensor` of shape `(Q, N)`, *optional*): number of the part of each token, from 1, for rows of parts of
+            any width. There is no prefix then.
     """
 
     blocks: Tensor
@@ -73,10 +75,13 @@ class PackedMask:
     valid: Tensor
     prefix: int = 0
     count: int = 1
+    documents: Tensor | None = None
 
     @cached_property
     def parts(self) -> Tensor:
-        """The part of each column, `(N,)`: 0 for the prefix."""
+        """The part of each column, `(N,)` or `(Q, N)`: 0 for the prefix."""
+        if self.documents is not None:
+            return self.documents
         size = self.blocks.shape[1]
         columns = torch.arange(size, device=self.blocks.device) - self.prefix
         return (columns.clamp(min=-1) // max((size - self.prefix) // self.count, 1) + 1).clamp(max=self.count)
@@ -141,7 +146,10 @@ class PackedMask:
         rows, columns = _missing(*self.blocks.shape)
         blocks = functional.pad(self.blocks, (0, columns, 0, rows), value=_BELOW_ALL)  # looks at nothing but itself
         valid = functional.pad(self.valid, (0, columns, 0, rows))
-        copies, parts = functional.pad(self.copies, (0, columns)), functional.pad(self.parts, (0, columns))
+        copies, parts = (
+            functional.pad(values, (0, columns, 0, rows) if values.dim() == 2 else (0, columns))
+            for values in (self.copies, self.parts)
+        )
         padded = PackedMask(blocks, copies, valid)
         vars(padded)["parts"] = parts
         tiles = []
@@ -154,10 +162,10 @@ class PackedMask:
 
         def look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             def pair(values: Tensor) -> tuple[Tensor, Tensor]:
-                return values[query], values[key]
+                of_row = values[row] if values.dim() == 2 else values
+                return of_row[query], of_row[key]
 
-            of_row = (blocks[row, query], blocks[row, key])
-            return _may_look(of_row, pair(copies), pair(parts), (query, key), valid[row, key])
+            return _may_look(pair(blocks), pair(copies), pair(parts), (query, key), valid[row, key])
 
         return BlockMask.from_kv_blocks(*_numbered(some & ~whole), *_numbered(whole), BLOCK_SIZE=TILE, mask_mod=look)
 

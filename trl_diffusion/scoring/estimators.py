@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -145,18 +145,29 @@ def elbo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: 
 
     Forward passes per response: `num_draws`.
     """
-    groups, autoregressive, drawn, counted = _tokens(batch, spec)
-    keys = _uniforms(batch, seeds, config.num_draws)  # (R, W, C)
+    return masked_bound(batch, _tokens(batch, spec), seeds, config.num_draws)
+
+
+def masked_bound(batch: TrajectoryBatch, tokens: MaskedTokens, seeds: list[int], num_masks: int) -> States:
+    """
+    The states and weights of [`elbo`], for tokens of the caller's choice.
+
+    Args:
+        batch ([`TrajectoryBatch`]): the responses.
+        tokens ([`MaskedTokens`]): which tokens are masked and which count.
+        seeds (`list[int]`): a seed for each response.
+        num_masks (`int`): random masks per response.
+    """
+    groups, _, drawn, counted = tokens
+    keys = uniforms(batch, seeds, num_masks)  # (R, W, C)
     sizes = at_block(groups, sum_by_block(groups, drawn[:, None].float()))  # (R, 1, C): N of the token's group
-    sizes = sizes.expand(-1, config.num_draws, -1)
+    sizes = sizes.expand(-1, num_masks, -1)
     # All positions of group `g` use number `g`.
-    numbers = at_block(groups, _uniforms(batch, [derive_seed(seed, 1) for seed in seeds], config.num_draws))
+    numbers = at_block(groups, uniforms(batch, [derive_seed(seed, 1) for seed in seeds], num_masks))
     num_masked = (numbers * sizes).floor() + 1  # m, uniform in 1 to N
     masked = drawn[:, None] & (rank_in_block(groups, keys, drawn[:, None]) < num_masked)
-    shares = (masked & counted[:, None]) * sizes / num_masked / config.num_draws
-    weights = shares.sum(1)
-    coefficients = shares / weights.clamp(min=torch.finfo(weights.dtype).tiny)[:, None]
-    return _random_states(batch, masked, coefficients, weights, autoregressive, counted)
+    shares = (masked & counted[:, None]) * sizes / num_masked / num_masks
+    return masked_states(batch, tokens, masked, shares)
 
 
 def mean_field(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
@@ -197,7 +208,7 @@ def coupled(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], confi
         for seed in seeds
     ]
     ratio = torch.tensor(ratios, device=drawn.device)[:, None]
-    first = _uniforms(batch, seeds, 1)[:, 0] < ratio
+    first = uniforms(batch, seeds, 1)[:, 0] < ratio
     masked = torch.stack([torch.ones_like(first), first, ~first], 1) & drawn[:, None]
     scored = (counted & drawn).float()
     worth = torch.stack([torch.full_like(ratio, 0.5), 0.5 / ratio, 0.5 / (1 - ratio)], 1)  # (R, 3, 1)
@@ -213,12 +224,51 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
-def _tokens(batch: TrajectoryBatch, spec: DiffusionSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The group of each token, whose tokens are masked together; which tokens are autoregressive, which can be masked,
-    and which count. All of shape `(R, C)`: these estimators know the final text alone, not what was taken back."""
+class MaskedTokens(NamedTuple):
+    """
+    Which tokens an estimator with masks of its own looks at. All of shape `(R, C)`.
+
+    Attributes:
+        groups (`Tensor`): the group of each token. Tokens of a group are masked together.
+        autoregressive (boolean `Tensor`): tokens that are always visible and scored, if they count.
+        drawn (boolean `Tensor`): tokens that can be masked.
+        counted (boolean `Tensor`): tokens that are scored where they are masked.
+    """
+
+    groups: Tensor
+    autoregressive: Tensor
+    drawn: Tensor
+    counted: Tensor
+
+
+def _tokens(batch: TrajectoryBatch, spec: DiffusionSpec) -> MaskedTokens:
+    """All tokens can be masked, those of the completion count. These estimators know the final text alone, not what was
+    taken back."""
+    groups, autoregressive, drawn = maskable(batch, spec)
+    return MaskedTokens(groups, autoregressive, drawn, batch.completion_mask & (batch.steps != NEVER))
+
+
+def maskable(batch: TrajectoryBatch, spec: DiffusionSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Group of each token of the final text, which of them are autoregressive, and which can be masked, `(R, C)` each."""
     unmasked = batch.steps != NEVER
     groups, _, drawn, _ = token_states(spec, replace(batch, revisions=None), unmasked)
-    return groups, unmasked & ~drawn, drawn, batch.completion_mask & unmasked
+    return groups, unmasked & ~drawn, drawn
+
+
+def masked_states(batch: TrajectoryBatch, tokens: MaskedTokens, masked: Tensor, shares: Tensor) -> States:
+    """
+    States that hide the `masked` tokens. The estimate of a token is the mean of its log-probabilities over the states, weighted by
+    `shares`. Its weight is the sum of `shares`.
+
+    Args:
+        batch ([`TrajectoryBatch`]): the responses.
+        tokens ([`MaskedTokens`]): which tokens are autoregressive, and which count.
+        masked (boolean `Tensor` of shape `(R, W, C)`): what each state hides.
+        shares (`Tensor` of shape `(R, W, C)`): weight of each token in each state.
+    """
+    weights = shares.sum(1)
+    coefficients = shares / weights.clamp(min=torch.finfo(weights.dtype).tiny)[:, None]
+    return _random_states(batch, masked, coefficients, weights, tokens.autoregressive, tokens.counted)
 
 
 def _random_states(
@@ -238,7 +288,7 @@ def _random_states(
     return States((batch.steps == NEVER)[:, None] | masked, coefficients, weights)
 
 
-def _uniforms(batch: TrajectoryBatch, seeds: list[int], num: int) -> Tensor:
+def uniforms(batch: TrajectoryBatch, seeds: list[int], num: int) -> Tensor:
     """Uniform random numbers, `(R, num, C)`, float64. Those of a row depend only on its seed and canvas length."""
     values = torch.zeros(len(batch), num, batch.canvas_ids.shape[1], dtype=torch.float64)
     for row, (seed, length) in enumerate(zip(seeds, batch.canvas_lengths.tolist(), strict=True)):

@@ -164,6 +164,50 @@ def pack(
     return replace(layout, responses=rows[layout.responses], weights=states.weights)
 
 
+def join_rows(layout: PackedLayout, packs: Tensor) -> PackedLayout:
+    """
+    Puts the rows of several responses one behind the other into longer rows, without their padding. The numbers are the same: the
+    tokens of a response do not see those of another one, and keep their positions.
+
+    Args:
+        layout ([`PackedLayout`]): a layout of [`pack`], without shared prompts.
+        packs (`Tensor` of shape `(R,)`): number of the longer row that each response belongs to, from 0.
+    """
+    mask = layout.allowed
+    if isinstance(mask, Tensor):  # full attention: all valid tokens of a row are one block
+        valid = mask[:, 0, 0]
+        mask = PackedMask(torch.zeros_like(layout.input_ids), torch.zeros_like(layout.input_ids[0]), valid)
+    row_packs = torch.zeros_like(packs[:1]).expand(len(mask.valid)).clone()
+    row_packs[layout.rows] = packs[layout.responses]  # a row without scored tokens goes anywhere
+    lengths = mask.valid.sum(1)
+    order = row_packs.sort(stable=True).indices
+    ends = lengths[order].cumsum(0)
+    totals = torch.zeros(int(packs.max()) + 1, dtype=lengths.dtype, device=lengths.device)
+    totals.scatter_add_(0, row_packs, lengths)
+    starts = torch.empty_like(lengths)
+    starts[order] = ends - lengths[order] - (totals.cumsum(0) - totals)[row_packs[order]]
+    places = starts[:, None] + mask.valid.cumsum(1) - 1  # (rows, N)
+    target = (row_packs[:, None].expand_as(places)[mask.valid], places[mask.valid])
+    shape = (len(totals), max(int(totals.max()), 1))
+
+    def joined(values: Tensor) -> Tensor:
+        values = values.expand_as(mask.valid)
+        return values.new_zeros(shape).index_put(target, values[mask.valid])
+
+    numbers = torch.arange(1, len(mask.valid) + 1, device=lengths.device)[:, None]
+    allowed = PackedMask(
+        joined(mask.blocks), joined(mask.copies), joined(mask.valid), documents=joined(numbers.expand_as(mask.valid))
+    )
+    return replace(
+        layout,
+        input_ids=joined(layout.input_ids),
+        position_ids=joined(layout.position_ids),
+        allowed=allowed,
+        rows=row_packs[layout.rows],
+        columns=places[layout.rows, layout.columns],
+    )
+
+
 def _pack_full(batch: TrajectoryBatch, spec: DiffusionSpec, states: States) -> PackedLayout:
     prompt_lengths = batch.prompt_lengths
     sequence, canvas_columns = _unpad(batch, prompt_lengths)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-import torch
-from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from ..decoding.config import DecodingConfig
@@ -19,8 +16,8 @@ from ..offline.orders import ORDERS
 from ..policies.prompts import read_chat_template_kwargs
 from ..scoring.draws import STEP_DISTRIBUTIONS, StepDistribution
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
-from ..utils import no_repeated_keys
 from .checks import check_looked_at, check_numbers, check_pairwise_losses, check_whole_numbers
+from .defaults import settle
 
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo", "dpo")
@@ -304,19 +301,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
         output_dir: str = "trainer_output"  # the directory that transformers uses for `None`
 
     def __post_init__(self):
-        if isinstance(self.diffusion_spec, str):
-            try:
-                self.diffusion_spec = json.loads(self.diffusion_spec, object_pairs_hook=no_repeated_keys)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"`diffusion_spec` must be a mapping or a JSON object, got {self.diffusion_spec!r} ({error})."
-                ) from error
-        if self.bf16 is None and (self.use_cpu or not is_torch_bf16_gpu_available()):
-            self.bf16 = False
-        if not torch.accelerator.is_available():  # torch warns that it cannot be done
-            self.dataloader_pin_memory = False
-        if self.trust_remote_code is None:  # with `None`, transformers asks on the terminal
-            self.trust_remote_code = False
+        settle(self)
         if self.max_completion_length is None:
             raise ValueError("`max_completion_length` is needed: it is the length of the canvas.")
         self.take_old_names()
@@ -332,8 +317,6 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
         for name, choices in _CHOICES.items():
             check_one_of(name, getattr(self, name), choices)
         check_fields(self, type(self).__dataclass_fields__.keys() - GRPOConfig.__dataclass_fields__.keys())
-        if not isinstance(self.diffusion_spec, dict | None):
-            raise ValueError(f"`diffusion_spec` must be a mapping or a JSON object, got {self.diffusion_spec!r}.")
         if self.weighting == "none" and self.loss_type in ("dr_grpo", "luspo", "vespo"):
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` sums over the tokens of a response, so with `weighting='none'` its size "

@@ -14,9 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import GRPOTrainer
 
 from ..objectives.pairwise import Pairs, Responses, make_pairs, pairwise_loss, same_responses
-from ..policies.files import check_one_policy
 from ..policies.forward import unwrap
-from ..policies.loading import load_renamed_weights
 from ..scoring.diagnostics import ratio_statistics, summarise_ratios
 from ..scoring.estimators import ESTIMATORS
 from ..scoring.score import score
@@ -31,6 +29,7 @@ from .checks import check_callback, check_steps_made
 from .config import DTRPOConfig
 from .learning import Learning
 from .metrics import How, Tally, add_over_processes
+from .policy_files import PolicyFiles
 from .reference import FILE as REFERENCE
 from .reference import Reference, load_reference, save_reference
 from .resume import ExactResume
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
+class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
     r"""
     Trainer for dTRPO (dLLM Trajectory Reduction Policy Optimization, https://huggingface.co/papers/2603.18806). It has the
     constructor, dataset format, reward functions and metrics of [`~trl.GRPOTrainer`].
@@ -258,16 +257,6 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
 
     # ----------------------------------------------------------------------------------------------- checkpoints
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Saves the policy, as [`~transformers.Trainer.save_model`] does.
-
-        Raises:
-            ValueError: if the directory holds a whole model and this is an adapter, or the other way round.
-        """
-        check_one_policy(output_dir or str(self.args.output_dir), isinstance(unwrap(self.model), PeftModel))
-        super().save_model(output_dir, _internal_call)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         Trains the policy. With `resume_from_checkpoint=True` it continues from the newest complete checkpoint in
@@ -331,18 +320,3 @@ class DTRPOTrainer(ExactResume, DiffusionRollouts, GRPOTrainer):
         self.tally = Tally(**state["tally"])
         if state["last_rollouts"] is not None:
             self.last_rollouts = TrajectoryBatch.from_dict(state["last_rollouts"]).to(self.accelerator.device)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not self._load_renamed(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self):
-        if not self._load_renamed(self.state.best_model_checkpoint):
-            super()._load_best_model()
-
-    def _load_renamed(self, checkpoint: str | None) -> bool:
-        """Loads a checkpoint with a family's own weight names, which transformers' trainer would ignore with a warning."""
-        model = unwrap(self.model)
-        if checkpoint is None or isinstance(model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return False  # these checkpoints use the names of the model
-        return load_renamed_weights(model, checkpoint)

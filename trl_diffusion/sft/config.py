@@ -1,0 +1,159 @@
+"""Configuration of [`DiffusionSFTTrainer`]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from trl import SFTConfig
+
+from ..fields import AtLeast, Within, check_fields, check_one_of
+from ..names import knows_names
+from ..trainer.defaults import settle
+from .masks import MaskConfig
+
+
+_NO_LOGITS = "the loss reads the logits of masked tokens only, and not those of every position"
+# Options of SFTConfig that do not apply to a diffusion policy, and why.
+_REFUSED = {
+    "padding_free": "the rows of the forward pass hold noisy copies of blocks. Set `packing=True` to save padding",
+    "pad_to_multiple_of": "the rows of the forward pass hold noisy copies of blocks, which have a length of their own",
+    "label_smoothing_factor": _NO_LOGITS,
+    "use_liger_kernel": "its fused loss is causal. Its layers are not tested here",
+    "trust_remote_code": "the families load without their hub code, which hides its attention masks from this library",
+    "router_aux_loss_coef": "the load balance of the experts would also count the noisy copies in a packed row",
+    "pad_token": "padding is never seen by the policy",
+}
+
+
+@knows_names
+@dataclass
+class DiffusionSFTConfig(SFTConfig):
+    r"""
+    Configuration class for the [`DiffusionSFTTrainer`].
+
+    It has every parameter of [`~trl.SFTConfig`], with the same meaning, and the ones below. Parameters of
+    [`~trl.SFTConfig`] that do not apply to a diffusion policy are refused (see [`DiffusionSFTConfig.refused`]). `bf16` defaults
+    to `True` on a GPU that computes in bfloat16, and to `False` elsewhere. `dataloader_pin_memory` is `False` without a GPU.
+
+    Parameters:
+        > Parameters that control the policy
+
+        diffusion_spec (`dict[str, Any]` or `str`, *optional*):
+            Fields of [`DiffusionSpec`], as a mapping or a JSON string. They complete or override those in the model's config.
+            With them, a model without such a config becomes a policy.
+
+        > Parameters that control the loss
+
+        weighting (`str`, *optional*, defaults to `"elbo"`):
+            `"elbo"`: the negative evidence lower bound of the trained tokens. `"mean"`: all masked tokens have the same weight
+            (Fast-dLLM v2, SDAR). See [`~sft.masks.MaskConfig`].
+        num_masks (`int`, *optional*, defaults to `1`):
+            Random masks of a document in one step.
+        complementary (`bool`, *optional*, defaults to `False`):
+            `"mean"`: whether each mask is followed by its complement, so that every trained token is scored once.
+        max_corruption (`float`, *optional*, defaults to `0.0`):
+            `"mean"`: largest share of visible tokens that are replaced by other tokens of the document. For policies that will
+            revise.
+        block_sizes (`list[int]`, *optional*):
+            Block sizes that training goes through, one after another for equally many steps, such as `[1, 2, 4]`. The last one
+            is that of the policy, and each of the others divides it. Needs block attention.
+
+    > [!NOTE]
+    > All other defaults are those of the installed [`~trl.SFTConfig`].
+    """
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["diffusion_spec"]
+
+    diffusion_spec: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of `DiffusionSpec` (mask_token_id, attention, block_size, ...) that complete or override "
+            "the ones stored in the model's config, as a mapping or a JSON string."
+        },
+    )
+    weighting: str = field(
+        default="elbo",
+        metadata={
+            "help": "'elbo' for the negative evidence lower bound, 'mean' for the same weight of all masked tokens.",
+            "choices": ["elbo", "mean"],
+        },
+    )
+    num_masks: Annotated[int, AtLeast(1)] = field(
+        default=1, metadata={"help": "Random masks of a document in one step."}
+    )
+    complementary: bool = field(
+        default=False, metadata={"help": "'mean': whether each mask is followed by its complement."}
+    )
+    max_corruption: Annotated[float, Within("[0, 1)")] = field(
+        default=0.0,
+        metadata={
+            "help": "'mean': largest share of visible tokens that are replaced by other tokens of the document, for policies "
+            "that will revise."
+        },
+    )
+    block_sizes: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Block sizes that training goes through, one after another for equally many steps. The last one is that of "
+            "the policy."
+        },
+    )
+
+    if TYPE_CHECKING:
+        output_dir: str = "trainer_output"  # the directory that transformers uses for `None`
+
+    def __post_init__(self):
+        settle(self)
+        super().__post_init__()
+        refused = self.refused()
+        if refused:
+            reasons = "\n".join(f"- `{name}`: {why}" for name, why in refused.items())
+            raise ValueError(f"These options of SFTConfig cannot be used with a diffusion policy:\n{reasons}")
+        check_fields(self, type(self).__dataclass_fields__.keys() - SFTConfig.__dataclass_fields__.keys())
+        self._check_training()
+        self.masks()  # checks the settings of the masks
+        sizes = self.block_sizes
+        if sizes is not None and (not sizes or min(sizes) < 1 or any(sizes[-1] % size for size in sizes)):
+            raise ValueError(
+                f"`block_sizes` must be whole numbers of at least 1 that divide the last one, got {sizes!r}."
+            )
+
+    def _check_training(self) -> None:
+        """Checks options of SFTConfig that would train nothing, or cut documents without a word."""
+        if self.max_steps == 0:
+            raise ValueError(
+                "`max_steps=0` trains nothing. Set it to 1 or more, or to -1 to go by `num_train_epochs`."
+            )
+        check_one_of("packing_strategy", self.packing_strategy, ("bfd", "bfd_split"))
+
+    def masks(self) -> MaskConfig:
+        """How documents are masked."""
+        return MaskConfig(
+            weighting=cast(Literal["elbo", "mean"], self.weighting),
+            num_masks=self.num_masks,
+            complementary=self.complementary,
+            max_corruption=self.max_corruption,
+        )
+
+    def spec_overrides(self) -> dict[str, Any] | None:
+        """`diffusion_spec` as a mapping, after `__post_init__` has parsed it."""
+        return self.diffusion_spec if isinstance(self.diffusion_spec, dict) else None
+
+    def model_options(self) -> dict[str, Any]:
+        """Options for loading the model: `model_init_kwargs`, which transformers has parsed into a mapping."""
+        return cast(dict[str, Any], self.model_init_kwargs or {})
+
+    def refused(self) -> dict[str, str]:
+        """Options that are set although they do not apply to a diffusion policy, each with the reason."""
+        fields = type(self).__dataclass_fields__
+        found = {}
+        for name, why in _REFUSED.items():
+            neutral = fields[name].default if name in fields else None
+            if name in fields and getattr(self, name) not in (neutral, None, False, 0.0):
+                found[name] = f"{why} (got {getattr(self, name)!r}, leave it at {neutral!r})"
+        if self.loss_type != "nll":
+            found["loss_type"] = f"{self.loss_type!r} is causal; `weighting` chooses the loss of masked tokens"
+        if self.model_options().get("trust_remote_code", False) is not False:
+            found["model_init_kwargs"] = f"`trust_remote_code`: {_REFUSED['trust_remote_code']}"
+        return found

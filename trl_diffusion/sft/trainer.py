@@ -1,0 +1,235 @@
+"""Supervised fine-tuning, as a subclass of TRL's `SFTTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+from ..policies.forward import policy_logits
+from ..scoring.layout import join_rows, pack
+from ..scoring.score import score_logits
+from ..seeds import SUPERVISED, derive_seed
+from ..trainer.metrics import Tally, add_over_processes
+from ..trainer.policy_files import PolicyFiles
+from .config import DiffusionSFTConfig
+from .documents import DocumentCollator, Documents
+from .masks import document_states
+from .setup import check_documents, make_ready, set_up
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class _Evaluation:
+    """An evaluation in progress: the number of its rows, of those that were read, and their metrics."""
+
+    size: int | None
+    read: int = 0
+    tally: Tally = field(default_factory=Tally)
+
+
+class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
+    r"""
+    Supervised fine-tuning of a diffusion policy. It has the constructor, the dataset formats and the options of
+    [`~trl.SFTTrainer`].
+
+    Some of the trained tokens of each document are masked, and the policy predicts them. With block attention each block has
+    its own mask, and sees the clean blocks before it. One forward pass holds all blocks of a document (docs/method.md,
+    section 9). Its prompt is in the pass once.
+
+    The masks of a document depend on `seed`, the optimizer step and the tokens of the document. The number of processes, the
+    order of rows, packing and an interruption change nothing.
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+
+    from trl_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, tiny_policy_path
+    from trl_diffusion.rewards import sudoku
+
+    puzzles = sudoku.generate(1000, seed=0)
+    rows = [{"prompt": sudoku.prompt(row["puzzle"]), "completion": row["solution"]} for row in puzzles]
+
+    trainer = DiffusionSFTTrainer(
+        model=tiny_policy_path(),
+        args=DiffusionSFTConfig("sudoku_sft", learning_rate=1e-3, per_device_train_batch_size=32),
+        train_dataset=Dataset.from_list(rows),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy: a path, a hub id, or a model. The [`DiffusionSpec`] is in its config or in `args.diffusion_spec`.
+        args ([`DiffusionSFTConfig`], *optional*):
+            Configuration of this trainer.
+        train_dataset, eval_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Datasets in any of TRL's formats: text, prompt-completion, messages, or `input_ids` with `labels`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. By default, it is loaded from the path or hub id of the model.
+        kwargs (`dict`):
+            The other arguments of [`~trl.SFTTrainer`], by name: `callbacks`, `optimizers`, `peft_config`, ...
+
+    Raises:
+        TypeError: if the model or the arguments have an unsupported type.
+        ValueError: before any training, in these cases:
+
+            - The policy has no mask token, or has layers or an attention that cannot be those of a diffusion policy.
+            - A document holds the mask token or a token that the model does not have, or is longer than its context.
+            - No token of the dataset is trained.
+    """
+
+    _tag_names = ["trl", "trl-diffusion", "sft"]
+    _name = "diffusion SFT"
+
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of all batches of a step
+
+    # Narrowed types of inherited attributes.
+    args: DiffusionSFTConfig
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: DiffusionSFTConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ):
+        args, self.spec, processing_class = set_up(model, args, processing_class, kwargs)
+        self.masks = args.masks()
+        self.tally = Tally()
+        self.evaluation: _Evaluation | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.data_collator = DocumentCollator(self.spec, make_ready(self))
+        check_documents(self)
+
+    def spec_at(self, step: int) -> Any:
+        """The spec at an optimizer step: with `block_sizes`, the block size changes during training."""
+        sizes = self.args.block_sizes
+        if not sizes or not self.state.max_steps:
+            return self.spec
+        stage = min(step * len(sizes) // self.state.max_steps, len(sizes) - 1)
+        return self.spec.replace(block_size=sizes[stage])
+
+    # ------------------------------------------------------------------------------------------------- the loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of an optimizer step, and the number of trained tokens in those of all processes."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(int(batch["trained"].sum()) for batch in samples)
+        (total,) = add_over_processes(self.accelerator, float(count))
+        return samples, torch.tensor(total, device=device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss per trained token. `num_items_in_batch`: trained tokens of the step, over all processes."""
+        if return_outputs:
+            raise ValueError(
+                f"{type(self).__name__} has no outputs to return: it reads the logits of masked tokens only."
+            )
+        documents = Documents(**inputs)
+        sums, counts = self._losses(model, documents)
+        if self.evaluation is None:
+            self._record(sums, counts, self.tally)
+            total = counts["trained"].sum() if num_items_in_batch is None else num_items_in_batch
+            # Processes average their gradients, and `total` counts the tokens of all of them.
+            scale = 1 if num_items_in_batch is None else self.accelerator.num_processes
+            return sums["loss"].sum() * scale / total.clamp(min=1)
+        rows, process = int(documents.packs[-1]) + 1, self.accelerator.process_index
+        numbers = self.evaluation.read + process * rows + documents.packs
+        self.evaluation.read += rows * self.accelerator.num_processes
+        counted = torch.ones_like(numbers) if self.evaluation.size is None else numbers < self.evaluation.size
+        self._record(
+            {name: values * counted for name, values in sums.items()},
+            {name: values * counted for name, values in counts.items()},
+            self.evaluation.tally,
+        )
+        return sums["loss"].sum() / counts["trained"].sum().clamp(min=1)
+
+    def _losses(self, model: nn.Module, documents: Documents) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Sums over the tokens of each document, and the number of tokens in each sum, `(R,)` each."""
+        step = self.state.global_step if self.evaluation is None else 0  # evaluations have the same masks
+        spec = self.spec if self.evaluation is not None else self.spec_at(step)
+        stream = int(self.evaluation is not None)
+        seed = derive_seed(self.args.seed, SUPERVISED, stream, step)
+        layout = pack(documents.trajectories(), spec, document_states(documents, spec, seed, self.masks))
+        if documents.packed:
+            layout = join_rows(layout, documents.packs)
+        logits = policy_logits(
+            model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns
+        )
+        logps, entropies = score_logits(logits, layout, spec, compute_entropy=True)
+        scored = layout.weights > 0
+        right = torch.zeros_like(documents.numbers, dtype=torch.float32)
+        right.index_add_(0, layout.responses, (logits.argmax(-1) == layout.targets).float())
+        sums = {
+            "loss": -(logps * layout.weights).sum(1),
+            "entropy": (cast(Tensor, entropies) * scored).sum(1).detach(),
+            "mean_token_accuracy": right,
+        }
+        counts = {
+            "trained": documents.trained.sum(1),
+            "entropy": scored.sum(1),
+            "mean_token_accuracy": torch.bincount(layout.responses, minlength=len(right)),
+            "num_tokens": documents.prompt_mask.sum(1) + documents.written.sum(1),
+        }
+        return sums, counts
+
+    # ------------------------------------------------------------------------------------------------- metrics
+
+    def _record(self, sums: dict[str, Tensor], counts: dict[str, Tensor], tally: Tally) -> None:
+        """Adds the metrics of a batch, over all processes."""
+        values = [*(one.sum() for one in sums.values()), *(one.sum() for one in counts.values())]
+        totals = dict(
+            zip(
+                [*sums, *(f"of {name}" for name in counts)], add_over_processes(self.accelerator, *values), strict=True
+            )
+        )
+        for name, of in (("loss", "trained"), ("entropy", "entropy"), ("mean_token_accuracy", "mean_token_accuracy")):
+            if (weight := totals[f"of {of}"]) and (
+                name != "loss" or tally is not self.tally
+            ):  # transformers logs that loss
+                tally.add(name, totals[name] / weight, weight)
+        if tally is self.tally:
+            self._total_train_tokens += int(totals["of num_tokens"])
+            tally.add("num_tokens", self._total_train_tokens, how="last")
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Runs the evaluation loop of transformers. Its loss and metrics are over the tokens of all rows, each row once."""
+        dataset = dataloader.dataset
+        self.evaluation = _Evaluation(None if isinstance(dataset, torch.utils.data.IterableDataset) else len(dataset))
+        try:
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            figures = self.evaluation.tally.results()
+        finally:
+            self.evaluation = None
+        metrics = cast("dict[str, Any]", output.metrics)
+        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics of training since the last log."""
+        if "loss" in logs:
+            logs.update({name: value for name, value in self.tally.results().items() if value is not None})
+            self.tally = Tally()
+        super().log(logs, start_time)

@@ -1,0 +1,49 @@
+"""How a trainer saves a policy, and loads it again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peft import PeftModel
+
+from ..policies.files import check_one_policy
+from ..policies.forward import unwrap
+from ..policies.loading import load_renamed_weights
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object
+
+
+class PolicyFiles(Trainer):
+    """
+    For a [`~transformers.Trainer`]: a directory holds one policy, and checkpoints of families with weight names of their own can
+    be loaded. Put this class before the trainer in the list of base classes.
+    """
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves the policy, as [`~transformers.Trainer.save_model`] does.
+
+        Raises:
+            ValueError: if the directory holds a whole model and this is an adapter, or the other way round.
+        """
+        check_one_policy(output_dir or str(self.args.output_dir), isinstance(unwrap(self.model), PeftModel))
+        super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self._load_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._load_renamed(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_renamed(self, checkpoint: str | None) -> bool:
+        """Loads a checkpoint with a family's own weight names, which transformers' trainer would ignore with a warning."""
+        model = unwrap(self.model)
+        if checkpoint is None or isinstance(model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return False  # these checkpoints use the names of the model
+        return load_renamed_weights(model, checkpoint)
