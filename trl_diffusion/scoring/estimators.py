@@ -145,28 +145,16 @@ def elbo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: 
 
     Forward passes per response: `num_draws`.
     """
-    return masked_bound(batch, _tokens(batch, spec), seeds, config.num_draws)
-
-
-def masked_bound(batch: TrajectoryBatch, tokens: MaskedTokens, seeds: list[int], num_masks: int) -> States:
-    """
-    The states and weights of [`elbo`], for tokens of the caller's choice.
-
-    Args:
-        batch ([`TrajectoryBatch`]): the responses.
-        tokens ([`MaskedTokens`]): which tokens are masked and which count.
-        seeds (`list[int]`): a seed for each response.
-        num_masks (`int`): random masks per response.
-    """
+    tokens = final_tokens(batch, spec)
     groups, _, drawn, counted = tokens
-    keys = uniforms(batch, seeds, num_masks)  # (R, W, C)
+    keys = uniforms(batch, seeds, config.num_draws)  # (R, W, C)
     sizes = at_block(groups, sum_by_block(groups, drawn[:, None].float()))  # (R, 1, C): N of the token's group
-    sizes = sizes.expand(-1, num_masks, -1)
+    sizes = sizes.expand(-1, config.num_draws, -1)
     # All positions of group `g` use number `g`.
-    numbers = at_block(groups, uniforms(batch, [derive_seed(seed, 1) for seed in seeds], num_masks))
+    numbers = at_block(groups, uniforms(batch, [derive_seed(seed, 1) for seed in seeds], config.num_draws))
     num_masked = (numbers * sizes).floor() + 1  # m, uniform in 1 to N
     masked = drawn[:, None] & (rank_in_block(groups, keys, drawn[:, None]) < num_masked)
-    shares = (masked & counted[:, None]) * sizes / num_masked / num_masks
+    shares = (masked & counted[:, None]) * sizes / num_masked / config.num_draws
     return masked_states(batch, tokens, masked, shares)
 
 
@@ -178,7 +166,7 @@ def mean_field(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], co
 
     Forward passes per response: 1.
     """
-    _, autoregressive, drawn, counted = _tokens(batch, spec)
+    _, autoregressive, drawn, counted = final_tokens(batch, spec)
     prompt_hidden = torch.zeros_like(batch.prompt_mask, dtype=torch.bool)
     for row, seed in enumerate(seeds):
         length = int(batch.prompt_lengths[row])
@@ -201,7 +189,7 @@ def coupled(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], confi
 
     Forward passes per response: 3.
     """
-    _, autoregressive, drawn, counted = _tokens(batch, spec)
+    _, autoregressive, drawn, counted = final_tokens(batch, spec)
     low, high = COUPLED_RANGE
     ratios = [
         low + (high - low) * torch.rand((), generator=torch.Generator().manual_seed(derive_seed(seed, 1))).item()
@@ -224,15 +212,15 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
-class MaskedTokens(NamedTuple):
+class FinalTokens(NamedTuple):
     """
-    Which tokens an estimator with masks of its own looks at. All of shape `(R, C)`.
+    The tokens of the final text, for estimators with masks of their own. All of shape `(R, C)`.
 
     Attributes:
         groups (`Tensor`): the group of each token. Tokens of a group are masked together.
-        autoregressive (boolean `Tensor`): tokens that are always visible and scored, if they count.
+        autoregressive (boolean `Tensor`): tokens that are always visible, and always scored if they count.
         drawn (boolean `Tensor`): tokens that can be masked.
-        counted (boolean `Tensor`): tokens that are scored where they are masked.
+        counted (boolean `Tensor`): tokens that count.
     """
 
     groups: Tensor
@@ -241,28 +229,21 @@ class MaskedTokens(NamedTuple):
     counted: Tensor
 
 
-def _tokens(batch: TrajectoryBatch, spec: DiffusionSpec) -> MaskedTokens:
-    """All tokens can be masked, those of the completion count. These estimators know the final text alone, not what was
-    taken back."""
-    groups, autoregressive, drawn = maskable(batch, spec)
-    return MaskedTokens(groups, autoregressive, drawn, batch.completion_mask & (batch.steps != NEVER))
-
-
-def maskable(batch: TrajectoryBatch, spec: DiffusionSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Group of each token of the final text, which of them are autoregressive, and which can be masked, `(R, C)` each."""
+def final_tokens(batch: TrajectoryBatch, spec: DiffusionSpec) -> FinalTokens:
+    """Estimators with masks of their own know the final text alone, and not what was taken back."""
     unmasked = batch.steps != NEVER
     groups, _, drawn, _ = token_states(spec, replace(batch, revisions=None), unmasked)
-    return groups, unmasked & ~drawn, drawn
+    return FinalTokens(groups, unmasked & ~drawn, drawn, batch.completion_mask & unmasked)
 
 
-def masked_states(batch: TrajectoryBatch, tokens: MaskedTokens, masked: Tensor, shares: Tensor) -> States:
+def masked_states(batch: TrajectoryBatch, tokens: FinalTokens, masked: Tensor, shares: Tensor) -> States:
     """
     States that hide the `masked` tokens. The estimate of a token is the mean of its log-probabilities over the states, weighted by
     `shares`. Its weight is the sum of `shares`.
 
     Args:
         batch ([`TrajectoryBatch`]): the responses.
-        tokens ([`MaskedTokens`]): which tokens are autoregressive, and which count.
+        tokens ([`FinalTokens`]): which tokens are autoregressive, and which count.
         masked (boolean `Tensor` of shape `(R, W, C)`): what each state hides.
         shares (`Tensor` of shape `(R, W, C)`): weight of each token in each state.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..fields import AtLeast, Within, check_fields
 from ..policies.spec import DiffusionSpec
-from ..scoring.estimators import MaskedTokens, maskable, masked_bound, masked_states, uniforms
+from ..scoring.estimators import EstimatorConfig, elbo, final_tokens, masked_states, uniforms
 from ..scoring.states import States
 from ..seeds import derive_seed
 from ..trajectories.by_block import at_block
@@ -57,7 +57,7 @@ class MaskConfig:
 def document_states(documents: Documents, spec: DiffusionSpec, seed: int, config: MaskConfig) -> States:
     """
     Random states of documents. The sum of `-logp * weight` over all tokens, divided by the number of trained tokens, estimates
-    the loss per token. Tokens of weight 1 are autoregressive: their state is always the same.
+    the loss per token. An autoregressive token has weight 1, because its state is always the same.
 
     Args:
         documents ([`Documents`]): the documents.
@@ -67,11 +67,10 @@ def document_states(documents: Documents, spec: DiffusionSpec, seed: int, config
     """
     batch = documents.trajectories()
     seeds = [derive_seed(seed, number) for number in documents.numbers.tolist()]
-    groups, autoregressive, drawn = maskable(batch, spec)
-    tokens = MaskedTokens(groups, autoregressive, drawn & documents.trained, documents.trained)
     if config.weighting == "elbo":
-        return masked_bound(batch, tokens, seeds, config.num_masks)
-    ratios = at_block(groups, uniforms(batch, [derive_seed(one, 1) for one in seeds], config.num_masks))
+        return elbo(batch, spec, seeds, EstimatorConfig("elbo", num_draws=config.num_masks))
+    tokens = final_tokens(batch, spec)
+    ratios = at_block(tokens.groups, uniforms(batch, [derive_seed(one, 1) for one in seeds], config.num_masks))
     masked = tokens.drawn[:, None] & (uniforms(batch, seeds, config.num_masks) < ratios)
     scores_of_a_token = config.num_masks / 2  # expected: the mean ratio is a half
     if config.complementary:
@@ -90,14 +89,12 @@ def document_states(documents: Documents, spec: DiffusionSpec, seed: int, config
 
 
 def _corrupted(documents: Documents, drawn: Tensor, seeds: list[int], most: float, num_views: int) -> Tensor:
-    """The tokens that each view shows, `(R, W, C)`: some are replaced by other trained tokens of the same document."""
+    """The tokens that each view shows, `(R, W, C)`: some are replaced by tokens of the same document."""
     batch = documents.trajectories()
     share, wrong, other = (
         uniforms(batch, [derive_seed(seed, stream) for seed in seeds], num_views) for stream in (2, 3, 4)
     )
-    counts = documents.trained.sum(1)[:, None, None]
-    numbers = (other * counts).long()  # number of a trained token
-    places = (~documents.trained).long().sort(dim=1, stable=True).indices  # trained ones first
-    others = documents.canvas_ids.gather(1, places.gather(1, numbers.flatten(1))).view_as(numbers)
+    places = (other * documents.trained.sum(1)[:, None, None]).long()
+    others = documents.canvas_ids.gather(1, places.flatten(1)).view_as(places)
     hit = (wrong < most * share[..., :1]) & drawn[:, None]
     return torch.where(hit, others, documents.canvas_ids[:, None])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
@@ -23,7 +22,7 @@ from ..policies.training import check_trainable, switch_off_router_loss, train_p
 from ..policies.trial import try_policy
 from ..trainer.checks import check_one_gpu, named_datasets
 from .config import DiffusionSFTConfig
-from .documents import IGNORED, parts_of
+from .documents import IGNORED, documents_of
 
 
 if TYPE_CHECKING:
@@ -144,19 +143,19 @@ def check_documents(trainer: DiffusionSFTTrainer) -> None:
             continue
         trained = 0
         for row, example in enumerate(dataset):
-            for ids, labels in parts_of(example):
-                found = impossible_token(ids, trainer.spec, config.get_text_config().vocab_size)
-                if found is not None:
-                    raise ValueError(
-                        f"{name}: row {row} holds {found[1]} at position {found[0]}. Remove it from the data."
-                    )
-                end = trainer.spec.canvas_end(0, len(ids))
+            found = impossible_token(example["input_ids"], trainer.spec, config.get_text_config().vocab_size)
+            if found is not None:
+                raise ValueError(
+                    f"{name}: row {row} holds {found[1]} at position {found[0]}. Remove it from the data."
+                )
+            for prompt, canvas in documents_of(example):
+                end = trainer.spec.canvas_end(len(prompt), len(canvas))
                 if context is not None and end > context:
                     raise ValueError(
-                        f"{name}: row {row} has {len(ids)} tokens, in whole blocks {end}, more than the policy's context of "
-                        f"{context} (`{limit}`). Lower `max_length`."
+                        f"{name}: row {row} has {len(prompt) + len(canvas)} tokens, in whole blocks {end}, more than the "
+                        f"policy's context of {context} (`{limit}`). Lower `max_length`."
                     )
-                trained += int((np.asarray(labels[1:]) != IGNORED).sum())
+                trained += len(canvas)
         if trained == 0:
             raise ValueError(
                 f"{name} has no token to train: every label is {IGNORED}, or every document has a single token. With "

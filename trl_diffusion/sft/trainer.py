@@ -189,7 +189,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
             "trained": documents.trained.sum(1),
             "entropy": scored.sum(1),
             "mean_token_accuracy": torch.bincount(layout.responses, minlength=len(right)),
-            "num_tokens": documents.prompt_mask.sum(1) + documents.written.sum(1),
+            "num_tokens": documents.prompt_mask.sum(1) + documents.trained.sum(1),
         }
         return sums, counts
 
