@@ -53,6 +53,11 @@ MOVED = {
     },
 }  # fmt: skip
 
+# Documents of unequal lengths, two batches for each step.
+SUPERVISED = {
+    "name": "supervised", "rows": 4, "supervised": True, "options": {"learning_rate": 1e-2, "gradient_accumulation_steps": 2},
+}  # fmt: skip
+
 # Faults, and those whose error is raised while processes wait for each other's weights.
 FAULTS = ["raises", "raises_later", "too_few", "no_numbers", "nan_loss", "decoding", "early"]
 INSIDE = ["raises", "nan_loss", "decoding", "early"]

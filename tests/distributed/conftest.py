@@ -64,13 +64,15 @@ def scenarios_of(matrix, request) -> Callable[[str, Path], list[dict]]:
     def of(engine: str, directory: Path) -> list[dict]:
         if engine == "ddp":
             whole, resumed = cells.resumed(cells.MOVED, directory, step=3)
-            return [*(matrix[name] for name in cells.RUNS["ddp"]), *cells.EMBEDDED, whole, resumed, *cells.faults()]
+            runs = [*(matrix[name] for name in cells.RUNS["ddp"]), *cells.EMBEDDED, cells.SUPERVISED, whole, resumed]
+            return [*runs, *cells.faults()]
         llada = (
             cells.resumed(request.getfixturevalue("llada"), directory, step=2)
             if (SHARED / "fixtures").exists()
             else ()
         )
         small = [matrix[name] for name in cells.RUNS["zero3"]]
+        small.append(cells.SUPERVISED)
         small += [*(cells.zero3_cell(matrix, name) for name in cells.ZERO3), *llada, *cells.faults(cells.INSIDE)]
         engines = {
             name: environment_of(name.removesuffix("-all"), directory, partition_all=name.endswith("-all"))

@@ -2,7 +2,7 @@
 What the processes of a distributed test run: a trainer for each cell, one after another, with what it did left on disk.
 
 A cell is a mapping: `name`; `rows`, responses in the global batch, whatever the number of processes; `options` of
-`DTRPOConfig`; and optionally `lora`, `trajectories`, `model`, `tokenizer`, `resume`, a
+`DTRPOConfig`, or of `DiffusionSFTConfig` for a cell that is `supervised`; and optionally `lora`, `trajectories`, `model`, `tokenizer`, `resume`, a
 checkpoint, and `disturb`, whether a decoding fails after the first step.
 """
 
@@ -19,7 +19,14 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
-from trl_diffusion import DTRPOConfig, DTRPOTrainer, load_trajectories, tiny_policy_path
+from trl_diffusion import (
+    DiffusionSFTConfig,
+    DiffusionSFTTrainer,
+    DTRPOConfig,
+    DTRPOTrainer,
+    load_trajectories,
+    tiny_policy_path,
+)
 from trl_diffusion.rewards import sudoku
 
 
@@ -43,7 +50,12 @@ def prompts(size: int = 16) -> Dataset:
     return Dataset.from_list([{"prompt": sudoku.prompt(r["puzzle"])[: 10 + i % 7], **r} for i, r in enumerate(rows)])
 
 
-def make_trainer(cell: dict[str, Any], directory: Path, reward=None, **changes) -> DTRPOTrainer:
+def solutions() -> Dataset:
+    """Prompts of unequal lengths with their solutions."""
+    return Dataset.from_list([{"prompt": row["prompt"], "completion": row["solution"]} for row in prompts()])
+
+
+def make_trainer(cell: dict[str, Any], directory: Path, reward=None, **changes) -> DTRPOTrainer | DiffusionSFTTrainer:
     """The trainer of a cell, on as many processes as there are."""
     AcceleratorState._reset_state()  # the process group stays
     GradientState._reset_state()
@@ -59,9 +71,6 @@ def make_trainer(cell: dict[str, Any], directory: Path, reward=None, **changes) 
     options = {
         "output_dir": str(directory),
         "per_device_train_batch_size": rows,
-        "num_generations": 4,
-        "max_completion_length": 20,
-        "tokens_per_step": 2,
         "learning_rate": 1e-3,
         "adam_epsilon": 1e-5,  # with a smaller one, rounding errors of a gradient that is 0 take whole steps
         "max_steps": 2,
@@ -74,15 +83,23 @@ def make_trainer(cell: dict[str, Any], directory: Path, reward=None, **changes) 
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",
+        **(
+            {} if cell.get("supervised") else {"num_generations": 4, "max_completion_length": 20, "tokens_per_step": 2}
+        ),
         **cell.get("options", {}),
         **changes,
     }
+    tokenizer = AutoTokenizer.from_pretrained(cell.get("tokenizer") or model, padding_side="left")
+    if cell.get("supervised"):
+        return DiffusionSFTTrainer(
+            model, DiffusionSFTConfig(**options), solutions(), processing_class=tokenizer, peft_config=lora
+        )
     return DTRPOTrainer(
         model=model,
         reward_funcs=None if offline else reward or Recorder(),
         args=DTRPOConfig(**options),
         train_dataset=load_trajectories(offline) if offline else prompts(),
-        processing_class=AutoTokenizer.from_pretrained(cell.get("tokenizer") or model, padding_side="left"),
+        processing_class=tokenizer,
         peft_config=lora,
     )
 
@@ -91,7 +108,7 @@ def shares(trainer: DTRPOTrainer) -> dict[str, tuple[int, int, int]]:
     """Under ZeRO-3, for policy and reference: number of weights, how many of them this process holds, and how many it
     has gathered at the moment."""
     found = {}
-    for name, model in (("policy", trainer.model), ("reference", trainer.ref_model)):
+    for name, model in (("policy", trainer.model), ("reference", getattr(trainer, "ref_model", None))):
         parameters = [] if model is None else [p for p in model.parameters() if hasattr(p, "ds_tensor")]
         if parameters:
             found[name] = tuple(

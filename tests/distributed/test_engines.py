@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.distributed import jobs
-from tests.distributed.cells import EMBEDDED, RUNS, ZERO3
+from tests.distributed.cells import EMBEDDED, RUNS, SUPERVISED, ZERO3
 from tests.distributed.launching import needs_deepspeed
 from trl_diffusion import tiny_policy_path
 
@@ -66,6 +66,13 @@ def test_engines_give_what_one_process_gives(engine_runs, one_process, random_po
     directory = engine_runs("deepspeed") / f"{name}{'-zero2' * (engine == 'zero2')}"
     assert (directory / "shares_0.json").read_text() != "{}" or engine == "zero2"
     check_same(one_process(name), directory, random_policy, online=name.endswith("online"))
+
+
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("deepspeed", marks=needs_deepspeed)])
+def test_supervised_fine_tuning_gives_what_one_process_gives(engine_runs, tmp_path, engine):
+    """The masks of a document, and the number of tokens that the loss is divided by, do not depend on the processes."""
+    jobs.run(SUPERVISED, tmp_path)
+    check_same(tmp_path, engine_runs(engine) / "supervised", Path(tiny_policy_path()), online=False)
 
 
 @needs_deepspeed

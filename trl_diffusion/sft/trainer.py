@@ -92,7 +92,8 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
     _tag_names = ["trl", "trl-diffusion", "sft"]
     _name = "diffusion SFT"
 
-    loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of all batches of a step
+    # `compute_loss` divides by the tokens of all batches of a step.
+    loss_is_scaled_for_ga: bool | None = True  # type: ignore[assignment]  # TRL infers `None`
 
     # Narrowed types of inherited attributes.
     args: DiffusionSFTConfig

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
+from transformers import TrainingArguments
 from trl import LogCompletionsCallback, WeaveCallback
 
 from ..fields import check_within, is_number
@@ -325,7 +326,7 @@ def check_callback(callback: Any) -> None:
         )
 
 
-def check_one_gpu(args: DTRPOConfig) -> None:
+def check_one_gpu(args: TrainingArguments) -> None:
     """
     Checks that this process has at most one GPU.
 

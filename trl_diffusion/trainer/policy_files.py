@@ -12,12 +12,17 @@ from ..policies.loading import load_renamed_weights
 
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import PreTrainedModel, Trainer
+
+    class _Trainer(Trainer):
+        """Narrowed types of inherited attributes."""
+
+        model: PreTrainedModel
 else:
-    Trainer = object
+    _Trainer = object
 
 
-class PolicyFiles(Trainer):
+class PolicyFiles(_Trainer):
     """
     For a [`~transformers.Trainer`]: a directory holds one policy, and checkpoints of families with weight names of their own can
     be loaded. Put this class before the trainer in the list of base classes.
