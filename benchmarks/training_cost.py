@@ -11,6 +11,8 @@ kind of step once, so that a slow moment of the machine hits all of them. Median
 - `ar_sft_lean`: the same with the head on response tokens only, which the stock `labels=` path does not do.
 - `block_sft`: block-diffusion fine-tuning in the published layout, `[noisy | clean]` copies of prompt and response, the
   head on the noisy half.
+- `sft`: supervised fine-tuning of `DiffusionSFTTrainer` (`weighting="elbo"`), one packed pass. `sft_complementary`: a mask and its
+  complement (`weighting="mean"`), in one packed pass.
 - `dtrpo`: one drawn decoding step per block, one packed pass.
 - `elbo8`: the ELBO with 8 masks per response, one packed pass for each.
 - `exact`: every decoding step of every block, as many packed passes as a block has steps.
@@ -39,6 +41,8 @@ from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
 from trl_diffusion.scoring.states import States
+from trl_diffusion.sft.documents import Documents
+from trl_diffusion.sft.masks import MaskConfig, document_states
 from trl_diffusion.trajectories.trajectory import TrajectoryBatch
 
 
@@ -154,10 +158,28 @@ def estimated(name: str, share: bool = False, **options):
     return step
 
 
+def supervised(config: MaskConfig):
+    """A step of `DiffusionSFTTrainer` on documents that end where their last block ends."""
+
+    def step(model, batch, spec, seed) -> None:
+        rows = torch.arange(len(batch), device=batch.canvas_ids.device)
+        trained = torch.ones_like(batch.canvas_ids, dtype=torch.bool)
+        documents = Documents(
+            batch.prompt_ids, batch.prompt_mask, batch.canvas_ids, batch.canvas_lengths, trained, rows, rows
+        )
+        layout = pack(documents.trajectories(), spec, document_states(documents, spec, seed, config))
+        logps, _ = score(model, layout, spec)
+        (-(logps * layout.weights).sum() / trained.sum()).backward()
+
+    return step
+
+
 KINDS = {
     "ar_sft": (ar_sft, False),
     "ar_sft_lean": (ar_sft_lean, False),
     "block_sft": (block_sft, False),
+    "sft": (supervised(MaskConfig()), False),
+    "sft_complementary": (supervised(MaskConfig("mean", complementary=True)), False),
     "dtrpo": (estimated("dtrpo"), False),
     "elbo8": (estimated("elbo", num_draws=8), False),
     "exact": (estimated("exact"), False),
@@ -265,6 +287,9 @@ def main() -> None:
         "vs_block_sft": ("dtrpo", "block_sft"),
         "vs_ar_sft": ("dtrpo", "ar_sft"),
         "vs_ar_sft_lean": ("dtrpo", "ar_sft_lean"),
+        "sft_vs_block_sft": ("sft", "block_sft"),
+        "sft_vs_ar_sft": ("sft", "ar_sft"),
+        "sft_complementary_vs_block_sft": ("sft_complementary", "block_sft"),
         "vs_elbo8": ("dtrpo", "elbo8"),
         "vs_exact": ("dtrpo", "exact"),
         "vs_ar_sft_shared_prompt": ("dtrpo_shared", "ar_sft_shared"),
