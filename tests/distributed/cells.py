@@ -53,9 +53,13 @@ MOVED = {
     },
 }  # fmt: skip
 
-# Documents of unequal lengths, two batches for each step.
+# Documents of unequal lengths, two batches for each step, and five documents to measure on.
 SUPERVISED = {
-    "name": "supervised", "rows": 4, "supervised": True, "options": {"learning_rate": 1e-2, "gradient_accumulation_steps": 2},
+    "name": "supervised", "rows": 4, "supervised": True,
+    "options": {
+        "learning_rate": 1e-2, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 1,
+        "per_device_eval_batch_size": 2,
+    },
 }  # fmt: skip
 
 # Faults, and those whose error is raised while processes wait for each other's weights.

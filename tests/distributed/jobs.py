@@ -92,7 +92,12 @@ def make_trainer(cell: dict[str, Any], directory: Path, reward=None, **changes) 
     tokenizer = AutoTokenizer.from_pretrained(cell.get("tokenizer") or model, padding_side="left")
     if cell.get("supervised"):
         return DiffusionSFTTrainer(
-            model, DiffusionSFTConfig(**options), solutions(), processing_class=tokenizer, peft_config=lora
+            model,
+            DiffusionSFTConfig(**options),
+            solutions(),
+            solutions().select(range(5)),
+            processing_class=tokenizer,
+            peft_config=lora,
         )
     return DTRPOTrainer(
         model=model,

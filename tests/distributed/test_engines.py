@@ -70,9 +70,14 @@ def test_engines_give_what_one_process_gives(engine_runs, one_process, random_po
 
 @pytest.mark.parametrize("engine", ["ddp", pytest.param("deepspeed", marks=needs_deepspeed)])
 def test_supervised_fine_tuning_gives_what_one_process_gives(engine_runs, tmp_path, engine):
-    """The masks of a document, and the number of tokens that the loss is divided by, do not depend on the processes."""
+    """The masks of a document, and the number of tokens that a loss is divided by, do not depend on the processes. An evaluation
+    counts each of five documents once, though two processes need six."""
     jobs.run(SUPERVISED, tmp_path)
-    check_same(tmp_path, engine_runs(engine) / "supervised", Path(tiny_policy_path()), online=False)
+    two = engine_runs(engine) / "supervised"
+    check_same(tmp_path, two, Path(tiny_policy_path()), online=False)
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert len(logged(two, name)) == 2
+        assert logged(tmp_path, name) == pytest.approx(logged(two, name), rel=1e-3)
 
 
 @needs_deepspeed
