@@ -60,14 +60,22 @@ def test_recipes_parse(path, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "published"),
-    [("llada", ("elbo", False)), ("dream", ("elbo", False)), ("fast_dllm_v2", ("mean", True)), ("sdar", ("mean", True))],
+    [
+        ("llada", ("elbo", False)),
+        ("dream", ("elbo", False)),
+        ("fast_dllm_v2", ("mean", True)),
+        ("sdar", ("mean", True)),
+    ],
 )
 def test_each_family_is_tuned_with_its_loss(family, published):
     """Also with the model and the layers of its recipes for reinforcement learning."""
     path = ROOT / "recipes" / f"{family}_sft.yaml"
     _, args, model = parse(path)
     assert (args.weighting, args.complementary) == published
-    assert path in RECIPES and model.model_name_or_path == parse(ROOT / "recipes" / f"{family}.yaml")[2].model_name_or_path
+    assert (
+        path in RECIPES
+        and model.model_name_or_path == parse(ROOT / "recipes" / f"{family}.yaml")[2].model_name_or_path
+    )
 
 
 @pytest.mark.parametrize("path", [*RECIPES, *ENGINES], ids=lambda path: path.stem)
