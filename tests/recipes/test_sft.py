@@ -64,6 +64,9 @@ def test_the_embedded_policy(tmp_path, tune):
     words = shlex.split(has_line(whole, r"Next: (.*)")[1])
     options = generate._parser().parse_args(words[2:])
     assert (options.model, options.max_new_tokens, options.tokens_per_step) == ("whole", 17, 2)
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "with supervised fine-tuning by\ntrl_diffusion" in card and "| optimizer steps | 3 |" in card
+    assert "None" not in card and 'pipeline("' not in card and "open_policy(path='whole')" in card
     # The same run in two parts.
     tune(*SMALL, *STEADY, "--save_steps", "2", "--output_dir", "parts")
     tune(*SMALL, *STEADY, "--max_steps", "3", "--output_dir", "parts", "--resume_from_checkpoint", "true")

@@ -189,7 +189,10 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
         right = panel(
             "right guesses of masked tokens", ("mean_token_accuracy", ""), percent=True, lowest=0.0, highest=1.05
         )
-        entropy, rate = panel("entropy per token, in nats", ("entropy", "")), panel("learning rate", ("learning_rate", ""))
+        entropy, rate = (
+            panel("entropy per token, in nats", ("entropy", "")),
+            panel("learning rate", ("learning_rate", "")),
+        )
         return [loss, _held_out(runs), right, entropy, norm, rate]
     if not paired:
         return [loss, _held_out(runs), divergence, size, norm, panel("entropy per token, in nats", ("entropy", ""))]
