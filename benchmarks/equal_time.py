@@ -46,8 +46,8 @@ from trl_diffusion import (
     load_trajectories,
     tiny_policy_path,
 )
-from trl_diffusion.offline.best import best_responses
 from trl_diffusion.policies.policy import open_policy
+from trl_diffusion.sft.best import best_responses
 from trl_diffusion.tasks import Task, load_task
 from trl_diffusion.utils import write_text
 from trl_diffusion.viz.colours import CURVES, css

@@ -17,6 +17,7 @@ from trl_diffusion.commands import generate, sft
 from trl_diffusion.policies.policy import open_policy
 from trl_diffusion.rewards import sudoku
 from trl_diffusion.tasks import load_task
+from trl_diffusion.viz.runs import heading, panels, read_run
 
 
 @pytest.fixture
@@ -45,7 +46,9 @@ def has_line(lines: list[str], pattern: str) -> re.Match:
 
 def test_the_embedded_policy(tmp_path, tune):
     """What a run says, what it leaves, and that its figures agree; and that an interrupted run ends as another one."""
-    whole = tune(*SMALL, *STEADY, "--max_steps", "3", "--output_dir", "whole", "--save_strategy", "no")
+    whole = tune(
+        *SMALL, *STEADY, "--max_steps", "3", "--output_dir", "whole", "--save_strategy", "no", "--logging_steps", "1"
+    )
     has_line(whole, r"Settings: \S*tiny_sft\.yaml, the recipe of the embedded policy; .* from the command line\.")
     has_line(whole, r"Policy: the embedded policy, 0\.67 million weights; block attention, blocks of 8 tokens\.")
     has_line(whole, r"Output: whole, with the trained policy at the end \(`save_strategy` is no: .*")
@@ -67,6 +70,12 @@ def test_the_embedded_policy(tmp_path, tune):
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "with supervised fine-tuning by\ntrl_diffusion" in card and "| optimizer steps | 3 |" in card
     assert "None" not in card and 'pipeline("' not in card and "open_policy(path='whole')" in card
+    run = read_run(tmp_path / "whole")
+    assert heading(run).endswith(": 3 updates on documents")
+    titles = ["loss", "held-out solve rate", "right guesses of masked tokens", "entropy per token, in nats", "gradient norm",
+              "learning rate"]  # fmt: skip
+    assert [panel.title for panel in panels([run])] == titles
+    assert [bool(panel.curves[0]) for panel in panels([run])] == [True] * 6
     # The same run in two parts.
     tune(*SMALL, *STEADY, "--save_steps", "2", "--output_dir", "parts")
     tune(*SMALL, *STEADY, "--max_steps", "3", "--output_dir", "parts", "--resume_from_checkpoint", "true")

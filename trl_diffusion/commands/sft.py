@@ -34,9 +34,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..decoding.config import DecodingConfig
 from ..decoding.options import RolloutOptions
 from ..fields import AtLeast, check_fields
-from ..offline.best import best_responses
 from ..policies.prompts import as_prompts, tokenize_prompts
 from ..quiet import hush_commands
+from ..sft.best import best_responses
 from ..sft.config import DiffusionSFTConfig, is_refused
 from ..sft.trainer import DiffusionSFTTrainer
 from ..tasks import TASKS, Task, load_task, sft_rows

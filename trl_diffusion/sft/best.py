@@ -8,8 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..sft.documents import IGNORED
 from ..trajectories.dataset import REWARD_PREFIX, completions_of, is_trajectory_dataset, reward_columns
+from .documents import IGNORED
 
 
 def best_responses(dataset: Dataset, tokenizer_fingerprint: str | None = None) -> Dataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from trl_diffusion.offline.best import best_responses
+from trl_diffusion.sft.best import best_responses
 
 
 def group(prompt: list[int], responses: list[list[int]], *rewards: list) -> dict:
