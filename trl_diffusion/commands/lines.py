@@ -126,6 +126,8 @@ class RunLines(TrainerCallback):
     took, and what is kept when it is interrupted.
     """
 
+    page = "docs/quickstart.md#5-train-it-on-your-task"  # to read next
+
     def __init__(self) -> None:
         self.trainer: Any = None  # a trainer, once there is one
         self.stored = False  # whether it trains on stored responses
@@ -203,6 +205,8 @@ class RunLines(TrainerCallback):
 
 class TuningLines(RunLines):
     """As [`RunLines`], for a run of `sft`."""
+
+    page = "docs/howto/sft.md#your-documents"
 
     def updates(self) -> str:
         return describe_tuning(self.trainer)

@@ -122,7 +122,7 @@ def report_task(
         ("after", after.answers[row]),
     ):
         print(f"  {name:7}{one_line(text)}")
-    say_next(trainer, next_command(prompt), pictures)
+    say_next(trainer, lines, next_command(prompt), pictures)
 
 
 def write_results(trainer: Trainer, results: dict[str, Any], lines: RunLines, next_command: str) -> None:
@@ -172,10 +172,10 @@ def draw(
     return [*names, picture.name + (f" (the first {part} positions of an answer)" if part else "")]
 
 
-def say_next(trainer: Trainer, next_command: str, pictures: list[str]) -> None:
+def say_next(trainer: Trainer, lines: RunLines, next_command: str, pictures: list[str]) -> None:
     """Prints what was written where, and the next command."""
     written = ", ".join(["the trained policy", "its card", "results.json", "trainer_state.json", *pictures])
     print(f"{trainer.args.output_dir} has {written}.")
     if not is_part():
         print(f"Next: {next_command}")
-        print(f"Your own task and your own model: {link('docs/quickstart.md#5-train-it-on-your-task')}")
+        print(f"Your own task and your own model: {link(lines.page)}")

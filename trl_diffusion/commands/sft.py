@@ -301,7 +301,7 @@ def fine_tune(
     elif trainer.is_world_process_zero():
         results = {"rows": len(data.held_out), "seed": training_args.seed, **losses}
         write_results(trainer, results, lines, following(data.prompt))
-        say_next(trainer, following(data.prompt), draw(trainer, results))
+        say_next(trainer, lines, following(data.prompt), draw(trainer, results))
     return trainer
 
 

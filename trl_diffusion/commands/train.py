@@ -194,7 +194,7 @@ def train_on_preferences(
         prompt = row.get("prompt") or (row["chosen"] if isinstance(row["chosen"], str) else row["chosen"][:-1])
         following = next_command(trainer, prompt)
         write_results(trainer, results, lines, following)
-        say_next(trainer, following, draw(trainer, results))
+        say_next(trainer, lines, following, draw(trainer, results))
 
 
 def train_on_task(
