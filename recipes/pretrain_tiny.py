@@ -247,7 +247,7 @@ def main() -> None:
     print(f"{trainer.model.num_parameters():,} parameters")
     trainer.train()
     trainer.model.eval().save_pretrained(args.output_dir)
-    trainer.processing_class.save_pretrained(args.output_dir)
+    build_tokenizer().save_pretrained(args.output_dir)
     print(f"saved in {args.output_dir}")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from peft import PeftModel
 from torch import nn
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..trainer.config import DTRPOConfig
     from ..trainer.trainer import DTRPOTrainer
 
-    Trainer = DTRPOTrainer | DiffusionSFTTrainer
+    Trainer: TypeAlias = DTRPOTrainer | DiffusionSFTTrainer
 
 LONGEST = 100  # characters of a text that is shown in one line
 
@@ -143,7 +143,7 @@ class RunLines(TrainerCallback):
         yield
         self.seconds[part] = round(time.perf_counter() - begun, 3)
 
-    def follow(self, trainer: DTRPOTrainer, stored: bool) -> None:
+    def follow(self, trainer: Trainer, stored: bool) -> None:
         """From now on this is the trainer of the run. `stored`: whether it trains on stored responses."""
         self.trainer, self.stored = trainer, stored
         trainer.add_callback(self)

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..links import link
 from ..utils import versions, wilson, write_text
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..trainer.trainer import DTRPOTrainer
     from ..trajectories.trajectory import TrajectoryBatch
 
-    Trainer = DTRPOTrainer | DiffusionSFTTrainer
+    Trainer: TypeAlias = DTRPOTrainer | DiffusionSFTTrainer
     Answering = Callable[[list], tuple[list[str], TrajectoryBatch]]
 
 

@@ -237,7 +237,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
             self.tally = Tally()
         super().log(logs, start_time)
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's arguments, which are not those of transformers
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Writes the model card of the policy to the output directory (see [`~trainer.card.tuning_card`])."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from accelerate.utils import gather_object
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..sft.trainer import DiffusionSFTTrainer
     from .trainer import DTRPOTrainer
 
-    Trainer = DTRPOTrainer | DiffusionSFTTrainer
+    Trainer: TypeAlias = DTRPOTrainer | DiffusionSFTTrainer
 
 
 def decode_on_all(

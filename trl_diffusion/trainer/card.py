@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..sft.trainer import DiffusionSFTTrainer
     from .trainer import DTRPOTrainer
 
-    Trainer = DTRPOTrainer | DiffusionSFTTrainer
+    Trainer: TypeAlias = DTRPOTrainer | DiffusionSFTTrainer
 
 
 PAPER = {
@@ -56,7 +56,9 @@ def model_card(
         "reference (`beta`)": f"{trainer.beta:g}",
     }
     how = f"[dTRPO](https://huggingface.co/papers/{PAPER['id']})"
-    example = _example(trainer, trainer.args.decoding(temperature=0.0), trainer.chat_template_kwargs)
+    example = _example(
+        trainer, trainer.args.decoding(temperature=0.0), cast("dict[str, Any]", trainer.chat_template_kwargs)
+    )
     return _card(trainer, how, settings, example, PAPER["citation"], model_name, dataset_name, tags)
 
 
