@@ -1,13 +1,18 @@
 """
-The embedded task trained for the same time in several ways: estimators, draws, and decoding strategies.
+The embedded task trained for the same time in several ways: estimators, draws, decoding strategies, and rejection sampling.
 
     python benchmarks/equal_time.py --seconds 120 --jobs 2 --json
     python benchmarks/equal_time.py --runs dtrpo entropy sampled selection --seeds 0 1 2 3 4 --directory outputs/strategies
+    python benchmarks/equal_time.py --runs dtrpo rejection rejection_4 --seconds 60 --jobs 1 --directory outputs/rejection
 
 Every run has the settings of `recipes/tiny_sudoku.yaml`, apart from what `RUNS` says, its learning rate and its batch size. The
 learning rate falls linearly with time instead of updates. Each kind of run has the learning rate and the batch size, of those
 in `--learning_rates` and `--batch_sizes`, with which it solved most puzzles at its end with the seeds in `--choice_seeds`.
 No other seed plays a part in the choice.
+
+`rejection` generates 16 answers to each of as many puzzles as it can in 80 % of the time, and is fine-tuned on the best answer to each
+puzzle in the rest of it (`trl-diffusion sft --trajectories`). `rejection_4` does so in four rounds, each with the policy of the round
+before. An update of theirs is on an eighth of the batch size.
 
 Time is that of a processor core (the run has one thread), so that what else a machine does matters less. The clock runs
 while the trainer does (rollouts, rewards, updates) and stands still while the policy is measured (200 evaluation puzzles,
@@ -27,10 +32,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback
 
-from trl_diffusion import DTRPOConfig, DTRPOTrainer, tiny_policy_path
-from trl_diffusion.tasks import load_task
+from trl_diffusion import (
+    DecodingConfig,
+    DiffusionSFTConfig,
+    DiffusionSFTTrainer,
+    DTRPOConfig,
+    DTRPOTrainer,
+    collect,
+    generate,
+    load_trajectories,
+    tiny_policy_path,
+)
+from trl_diffusion.policies.policy import open_policy
+from trl_diffusion.sft.best import best_responses
+from trl_diffusion.tasks import Task, load_task
 from trl_diffusion.utils import write_text
 from trl_diffusion.viz.colours import CURVES, css
 
@@ -46,7 +64,11 @@ RUNS = {
     "entropy": {"strategy": "entropy"},
     "sampled": {"strategy": "sampled_confidence"},
     "selection": {"strategy": "sampled_confidence", "score_selection": True},
+    "rejection": {},
+    "rejection_4": {},
 }
+REJECTION = {"rejection": 1, "rejection_4": 4}  # rounds
+COLLECTING = 0.8  # share of the time
 LEARNING_RATE, BATCH_SIZE = 6e-4, 512
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # 97.5 % quantile, by number of seeds
 
@@ -101,6 +123,63 @@ def train(name: str, seed: int, seconds: float, learning_rate: float, batch_size
         trainer.add_callback(clock)
         trainer.train()
     return clock.curve
+
+
+def best_of_16(
+    policy, task: Task, first: int, seconds: float, directory: str, seed: int
+) -> tuple[Dataset, int, float]:
+    """
+    The best answers to the puzzles from number `first` on, as many as fit into the time; the number of the next puzzle; and the
+    seconds that it took.
+    """
+    decoding, stored = DecodingConfig(17, 1.0, tokens_per_step=2), []
+    started = time.process_time()
+    while not stored or time.process_time() - started < seconds:
+        path = Path(directory, f"{seed}_{first}")
+        rows = task.train.select(range(first, first + 32))
+        collect(
+            policy.model, policy.tokenizer, rows, task.reward_funcs, path, decoding, num_responses=16, batch_size=512,
+            seed=seed, disable_tqdm=True,
+        )  # fmt: skip
+        stored.append(load_trajectories(path))
+        first += 32
+    return best_responses(concatenate_datasets(stored)), first, time.process_time() - started
+
+
+def reject(name: str, seed: int, seconds: float, learning_rate: float, batch_size: int) -> list:
+    """Rejection sampling, in rounds that take the same time."""
+    torch.set_num_threads(1)
+    task, policy = load_task("sudoku", eval_size=200, seed=seed), open_policy(tiny_policy_path())
+    rounds, first, elapsed, steps = REJECTION[name], 0, 0.0, 0
+    decoding = DecodingConfig(17, tokens_per_step=2)
+
+    def measure() -> float:
+        return task.solve_rate(generate(policy.model, policy.tokenizer, task.evaluation["prompt"], decoding).texts)
+
+    curve = [(0.0, 0, measure())]
+    with tempfile.TemporaryDirectory() as directory:
+        for number in range(1, rounds + 1):
+            due = seconds * number / rounds
+            share = (due - elapsed) * COLLECTING
+            best, first, used = best_of_16(policy, task, first, share, directory, seed)
+            elapsed += used
+            trainer = DiffusionSFTTrainer(
+                model=policy.model,
+                args=DiffusionSFTConfig(
+                    directory, weighting="mean", per_device_train_batch_size=batch_size // 8, max_steps=100_000,
+                    learning_rate=learning_rate, lr_scheduler_type="constant", seed=seed + 1000 * number, bf16=False,
+                    gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
+                    logging_strategy="no",
+                ),
+                train_dataset=best,
+                processing_class=policy.tokenizer,
+            )  # fmt: skip
+            clock = Clock(max(due - elapsed, 1e-9), 1, learning_rate, measure)
+            trainer.add_callback(clock)
+            trainer.train()
+            elapsed, steps = elapsed + clock.elapsed, steps + trainer.state.global_step
+            curve.append((elapsed, steps, clock.curve[-1][2]))
+    return curve
 
 
 def plot(curves: dict[str, list], path: Path) -> None:
@@ -210,7 +289,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         name, seed, rate, size = args.one
-        print(json.dumps(train(name, int(seed), args.seconds, float(rate), int(size))))
+        run = reject if name in REJECTION else train
+        print(json.dumps(run(name, int(seed), args.seconds, float(rate), int(size))))
         return
 
     queue = Queue(args.seconds, args.jobs, args.directory)

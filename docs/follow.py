@@ -31,9 +31,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,25 +153,29 @@ def check_results(results: dict[str, Any]) -> None:
 @contextmanager
 def watched_trainers() -> Iterator[list]:
     """Inside, a trainer that learns nothing is an error. Gives the list of the trainers that have trained."""
-    from trl_diffusion import DTRPOTrainer
+    from trl_diffusion import DiffusionSFTTrainer, DTRPOTrainer
 
-    train, trained = DTRPOTrainer.train, []
+    trained: list = []
 
-    def watched(self, *args, **kwargs):
-        before = {name: value.detach().clone() for name, value in self.model.named_parameters() if value.requires_grad}
-        result = train(self, *args, **kwargs)
-        now = dict(self.model.named_parameters())
-        if all((now[name] == value).all() for name, value in before.items()):
-            raise ValueError("training has moved no weight")
-        check_log(self.state.log_history)
-        trained.append(self)
-        return result
+    def watching(train):
+        def watched(self, *args, **kwargs):
+            before = {
+                name: value.detach().clone() for name, value in self.model.named_parameters() if value.requires_grad
+            }
+            result = train(self, *args, **kwargs)
+            now = dict(self.model.named_parameters())
+            if all((now[name] == value).all() for name, value in before.items()):
+                raise ValueError("training has moved no weight")
+            check_log(self.state.log_history)
+            trained.append(self)
+            return result
 
-    DTRPOTrainer.train = watched  # type: ignore[method-assign]
-    try:
+        return watched
+
+    with ExitStack() as stack:
+        for kind in (DTRPOTrainer, DiffusionSFTTrainer):
+            stack.enter_context(patch.object(kind, "train", watching(kind.train)))
         yield trained
-    finally:
-        DTRPOTrainer.train = train  # type: ignore[method-assign]
 
 
 def claimed_rates(page: str, printed: str) -> list[str]:

@@ -53,6 +53,8 @@ ELSEWHERE = {
     "trl.DPOConfig": "trl/dpo_trainer#trl.DPOConfig",
     "trl.GRPOConfig": "trl/grpo_trainer#trl.GRPOConfig",
     "trl.GRPOTrainer": "trl/grpo_trainer#trl.GRPOTrainer",
+    "trl.SFTConfig": "trl/sft_trainer#trl.SFTConfig",
+    "trl.SFTTrainer": "trl/sft_trainer#trl.SFTTrainer",
 }
 # Where a name between backticks may be broken.
 NAME = re.compile(r"(?<=[\w])([_/.])(?=\w[^<>]*</code>)")

@@ -5,14 +5,14 @@ Rebuilds the embedded policies: models that have read some puzzles and are still
     python recipes/pretrain_tiny.py --output_dir full --policy full
     python recipes/pretrain_tiny.py --output_dir revising --policy revising
 
-`block`, the default, is a block-diffusion policy. A stock Qwen3 backbone with a character-level tokenizer is trained with the block-diffusion objective (mask some tokens
-of every block, predict them, all blocks in one packed pass) on 4x4 sudokus and countdown puzzles written by two kinds
-of authors, as in any corpus: careful ones, who solve the puzzle, and careless ones, whose answers look right and are
-not. What the policy has to learn by reinforcement afterwards is to be careful.
+`block`, the default, is a block-diffusion policy: a stock Qwen3 backbone with a character-level tokenizer. `DiffusionSFTTrainer` trains
+it, with the same weight for all masked tokens, on 4x4 sudokus and countdown puzzles written by two kinds of authors, as in any
+corpus: careful ones, who solve the puzzle, and careless ones, whose answers look right and are not. What the policy has to learn
+by reinforcement afterwards is to be careful.
 
 `full` and `revising` have full attention over the whole answer, and know 4x4 sudokus with two clues only, all of them solved
-with care. `revising` was also shown wrong tokens: a share of the visible ones, between 0 and 10 % and another one for each
-answer, is replaced by tokens of other answers, and it predicts every position, not only the masked ones. What it predicts at a
+with care. `revising` was also shown wrong tokens (`max_corruption`): a share of the visible ones, between 0 and 10 % and another one for
+each answer, is replaced by other tokens of the answer, and it predicts every position, not only the masked ones. What it predicts at a
 visible position therefore says how likely the visible token is, which a decoder that revises needs.
 
 `block` takes about 15 minutes on 2 CPU cores, each of the others about 4.
@@ -25,19 +25,16 @@ import random
 import time
 
 import torch
+from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
-from trl_diffusion.decoding.config import DecodingConfig
-from trl_diffusion.decoding.decode import decode
+from trl_diffusion import DecodingConfig, DiffusionSFTConfig, DiffusionSFTTrainer, generate
 from trl_diffusion.policies.files import check_one_policy
 from trl_diffusion.policies.spec import DiffusionSpec, set_spec
 from trl_diffusion.rewards import countdown, sudoku
-from trl_diffusion.scoring.layout import pack
-from trl_diffusion.scoring.score import score
-from trl_diffusion.scoring.states import States
-from trl_diffusion.trajectories.trajectory import TrajectoryBatch, response_blocks
+from trl_diffusion.sft.documents import IGNORED
 from trl_diffusion.utils import check_writable, errors_in_a_line
 
 
@@ -141,52 +138,17 @@ def make_solutions(size: int, seed: int) -> list[tuple[str, str]]:
     return pairs
 
 
-def collate(
-    pairs: list[tuple[str, str]], tokenizer, spec: DiffusionSpec, generator: torch.Generator
-) -> tuple[TrajectoryBatch, States]:
-    """
-    A batch in which every block has a random share of its response tokens masked. Without `spec.predicts_visible_tokens`, the
-    masked tokens are scored. With it, all tokens are, and some of the visible ones are shown wrong.
-    """
-    prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
-    answers = [tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id] for _, answer in pairs]
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
-    lengths = spec.canvas_end(prompt_lengths, torch.tensor([len(answer) for answer in answers])) - prompt_lengths
-    prompt_width, width = max(map(len, prompts)), int(lengths.max())
-    prompt_ids = torch.full((len(pairs), prompt_width), tokenizer.pad_token_id)
-    canvas = torch.full((len(pairs), width), tokenizer.eos_token_id)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        prompt_ids[row, prompt_width - len(prompt) :] = torch.tensor(prompt)
-        canvas[row, : len(answer)] = torch.tensor(answer)
-    blocks = response_blocks(spec, prompt_lengths, width)
-    ratio = torch.rand(len(pairs), int(blocks.max()) + 1, generator=generator).gather(1, blocks)
-    masked = torch.rand(canvas.shape, generator=generator) < ratio
-    inside = torch.arange(width) < lengths[:, None]
-    batch = TrajectoryBatch(
-        prompt_ids=prompt_ids,
-        prompt_mask=(torch.arange(prompt_width) >= (prompt_width - prompt_lengths)[:, None]).long(),
-        canvas_ids=canvas,
-        steps=inside.long() - 1,
-        logps=torch.zeros(canvas.shape),
-        canvas_lengths=lengths,
-        completion_lengths=lengths,
+def to_documents(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> Dataset:
+    """Pairs as documents of tokens. Of a pair, the answer and its stop token are trained."""
+    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+    answers = tokenizer([f"{answer}{tokenizer.eos_token}" for _, answer in pairs])["input_ids"]
+    both = list(zip(prompts, answers, strict=True))
+    return Dataset.from_dict(
+        {
+            "input_ids": [prompt + answer for prompt, answer in both],
+            "labels": [len(prompt) * [IGNORED] + answer for prompt, answer in both],
+        }
     )
-    if not spec.predicts_visible_tokens:
-        scored = (masked & inside).float()
-        return batch, States(masked[:, None], scored[:, None], scored)
-    share = CORRUPTION * torch.rand(len(pairs), 1, generator=generator)
-    wrong = torch.rand(canvas.shape, generator=generator) < share
-    others = canvas.flatten()[torch.randperm(canvas.numel(), generator=generator)].view_as(canvas)
-    scored = inside.float()
-    return batch, States(masked[:, None], scored[:, None], scored, shown=torch.where(wrong, others, canvas)[:, None])
-
-
-def solve_rate(model, tokenizer, prompts: list[str], check, config: DecodingConfig) -> float:
-    """Share of prompts whose decoded answer passes `check(index, answer)`."""
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    batch = decode(model, ids, config, seeds=list(range(len(ids))))
-    answers = tokenizer.batch_decode(batch.completions(), skip_special_tokens=True)
-    return sum(check(index, answer) for index, answer in enumerate(answers)) / len(answers)
 
 
 def checks(policy: str) -> dict:
@@ -200,6 +162,66 @@ def checks(policy: str) -> dict:
             lambda i, answer: countdown.is_solved(answer, games[i]["numbers"], games[i]["target"]),
         )
     return found
+
+
+class Measurement(TrainerCallback):
+    """Lets the policy answer every 250 steps and after the last one, and prints the shares of right answers."""
+
+    def __init__(self, policy: str, tokenizer: PreTrainedTokenizerFast):
+        self.policy, self.tokenizer, self.started = policy, tokenizer, time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % 250 and state.global_step < state.max_steps:
+            return
+        rates = []
+        for name, (prompts, check) in checks(self.policy).items():
+            for temperature in (0.0, 1.0):
+                config = DecodingConfig(24 if self.policy == "block" else 17, temperature, tokens_per_step=2)
+                answers = generate(model, self.tokenizer, prompts, config).texts
+                rate = sum(check(index, answer) for index, answer in enumerate(answers)) / len(answers)
+                rates.append(f"{name} {rate:.1%} (temperature {temperature:g})")
+        tqdm.write(f"step {state.global_step}, {time.perf_counter() - self.started:.0f} s: {', '.join(rates)}")
+
+
+def build_trainer(args: argparse.Namespace) -> DiffusionSFTTrainer:
+    """The trainer of a randomly initialised policy on its corpus."""
+    is_block = args.policy == "block"
+    tokenizer = build_tokenizer()
+    torch.manual_seed(args.seed)
+    model = build_model(
+        tokenizer, build_spec(tokenizer, args.policy), args.hidden_size or (128 if is_block else 64), args.num_layers
+    )
+    corpus = (
+        make_corpus(args.corpus_size, args.carelessness, args.seed)
+        if is_block
+        else make_solutions(args.corpus_size, args.seed)
+    )
+    steps = args.steps or (1500 if is_block else 800)
+    config = DiffusionSFTConfig(
+        args.output_dir,
+        weighting="mean",
+        max_corruption=CORRUPTION if args.policy == "revising" else 0.0,
+        per_device_train_batch_size=args.batch_size,
+        max_length=None,
+        max_steps=steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 10,
+        weight_decay=0.01,
+        seed=args.seed,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=50,
+        save_strategy="no",
+        report_to="none",
+    )
+    return DiffusionSFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=to_documents(corpus, tokenizer),
+        processing_class=tokenizer,
+        callbacks=[Measurement(args.policy, tokenizer)],
+    )
 
 
 def main() -> None:
@@ -221,45 +243,11 @@ def main() -> None:
         check_writable(args.output_dir, "--output_dir")
         check_one_policy(args.output_dir, adapter=False)
 
-    torch.manual_seed(args.seed)
-    is_block = args.policy == "block"
-    steps = args.steps or (1500 if is_block else 800)
-    tokenizer = build_tokenizer()
-    spec = build_spec(tokenizer, args.policy)
-    model = build_model(tokenizer, spec, args.hidden_size or (128 if is_block else 64), args.num_layers)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    corpus = make_solutions(args.corpus_size, args.seed)
-    if is_block:
-        corpus = make_corpus(args.corpus_size, args.carelessness, args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, steps, pct_start=0.1)
-    rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
-
-    started = time.perf_counter()
-    bar = tqdm(range(steps), desc="pretraining", unit="step")
-    for step in bar:
-        model.train()
-        batch, states = collate(rng.sample(corpus, args.batch_size), tokenizer, spec, generator)
-        layout = pack(batch, spec, states)
-        logps, _ = score(model, layout, spec)
-        loss = -logps.sum() / (layout.weights > 0).sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            model.eval()
-            rates = [f"loss {loss.item():.3f}"]
-            for name, (prompts, check) in checks(args.policy).items():
-                for temperature in (0.0, 1.0):
-                    config = DecodingConfig(24 if is_block else 17, temperature, tokens_per_step=2)
-                    rate = solve_rate(model, tokenizer, prompts, check, config)
-                    rates.append(f"{name} {rate:.1%} (temperature {temperature:g})")
-            tqdm.write(f"step {step + 1}, {time.perf_counter() - started:.0f} s: " + ", ".join(rates))
-
-    model.eval().save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
+    trainer = build_trainer(args)
+    print(f"{trainer.model.num_parameters():,} parameters")
+    trainer.train()
+    trainer.model.eval().save_pretrained(args.output_dir)
+    build_tokenizer().save_pretrained(args.output_dir)
     print(f"saved in {args.output_dir}")
 
 

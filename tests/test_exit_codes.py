@@ -14,6 +14,7 @@ from trl_diffusion.trainer.trainer import DTRPOTrainer
 # Each command with an option that is not there, a value that cannot be, and something that is missing.
 MISTAKES = {
     "train": (["--learning_rates", "1"], ["--learning_rate", "nan"], ["--train_file", "nothing.csv"]),
+    "sft": (["--learning_rates", "1"], ["--weighting", "sum"], ["--task", "gsm8k"]),
     "collect": (["--response_count", "1"], ["--num_responses", "0"], ["--train_file", "nothing.csv"]),
     "evaluate": (["--task_names", "1"], ["--seeds", "1", "1", "--tasks", "sudoku"], ["--tasks", "chess"]),
     "iterate": (["--round_number", "1"], ["--rounds", "0"], ["--config", "nothing.yaml"]),

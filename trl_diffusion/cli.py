@@ -22,6 +22,7 @@ COMMANDS = f"{__package__}.commands"
 LAUNCHED = {
     "train": "teach a policy a task, from fresh or stored answers or from preferences (without options: the embedded "
     "policy, 4x4 sudoku, four minutes on 2 cores)",
+    "sft": "fine-tune a policy on documents, on the right answers of a task, or on the best responses of a collection",
     "collect": "let a policy answer, score the answers, and store how they were denoised, to train on them as often as "
     "you like",
     "evaluate": "measure a policy, or an adapter, on benchmarks",
@@ -39,6 +40,7 @@ from the embedded policy, which is bad at 4x4 sudoku before it is trained, to a 
   {PROG} generate "sudoku 3102200002100320" --max_new_tokens 17 --tokens_per_step 2
   {PROG} train
   {PROG} generate "sudoku 3102200002100320" --max_new_tokens 17 --tokens_per_step 2 --model outputs/tiny_sudoku
+  {PROG} sft
   {PROG} collect --task sudoku --train_size 320
   {PROG} view outputs/trajectories 0 --output answer.html
   {PROG} train --config tiny_offline
@@ -96,7 +98,11 @@ def launch_command(
 
 def _without_a_command(words: list[str]) -> NoReturn:
     """Prints the help or the version, or says which command may be meant."""
-    parser = Parser(PROG, description="Reinforcement learning for diffusion language models, on TRL.", epilog=EXAMPLES)
+    parser = Parser(
+        PROG,
+        description="Reinforcement learning and fine-tuning for diffusion language models, on TRL.",
+        epilog=EXAMPLES,
+    )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}", help="prints the version")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for name, purpose in {**LAUNCHED, **DIRECT}.items():

@@ -1,4 +1,4 @@
-"""Two processes do what one does (oracle O7 of docs/method.md, section 9), whatever the engine shares among them."""
+"""Two processes do what one does (oracle O7 of docs/method.md, section 10), whatever the engine shares among them."""
 
 from __future__ import annotations
 

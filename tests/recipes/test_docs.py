@@ -21,9 +21,9 @@ from accelerate.commands.launch import launch_command_parser
 
 import trl_diffusion
 from trl_diffusion import DecodingConfig, DTRPOConfig, cli
-from trl_diffusion.commands import collect, evaluate, recipes_path, train
+from trl_diffusion.commands import collect, evaluate, recipes_path, sft, train
 from trl_diffusion.commands.parser import file_or_name
-from trl_diffusion.commands.settings import find_settings, given_options, keep_settings
+from trl_diffusion.commands.settings import TRAINING, TUNING, find_settings, given_options, keep_settings
 from trl_diffusion.decoding.options import RolloutOptions
 from trl_diffusion.decoding.strategies import STRATEGIES
 from trl_diffusion.evaluation.run import TASK_NAMES, check_tasks
@@ -103,6 +103,8 @@ def parse_options(command: str, options: list[str]) -> tuple:
     """What a command that `accelerate launch` starts makes of its options."""
     if command == "train":
         return train.parse([*options, "--bf16", "false"])  # the machine may have no GPU
+    if command == "sft":
+        return sft.parse([*options, "--bf16", "false"])
     if command == "collect":
         return collect.parse(options)
     args = evaluate.parse(options)
@@ -112,7 +114,12 @@ def parse_options(command: str, options: list[str]) -> tuple:
     return (args,)
 
 
-LAUNCHERS = {"recipes/train.py": "train", "recipes/collect.py": "collect", "recipes/eval.py": "evaluate"}
+LAUNCHERS = {
+    "recipes/train.py": "train",
+    "recipes/sft.py": "sft",
+    "recipes/collect.py": "collect",
+    "recipes/eval.py": "evaluate",
+}
 
 
 def parse_script(script: str, options: list[str], monkeypatch) -> tuple:
@@ -340,22 +347,22 @@ def what_writes(page: str) -> list[tuple[str, str]]:
     """The directories that the examples of a page write, each with what writes it there."""
     found = []
     for words in commands(page):
-        scripts = {"recipes/train.py": "train", "recipes/collect.py": "collect"}
+        scripts = {"recipes/train.py": "train", "recipes/sft.py": "sft", "recipes/collect.py": "collect"}
         name = next(
             (one for at, one in enumerate(words) if one in scripts or (at == 1 and words[0] == "trl-diffusion")), ""
         )
         options = words[words.index(name) + 1 :] if name else []
         name = scripts.get(name, name)
-        if name == "train":
+        if name in ("train", "sft"):
             options = without(options, "--accelerate_config", "--num_processes")
             if "--config" in options:
                 at = options.index("--config") + 1
                 options[at] = file_or_name(recipes_path())(options[at])
-            settings = find_settings(options)
+            settings = find_settings(options, TUNING if name == "sft" else TRAINING)
             given = {key: str(value) for key, value in settings.options.items() if key != "config"}
             command = sorted((key, value) for key, value in given.items() if key not in STARTS)
             directory = given_options(settings.arguments).get("output_dir") or given["output_dir"]
-            found.append((str(directory), f"train {command}"))
+            found.append((str(directory), f"{name} {command}"))
         elif name == "collect":
             args, model = parse_options("collect", options)
             found.append((args.output_dir, f"collect {args} {model.model_name_or_path}"))
@@ -500,7 +507,7 @@ def test_every_concept_has_one_file():
     )
     files = [path for _, path in rows]
     assert len(files) == len(set(files)) and all((ROOT / path).is_file() for path in files)
-    assert {number for number, _ in rows} == set("12345678")
+    assert {number for number, _ in rows} == set("123456789")
     citing = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "trl_diffusion").rglob("*.py")

@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from trl import get_peft_config
 
-from trl_diffusion.commands import train
+from trl_diffusion.commands import sft, train
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,8 @@ def launch_lines(path: Path) -> list[list[str]]:
 
 
 def parse(path: Path):
-    return train.parse(["--config", str(path), "--use_cpu", str(not torch.cuda.is_available())])
+    command = sft if path.stem.endswith("_sft") else train
+    return command.parse(["--config", str(path), "--use_cpu", str(not torch.cuda.is_available())])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -52,8 +53,29 @@ def test_recipes_parse(path, tmp_path, monkeypatch):
             "up_proj",
             "down_proj",
         }
-    assert model.load_in_4bit == path.stem.endswith("_24gb")
-    assert peft is not None or not path.stem.endswith("_24gb")
+    small = path.stem.endswith(("_24gb", "_sft"))  # for a small GPU
+    assert model.load_in_4bit == small
+    assert peft is not None or not small
+
+
+@pytest.mark.parametrize(
+    ("family", "published"),
+    [
+        ("llada", ("elbo", False)),
+        ("dream", ("elbo", False)),
+        ("fast_dllm_v2", ("mean", True)),
+        ("sdar", ("mean", True)),
+    ],
+)
+def test_each_family_is_tuned_with_its_loss(family, published):
+    """Also with the model and the layers of its recipes for reinforcement learning."""
+    path = ROOT / "recipes" / f"{family}_sft.yaml"
+    _, args, model = parse(path)
+    assert (args.weighting, args.complementary) == published
+    assert (
+        path in RECIPES
+        and model.model_name_or_path == parse(ROOT / "recipes" / f"{family}.yaml")[2].model_name_or_path
+    )
 
 
 @pytest.mark.parametrize("path", [*RECIPES, *ENGINES], ids=lambda path: path.stem)
@@ -65,7 +87,9 @@ def test_headers_say_how_to_launch(path):
         for word in words:
             if word.endswith(".yaml") or word.startswith("recipes/"):
                 assert (ROOT / word).exists(), word
-    assert any(own in words for words in lines) or path.stem == "tiny_sudoku"
+    assert any(own in words for words in lines) or path.stem in ("tiny_sudoku", "tiny_sft")
+    launcher = "recipes/sft.py" if path.stem.endswith("_sft") else "recipes/train.py"
+    assert path in ENGINES or any(launcher in words for words in lines)
 
 
 @pytest.mark.parametrize("path", ENGINES, ids=lambda path: path.stem)

@@ -28,6 +28,33 @@ _POLICY: dict[str, str | None] = {
     "dtype": "type of the weights",
 }
 
+_ADAPTER = {
+    "use_peft": "train a LoRA adapter instead of all weights",
+    "lora_r": "rank of the adapter",
+    "lora_alpha": "scale of the adapter, before it is divided by the rank",
+    "lora_target_modules": "names of the layers that get an adapter",
+}
+_RANDOM = "instead of a model: fields of a config, as JSON, for a policy with random weights"
+_OUTPUT = {
+    "output_dir": "where the trained policy, checkpoints and figures go",
+    "logging_steps": "updates between two lines of the log",
+    "report_to": "trackers, such as wandb or tensorboard, or none",
+    "save_strategy": "when checkpoints are saved: steps, epoch or no",
+    "save_steps": "updates between two checkpoints",
+    "save_total_limit": "most checkpoints that are kept",
+    "resume_from_checkpoint": "true to go on from the newest checkpoint, or the path of one",
+}
+_RATE = {
+    "learning_rate": "largest learning rate",
+    "lr_scheduler_type": "how the learning rate falls, such as linear, cosine or constant_with_warmup",
+    "warmup_steps": "updates during which the learning rate rises",
+}
+_COMPUTING = {
+    "bf16": "compute in bfloat16",
+    "gradient_checkpointing": "save memory by computing activations twice",
+    "seed": "source of randomness",
+}
+
 TRAIN: Groups = {
     "task and data": {
         "task": None,
@@ -39,12 +66,9 @@ TRAIN: Groups = {
     },
     "policy": {
         **_POLICY,
-        "random_policy": "instead of a model: fields of a config, as JSON, for a policy with random weights",
+        "random_policy": _RANDOM,
         **_ROUNDING,
-        "use_peft": "train a LoRA adapter instead of all weights",
-        "lora_r": "rank of the adapter",
-        "lora_alpha": "scale of the adapter, before it is divided by the rank",
-        "lora_target_modules": "names of the layers that get an adapter",
+        **_ADAPTER,
     },
     "responses": {
         "num_generations": "responses to each prompt, which are compared with each other",
@@ -59,14 +83,10 @@ TRAIN: Groups = {
         "per_device_train_batch_size": "responses of a process that are trained on at once",
         "gradient_accumulation_steps": "such batches for each update",
         "num_iterations": "times that each response is trained on",
-        "learning_rate": "largest learning rate",
-        "lr_scheduler_type": "how the learning rate falls, such as linear, cosine or constant_with_warmup",
-        "warmup_steps": "updates during which the learning rate rises",
+        **_RATE,
         "loss_type": "loss of TRL (grpo, dr_grpo, dapo, bnpo, cispo, sapo, luspo, vespo), or dpo for pairs of responses",
         "beta": "weight of the distance to the policy before training",
-        "bf16": "compute in bfloat16",
-        "gradient_checkpointing": "save memory by computing activations twice",
-        "seed": "source of randomness",
+        **_COMPUTING,
     },
     "likelihoods": {
         "estimator": "which states of a response an update scores",
@@ -89,16 +109,44 @@ TRAIN: Groups = {
         "label_smoothing": None,
         "precompute_ref_log_probs": "let the reference score stored responses once, before training",
     },
-    "output": {
-        "output_dir": "where the trained policy, checkpoints and figures go",
-        "logging_steps": "updates between two lines of the log",
-        "log_completions": "print responses at every line of the log",
-        "report_to": "trackers, such as wandb or tensorboard, or none",
-        "save_strategy": "when checkpoints are saved: steps, epoch or no",
-        "save_steps": "updates between two checkpoints",
-        "save_total_limit": "most checkpoints that are kept",
-        "resume_from_checkpoint": "true to go on from the newest checkpoint, or the path of one",
+    "output": {**_OUTPUT, "log_completions": "print responses at every line of the log"},
+}
+
+SFT: Groups = {
+    "documents": {
+        "task": "a task: its right answers are trained, and the share of solved rows is measured",
+        "train_file": "documents to train on, .csv, .jsonl or .json: messages, prompt and completion, or text",
+        "eval_file": "documents to measure on, or rows of the task",
+        "trajectories": "collections whose best responses are trained",
+        "train_size": None,
+        "eval_size": None,
+        "max_length": "most tokens of a document; what is longer loses its end",
+        "packing": "put several documents into a row",
+        "assistant_only_loss": "of messages, train the assistant's only",
+        "completion_only_loss": "of a prompt and its completion, train the completion only",
     },
+    "policy": {**_POLICY, "random_policy": _RANDOM, **_ROUNDING, **_ADAPTER},
+    "masks": {
+        "weighting": None,
+        "num_masks": None,
+        "complementary": None,
+        "max_corruption": None,
+        "block_sizes": None,
+    },
+    "updates": {
+        "max_steps": "number of updates, instead of `num_train_epochs`",
+        "num_train_epochs": "times that each document is used",
+        "per_device_train_batch_size": "documents of a process that are trained on at once",
+        "gradient_accumulation_steps": "such batches for each update",
+        **_RATE,
+        **_COMPUTING,
+    },
+    "responses, when a task is measured": {
+        "max_completion_length": "most tokens of a response",
+        **_DECODING,
+        "per_device_eval_batch_size": "documents, or responses, of a process that are measured at once",
+    },
+    "output": _OUTPUT,
 }
 
 COLLECT: Groups = {

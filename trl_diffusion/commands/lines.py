@@ -1,15 +1,15 @@
-"""What the command `train` prints about its run: what is trained and where it goes, how long it takes, and what it gained."""
+"""What `train` and `sft` print about a run: what is trained and where it goes, how long it takes, and what it gained."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from peft import PeftModel
 from torch import nn
@@ -26,8 +26,12 @@ from .parser import PROG
 
 
 if TYPE_CHECKING:
+    from ..sft.config import DiffusionSFTConfig
+    from ..sft.trainer import DiffusionSFTTrainer
     from ..trainer.config import DTRPOConfig
     from ..trainer.trainer import DTRPOTrainer
+
+    Trainer: TypeAlias = DTRPOTrainer | DiffusionSFTTrainer
 
 LONGEST = 100  # characters of a text that is shown in one line
 
@@ -73,7 +77,7 @@ def count_weights(model: nn.Module, trained: bool = False) -> int:
     return unwrap(model).num_parameters(only_trainable=trained)
 
 
-def describe_policy(trainer: DTRPOTrainer, path: str) -> str:
+def describe_policy(trainer: Trainer, path: str) -> str:
     """The policy and its size, in a line."""
     spec, model = trainer.spec, trainer.model
     name = "the embedded policy" if path == tiny_policy_path() else path
@@ -95,7 +99,18 @@ def describe_updates(trainer: DTRPOTrainer, stored: bool) -> str:
     )
 
 
-def describe_output(args: DTRPOConfig) -> str:
+def describe_tuning(trainer: DiffusionSFTTrainer) -> str:
+    """How many updates there are, and of how many documents, in a line."""
+    args, state = trainer.args, trainer.state
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    done = f"; {state.global_step} are done" if state.global_step else ""
+    what = "rows of packed documents" if args.packing else "documents"
+    dataset = trainer.train_dataset
+    of = f", of {len(dataset):,} in all" if isinstance(dataset, Sized) else ""
+    return f"Training: {state.max_steps} updates, each on {size} {what}{of}{done}."
+
+
+def describe_output(args: DTRPOConfig | DiffusionSFTConfig) -> str:
     """Where the run writes, in a line."""
     where = f"Output: {args.output_dir}, with the trained policy at the end"
     if args.save_strategy == "no":
@@ -111,8 +126,10 @@ class RunLines(TrainerCallback):
     took, and what is kept when it is interrupted.
     """
 
+    page = "docs/quickstart.md#5-train-it-on-your-task"  # to read next
+
     def __init__(self) -> None:
-        self.trainer: DTRPOTrainer | None = None  # once there is one
+        self.trainer: Any = None  # a trainer, once there is one
         self.stored = False  # whether it trains on stored responses
         self.checkpoint: str | None = None  # the newest one of this run
         self.is_saved = False
@@ -126,7 +143,7 @@ class RunLines(TrainerCallback):
         yield
         self.seconds[part] = round(time.perf_counter() - begun, 3)
 
-    def follow(self, trainer: DTRPOTrainer, stored: bool) -> None:
+    def follow(self, trainer: Trainer, stored: bool) -> None:
         """From now on this is the trainer of the run. `stored`: whether it trains on stored responses."""
         self.trainer, self.stored = trainer, stored
         trainer.add_callback(self)
@@ -136,12 +153,20 @@ class RunLines(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         assert self.trainer is not None
         if state.is_world_process_zero:
-            tqdm.write(describe_updates(self.trainer, self.stored))  # above the bar
+            tqdm.write(self.updates())  # above the bar
+
+    def updates(self) -> str:
+        """How many updates there are, in a line."""
+        return describe_updates(self.trainer, self.stored)
+
+    def whole(self, args: Any) -> int:
+        """Updates of a whole rollout."""
+        return args.steps_per_generation * self.trainer.num_iterations // args.gradient_accumulation_steps or 1
 
     def on_step_end(self, args, state, control, **kwargs):
         """Measures a whole rollout and its updates, after a first one, which also warms up."""
         assert self.trainer is not None
-        whole = args.steps_per_generation * self.trainer.num_iterations // args.gradient_accumulation_steps or 1
+        whole = self.whole(args)
         if self._begun is None:
             self._begun = (state.global_step, time.perf_counter())
             return
@@ -178,11 +203,30 @@ class RunLines(TrainerCallback):
         return f"{done}, and nothing is kept: there was no checkpoint yet."
 
 
+class TuningLines(RunLines):
+    """As [`RunLines`], for a run of `sft`."""
+
+    page = "docs/howto/sft.md#your-documents"
+
+    def updates(self) -> str:
+        return describe_tuning(self.trainer)
+
+    def whole(self, args: Any) -> int:
+        return 1
+
+
 # --------------------------------------------------------------------------------------------------------- at the end
 
 
-def next_command(trainer: DTRPOTrainer, prompt: Any) -> str:
-    """The command that lets the trained policy answer a prompt, greedily, with the settings of its training."""
+def next_command(trainer: Trainer, prompt: Any, settings: DecodingConfig | None = None) -> str:
+    """
+    The command that lets the trained policy answer a prompt.
+
+    Args:
+        trainer: the trainer.
+        prompt (`str` or `list`): the prompt.
+        settings ([`DecodingConfig`], *optional*): settings of the decoder. Defaults to those of the rollouts, greedily.
+    """
     directory, text = str(trainer.args.output_dir), prompt_text(prompt)
     words = [PROG, "generate", text if len(text) <= LONGEST and text.isprintable() else "YOUR PROMPT"]
     if isinstance(unwrap(trainer.model), PeftModel):
@@ -193,9 +237,12 @@ def next_command(trainer: DTRPOTrainer, prompt: Any) -> str:
         words += ["--model", directory]
     if not isinstance(prompt, str):
         words.append("--chat")
-        if trainer.chat_template_kwargs:
-            words += ["--chat_template_kwargs", json.dumps(trainer.chat_template_kwargs)]
-    settings, defaults = trainer.args.decoding(temperature=0.0), DecodingConfig()
+        template = getattr(trainer, "chat_template_kwargs", None)  # of rollouts
+        if template:
+            words += ["--chat_template_kwargs", json.dumps(template)]
+    if settings is None:
+        settings = cast("DTRPOTrainer", trainer).args.decoding(temperature=0.0)
+    defaults = DecodingConfig()
     for one in fields(DecodingConfig):
         value = getattr(settings, one.name)
         if value is True:

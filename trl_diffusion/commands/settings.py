@@ -1,4 +1,4 @@
-"""Where the options of `train` come from: a recipe, the run that trained the policy, or the defaults."""
+"""Where the options of `train` and `sft` come from: a recipe, the run that trained the policy, or the defaults."""
 
 from __future__ import annotations
 
@@ -10,15 +10,44 @@ from typing import Any
 import yaml
 
 from ..policies.files import policy_in
+from ..sft.config import DiffusionSFTConfig
 from ..trainer.config import DTRPOConfig
 from ..utils import load_yaml, write_text
 from . import recipes_path
 
 
-FILE = "train.yaml"  # beside a trained policy: the options that it was trained with, as `--config` takes them
+@dataclass(frozen=True)
+class Command:
+    """
+    A command whose options may come from a recipe.
+
+    Attributes:
+        name (`str`): its name.
+        recipe (`str`): the recipe of the embedded policy.
+        config (`type`): the trainer's settings.
+        told (`tuple[str, ...]`): which of their defaults are told.
+    """
+
+    name: str
+    recipe: str
+    config: type
+    told: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """Beside a trained policy: the options that it was trained with, as `--config` takes them."""
+        return f"{self.name}.yaml"
+
+
+TRAINING = Command(
+    "train", "tiny_sudoku", DTRPOConfig, ("learning_rate", "max_completion_length", "num_generations", "beta")
+)
+TUNING = Command(
+    "sft", "tiny_sft", DiffusionSFTConfig, ("learning_rate", "num_train_epochs", "weighting", "max_length")
+)
+FILE = TRAINING.file
 # Options of one run only: where it begins, where it writes, and what it continues.
 _OF_ONE_RUN = ("config", "model_name_or_path", "output_dir", "random_policy", "resume_from_checkpoint")
-_TOLD = ("learning_rate", "max_completion_length", "num_generations", "beta")  # of the defaults
 
 
 @dataclass(frozen=True)
@@ -30,11 +59,17 @@ class Settings:
         arguments (`list[str]`): the words of the command line, with the `--config` that applies.
         line (`str`): what is taken from where, for the terminal.
         options (`dict[str, Any]`): the options that were given, in the file and on the command line.
+        command ([`Command`]): the command.
     """
 
     arguments: list[str]
     line: str
     options: dict[str, Any]
+    command: Command = TRAINING
+
+    def keep(self, directory: str | Path) -> None:
+        """Writes the options beside the policy that the run has trained."""
+        keep_settings(self.options, directory, self.command)
 
 
 def given_options(arguments: list[str]) -> dict[str, Any]:
@@ -51,34 +86,35 @@ def given_options(arguments: list[str]) -> dict[str, Any]:
     return {name: words if len(words) > 1 else (words[0] if words else True) for name, words in found.items()}
 
 
-def find_settings(arguments: list[str]) -> Settings:
+def find_settings(arguments: list[str], command: Command = TRAINING) -> Settings:
     """
-    Finds the recipe that a command line of `train` leaves open. Without a model it is that of the embedded policy. A model that
-    `train` has trained goes on with the options that it was trained with, and is saved beside it. The command line wins.
+    Finds the recipe that a command line leaves open. Without a model it is that of the embedded policy. A model that
+    the command has trained goes on with the options that it was trained with, and is saved beside it. The command line wins.
 
     Args:
         arguments (`list[str]`): the words of the command line.
+        command ([`Command`], *optional*): the command. Defaults to `train`.
     """
     given = given_options(arguments)
     model, config, before = given.get("model_name_or_path"), given.get("config"), []
     if config is True:  # without a name, which is for the parser to say
-        return Settings(arguments, "", {})
-    kept = Path(str(model), FILE)
+        return Settings(arguments, "", {}, command)
+    kept = Path(str(model), command.file)
     if config is not None:
         source = str(config)
     elif model is not None and kept.is_file():
         config, source = str(kept), f"as {model} was trained ({kept})"
         before = ["--output_dir", f"{str(model).rstrip('/')}_continued"]
     elif model is None and "random_policy" not in given:
-        config = str(recipes_path() / "tiny_sudoku.yaml")
+        config = str(recipes_path() / f"{command.recipe}.yaml")
         source = f"{config}, the recipe of the embedded policy"
     else:
-        source = f"the defaults of DTRPOConfig ({_defaults(given)}), as there is no --config"
+        source = f"the defaults of {command.config.__name__} ({_defaults(given, command)}), as there is no --config"
     if config is not None and "config" not in given:
         before = ["--config", str(config), *before]
     own = [f"--{name}" for name in given if name != "config"]
     line = f"Settings: {source}" + (f"; {', '.join(own)} from the command line." if own else ".")
-    return Settings([*before, *arguments], line, _in_file(config) | given)
+    return Settings([*before, *arguments], line, _in_file(config) | given, command)
 
 
 def _in_file(config: Any) -> dict[str, Any]:
@@ -90,16 +126,19 @@ def _in_file(config: Any) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {}
 
 
-def _defaults(given: Collection[str]) -> str:
-    values = {field.name: field.default for field in fields(DTRPOConfig)}
-    return ", ".join(f"{name} {values[name]}" for name in _TOLD if name not in given)
+def _defaults(given: Collection[str], command: Command) -> str:
+    values = {field.name: field.default for field in fields(command.config)}
+    return ", ".join(f"{name} {values[name]}" for name in command.told if name not in given)
 
 
-def keep_settings(options: dict[str, Any], directory: str | Path) -> None:
-    """Writes the options of a run beside the policy that it has trained, for `train --model_name_or_path DIRECTORY`."""
+def keep_settings(options: dict[str, Any], directory: str | Path, command: Command = TRAINING) -> None:
+    """Writes the options of a run beside the policy that it has trained, for `--model_name_or_path DIRECTORY`."""
     kept = {name: value for name, value in sorted(options.items()) if name not in (*_OF_ONE_RUN, "env")}
-    head = "# The options that this policy was trained with. `trl-diffusion train --model_name_or_path` reads them.\n"
-    write_text(Path(directory, FILE), head + yaml.safe_dump(kept, sort_keys=False))
+    head = (
+        "# The options that this policy was trained with. "
+        f"`trl-diffusion {command.name} --model_name_or_path` reads them.\n"
+    )
+    write_text(Path(directory, command.file), head + yaml.safe_dump(kept, sort_keys=False))
 
 
 def check_adapter_options(path: str, given: Collection[str]) -> bool:

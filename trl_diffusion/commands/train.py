@@ -24,47 +24,36 @@ generated; the policy is measured on pairs that training never sees.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from statistics import fmean as mean
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ..evaluation.run import wilson
 from ..fields import check_fields
-from ..links import link
-from ..policies.files import policy_in
-from ..policies.loading import load_tokenizer
-from ..policies.policy import open_adapter
-from ..policies.tiny import resolve_embedded, tiny_policy_path
 from ..quiet import hush_commands
 from ..tasks import TASKS, load_task, preference_rows
 from ..trainer.checkpoints import check_start
 from ..trainer.config import DTRPOConfig, is_refused
 from ..trainer.trainer import DTRPOTrainer
 from ..trajectories.dataset import load_trajectories
-from ..trajectories.trajectory import TrajectoryBatch
-from ..utils import check_writable, errors_in_a_line, read_mapping, use_all_cores, versions, write_text
-from ..viz.runs import Run
+from ..utils import check_writable, errors_in_a_line, use_all_cores, wilson
 from .groups import INHERITED, TRAIN
-from .interrupt import ending_in_a_line, is_part, typed
-from .lines import RunLines, describe_output, describe_policy, next_command, one_line, prompt_text
+from .interrupt import ending_in_a_line
+from .lines import RunLines, describe_output, describe_policy, next_command
+from .opening import find_policy
 from .options import OptionParser
-from .settings import Settings, check_adapter_options, find_settings, given_options, keep_settings
+from .results import draw, measure, most_telling, report_task, say_next, train_and_save, write_results
+from .settings import Settings, check_adapter_options, find_settings, given_options
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..trajectories.trajectory import TrajectoryBatch
 
+__all__ = ["KINDS", "ScriptArguments", "draw", "find_policy", "main", "most_telling", "parse", "run"]
 
 PREFERENCES = "preferences"  # as a task: pairs of a better and a worse response instead of prompts and rewards
 
@@ -110,50 +99,6 @@ class ScriptArguments:
         check_fields(self)
 
 
-def random_policy(fields: str, tokenizer, directory: Path, seed: int) -> str:
-    """Makes a small randomly initialised policy for a tokenizer, and saves it: a reference is loaded from there. The
-    global random state is afterwards what it was before."""
-    options = read_mapping(fields, "random_policy")
-    config = AutoConfig.for_model(
-        options.pop("model_type", "qwen3"),
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **{"tie_word_embeddings": True, **options},
-    )
-    state = PartialState()
-    if state.is_main_process:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        model.generation_config = GenerationConfig.from_model_config(config)
-        model.save_pretrained(directory)
-    state.wait_for_everyone()
-    return str(directory)
-
-
-def find_policy(script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig):
-    """The path of the model (made here if it is a random one), or an adapter to train further, and its tokenizer."""
-    if script_args.random_policy and not model_args.model_name_or_path:
-        if not script_args.tokenizer_name_or_path:
-            raise ValueError("`--random_policy` needs `--tokenizer_name_or_path`.")
-        tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
-        directory = Path(training_args.output_dir) / "random_policy"
-        return random_policy(script_args.random_policy, tokenizer, directory, training_args.seed), tokenizer
-    path = resolve_embedded(model_args.model_name_or_path or tiny_policy_path())
-    tokenizer = load_tokenizer(script_args.tokenizer_name_or_path or path)
-    options = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **training_args.model_options(),
-    }
-    if "an adapter" in policy_in(path):
-        return open_adapter(path, training_args.device, get_quantization_config(model_args), **options), tokenizer
-    training_args.model_init_kwargs = options
-    return path, tokenizer
-
-
 def load_preferences(script_args: ScriptArguments) -> tuple[Dataset, Dataset]:
     """Pairs to train on and pairs to measure on: those of `eval_file`, or else the last ones of `train_file`."""
     if script_args.trajectories:
@@ -195,19 +140,6 @@ def make_trainer(
     return trainer
 
 
-def train(trainer: DTRPOTrainer, lines: RunLines, settings: Settings | None) -> None:
-    """Trains and saves."""
-    resume = trainer.args.resume_from_checkpoint
-    with lines.timed("training"):
-        trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    trainer.save_model(trainer.args.output_dir)
-    trainer.save_state()
-    trainer.create_model_card()  # after saving an adapter, which brings a card of peft's
-    if settings is not None and trainer.is_world_process_zero():
-        keep_settings(settings.options, str(trainer.args.output_dir))
-    lines.is_saved = True
-
-
 def say_if_idle(trainer: DTRPOTrainer) -> None:
     """Says in the summary, too, if nothing could be learnt from some rollouts."""
     if (said := trainer.learning.summary()) is not None:
@@ -241,7 +173,7 @@ def train_on_preferences(
     say(f"Measuring the policy on {len(held_out)} pairs that training never sees ...")
     with lines.timed("measuring_before"):
         before = trainer.evaluate()["eval_loss"]
-    train(trainer, lines, script_args.settings)
+    train_and_save(trainer, lines, script_args.settings)
     with lines.timed("measuring_after"):
         after = trainer.evaluate()
     accuracy = after.get("eval_rewards/accuracies")  # none without a reference
@@ -260,8 +192,9 @@ def train_on_preferences(
     if trainer.is_world_process_zero():
         row = held_out[0]
         prompt = row.get("prompt") or (row["chosen"] if isinstance(row["chosen"], str) else row["chosen"][:-1])
-        write_results(trainer, results, lines, prompt)
-        say_next(trainer, prompt, draw(trainer, results))
+        following = next_command(trainer, prompt)
+        write_results(trainer, results, lines, following)
+        say_next(trainer, lines, following, draw(trainer, results))
 
 
 def train_on_task(
@@ -289,99 +222,15 @@ def train_on_task(
 
     say(f"Measuring the policy on {len(task.evaluation)} {task.unit} that training never sees ...")
     with lines.timed("measuring_before"):
-        before, _ = trainer.answer(task.evaluation["prompt"])
-        was = task.scores(before)
-    say(f"solve rate before training: {mean(was):.1%}")
+        before = measure(task, trainer.answer)
+    say(f"solve rate before training: {before.solve_rate:.1%}")
 
-    train(trainer, lines, script_args.settings)
+    train_and_save(trainer, lines, script_args.settings)
 
     with lines.timed("measuring_after"):
-        after, trajectories = trainer.answer(task.evaluation["prompt"])
-        now = task.scores(after)
+        after = measure(task, trainer.answer)
     say_if_idle(trainer)
-    rows, interval = len(now), wilson(mean(now), len(now))
-    say(
-        f"solve rate {mean(was):.1%} -> {mean(now):.1%} "
-        f"({rows} {task.unit}, 95 % interval {interval[0]:.1%} to {interval[1]:.1%}, seed {training_args.seed})"
-    )
-    if trainer.is_world_process_zero():
-        results = {
-            "task": task.name,
-            "rows": rows,
-            "seed": trainer.args.seed,
-            "solve_rate_before": mean(was),
-            "interval_before": wilson(mean(was), rows),
-            "solve_rate_after": mean(now),
-            "interval_after": interval,
-        }
-        row = most_telling(was, now)
-        prompt = task.evaluation[row]["prompt"]
-        write_results(trainer, results, lines, prompt)
-        pictures = draw(trainer, results, trajectories, task.evaluation[0]["prompt"])
-        print(
-            f"One of the {task.unit} that it solves now:"
-            if now[row]
-            else f"It solves none of the {task.unit} yet. The first:"
-        )
-        for name, text in (("prompt", prompt_text(prompt)), ("before", before[row]), ("after", after[row])):
-            print(f"  {name:7}{one_line(text)}")
-        say_next(trainer, prompt, pictures)
-
-
-def write_results(trainer: DTRPOTrainer, results: dict[str, Any], lines: RunLines, prompt: Any) -> None:
-    """Leaves the figures of the run beside the trained policy, and what is needed to get them again. `prompt`: one to try."""
-    results |= {
-        "steps": trainer.state.global_step,
-        "seconds": lines.seconds,
-        "command": typed(),
-        "versions": versions(),
-        "next_commands": [next_command(trainer, prompt)],
-    }
-    write_text(Path(trainer.args.output_dir) / "results.json", json.dumps(results, indent=2) + "\n")
-
-
-def most_telling(was: list[float], now: list[float]) -> int:
-    """The first row that is solved and was not, or else the first that is solved, or else the first."""
-    solved = [row for row, score in enumerate(now) if score]
-    return next((row for row in solved if not was[row]), solved[0] if solved else 0)
-
-
-def draw(
-    trainer: DTRPOTrainer, results: dict[str, Any], answers: TrajectoryBatch | None = None, prompt: Any = ""
-) -> list[str]:
-    """Draws the run, and the first of some answers. Returns the names of the pictures."""
-    directory = Path(trainer.args.output_dir)
-    try:
-        from ..viz.plots import MOST_CELLS, PART, fitting_positions, num_cells, plot_runs, plot_trajectory
-
-        run = Run(str(directory), trainer.state.log_history, results)
-        names = [plot_runs([run], directory / "run.png").name]
-        if answers is None:
-            return names
-        part = None
-        if num_cells(answers, trainer.spec) > MOST_CELLS:
-            part = fitting_positions(answers, trainer.spec, 0, PART)
-        picture = plot_trajectory(
-            answers,
-            trainer.spec,
-            trainer.processing_class,
-            directory / "denoising.png",
-            title=prompt if isinstance(prompt, str) else "",
-            max_positions=part,
-        )
-    except ImportError as error:
-        print(f"No pictures were drawn: {error}")
-        return []
-    return [*names, picture.name + (f" (the first {part} positions of an answer)" if part else "")]
-
-
-def say_next(trainer: DTRPOTrainer, prompt: Any, pictures: list[str]) -> None:
-    """Prints what was written where, and the next command."""
-    written = ", ".join(["the trained policy", "its card", "results.json", "trainer_state.json", *pictures])
-    print(f"{trainer.args.output_dir} has {written}.")
-    if not is_part():
-        print(f"Next: {next_command(trainer, prompt)}")
-        print(f"Your own task and your own model: {link('docs/quickstart.md#5-train-it-on-your-task')}")
+    report_task(trainer, lines, task, before, after, partial(next_command, trainer))
 
 
 KINDS = (ScriptArguments, DTRPOConfig, ModelConfig)  # which have the options

@@ -75,6 +75,12 @@ def is_solved(puzzle: str, answer: str) -> bool:
     return units_solved(puzzle, answer) == 1.0
 
 
+def solve(puzzle: str) -> str | None:
+    """The first solution of a puzzle in the order of [`all_grids`], or `None` if there is none."""
+    check_puzzle(puzzle)
+    return next((grid for grid in all_grids() if is_solved(puzzle, grid)), None)
+
+
 def generate(num_puzzles: int, seed: int, blanks: int = 8, exclude: Collection[str] = ()) -> list[dict[str, str]]:
     """
     Makes different puzzles, each with at least one solution.

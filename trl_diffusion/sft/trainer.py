@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,8 +18,10 @@ from ..policies.forward import policy_logits
 from ..scoring.layout import join_rows, pack
 from ..scoring.score import score_logits
 from ..seeds import SUPERVISED, derive_seed
+from ..trainer.card import tuning_card
 from ..trainer.metrics import Tally, add_over_processes
 from ..trainer.policy_files import PolicyFiles
+from ..utils import write_text
 from .config import DiffusionSFTConfig
 from .documents import DocumentCollator, Documents
 from .masks import document_states
@@ -234,3 +237,12 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
             logs.update({name: value for name, value in self.tally.results().items() if value is not None})
             self.tally = Tally()
         super().log(logs, start_time)
+
+    def create_model_card(  # type: ignore[override]  # TRL's arguments, which are not those of transformers
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the model card of the policy to the output directory (see [`~trainer.card.tuning_card`])."""
+        if self.is_world_process_zero():
+            more = (tags,) if isinstance(tags, str) else tuple(tags or ())
+            card = tuning_card(self, model_name, dataset_name, more)
+            write_text(Path(str(self.args.output_dir)) / "README.md", str(card))

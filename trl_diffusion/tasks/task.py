@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ class Task:
         evaluation (`Dataset`): rows to measure on, of the same columns; training rows never repeat one of them.
         reward_funcs (`list`): reward functions with TRL's signature.
         solved (`Callable`): reward function whose 0 or 1 says whether an answer is right.
+        solution (`Callable`): a right answer to a row, as text, or `None` if there is none.
     """
 
     name: str
@@ -37,6 +39,25 @@ class Task:
     evaluation: Dataset
     reward_funcs: list[Callable]
     solved: Callable
+    solution: Callable[[dict[str, Any]], str | None]
+
+    def documents(self, rows: Dataset) -> Dataset:
+        """
+        Prompts with right answers as their completions, for supervised fine-tuning.
+
+        Args:
+            rows ([`~datasets.Dataset`]): rows of the task.
+
+        Raises:
+            ValueError: if there is no right answer to a row.
+        """
+        found = []
+        for number, row in enumerate(rows):
+            answer = self.solution(row)
+            if answer is None:
+                raise ValueError(f"The task `{self.name}` has no right answer to row {number}: {row['prompt']!r:.80}.")
+            found.append(document(row["prompt"], answer))
+        return Dataset.from_list(found)
 
     def scores(self, answers: list[str]) -> list[float]:
         """For each evaluation row, whether `answers`, in their order, solve it: 0 or 1."""
@@ -47,6 +68,12 @@ class Task:
         """Share of the evaluation rows that `answers`, in their order, solve."""
         scores = self.scores(answers)
         return sum(scores) / len(scores)
+
+
+def document(prompt: Any, answer: str) -> dict[str, Any]:
+    """A prompt, as text or as messages, and a text that answers it, in TRL's format of prompts and completions."""
+    completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+    return {"prompt": prompt, "completion": completion}
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -171,16 +198,43 @@ def gsm8k_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "answer": row["answer"]}
 
 
+def sft_rows(path: str) -> list[dict[str, Any]]:
+    """The documents of a file in one of TRL's formats: `messages`, `prompt` and `completion`, or `text`. No other column is kept."""
+    rows = read_rows(path)
+    names = next((names for names in FORMATS if all(name in rows[0] for name in names)), None)
+    if names is None:
+        raise ValueError(
+            f"{path}: row 0 has the columns {sorted(rows[0])}; documents have `messages`, or `prompt` and `completion`, or `text`."
+        )
+    kinds = set()
+    for number, row in enumerate(rows):
+        for name in names:
+            value = row.get(name)
+            if not (_are_messages(value) or (name != "messages" and isinstance(value, str) and value)):
+                what = "a list of messages" if name == "messages" else "text or a list of messages"
+                raise ValueError(f"{path}, row {number}: `{name}` must be {what}, got {value!r:.80}.")
+            kinds.add(isinstance(value, str))
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{path}: some of {list(names)} are text and some are messages. Write all of them in one way."
+        )
+    return [{name: row[name] for name in names} for row in rows]
+
+
+FORMATS = (("messages",), ("prompt", "completion"), ("text",))  # of documents, by the columns that they have
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "role" in one for one in value)
+
+
 def preference_rows(path: str) -> list[dict[str, Any]]:
     """The pairs of a file, each `chosen` and `rejected`, and perhaps a `prompt`: text, or messages."""
     rows = read_rows(path)
     for number, row in enumerate(rows):
         for name in ("chosen", "rejected", *(["prompt"] if "prompt" in row else [])):
             value = row.get(name)
-            messages = (
-                isinstance(value, list) and value and all(isinstance(one, dict) and "role" in one for one in value)
-            )
-            if not messages and not (isinstance(value, str) and value):
+            if not _are_messages(value) and not (isinstance(value, str) and value):
                 raise ValueError(
                     f"{path}, row {number}: `{name}` must be text or a list of messages, got {value!r:.80}."
                 )
@@ -199,15 +253,21 @@ def _sudoku(
     def ask(puzzle: str) -> dict[str, str]:
         return {"puzzle": puzzle, "prompt": sudoku.prompt(puzzle)}
 
-    kept = list(sudoku.evaluation_puzzles(blanks))
+    kept, solutions = list(sudoku.evaluation_puzzles(blanks)), {}
     evaluation = sudoku_rows(eval_file) if eval_file else [ask(puzzle) for puzzle in kept]
     excluded = {*kept, *(row["puzzle"] for row in evaluation)}
     if train_file:
         train = [row for row in sudoku_rows(train_file) if row["puzzle"] not in excluded][:train_size]
     else:
-        train = [ask(row["puzzle"]) for row in sudoku.generate(train_size, seed, blanks, excluded)]
+        made = sudoku.generate(train_size, seed, blanks, excluded)
+        solutions = {row["puzzle"]: row["solution"] for row in made}
+        train = [ask(puzzle) for puzzle in solutions]
     rewards = [sudoku.sudoku_solved, sudoku.sudoku_units]
-    return _task(name, "puzzles", train, evaluation[:eval_size], rewards, sudoku.sudoku_solved)
+
+    def solution(row: dict[str, Any]) -> str | None:
+        return solutions.get(row["puzzle"]) or sudoku.solve(row["puzzle"])
+
+    return _task(name, "puzzles", train, evaluation[:eval_size], rewards, sudoku.sudoku_solved, solution)
 
 
 def _countdown(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
@@ -215,16 +275,26 @@ def _countdown(train_file: str | None, eval_file: str | None, train_size: int, e
         numbers, target = game["numbers"], game["target"]
         return {"numbers": numbers, "target": target, "prompt": countdown.prompt(numbers, target)}
 
+    def key(row: dict[str, Any]) -> tuple:
+        return countdown.key_of(row["numbers"], row["target"])
+
     kept = [ask(game) for game in countdown.evaluation_games()]
+    solutions = {key(game): game["solution"] for game in countdown.evaluation_games()}
     evaluation = countdown_rows(eval_file) if eval_file else list(kept)
-    excluded = {countdown.key_of(row["numbers"], row["target"]) for row in (*kept, *evaluation)}
+    excluded = {key(row) for row in (*kept, *evaluation)}
     if train_file:
         train = countdown_rows(train_file)
-        train = [row for row in train if countdown.key_of(row["numbers"], row["target"]) not in excluded][:train_size]
+        train = [row for row in train if key(row) not in excluded][:train_size]
     else:
-        train = [ask(game) for game in countdown.generate(train_size, seed, exclude=excluded)]
+        made = countdown.generate(train_size, seed, exclude=excluded)
+        solutions |= {key(game): game["solution"] for game in made}
+        train = [ask(game) for game in made]
     rewards = [countdown.countdown_solved, countdown.countdown_numbers]
-    return _task("countdown", "games", train, evaluation[:eval_size], rewards, countdown.countdown_solved)
+
+    def solution(row: dict[str, Any]) -> str | None:
+        return solutions.get(key(row)) or countdown.solve(row["numbers"], row["target"])
+
+    return _task("countdown", "games", train, evaluation[:eval_size], rewards, countdown.countdown_solved, solution)
 
 
 def _gsm8k(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
@@ -244,7 +314,13 @@ def _gsm8k(train_file: str | None, eval_file: str | None, train_size: int, eval_
     evaluation = read(eval_file)[:eval_size] if eval_file else train[:eval_size]
     excluded = {row["prompt"][0]["content"] for row in evaluation}
     train = [row for row in train if row["prompt"][0]["content"] not in excluded][:train_size]
-    return _task("gsm8k", "questions", train, evaluation, [math.math_accuracy, math.answer_format], math.math_accuracy)
+    rewards = [math.math_accuracy, math.answer_format]
+    return _task("gsm8k", "questions", train, evaluation, rewards, math.math_accuracy, _without_calculator)
+
+
+def _without_calculator(row: dict[str, Any]) -> str:
+    """The answer of GSM8K, without the annotations for a calculator that it holds, such as `<<48/2=24>>`."""
+    return re.sub(r"<<[^<>]*>>", "", row["answer"])
 
 
 def _sparse_sudoku(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
@@ -252,11 +328,13 @@ def _sparse_sudoku(train_file: str | None, eval_file: str | None, train_size: in
     return _sudoku(train_file, eval_file, min(train_size, most), eval_size, seed, "sparse_sudoku", 14)
 
 
-def _task(name: str, unit: str, train: list, evaluation: list, reward_funcs: list, solved: Callable) -> Task:
+def _task(
+    name: str, unit: str, train: list, evaluation: list, reward_funcs: list, solved: Callable, solution: Callable
+) -> Task:
     for what, rows in (("training", train), ("evaluation", evaluation)):
         if not rows:
             raise ValueError(f"The task `{name}` is left with no {what} rows.")
-    return Task(name, unit, Dataset.from_list(train), Dataset.from_list(evaluation), reward_funcs, solved)
+    return Task(name, unit, Dataset.from_list(train), Dataset.from_list(evaluation), reward_funcs, solved, solution)
 
 
 TASKS: dict[str, Callable[..., Task]] = {

@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
@@ -17,7 +17,10 @@ from ..policies.forward import unwrap
 
 
 if TYPE_CHECKING:
+    from ..sft.trainer import DiffusionSFTTrainer
     from .trainer import DTRPOTrainer
+
+    Trainer: TypeAlias = DTRPOTrainer | DiffusionSFTTrainer
 
 
 PAPER = {
@@ -46,9 +49,51 @@ def model_card(
         tags (`tuple[str, ...]`, *optional*): tags in addition to those of the trainer.
     """
     args = trainer.args
+    settings = {
+        "loss": f"`{args.loss_type}`",
+        "estimator": f"`{args.estimator}`",
+        "`num_draws`": args.num_draws,
+        "reference (`beta`)": f"{trainer.beta:g}",
+    }
+    how = f"[dTRPO](https://huggingface.co/papers/{PAPER['id']})"
+    example = _example(
+        trainer, trainer.args.decoding(temperature=0.0), cast("dict[str, Any]", trainer.chat_template_kwargs)
+    )
+    return _card(trainer, how, settings, example, PAPER["citation"], model_name, dataset_name, tags)
+
+
+def tuning_card(
+    trainer: DiffusionSFTTrainer,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: tuple[str, ...] = (),
+) -> ModelCard:
+    """As [`model_card`], for a [`DiffusionSFTTrainer`]."""
+    args = trainer.args
+    settings = {
+        "loss of masked tokens": f"`{args.weighting}`",
+        "masks of a document": f"{args.num_masks}{', each with its complement' if args.complementary else ''}",
+        "largest share of wrong tokens": f"{args.max_corruption:g}",
+    }
+    example = _example(trainer, DecodingConfig(), {})
+    return _card(trainer, "supervised fine-tuning", settings, example, "", model_name, dataset_name, tags)
+
+
+def _card(
+    trainer: Trainer,
+    how: str,
+    settings: dict[str, Any],
+    example: str,
+    citation: str,
+    model_name: str | None,
+    dataset_name: str | None,
+    tags: tuple[str, ...],
+) -> ModelCard:
+    """The card, with the name of the method and the settings that are its own."""
+    args = trainer.args
     base = getattr(unwrap(trainer.model).config, "_name_or_path", "") or ""
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None and not Path(base).is_dir()
-    model_name = model_name or Path(args.output_dir).name
+    model_name = model_name or Path(str(args.output_dir)).name
     data = ModelCardData(
         base_model=base if on_hub else None,
         datasets=dataset_name,
@@ -58,6 +103,8 @@ def model_card(
         tags=sorted({"generated_from_trainer", *trainer._tag_names, *tags}),
     )
     dataset = f" on [{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if dataset_name else ""
+    settings |= {"learning rate": f"{args.learning_rate:g}", "optimizer steps": trainer.state.global_step}
+    table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     versions = "\n".join(f"| {name} | {version(name)} |" for name in ("trl-diffusion", *VERSIONS))
     return ModelCard(
         f"""---
@@ -66,31 +113,23 @@ def model_card(
 
 # {model_name}
 
-A diffusion language model: {_base(base, on_hub)}, trained{dataset} with [dTRPO](https://huggingface.co/papers/{PAPER["id"]}) by
+A diffusion language model: {_base(base, on_hub)}, trained{dataset} with {how} by
 trl_diffusion, on [TRL](https://github.com/huggingface/trl). It writes by denoising, so `transformers.pipeline` and the model's
 own `generate`, which write from left to right, give nonsense. Once `trl_diffusion` is imported, they refuse.
 
 ```python
-{_example(trainer)}
+{example}
 ```
 
 | trained with | |
 |---|---|
-| loss | `{args.loss_type}` |
-| estimator | `{args.estimator}` |
-| `num_draws` | {args.num_draws} |
-| reference (`beta`) | {trainer.beta:g} |
-| learning rate | {args.learning_rate:g} |
-| optimizer steps | {trainer.state.global_step} |
+{table}
 
 | package | version |
 |---|---|
 {versions}
-
-```bibtex
-{PAPER["citation"]}
-```
 """
+        + (f"\n```bibtex\n{citation}\n```\n" if citation else "")
     )
 
 
@@ -101,9 +140,8 @@ def _base(name: str, on_hub: bool) -> str:
     return f"`{Path(name).name}` (a local directory)" if name else "a model that was made in memory"
 
 
-def _example(trainer: DTRPOTrainer) -> str:
-    """Python code that generates a response with the settings of the training, but greedily."""
-    config = trainer.args.decoding(temperature=0.0)
+def _example(trainer: Trainer, config: DecodingConfig, template: dict[str, Any] | None) -> str:
+    """Python code that generates a response, with settings of the decoder and variables of the chat template."""
     defaults = DecodingConfig()
     changed = {one.name for one in fields(config) if getattr(config, one.name) != getattr(defaults, one.name)}
     settings = {name: getattr(config, name) for name in sorted(changed | {"max_new_tokens"})}
@@ -116,8 +154,8 @@ def _example(trainer: DTRPOTrainer) -> str:
     prompt: Any = "..."
     if _is_conversational(trainer):
         prompt = [{"role": "user", "content": "..."}]
-        if trainer.chat_template_kwargs:
-            settings["chat_template_kwargs"] = trainer.chat_template_kwargs
+        if template:
+            settings["chat_template_kwargs"] = template
     return "\n".join(
         [
             "from trl_diffusion import generate",
@@ -134,12 +172,12 @@ def _example(trainer: DTRPOTrainer) -> str:
     )
 
 
-def _is_conversational(trainer: DTRPOTrainer) -> bool:
-    """Whether the policy was trained on messages. Without a dataset to look at, a chat template decides."""
+def _is_conversational(trainer: Trainer) -> bool:
+    """Whether the policy was trained on messages. Without prompts to look at, a chat template decides."""
     dataset = trainer.train_dataset
-    if isinstance(dataset, Dataset) and len(dataset):
+    if isinstance(dataset, Dataset) and len(dataset) and "prompt" in dataset.column_names:
         return not isinstance(dataset[0]["prompt"], str)
-    return getattr(trainer._tokenizer, "chat_template", None) is not None
+    return getattr(trainer.processing_class, "chat_template", None) is not None
 
 
 def _keywords(options: dict[str, Any]) -> str:

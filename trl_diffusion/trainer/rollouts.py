@@ -6,18 +6,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from accelerate.utils import gather_object
 from jinja2 import TemplateError
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..decoding.config import DecodingConfig
-from ..decoding.decode import check_prompts, decode
-from ..decoding.pace import PeerFailed
 from ..fields import check_kind
 from ..objectives.pairwise import differing_groups
-from ..policies.forward import unwrap
 from ..policies.prompts import as_prompts, is_started, tokenize_prompts
 from ..scoring.draws import expected_weights
 from ..scoring.states import states_to_draw
@@ -25,8 +21,8 @@ from ..seeds import CHOICE, DRAWS, EVALUATION, STORED, TRAINING, derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows
 from ..trajectories.revisions import NEVER
 from ..trajectories.trajectory import TrajectoryBatch, event_regions
-from ._trl import unwrapped_policy
 from .agreement import fail_together
+from .answering import answer_together, decode_on_all
 from .batches import columns_of, is_rows, trajectories_of
 from .learning import Learning
 from .metrics import add_over_processes
@@ -193,30 +189,7 @@ class DiffusionRollouts(DiffusionScoring):
             decoding ([`DecodingConfig`]): settings.
             seeds (`list[int]`): seed of each prompt.
         """
-        sharded = self._decodes_sharded()
-        failure: Exception | None = None
-        batch: TrajectoryBatch | None = None
-        with unwrapped_policy(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=not sharded,
-            gradient_checkpointing_kwargs=cast("dict[str, Any] | None", self.args.gradient_checkpointing_kwargs),
-        ) as policy:
-            was_training = policy.training
-            policy.eval()
-            try:
-                batch = decode(
-                    policy, prompt_ids, decoding, self.spec, seeds, self.args.rollout_batch_size, keep_pace=sharded
-                )
-            except PeerFailed:
-                pass  # the other process reports its error
-            except Exception as error:
-                failure = error
-            finally:
-                policy.train(was_training)
-        fail_together(self.accelerator, failure, "Decoding")
-        assert batch is not None  # otherwise a process would have failed
-        return batch
+        return decode_on_all(self, prompt_ids, decoding, seeds, self.args.rollout_batch_size, self._decodes_sharded())
 
     def _decodes_sharded(self) -> bool:
         """Whether rollouts run on sharded parameters, so that all processes must run the same number of passes."""
@@ -244,16 +217,7 @@ class DiffusionRollouts(DiffusionScoring):
         check_kind("decoding", decoding, DecodingConfig, "a DecodingConfig")
         prompts = as_prompts(prompts)
         prompt_ids = self._tokenize_prompts(prompts)[0]
-        # Every process checks the prompts of all processes.
-        check_prompts(prompt_ids, self.spec, unwrap(self.model).config, decoding.max_new_tokens)
-        seeds = [derive_seed(seed, row) for row in range(len(prompts))]
-        # Every process has the same number of rows, so the last ones repeat the first ones.
-        share = -(-len(prompts) // self.accelerator.num_processes)
-        first = self.accelerator.process_index * share
-        rows = [row % len(prompts) for row in range(first, first + share)]
-        batch = self.decode([prompt_ids[row] for row in rows], decoding, [seeds[row] for row in rows])
-        texts = self._tokenizer.batch_decode(batch.completions(), skip_special_tokens=True)
-        return gather_object(texts)[: len(prompts)], batch
+        return answer_together(self, self._tokenizer, prompt_ids, decoding, seed, self.decode)
 
     def row_seeds(self, num_rows: int) -> list[int]:
         """

@@ -4,7 +4,8 @@ What happened in a run, as six panels: which metrics of its log they show, and t
 The panels of a run that samples its responses are the reward, the held-out solve rate, the KL divergence, the effective sample
 size, the gradient norm and the length. Stored responses never change, so their rewards and lengths say nothing about the
 policy: for such a run the loss stands for the reward, and the entropy for the length. If its loss compares pairs, the order of
-the pairs stands for the effective sample size, and their implicit rewards for the length.
+the pairs stands for the effective sample size, and their implicit rewards for the length. Supervised fine-tuning shows the loss,
+what was measured on held-out rows, the accuracy and the entropy of masked tokens, the gradient norm and the learning rate.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ class Run:
         return bool(seconds) and not any(seconds)
 
     @property
+    def supervised(self) -> bool:
+        """Whether this was supervised fine-tuning."""
+        return any("mean_token_accuracy" in entry for entry in self.log)
+
+    @property
     def updates(self) -> int:
         """Optimizer steps so far."""
         return max((entry.get("step", 0) for entry in self.log), default=0)
@@ -163,7 +169,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     Args:
         runs (`Sequence[Run]`): the runs. Panels for stored responses are shown if no run samples its responses.
     """
-    stored = all(run.stored for run in runs)
+    stored = all(run.stored or run.supervised for run in runs)
     paired = stored and any(run.names("rewards/accuracies") for run in runs)
 
     def panel(title: str, *metrics: tuple[str, str], **options: Any) -> Panel:
@@ -179,6 +185,15 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     if not stored:
         return [_reward(runs), _held_out(runs), divergence, size, norm, _length(runs)]
     loss = Panel("loss", [_loss(run) for run in runs])
+    if all(run.supervised for run in runs):
+        right = panel(
+            "right guesses of masked tokens", ("mean_token_accuracy", ""), percent=True, lowest=0.0, highest=1.05
+        )
+        entropy, rate = (
+            panel("entropy per token, in nats", ("entropy", "")),
+            panel("learning rate", ("learning_rate", "")),
+        )
+        return [loss, _held_out(runs), right, entropy, norm, rate]
     if not paired:
         return [loss, _held_out(runs), divergence, size, norm, panel("entropy per token, in nats", ("entropy", ""))]
     order = panel("pairs in the right order", ("rewards/accuracies", ""), percent=True, lowest=0.0, highest=1.05)
@@ -274,6 +289,8 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 def heading(run: Run) -> str:
     """What a run was, such as `outputs/tiny_sudoku: 60 updates on fresh responses`."""
+    if run.supervised:
+        return f"{run.name}: {run.updates} updates on documents"
     return f"{run.name}: {run.updates} updates on {'stored' if run.stored else 'fresh'} responses"
 
 

@@ -1,0 +1,73 @@
+"""The policy that `train` and `sft` begin with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from trl import ModelConfig, get_quantization_config
+
+from ..policies.files import policy_in
+from ..policies.loading import load_tokenizer
+from ..policies.policy import open_adapter
+from ..policies.tiny import resolve_embedded, tiny_policy_path
+from ..utils import read_mapping
+
+
+if TYPE_CHECKING:
+    from ..sft.config import DiffusionSFTConfig
+    from ..trainer.config import DTRPOConfig
+
+
+class Start(Protocol):
+    """The options of a command that say where its policy comes from."""
+
+    tokenizer_name_or_path: str | None
+    random_policy: str | None
+
+
+def random_policy(fields: str, tokenizer, directory: Path, seed: int) -> str:
+    """Makes a small randomly initialised policy for a tokenizer, and saves it: a reference is loaded from there. The
+    global random state is afterwards what it was before."""
+    options = read_mapping(fields, "random_policy")
+    config = AutoConfig.for_model(
+        options.pop("model_type", "qwen3"),
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **{"tie_word_embeddings": True, **options},
+    )
+    state = PartialState()
+    if state.is_main_process:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model.generation_config = GenerationConfig.from_model_config(config)
+        model.save_pretrained(directory)
+    state.wait_for_everyone()
+    return str(directory)
+
+
+def find_policy(script_args: Start, training_args: DTRPOConfig | DiffusionSFTConfig, model_args: ModelConfig):
+    """The path of the model (made here if it is a random one), or an adapter to train further, and its tokenizer."""
+    if script_args.random_policy and not model_args.model_name_or_path:
+        if not script_args.tokenizer_name_or_path:
+            raise ValueError("`--random_policy` needs `--tokenizer_name_or_path`.")
+        tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
+        directory = Path(training_args.output_dir) / "random_policy"
+        return random_policy(script_args.random_policy, tokenizer, directory, training_args.seed), tokenizer
+    path = resolve_embedded(model_args.model_name_or_path or tiny_policy_path())
+    tokenizer = load_tokenizer(script_args.tokenizer_name_or_path or path)
+    options = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **training_args.model_options(),
+    }
+    if "an adapter" in policy_in(path):
+        return open_adapter(path, training_args.device, get_quantization_config(model_args), **options), tokenizer
+    training_args.model_init_kwargs = options
+    return path, tokenizer
