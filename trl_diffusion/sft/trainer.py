@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from ..policies.forward import policy_logits
-from ..scoring.layout import join_rows, pack
+from ..scoring.layout import join_rows, pack, rows_to_join
 from ..scoring.score import score_logits
 from ..seeds import SUPERVISED, derive_seed
+from ..trainer.checks import named_datasets
 from ..trainer.metrics import Tally, add_over_processes
 from ..trainer.policy_files import PolicyFiles
 from .config import DiffusionSFTConfig
-from .documents import DocumentCollator, Documents
+from .documents import Documents
 from .masks import document_states
 from .setup import check_documents, make_ready, set_up
 
@@ -108,7 +109,9 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
-        args, self.spec, processing_class = set_up(model, args, processing_class, kwargs)
+        args, self.spec, processing_class = set_up(
+            model, args, processing_class, named_datasets(train_dataset, eval_dataset), kwargs
+        )
         self.masks = args.masks()
         self.tally = Tally()
         self.evaluation: _Evaluation | None = None
@@ -120,8 +123,8 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.data_collator = DocumentCollator(self.spec, make_ready(self))
-        check_documents(self)
+        self.data_collator = collator = make_ready(self)
+        check_documents(self, collator)
 
     def spec_at(self, step: int) -> Any:
         """The spec at an optimizer step: with `block_sizes`, the block size changes during training."""
@@ -173,7 +176,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         seed = derive_seed(self.args.seed, SUPERVISED, stream, step)
         layout = pack(documents.trajectories(), spec, document_states(documents, spec, seed, self.masks))
         if documents.packed:
-            layout = join_rows(layout, documents.packs)
+            layout = join_rows(layout, rows_to_join(layout, len(documents.packs)))
         logits = policy_logits(
             model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns
         )
