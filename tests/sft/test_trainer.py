@@ -264,6 +264,7 @@ def test_a_stream(make_trainer):
         ({"diffusion_spec": "[]"}, "`diffusion_spec` must be a mapping"),
         ({"diffusion_spec": {"stop_token_ids": []}}, "has no stop tokens"),
         ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches=True` cuts batches into rows"),
+        ({"activation_offloading": True}, "`activation_offloading=True` moves activations from a GPU"),
         ({"include_num_input_tokens_seen": True}, "`include_num_input_tokens_seen`"),
         ({"canvas_length": 16}, "`canvas_length` is for full attention"),
         ({"diffusion_spec": {"attention": "full"}, "block_sizes": [4, 8]}, "`block_sizes` is for block attention"),
@@ -418,3 +419,34 @@ def test_tokens_that_come_with_a_chat_template(tmp_path, make_trainer, spec):
     assert new in trainer.train_dataset[0]["labels"]
     assert not trainer.spec.is_absent(new)
     assert get_spec(trainer.model.config) == trainer.spec
+
+
+@pytest.mark.parametrize("labels", [[-100, -100], None])
+def test_a_stream_without_anything_to_train(make_trainer, labels):
+    """Neither a stream without a trained token nor one of which `max_length` leaves nothing ends without a word."""
+    row = {"input_ids": [5, 6], "labels": labels} if labels else {"prompt": "abcdefghijk", "completion": "abc"}
+    trainer = make_trainer(Dataset.from_list([row] * 4).to_iterable_dataset(), max_length=5, max_steps=1)
+    with pytest.raises(ValueError, match="Nothing was trained"):
+        trainer.train()
+
+
+def test_attention_implementations(make_trainer, spec, tokenizer, tmp_path):
+    """FlexAttention is used, as for RL; one that knows causal attention only is refused before weights are loaded."""
+    make_policy(spec, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "start")
+    options = {"model": str(tmp_path / "start"), "max_steps": 1}
+    losses = []
+    for name in ("sdpa", "flex_attention", "eager"):
+        trainer = make_trainer(**options, model_init_kwargs={"attn_implementation": name})
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    (tmp_path / "start" / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2' cannot run the attention mask"):
+        make_trainer(**options, model_init_kwargs={"attn_implementation": "flash_attention_2"})
+
+
+def test_a_policy_on_several_devices(make_trainer, spec, tokenizer):
+    model = make_policy(spec, vocab_size=len(tokenizer))
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(ValueError, match="The policy is spread over 2 devices"):
+        make_trainer(model=model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
+import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig
 
@@ -137,6 +138,11 @@ class DiffusionSFTConfig(SFTConfig):
         if self.max_steps == 0:
             raise ValueError(
                 "`max_steps=0` trains nothing. Set it to 1 or more, or to -1 to go by `num_train_epochs`."
+            )
+        if self.activation_offloading and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ValueError(
+                "`activation_offloading=True` moves activations from a GPU to the memory of the computer, and there is no GPU. Leave "
+                "it at False."
             )
         check_one_of("packing_strategy", self.packing_strategy, ("bfd", "bfd_split"))
         accelerator = cast(AcceleratorConfig, self.accelerator_config)  # transformers has parsed it

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..fields import check_kind
 from ..policies.attention import enable_plans
 from ..policies.files import check_one_policy, check_weights
-from ..policies.forward import check_attention, unwrap
+from ..policies.forward import check_attention, check_implementation, unwrap
 from ..policies.limits import check_layers, context_length
 from ..policies.loading import load_config, load_tokenizer, resolve_spec, with_absent_tokens
 from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
@@ -24,7 +24,7 @@ from ..policies.quantized import prepare_rounded
 from ..policies.spec import DiffusionSpec, set_spec
 from ..policies.training import check_trainable, switch_off_router_loss, train_padding_token
 from ..policies.trial import try_policy
-from ..trainer.checks import check_one_gpu, named_datasets
+from ..trainer.checks import check_one_device, check_one_gpu, named_datasets
 from .config import DiffusionSFTConfig
 from .documents import IGNORED, DocumentCollator, documents_of
 
@@ -71,7 +71,7 @@ def set_up(
             raise ValueError(f"`{name}` cannot be used with a diffusion policy: {why}. Leave it out.")
     path = model if isinstance(model, str) else model.config._name_or_path
     if args is None:
-        args = DiffusionSFTConfig(f"{path.rstrip('/').split('/')[-1]}-SFT")
+        args = DiffusionSFTConfig(f"{(path or model.config.model_type).rstrip('/').split('/')[-1]}-SFT")
     if not isinstance(args, DiffusionSFTConfig):
         raise TypeError(f"`args` must be a DiffusionSFTConfig, got {type(args).__name__}.")
     check_one_gpu(args)
@@ -81,6 +81,9 @@ def set_up(
     if isinstance(model, str):
         known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
         config = load_config(model, **{key: value for key, value in args.model_options().items() if key in known})
+        implementation = args.model_options().get("attn_implementation")
+        if implementation not in (None, "flex_attention"):
+            check_implementation(implementation)
         check_weights(model)
     else:
         config = model.config
@@ -176,6 +179,9 @@ def make_ready(trainer: DiffusionSFTTrainer) -> DocumentCollator:
         trainer.spec = with_absent_tokens(trainer.spec.replace(absent_token_ids=None), policy.config, tokenizer)
     spec = trainer.spec
     check_parallel(trainer.accelerator)
+    check_one_device(policy)
+    if unwrap(policy).config._attn_implementation == "flex_attention":
+        enable_plans(unwrap(policy))
     check_attention(policy)
     prepare_rounded(policy)
     switch_off_router_loss(policy)

@@ -114,6 +114,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         )
         self.masks = args.masks()
         self.tally = Tally()
+        self.trained_tokens: int | None = None  # since `train` was called, `None` before the first batch
         self.evaluation: _Evaluation | None = None
         super().__init__(
             model=model,
@@ -134,6 +135,17 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         stage = min(step * len(sizes) // self.state.max_steps, len(sizes) - 1)
         return self.spec.replace(block_size=sizes[stage])
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`~transformers.Trainer.train`]. Raises a `ValueError` if there was no token to train, as in a stream without any."""
+        self.trained_tokens = None
+        output = super().train(*args, **kwargs)
+        if self.trained_tokens == 0:
+            raise ValueError(
+                f"Nothing was trained: the {self.state.global_step} steps had no token to train. Look at the labels of the stream, at "
+                "the chat template and at `max_length`."
+            )
+        return output
+
     # ------------------------------------------------------------------------------------------------- the loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -141,6 +153,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(int(batch["trained"].sum()) for batch in samples)
         (total,) = add_over_processes(self.accelerator, float(count))
+        self.trained_tokens = (self.trained_tokens or 0) + int(total)
         return samples, torch.tensor(total, device=device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
