@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 
 from tests.conftest import MASK, STOP
 from trl_diffusion import DiffusionSpec
 from trl_diffusion.sft.documents import IGNORED, DocumentCollator, Documents
+from trl_diffusion.sft.setup import rows_of
 
 
 BLOCKS = DiffusionSpec(mask_token_id=MASK, block_size=4, stop_token_ids=(STOP, 4))
@@ -33,6 +35,9 @@ CASES = {
     ),
     "what the template puts behind the stop token is not seen": (
         BLOCKS, [11, 12, STOP, 13], [_, 12, STOP, _], [([11], [12, STOP, STOP])],
+    ),
+    "of a conversation that was cut after an earlier turn the rest stays masked": (
+        BLOCKS, [11, 12, STOP, 13, 14, 15], [_, 12, STOP, 13, 14, 15], [([11], [12, STOP, 13, 14, 15, None, None])],
     ),
     "a trained newline behind the stop token": (BLOCKS, [11, 12, STOP, 13], [_, 12, STOP, 13], [([11], [12, STOP, 13])]),
     "a document without a trained token": (BLOCKS, [11, 12, 13], [_, _, _], [([11, 12, 13], [None])]),
@@ -79,3 +84,47 @@ def test_the_number_of_a_document_depends_on_its_tokens_only():
     numbers = collate(rows)["numbers"].tolist()
     assert len(set(numbers)) == 3
     assert collate([{"input_ids": list(range(20, 39))}, *reversed(rows)])["numbers"].tolist()[1:] == numbers[::-1]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"input_ids": [11, 12], "labels": [_]}, "2 `input_ids` and 1 `labels`"),
+        ({"input_ids": [11, 12, 13], "labels": [12, 13, _]}, "token 11 and label 12 at position 0"),
+        ({"input_ids": [11, 12, 13], "seq_lengths": [2]}, "3 `input_ids`, but its `seq_lengths` add up to 2"),
+        ({"text": "a"}, r"no `input_ids`, but \['text'\]"),
+        ({"input_ids": [11, MASK, 13]}, rf"holds the mask token \({MASK}\) at position 1"),
+        ({"input_ids": [11, 77, 13]}, "holds token 77, but the model's vocabulary has 60 tokens"),
+        (
+            {"input_ids": list(range(10, 23))},
+            "has 13 tokens, in whole blocks 16, more than the policy's context of 14",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_trained_on(row, said):
+    """The collator sees rows of streams, too, which nothing has checked before."""
+    with pytest.raises(ValueError, match=said):
+        DocumentCollator(BLOCKS, STOP, vocab_size=60, context=14)([row])
+
+
+def test_stop_tokens_fill_a_canvas_of_the_length_that_is_asked_for():
+    """A document that was cut, and one that is longer, have the blocks that their tokens need."""
+    rows = [
+        {"input_ids": [11, 12, STOP], "labels": [_, 12, STOP]},
+        {"input_ids": [11, 12, 13], "labels": [_, 12, 13]},
+        {"input_ids": [11, *[12] * 13, STOP], "labels": [_, *[12] * 13, STOP]},
+    ]
+    found = Documents(**DocumentCollator(FULL, STOP, least=10)(rows))
+    assert found.canvas_lengths.tolist() == [12, 4, 16]
+    assert found.trained.sum(1).tolist() == [12, 2, 16]
+    assert found.canvas_ids[0, :12].tolist() == [12, *[STOP] * 11]
+
+
+def test_rows_of_a_dataset_are_read_as_they_are():
+    """A thousand at a time: also shuffled rows, empty lists, missing columns and lists that are not there."""
+    rows = [{"input_ids": list(range(n % 7)), "labels": list(range(n % 7)) if n % 3 else None} for n in range(1100)]
+    for dataset in (Dataset.from_list(rows), Dataset.from_list(rows).shuffle(seed=0).select(range(1050))):
+        for one in (dataset, dataset.remove_columns("labels"), dataset.with_format("torch", columns=["input_ids"])):
+            found = [{k: v if v is None else list(v) for k, v in row.items()} for row in rows_of(one)]
+            expected = [{k: v if v is None else list(v) for k, v in row.items()} for row in one]
+            assert found == expected

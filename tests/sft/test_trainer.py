@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -13,11 +15,12 @@ from tests.conftest import make_policy
 from trl_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, DiffusionSpec, get_spec, tiny_policy_path
 from trl_diffusion.policies.training import train_padding_token
 from trl_diffusion.rewards import sudoku
-from trl_diffusion.scoring.layout import pack
+from trl_diffusion.scoring.layout import join_rows, pack, rows_to_join
 from trl_diffusion.scoring.score import score
 from trl_diffusion.seeds import SUPERVISED, derive_seed
 from trl_diffusion.sft.documents import Documents
 from trl_diffusion.sft.masks import document_states
+from trl_diffusion.sft.setup import check_parallel
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +263,10 @@ def test_a_stream(make_trainer):
         ({"block_sizes": [2, 4]}, "`block_sizes` must end with the block size of the policy, 8"),
         ({"diffusion_spec": "[]"}, "`diffusion_spec` must be a mapping"),
         ({"diffusion_spec": {"stop_token_ids": []}}, "has no stop tokens"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches=True` cuts batches into rows"),
+        ({"activation_offloading": True}, "`activation_offloading=True` moves activations from a GPU"),
+        ({"include_num_input_tokens_seen": True}, "`include_num_input_tokens_seen`"),
+        ({"canvas_length": 16}, "`canvas_length` is for full attention"),
         ({"diffusion_spec": {"attention": "full"}, "block_sizes": [4, 8]}, "`block_sizes` is for block attention"),
     ],
 )
@@ -283,7 +290,7 @@ def test_arguments_that_cannot_be_used(make_trainer):
     [
         ({"input_ids": [5, 1, 6], "labels": [-100, 1, 6]}, {}, r"train_dataset: row 1 holds the mask token \(1\) at position 1"),
         ({"input_ids": [5, 999], "labels": [-100, 999]}, {}, "train_dataset: row 1 holds token 999, but the model's vocabulary"),
-        ({"input_ids": [5] * 130, "labels": [6] * 130}, {"max_length": None}, "row 1 has 130 tokens, in whole blocks 136, more than"),
+        ({"input_ids": [5] * 130, "labels": [5] * 130}, {"max_length": None}, "row 1 has 130 tokens, in whole blocks 136, more than"),
     ],
 )  # fmt: skip
 def test_documents_that_cannot_be_trained(make_trainer, row, options, said):
@@ -296,3 +303,150 @@ def test_a_dataset_without_anything_to_train(make_trainer):
     dataset = Dataset.from_list([{"input_ids": [5], "labels": [5]}] * 8)
     with pytest.raises(ValueError, match="train_dataset has no token to train"):
         make_trainer(dataset)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"train_dataset": None}, ValueError, "`train_dataset` is required"),
+        ({"train_dataset": Dataset.from_dict({"text": []})}, ValueError, "`train_dataset` is empty"),
+        ({"train_dataset": rows().to_iterable_dataset().take(0)}, ValueError, "`train_dataset` is empty"),
+        ({"train_dataset": [{"text": "a"}]}, TypeError, "`train_dataset` must be a Dataset or an IterableDataset"),
+        ({"eval_dataset": {"a": Dataset.from_dict({"text": []})}}, ValueError, r"`eval_dataset\['a'\]` is empty"),
+    ],
+)
+def test_datasets_without_rows(tmp_path, arguments, error, said):
+    options = {"train_dataset": rows(), "args": DiffusionSFTConfig(str(tmp_path), **COMMON), **arguments}
+    with pytest.raises(error, match=said):
+        DiffusionSFTTrainer(model=tiny_policy_path(), **options)
+
+
+def test_a_tokenizer_without_an_end_of_text_token(make_trainer):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path())
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="The tokenizer has no end-of-text token"):
+        make_trainer(arguments={"processing_class": tokenizer})
+
+
+def test_a_row_of_a_stream_that_cannot_be_trained(make_trainer):
+    """It is found when it is read, and nothing is trained on it."""
+
+    def generate():
+        yield {"input_ids": [5, 1, 6], "labels": [-100, 1, 6]}
+
+    trainer = make_trainer(IterableDataset.from_generator(generate), per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match=r"A document holds the mask token \(1\) at position 1"):
+        trainer.train()
+
+
+def test_batches_are_not_cut_into_rows(make_trainer):
+    """A process of several reads its own rows of a stream: a row may have several documents, and batches differ in width."""
+    stream = rows().to_iterable_dataset()
+    assert make_trainer(stream).accelerator.dataloader_config.dispatch_batches is False
+
+
+def test_training_on_wrong_tokens_is_written_into_the_policy(make_trainer, spec, caplog):
+    """A decoder that revises looks at `predicts_visible_tokens`; training without wrong tokens warns that it does not train that."""
+    trainer = make_trainer(weighting="mean", max_corruption=0.1)
+    assert get_spec(trainer.model.config).predicts_visible_tokens
+    assert "it may forget how" not in caplog.text
+    make_trainer(diffusion_spec={"predicts_visible_tokens": True})
+    assert "it may forget how" in caplog.text
+
+
+def test_lengths_that_would_be_learnt_wrong(make_trainer, caplog):
+    """Answers without a stop token; and canvases that show the length of the answer (full attention)."""
+    make_trainer(Dataset.from_list([{"input_ids": [5, 6], "labels": [-100, 6]}] * 4))
+    assert "the policy does not learn to end an answer" in caplog.text
+    full = {"attention": "full", "block_size": 4, "block_origin": "response"}
+    make_trainer(diffusion_spec=full)
+    assert "Set `canvas_length`" in caplog.text
+    caplog.clear()
+    trainer = make_trainer(diffusion_spec=full, canvas_length=18)
+    assert not caplog.text
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["canvas_lengths"].tolist() == [20] * 4 and batch["trained"].all()
+
+
+def test_turns_do_not_make_long_rows(make_trainer, tokenizer):
+    """A conversation has a document for each turn, with all turns before it as its prompt. No row of the forward pass is longer
+    than the longest of them, and the loss is the same."""
+    ids, labels = [], []
+    for turn in range(6):
+        ids += [5 + turn] * 6 + [tokenizer.eos_token_id]
+        labels += [-100] * 4 + ids[-3:]
+    trainer = make_trainer(
+        Dataset.from_list([{"input_ids": ids, "labels": labels}] * 4), per_device_train_batch_size=1
+    )
+    documents = Documents(**trainer.data_collator([trainer.train_dataset[0]]))
+    assert len(documents.packs) == 6
+    seed = derive_seed(trainer.args.seed, SUPERVISED, 0, 0)
+    layout = pack(
+        documents.trajectories(), trainer.spec, document_states(documents, trainer.spec, seed, trainer.masks)
+    )
+    packs = rows_to_join(layout, 6)
+    joined = join_rows(layout, packs)
+    assert joined.input_ids.shape[1] == layout.allowed.valid.sum(1).max()
+    assert joined.allowed.valid.sum() == layout.allowed.valid.sum()
+    assert 1 < len(joined.input_ids) < 6
+    with torch.no_grad():
+        apart = -(score(trainer.model, layout, trainer.spec)[0] * layout.weights).sum()
+        loss = trainer.compute_loss(trainer.model, vars(documents))
+    assert loss.item() == pytest.approx(float(apart) / int(documents.trained.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cp_enabled", "sp_enabled"])
+def test_rows_are_not_cut_among_processes(name):
+    config = SimpleNamespace(**{"cp_enabled": False, "sp_enabled": False, name: True})
+    with pytest.raises(ValueError, match="cut rows among processes"):
+        check_parallel(SimpleNamespace(parallelism_config=config))
+
+
+def test_tokens_that_come_with_a_chat_template(tmp_path, make_trainer, spec):
+    """Tokens that TRL adds for the template of another tokenizer can be trained, also where the tokenizer had no token before."""
+    other = AutoTokenizer.from_pretrained(tiny_policy_path())
+    other.add_tokens(["<turn>"])
+    other.chat_template = TEMPLATE
+    other.save_pretrained(tmp_path / "other")
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ab<turn>"}]
+    trainer = make_trainer(
+        Dataset.from_list([{"prompt": talk[:1], "completion": talk[1:]}] * 4),
+        make_policy(spec, vocab_size=len(other) + 9, pad_token_id=other.pad_token_id),
+        chat_template_path=str(tmp_path / "other"),
+        arguments={"processing_class": AutoTokenizer.from_pretrained(tiny_policy_path())},
+    )
+    new = trainer.processing_class.convert_tokens_to_ids("<turn>")
+    assert new in trainer.train_dataset[0]["labels"]
+    assert not trainer.spec.is_absent(new)
+    assert get_spec(trainer.model.config) == trainer.spec
+
+
+@pytest.mark.parametrize("labels", [[-100, -100], None])
+def test_a_stream_without_anything_to_train(make_trainer, labels):
+    """Neither a stream without a trained token nor one of which `max_length` leaves nothing ends without a word."""
+    row = {"input_ids": [5, 6], "labels": labels} if labels else {"prompt": "abcdefghijk", "completion": "abc"}
+    trainer = make_trainer(Dataset.from_list([row] * 4).to_iterable_dataset(), max_length=5, max_steps=1)
+    with pytest.raises(ValueError, match="Nothing was trained"):
+        trainer.train()
+
+
+def test_attention_implementations(make_trainer, spec, tokenizer, tmp_path):
+    """FlexAttention is used, as for RL; one that knows causal attention only is refused before weights are loaded."""
+    make_policy(spec, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "start")
+    options = {"model": str(tmp_path / "start"), "max_steps": 1}
+    losses = []
+    for name in ("sdpa", "flex_attention", "eager"):
+        trainer = make_trainer(**options, model_init_kwargs={"attn_implementation": name})
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    (tmp_path / "start" / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2' cannot run the attention mask"):
+        make_trainer(**options, model_init_kwargs={"attn_implementation": "flash_attention_2"})
+
+
+def test_a_policy_on_several_devices(make_trainer, spec, tokenizer):
+    model = make_policy(spec, vocab_size=len(tokenizer))
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(ValueError, match="The policy is spread over 2 devices"):
+        make_trainer(model=model)

@@ -208,6 +208,26 @@ def join_rows(layout: PackedLayout, packs: Tensor) -> PackedLayout:
     )
 
 
+def rows_to_join(layout: PackedLayout, count: int) -> Tensor:
+    """
+    Which of `count` responses share a row in [`join_rows`], `(R,)`, so that there are few rows and none is longer than the
+    longest response. The cost of attention grows with the square of the length of a row.
+    """
+    mask = layout.allowed
+    valid = mask[:, 0, 0] if isinstance(mask, Tensor) else mask.valid
+    owners = torch.zeros_like(valid[:, 0], dtype=torch.long)
+    owners[layout.rows] = layout.responses
+    lengths = owners.new_zeros(count).index_add(0, owners, valid.sum(1)).tolist()
+    packs, totals, longest = [0] * count, [0], max(lengths)
+    for response in sorted(range(count), key=lambda one: -lengths[one]):  # the longest first, each where it fits first
+        size = lengths[response]
+        pack = next((pack for pack, total in enumerate(totals) if total + size <= longest), len(totals))
+        totals += [0] * (pack == len(totals))
+        packs[response] = pack
+        totals[pack] += size
+    return torch.tensor(packs, device=owners.device)
+
+
 def _pack_full(batch: TrajectoryBatch, spec: DiffusionSpec, states: States) -> PackedLayout:
     prompt_lengths = batch.prompt_lengths
     sequence, canvas_columns = _unpad(batch, prompt_lengths)

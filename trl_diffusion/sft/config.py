@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
+import torch
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig
 
 from ..fields import AtLeast, Within, check_fields, check_one_of
@@ -22,6 +24,7 @@ _REFUSED = {
     "use_liger_kernel": "its fused loss is causal. Its layers are not tested here",
     "trust_remote_code": "the families load without their hub code, which hides its attention masks from this library",
     "router_aux_loss_coef": "the load balance of the experts would also count the noisy copies in a packed row",
+    "include_num_input_tokens_seen": "the rows of the forward pass hold noisy copies of blocks. `num_tokens` is logged",
     "pad_token": "padding is never seen by the policy",
 }
 
@@ -60,6 +63,10 @@ class DiffusionSFTConfig(SFTConfig):
         max_corruption (`float`, *optional*, defaults to `0.0`):
             `"mean"`: largest share of visible tokens that are replaced by other tokens of the document. For policies that will
             revise.
+        canvas_length (`int`, *optional*):
+            Full attention: fewest tokens of the canvas of a document that ends with a stop token. Further stop tokens fill it, and
+            are trained. A policy with full attention sees how long the canvas is. Set this to the number of new tokens that it will
+            be asked for, or it learns that an answer is as long as its canvas. By default, only the last block is filled.
         block_sizes (`list[int]`, *optional*):
             Block sizes that training goes through, one after another for equally many steps, such as `[1, 2, 4]`. The last one
             is that of the policy, and each of the others divides it. Needs block attention.
@@ -97,6 +104,13 @@ class DiffusionSFTConfig(SFTConfig):
             "that will revise."
         },
     )
+    canvas_length: Annotated[int, AtLeast(1)] | None = field(
+        default=None,
+        metadata={
+            "help": "Full attention: fewest tokens of the canvas of a document that ends with a stop token, which fills it. Set it "
+            "to the number of new tokens that the policy will be asked for."
+        },
+    )
     block_sizes: list[int] | None = field(
         default=None,
         metadata={
@@ -130,7 +144,19 @@ class DiffusionSFTConfig(SFTConfig):
             raise ValueError(
                 "`max_steps=0` trains nothing. Set it to 1 or more, or to -1 to go by `num_train_epochs`."
             )
+        if self.activation_offloading and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ValueError(
+                "`activation_offloading=True` moves activations from a GPU to the memory of the computer, and there is no GPU. Leave "
+                "it at False."
+            )
         check_one_of("packing_strategy", self.packing_strategy, ("bfd", "bfd_split"))
+        accelerator = cast(AcceleratorConfig, self.accelerator_config)  # transformers has parsed it
+        if accelerator.dispatch_batches:
+            raise ValueError(
+                "`accelerator_config`: `dispatch_batches=True` cuts batches into rows, but a row may have several documents. Leave "
+                "it out: each process then reads its own rows of a stream."
+            )
+        accelerator.dispatch_batches = False  # `None` stands for `True` if the dataset is a stream
 
     def masks(self) -> MaskConfig:
         """How documents are masked."""

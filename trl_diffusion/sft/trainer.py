@@ -15,15 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from ..policies.forward import policy_logits
-from ..scoring.layout import join_rows, pack
+from ..scoring.layout import join_rows, pack, rows_to_join
 from ..scoring.score import score_logits
 from ..seeds import SUPERVISED, derive_seed
 from ..trainer.card import tuning_card
+from ..trainer.checks import named_datasets
 from ..trainer.metrics import Tally, add_over_processes
 from ..trainer.policy_files import PolicyFiles
 from ..utils import write_text
 from .config import DiffusionSFTConfig
-from .documents import DocumentCollator, Documents
+from .documents import Documents
 from .masks import document_states
 from .setup import check_documents, make_ready, set_up
 
@@ -111,9 +112,12 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
-        args, self.spec, processing_class = set_up(model, args, processing_class, kwargs)
+        args, self.spec, processing_class = set_up(
+            model, args, processing_class, named_datasets(train_dataset, eval_dataset), kwargs
+        )
         self.masks = args.masks()
         self.tally = Tally()
+        self.trained_tokens: int | None = None  # since `train` was called, `None` before the first batch
         self.evaluation: _Evaluation | None = None
         super().__init__(
             model=model,
@@ -123,8 +127,8 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.data_collator = DocumentCollator(self.spec, make_ready(self))
-        check_documents(self)
+        self.data_collator = collator = make_ready(self)
+        check_documents(self, collator)
 
     def spec_at(self, step: int) -> Any:
         """The spec at an optimizer step: with `block_sizes`, the block size changes during training."""
@@ -134,6 +138,17 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         stage = min(step * len(sizes) // self.state.max_steps, len(sizes) - 1)
         return self.spec.replace(block_size=sizes[stage])
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`~transformers.Trainer.train`]. Raises a `ValueError` if there was no token to train, as in a stream without any."""
+        self.trained_tokens = None
+        output = super().train(*args, **kwargs)
+        if self.trained_tokens == 0:
+            raise ValueError(
+                f"Nothing was trained: the {self.state.global_step} steps had no token to train. Look at the labels of the stream, at "
+                "the chat template and at `max_length`."
+            )
+        return output
+
     # ------------------------------------------------------------------------------------------------- the loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -141,6 +156,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(int(batch["trained"].sum()) for batch in samples)
         (total,) = add_over_processes(self.accelerator, float(count))
+        self.trained_tokens = (self.trained_tokens or 0) + int(total)
         return samples, torch.tensor(total, device=device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -176,7 +192,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         seed = derive_seed(self.args.seed, SUPERVISED, stream, step)
         layout = pack(documents.trajectories(), spec, document_states(documents, spec, seed, self.masks))
         if documents.packed:
-            layout = join_rows(layout, documents.packs)
+            layout = join_rows(layout, rows_to_join(layout, len(documents.packs)))
         logits = policy_logits(
             model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns
         )

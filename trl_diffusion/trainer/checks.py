@@ -17,6 +17,7 @@ from trl import LogCompletionsCallback, WeaveCallback
 from ..fields import check_within, is_number
 from ..objectives.pairwise import LOSSES, NEED_REFERENCE, NORMALIZED, SMOOTHED
 from ..offline.preferences import is_preference_dataset
+from ..policies.forward import unwrap
 
 
 if TYPE_CHECKING:
@@ -338,6 +339,22 @@ def check_one_gpu(args: TrainingArguments) -> None:
             f"This process sees {args.n_gpu} GPUs, and transformers would split each batch among them (`nn.DataParallel`), "
             "which packed rows and their attention do not survive. Start with `accelerate launch`, which gives each process "
             "one GPU, or set CUDA_VISIBLE_DEVICES=0 for one of them."
+        )
+
+
+def check_one_device(model: nn.Module) -> None:
+    """
+    Checks that a model is not spread over several devices.
+
+    Raises:
+        ValueError: if it is. Its attention masks are on one device.
+    """
+    devices = set(getattr(unwrap(model), "hf_device_map", {}).values())
+    if len(devices) > 1:
+        raise ValueError(
+            f"The policy is spread over {len(devices)} devices ({', '.join(sorted(map(str, devices)))}), but its "
+            "attention masks are on one device. Start with `accelerate launch`, which gives each process one GPU, or "
+            "load the model with `device_map=None`. If the policy does not fit on one GPU, use ZeRO-3 or FSDP."
         )
 
 

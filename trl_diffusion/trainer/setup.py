@@ -41,6 +41,7 @@ from .checks import (
     check_callback,
     check_columns,
     check_number_of_rows,
+    check_one_device,
     check_one_gpu,
     check_order_is_asked_for,
     check_reference_can_move,
@@ -285,13 +286,7 @@ def _check_placement(trainer: DTRPOTrainer) -> None:
             "FSDP version 1 cannot decode on sharded parameters. Set `fsdp_version: 2` in the config of accelerate "
             "(`trl-diffusion train --accelerate_config fsdp2`), or use DDP or DeepSpeed."
         )
-    devices = set(getattr(unwrap(trainer.model), "hf_device_map", {}).values())
-    if len(devices) > 1:
-        raise ValueError(
-            f"The policy is spread over {len(devices)} devices ({', '.join(sorted(map(str, devices)))}), but its "
-            "attention masks are on one device. Start with `accelerate launch`, which gives each process one GPU, or "
-            "load the model with `device_map=None`. If the policy does not fit on one GPU, use ZeRO-3 or FSDP."
-        )
+    check_one_device(trainer.model)
 
 
 def _share_failures(trainer: DTRPOTrainer) -> None:
