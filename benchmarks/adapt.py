@@ -34,7 +34,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_diffusion import (
-    DiffusionSFTConfig, DiffusionSFTTrainer, DTRPOConfig, DTRPOTrainer, generate, get_spec,
+    DiffusionSFTConfig,
+    DiffusionSFTTrainer,
+    DTRPOConfig,
+    DTRPOTrainer,
+    generate,
+    get_spec,
 )  # fmt: skip
 from trl_diffusion.policies.conversion import convert_checkpoint
 from trl_diffusion.scoring.estimators import MaskedTokens, maskable, masked_states

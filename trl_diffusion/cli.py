@@ -25,6 +25,7 @@ LAUNCHED = {
     "collect": "let a policy answer, score the answers, and store how they were denoised, to train on them as often as "
     "you like",
     "evaluate": "measure a policy, or an adapter, on benchmarks",
+    "adapt": "make a diffusion policy of an autoregressive checkpoint, and train it to fill in masked tokens",
 }
 # Commands that run in this process.
 DIRECT = {

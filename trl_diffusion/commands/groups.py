@@ -101,6 +101,62 @@ TRAIN: Groups = {
     },
 }
 
+ADAPT: Groups = {
+    "model and policy": {
+        "model_name_or_path": "path or hub id of the autoregressive model (or as the first argument)",
+        "gguf_file": None,
+        "tokenizer_name_or_path": None,
+        "mask_token": None,
+        "block_size": None,
+        "token_shift": None,
+        "attention": None,
+        "block_origin": None,
+    },
+    "documents": {
+        "task": None,
+        "train_file": "documents to train on, .csv, .jsonl or .json: messages, prompt and completion, or text",
+        "eval_file": None,
+        "train_size": None,
+        "eval_size": None,
+        "max_length": "most tokens of a document; what is longer loses its end",
+        "packing": "put several documents into a row",
+        "assistant_only_loss": "of messages, train the assistant's only",
+    },
+    "masks": {
+        "weighting": None,
+        "num_masks": None,
+        "complementary": None,
+        "max_corruption": None,
+        "block_sizes": None,
+    },
+    "updates": {
+        "max_steps": "number of updates, instead of `num_train_epochs`",
+        "num_train_epochs": "times that each document is used",
+        "per_device_train_batch_size": "documents of a process that are trained on at once",
+        "gradient_accumulation_steps": "such batches for each update",
+        "learning_rate": "largest learning rate",
+        "lr_scheduler_type": "how the learning rate falls, such as linear, cosine or constant_with_warmup",
+        "warmup_steps": "updates during which the learning rate rises",
+        "dtype": "type of the weights",
+        "bf16": "compute in bfloat16",
+        "gradient_checkpointing": "save memory by computing activations twice",
+        "use_peft": "train a LoRA adapter instead of all weights",
+        "lora_r": "rank of the adapter",
+        "lora_target_modules": "names of the layers that get an adapter",
+        **_ROUNDING,
+        "seed": "source of randomness",
+    },
+    "output": {
+        "output_dir": "where the policy, checkpoints and figures go",
+        "logging_steps": "updates between two lines of the log",
+        "report_to": "trackers, such as wandb or tensorboard, or none",
+        "save_strategy": "when checkpoints are saved: steps, epoch or no",
+        "save_steps": "updates between two checkpoints",
+        "save_total_limit": "most checkpoints that are kept",
+        "resume_from_checkpoint": "true to go on from the newest checkpoint, or the path of one",
+    },
+}
+
 COLLECT: Groups = {
     "task and data": {
         "task": None,

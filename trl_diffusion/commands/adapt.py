@@ -1,0 +1,277 @@
+r"""
+Makes a diffusion policy of an autoregressive checkpoint, and trains it to fill in masked tokens.
+
+    trl-diffusion adapt Qwen/Qwen3-0.6B --output_dir outputs/policy               # its weights do not change yet
+    trl-diffusion adapt Qwen/Qwen3-0.6B --train_file data/chats.jsonl --output_dir outputs/policy
+    trl-diffusion adapt model.gguf --config smollm2_word_sums
+    trl-diffusion adapt DIR --train_file data/chats.jsonl --block_size 8 --block_sizes 1 2 4 8 --output_dir outputs/policy
+
+`accelerate launch recipes/adapt.py` takes the same options, with `--model_name_or_path MODEL` in place of MODEL.
+
+The mask token is the tokenizer's own, the one that `--mask_token` names, or an unused entry of the vocabulary. Only if there is none,
+the embeddings get one more row. Without `--train_file` or `--task`, the checkpoint is converted and saved. It answers like the
+autoregressive model with `block_size=1`, and badly with larger blocks, until it is trained.
+
+With one of them, the converted model is saved in OUTPUT_DIR/converted, and [`DiffusionSFTTrainer`] trains it. Options are those of
+`DiffusionSFTConfig`, `trl.ModelConfig` and the ones below; a YAML file given by `--config` sets them too, and the command line wins.
+By default all masked tokens have the same weight, and each mask is followed by its complement.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from accelerate import PartialState
+from datasets import Dataset
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from ..fields import AtLeast, check_fields
+from ..policies.conversion import convert_checkpoint, describe
+from ..policies.loading import load_tokenizer
+from ..quiet import hush_commands
+from ..sft.config import _REFUSED, DiffusionSFTConfig
+from ..sft.trainer import DiffusionSFTTrainer
+from ..tasks import TASKS, load_task, read_rows
+from ..utils import check_writable, errors_in_a_line, use_all_cores, write_text
+from .groups import ADAPT, INHERITED
+from .interrupt import ending_in_a_line
+from .options import OptionParser
+from .parser import PROG
+
+
+FOLDER = "converted"  # below the output directory: the policy before it is trained
+RECORD = "conversion.json"  # in it: what it was made from, and how
+FORMATS = (("messages",), ("prompt", "completion"), ("text",))  # columns of documents
+
+
+@dataclass
+class AdaptArguments:
+    """What becomes of the model, and what it is trained on."""
+
+    block_size: Annotated[int, AtLeast(1)] = field(
+        default=4, metadata={"help": "Tokens of a block. With 1, the policy is the autoregressive model."}
+    )
+    mask_token: str | None = field(
+        default=None,
+        metadata={"help": "Mask token: a special token of the tokenizer, or a text that is no token yet."},
+    )
+    token_shift: bool = field(
+        default=True,
+        metadata={"help": "Whether a token is read from the position before it, as in the autoregressive model."},
+    )
+    attention: str = field(
+        default="block",
+        metadata={
+            "help": "Attention of the policy, within blocks and to those before, or full.",
+            "choices": ["block", "full"],
+        },
+    )
+    block_origin: str = field(
+        default="sequence",
+        metadata={
+            "help": "Where blocks are counted from: the first token, or the first one of the response.",
+            "choices": ["sequence", "response"],
+        },
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "Name of a GGUF file in the directory or the hub repository of the model."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer, if it is not in the model's directory."}
+    )
+    task: str | None = field(
+        default=None, metadata={"help": "Train on the right answers of a task.", "choices": sorted(TASKS)}
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Documents to train on (.csv, .jsonl or .json), with `messages`, `prompt` and `completion`, or `text`. With a "
+            "task: its rows."
+        },
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Documents to measure the loss on, before and after."}
+    )
+    train_size: Annotated[int, AtLeast(1)] = field(default=10_000, metadata={"help": "Most documents to train on."})
+    eval_size: Annotated[int, AtLeast(1)] = field(default=500, metadata={"help": "Most documents to measure on."})
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.eval_file and not self.trains:
+            raise ValueError("`--eval_file` is for training: give `--train_file` or `--task`, or leave it out.")
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is something to train on."""
+        return bool(self.train_file or self.task)
+
+    def options(self) -> dict[str, Any]:
+        """Options of [`~policies.conversion.convert`]."""
+        names = ("block_size", "mask_token", "token_shift", "attention", "block_origin")
+        return {name: getattr(self, name) for name in names}
+
+
+# ------------------------------------------------------------------------------------------------------- converting
+
+
+def make_policy(script_args: AdaptArguments, model_args: ModelConfig, directory: Path) -> list[str]:
+    """
+    Converts the model and saves it, unless the directory has it from an earlier run with the same options. The first process
+    does; the others wait.
+
+    Returns:
+        `list[str]`: what was chosen, in lines.
+    """
+    source = str(model_args.model_name_or_path)
+    told = {"model": source, "revision": model_args.model_revision, **script_args.options()}
+    state, record = PartialState(), directory / RECORD
+    with state.main_process_first():
+        if state.is_main_process and not (record.is_file() and json.loads(record.read_text()).get("options") == told):
+            revision = model_args.model_revision
+            spec, mask = convert_checkpoint(
+                source,
+                directory,
+                tokenizer=script_args.tokenizer_name_or_path,
+                gguf=script_args.gguf_file,
+                revision=None if revision == "main" else revision,
+                **script_args.options(),
+            )
+            lines = list(describe(spec, mask))
+            write_text(record, json.dumps({"options": told, "lines": lines}, indent=2) + "\n")
+    return json.loads(record.read_text())["lines"]
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def documents(script_args: AdaptArguments, seed: int) -> tuple[Dataset, Dataset | None]:
+    """
+    Documents to train on, and documents to measure on, if there are some.
+
+    Raises:
+        ValueError, FileNotFoundError: if a file is not as it should be, or the task has no right answers.
+    """
+    sizes = script_args.train_size, script_args.eval_size
+    if script_args.task:
+        task = load_task(script_args.task, script_args.train_file, script_args.eval_file, *sizes, seed)
+        if "completion" not in task.train.column_names:
+            raise ValueError(
+                f"The task `{task.name}` has no right answers to train on. Give `--train_file` without `--task`."
+            )
+        return task.train.select_columns(["prompt", "completion"]), task.evaluation.select_columns(
+            ["prompt", "completion"]
+        )
+    train = _read(cast(str, script_args.train_file), sizes[0])
+    return train, _read(script_args.eval_file, sizes[1]) if script_args.eval_file else None
+
+
+def _read(path: str, size: int) -> Dataset:
+    rows = read_rows(path)
+    names = next((names for names in FORMATS if set(names) <= set(rows[0])), None)
+    if names is None:
+        raise ValueError(
+            f"{path}: row 0 has the columns {sorted(rows[0])}; documents have `messages`, or `prompt` and `completion`, or `text`."
+        )
+    for number, row in enumerate(rows):
+        for name in names:
+            if not row.get(name):
+                raise ValueError(f"{path}, row {number}: there is no `{name}`.")
+    return Dataset.from_list([{name: row[name] for name in names} for row in rows[:size]])
+
+
+def fine_tune(
+    script_args: AdaptArguments, training_args: DiffusionSFTConfig, model_args: ModelConfig
+) -> DiffusionSFTTrainer:
+    """Trains the policy in `model_args.model_name_or_path`, saves it, and says what its loss was before and after."""
+    path = str(model_args.model_name_or_path)
+    train, held_out = documents(script_args, training_args.seed)
+    training_args.model_init_kwargs = {
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **training_args.model_options(),
+    }
+    trainer = DiffusionSFTTrainer(
+        model=path,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=load_tokenizer(path),
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    say = trainer.accelerator.print
+    before = trainer.evaluate()["eval_loss"] if held_out is not None else None
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    if held_out is not None:
+        say(f"loss {before:.4f} -> {trainer.evaluate()['eval_loss']:.4f} per token ({len(held_out)} documents)")
+    return trainer
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+def run(script_args: AdaptArguments, training_args: DiffusionSFTConfig, model_args: ModelConfig) -> None:
+    """Converts, and trains if there is something to train on."""
+    output = str(training_args.output_dir)
+    with errors_in_a_line():
+        use_all_cores()
+        if not model_args.model_name_or_path:
+            raise ValueError(f"There is no model. Give its path or hub id: {PROG} adapt MODEL --output_dir DIR.")
+        check_writable(output, "--output_dir")
+        if script_args.trains:
+            documents(script_args, training_args.seed)  # a mistake is said before weights are loaded
+        directory = Path(output, FOLDER) if script_args.trains else Path(output)
+        lines = make_policy(script_args, model_args, directory)
+        say = PartialState().print
+        for line in lines:
+            say(line)
+        say(f"{directory} has the policy before training: the weights of {model_args.model_name_or_path}.")
+        if not script_args.trains:
+            words = [PROG, "sft", "--model_name_or_path", output, "--train_file", "ROWS.jsonl"]
+            say(f"Next: {shlex.join(words)}")
+            return
+        model_args.model_name_or_path, model_args.model_revision = str(directory), "main"
+        fine_tune(script_args, training_args, model_args)
+        say(f"{output} has the trained policy.")
+        say(f"Next: {shlex.join([PROG, 'generate', 'YOUR PROMPT', '--chat', '--model', output])}")
+
+
+KINDS = (AdaptArguments, DiffusionSFTConfig, ModelConfig)  # which have the options
+
+
+def parse(arguments: list[str] | None = None) -> tuple[AdaptArguments, DiffusionSFTConfig, ModelConfig]:
+    """Reads options, those of the command line by default. The first word may be the model."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    place = 2 if words[:1] == ["--config"] else 0  # where the launcher puts the recipe
+    if len(words) > place and not words[place].startswith("-"):
+        words[place : place + 1] = ["--model_name_or_path", words[place]]
+    return cast("tuple[AdaptArguments, DiffusionSFTConfig, ModelConfig]", _parser().read(words))
+
+
+def _parser() -> OptionParser:
+    hidden = [one.name for one in fields(DiffusionSFTConfig) if one.name in _REFUSED or one.name == "diffusion_spec"]
+    parser = OptionParser("adapt", KINDS, __doc__, ADAPT, INHERITED, hidden)
+    parser.set_defaults(weighting="mean", complementary=True)
+    return parser
+
+
+@errors_in_a_line()
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command, with the options of the command line by default."""
+    hush_commands()
+    with ending_in_a_line():
+        with errors_in_a_line():
+            given = parse(arguments)
+        run(*given)
+
+
+if __name__ == "__main__":
+    main()
