@@ -137,6 +137,7 @@ def test_where_the_model_is_named(place, monkeypatch):
         (["--task", "sudoku"], "The task `sudoku` has no right answers to train on"),
         (["--eval_file", "rows.jsonl"], "`--eval_file` is for training"),
         (["--block_size", "0"], "block_size"),
+        (["--diffusion_spec", '{"block_size": 2}'], "`diffusion_spec` is written by this command"),
         (["--mask_token", "w3"], "the tokenizer also uses for ordinary text"),
         (["--token_shift", "false", "--attention", "half"], "attention"),
     ],

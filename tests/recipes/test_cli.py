@@ -15,20 +15,20 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, ModelConfig
+from trl import GRPOConfig, ModelConfig, SFTConfig
 
 from tests.conftest import SPECS
 from tests.viz.test_viewer import make_batch, write_dataset
 from trl_diffusion import DecodingConfig, __version__, generate, tiny_policy_path
 from trl_diffusion.cli import EXAMPLES, main
-from trl_diffusion.commands import collect, evaluate, plan, train
+from trl_diffusion.commands import adapt, collect, evaluate, plan, train
 from trl_diffusion.commands.collect import OPENING
 from trl_diffusion.decoding.options import OLD_NAMES
 from trl_diffusion.trainer.config import is_refused
 
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = ("train", "collect", "evaluate")
+OWN = ("train", "collect", "evaluate", "adapt")
 
 
 @pytest.fixture
@@ -74,7 +74,9 @@ def test_help_names_every_command(capsys):
     assert says(capsys, "--version").split() == ["trl-diffusion", __version__]
 
 
-KINDS = {"train": train.KINDS, "collect": collect.KINDS, "evaluate": evaluate.KINDS}
+KINDS = {"train": train.KINDS, "collect": collect.KINDS, "evaluate": evaluate.KINDS, "adapt": adapt.KINDS}
+
+REFUSED = {"train": is_refused, "adapt": adapt.is_left_out}
 
 
 def listed(text: str) -> set[str]:
@@ -89,9 +91,11 @@ def test_help_of_a_recipe(name, capsys, monkeypatch):
     short, full = says(capsys, name, "--help"), says(capsys, name, "--help-all")
     assert f"    trl-diffusion {name}" in short
     known = {field.name for kind in KINDS[name] for field in dataclasses.fields(kind) if field.init}
-    inherited = {field.name for kind in (GRPOConfig, ModelConfig) for field in dataclasses.fields(kind)}
+    inherited = {field.name for kind in (GRPOConfig, SFTConfig, ModelConfig) for field in dataclasses.fields(kind)}
     model = {field.name for field in dataclasses.fields(ModelConfig)}
-    refused = {option for option in known if is_refused(option)} if name == "train" else model & known - set(OPENING)
+    refused = model & known - set(OPENING)
+    if name in REFUSED:
+        refused = {option for option in known if REFUSED[name](option)}
     taken = {"config", "accelerate_config", "num_processes", *known} - {*OLD_NAMES, *refused}
     assert taken - inherited <= listed(short) <= taken
     assert taken <= listed(full) and not listed(full) & {*OLD_NAMES, *refused}
@@ -131,6 +135,7 @@ UNKNOWN = [
         "there is no option --accelerate_confg; .* Is it meant to be --accelerate_config?",
     ),
     (["collect", "--num_respons", "4"], "there is no option --num_respons; .* Is it meant to be --num_responses?"),
+    (["adapt", "m", "--mask", "x"], "there is no option --mask; .* Is it meant to be --mask_token?"),
     (["evaluate", "--task", "sudoku"], "There is no option --task here; it is called --tasks"),
     (
         ["evaluate", "--xyzzy"],
@@ -151,7 +156,7 @@ UNKNOWN = [
 @pytest.mark.parametrize(("words", "message"), UNKNOWN)
 def test_options_are_not_abbreviated(words, message, capsys):
     """An unknown option or command is answered with the nearest one, in one line, by every command."""
-    launched = {"train": train, "collect": collect, "evaluate": evaluate}.get(words[0])
+    launched = {"train": train, "collect": collect, "evaluate": evaluate, "adapt": adapt}.get(words[0])
     if launched is None:
         line = complains(capsys, *words)
     else:  # as `accelerate launch` starts it
@@ -217,16 +222,7 @@ def test_names_of_files(started, tmp_path, monkeypatch):
 def test_examples_are_commands(started, monkeypatch, capsys):
     """Those that the help shows and that start a recipe; the others run below."""
     examples = [shlex.split(line)[1:] for line in EXAMPLES.splitlines() if line.startswith("  trl-diffusion")]
-    assert {words[0] for words in examples} == {
-        "train",
-        "collect",
-        "evaluate",
-        "adapt",
-        "iterate",
-        "generate",
-        "plan",
-        "view",
-    }
+    assert {words[0] for words in examples} == {*OWN, "iterate", "generate", "plan", "view"}
     starting = [words for words in examples if words[0] in OWN]
     for words in starting:
         main(words)

@@ -34,7 +34,7 @@ from ..fields import AtLeast, check_fields
 from ..policies.conversion import convert_checkpoint, describe
 from ..policies.loading import load_tokenizer
 from ..quiet import hush_commands
-from ..sft.config import _REFUSED, DiffusionSFTConfig
+from ..sft.config import DiffusionSFTConfig, is_refused
 from ..sft.trainer import DiffusionSFTTrainer
 from ..tasks import TASKS, load_task, read_rows
 from ..utils import check_writable, errors_in_a_line, use_all_cores, write_text
@@ -225,6 +225,11 @@ def run(script_args: AdaptArguments, training_args: DiffusionSFTConfig, model_ar
         use_all_cores()
         if not model_args.model_name_or_path:
             raise ValueError(f"There is no model. Give its path or hub id: {PROG} adapt MODEL --output_dir DIR.")
+        if training_args.diffusion_spec:
+            raise ValueError(
+                "`diffusion_spec` is written by this command. Set `--block_size`, `--mask_token`, `--token_shift`, `--attention` or "
+                "`--block_origin` instead."
+            )
         check_writable(output, "--output_dir")
         if script_args.trains:
             documents(script_args, training_args.seed)  # a mistake is said before weights are loaded
@@ -256,8 +261,13 @@ def parse(arguments: list[str] | None = None) -> tuple[AdaptArguments, Diffusion
     return cast("tuple[AdaptArguments, DiffusionSFTConfig, ModelConfig]", _parser().read(words))
 
 
+def is_left_out(name: str) -> bool:
+    """Whether an option of `DiffusionSFTConfig` is none of this command, which writes the policy's spec itself."""
+    return is_refused(name) or name == "diffusion_spec"
+
+
 def _parser() -> OptionParser:
-    hidden = [one.name for one in fields(DiffusionSFTConfig) if one.name in _REFUSED or one.name == "diffusion_spec"]
+    hidden = [one.name for one in fields(DiffusionSFTConfig) if is_left_out(one.name)]
     parser = OptionParser("adapt", KINDS, __doc__, ADAPT, INHERITED, hidden)
     parser.set_defaults(weighting="mean", complementary=True)
     return parser

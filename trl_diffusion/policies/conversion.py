@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,9 +14,7 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -363,24 +362,13 @@ def load_causal(
         check_weights(place)
         found = load_tokenizer(tokenizer or place, **({} if tokenizer else options))
         return load_model(place, "cpu", dtype=dtype, **options), found
-    try:
-        import gguf as _gguf  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "GGUF files are read by gguf, which is missing: pip install 'trl-diffusion[gguf]'."
-        ) from error
+    if find_spec("gguf") is None:
+        raise ImportError("GGUF files are read by gguf, which is missing: pip install 'trl-diffusion[gguf]'.")
     check_there(place, file, **options)
-    config = AutoConfig.from_pretrained(place, gguf_file=file, **options, trust_remote_code=False)
+    config = load_config(place, gguf_file=file, **options)
     check_causal(config)
-    if tokenizer is not None:
-        words = load_tokenizer(tokenizer)
-    else:
-        words = AutoTokenizer.from_pretrained(
-            place, gguf_file=file, padding_side="left", truncation_side="left", **options, trust_remote_code=False
-        )
-    loaded = AutoModelForCausalLM.from_pretrained(
-        place, gguf_file=file, dtype=torch.float32 if dtype == "auto" else dtype, **options, trust_remote_code=False
-    )
+    words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(place, gguf_file=file, **options)
+    loaded = load_model(place, "cpu", gguf_file=file, dtype=torch.float32 if dtype == "auto" else dtype, **options)
     return _fresh(loaded, config), words
 
 

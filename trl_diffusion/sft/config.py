@@ -26,6 +26,11 @@ _REFUSED = {
 }
 
 
+def is_refused(name: str) -> bool:
+    """Whether an option of SFTConfig does not apply to a diffusion policy."""
+    return name in _REFUSED or name == "loss_type"
+
+
 @knows_names
 @dataclass
 class DiffusionSFTConfig(SFTConfig):
