@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 UNRUNNABLE = "<!-- needs a 7B model -->\n"  # before a Python block that is not run
 # What a machine without a network and a large GPU does not have.
 NEEDS = {
-    r"\b(GSAI-ML|Dream-org|Efficient-Large-Model|JetLM)/": "a model from the hub",
+    r"\b(GSAI-ML|Dream-org|Efficient-Large-Model|JetLM|Qwen)/": "a model from the hub",
     r"\boutputs/llada\b|\b(llada|dream|fast_dllm_v2|sdar)\w*\.yaml|--config (llada|dream|fast_dllm|sdar)": (
         "a model from the hub"
     ),

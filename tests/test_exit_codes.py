@@ -17,6 +17,7 @@ MISTAKES = {
     "sft": (["--learning_rates", "1"], ["--weighting", "sum"], ["--task", "gsm8k"]),
     "collect": (["--response_count", "1"], ["--num_responses", "0"], ["--train_file", "nothing.csv"]),
     "evaluate": (["--task_names", "1"], ["--seeds", "1", "1", "--tasks", "sudoku"], ["--tasks", "chess"]),
+    "adapt": (["m", "--block_siz", "1"], ["m", "--block_size", "0"], ["./nothing", "--output_dir", "policy"]),
     "iterate": (["--round_number", "1"], ["--rounds", "0"], ["--config", "nothing.yaml"]),
     "generate": (["--tokens", "1"], ["x", "--temperature", "-1"], ["x", "--model", "./nothing"]),
     "plan": (["m", "--learning_rate", "1"], ["m", "--gpus", "0"], ["./nothing"]),

@@ -26,6 +26,7 @@ LAUNCHED = {
     "collect": "let a policy answer, score the answers, and store how they were denoised, to train on them as often as "
     "you like",
     "evaluate": "measure a policy, or an adapter, on benchmarks",
+    "adapt": "make a diffusion policy of an autoregressive checkpoint, and train it to fill in masked tokens",
 }
 # Commands that run in this process.
 DIRECT = {
@@ -45,6 +46,7 @@ from the embedded policy, which is bad at 4x4 sudoku before it is trained, to a 
   {PROG} view outputs/trajectories 0 --output answer.html
   {PROG} train --config tiny_offline
   {PROG} iterate --rounds 2
+  {PROG} adapt Qwen/Qwen3-0.6B --train_file data/chats.jsonl --output_dir outputs/qwen3_policy
   {PROG} plan GSAI-ML/LLaDA-8B-Instruct --gpus 8 --memory 80
   {PROG} train --accelerate_config zero3 --config llada_8gpu --train_file data/gsm8k/train.jsonl
   {PROG} evaluate --model_name_or_path outputs/llada_8gpu --tasks gsm8k math500

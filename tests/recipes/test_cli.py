@@ -21,7 +21,7 @@ from tests.conftest import SPECS
 from tests.viz.test_viewer import make_batch, write_dataset
 from trl_diffusion import DecodingConfig, __version__, generate, tiny_policy_path
 from trl_diffusion.cli import EXAMPLES, main
-from trl_diffusion.commands import collect, evaluate, plan, sft, train
+from trl_diffusion.commands import adapt, collect, evaluate, plan, sft, train
 from trl_diffusion.commands.collect import OPENING
 from trl_diffusion.decoding.options import OLD_NAMES
 from trl_diffusion.sft.config import is_refused as is_refused_for_sft
@@ -29,7 +29,7 @@ from trl_diffusion.trainer.config import is_refused
 
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = ("train", "sft", "collect", "evaluate")
+OWN = ("train", "sft", "adapt", "collect", "evaluate")
 
 
 @pytest.fixture
@@ -70,14 +70,16 @@ def test_help_names_every_command(capsys):
     text = says(capsys)
     assert text == says(capsys, "--help")
     assert re.findall(r"^    (\w+) +\w", text, re.MULTILINE) == [
-        "train", "sft", "collect", "evaluate", "iterate", "generate", "plan", "view", "completion"
+        "train", "sft", "adapt", "collect", "evaluate", "iterate", "generate", "plan", "view", "completion"
     ]  # fmt: skip
     assert says(capsys, "--version").split() == ["trl-diffusion", __version__]
 
 
-KINDS = {"train": train.KINDS, "sft": sft.KINDS, "collect": collect.KINDS, "evaluate": evaluate.KINDS}
+KINDS = {
+    "train": train.KINDS, "sft": sft.KINDS, "adapt": adapt.KINDS, "collect": collect.KINDS, "evaluate": evaluate.KINDS,
+}  # fmt: skip
 
-REFUSED = {"train": is_refused, "sft": is_refused_for_sft}
+REFUSED = {"train": is_refused, "sft": is_refused_for_sft, "adapt": adapt.is_left_out}
 
 
 def listed(text: str) -> set[str]:
@@ -137,6 +139,7 @@ UNKNOWN = [
     ),
     (["sft", "--weightin", "mean"], "there is no option --weightin; .* Is it meant to be --weighting?"),
     (["collect", "--num_respons", "4"], "there is no option --num_respons; .* Is it meant to be --num_responses?"),
+    (["adapt", "m", "--mask", "x"], "there is no option --mask; .* Is it meant to be --mask_token?"),
     (["evaluate", "--task", "sudoku"], "There is no option --task here; it is called --tasks"),
     (
         ["evaluate", "--xyzzy"],
@@ -160,7 +163,7 @@ UNKNOWN = [
 @pytest.mark.parametrize(("words", "message"), UNKNOWN)
 def test_options_are_not_abbreviated(words, message, capsys):
     """An unknown option or command is answered with the nearest one, in one line, by every command."""
-    launched = {"train": train, "sft": sft, "collect": collect, "evaluate": evaluate}.get(words[0])
+    launched = {"train": train, "sft": sft, "adapt": adapt, "collect": collect, "evaluate": evaluate}.get(words[0])
     if launched is None:
         line = complains(capsys, *words)
     else:  # as `accelerate launch` starts it
@@ -174,6 +177,7 @@ def test_options_are_not_abbreviated(words, message, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["adapt", "--config", "lama"], "--config: there is no file lama, .*smollm2_word_sums"),
         (["train", "--config", "lama"], "--config: there is no file lama, .*llada, llada_24gb"),
         (["plan", "x", "--config", "lama"], "--config: there is no file lama"),
         (["collect", "--accelerate_config", "zero4"], "--accelerate_config: there is no file zero4, .*zero2, zero3"),
@@ -283,7 +287,14 @@ def test_completion(capsys):
     assert {"--use_peft", "--use_cpu"} <= set(complete("train", "--use_")) and "--use_vllm" not in complete(
         "train", "--use_"
     )
-    assert complete("train", "--task", "") == ["countdown", "gsm8k", "sparse_sudoku", "sudoku", "preferences"]
+    assert complete("train", "--task", "") == [
+        "countdown",
+        "gsm8k",
+        "sparse_sudoku",
+        "sudoku",
+        "word_sums",
+        "preferences",
+    ]
     assert complete("plan", "x", "--config", "reci") == ["recipes"]
     assert "completion" in complete("")
 

@@ -21,7 +21,7 @@ from accelerate.commands.launch import launch_command_parser
 
 import trl_diffusion
 from trl_diffusion import DecodingConfig, DTRPOConfig, cli
-from trl_diffusion.commands import collect, evaluate, recipes_path, sft, train
+from trl_diffusion.commands import adapt, collect, evaluate, recipes_path, sft, train
 from trl_diffusion.commands.parser import file_or_name
 from trl_diffusion.commands.settings import TRAINING, TUNING, find_settings, given_options, keep_settings
 from trl_diffusion.decoding.options import RolloutOptions
@@ -107,6 +107,8 @@ def parse_options(command: str, options: list[str]) -> tuple:
         return sft.parse([*options, "--bf16", "false"])
     if command == "collect":
         return collect.parse(options)
+    if command == "adapt":
+        return adapt.parse([*options, "--bf16", "false"])
     args = evaluate.parse(options)
     local = {"sudoku", "countdown"} & set(args.tasks)
     check_tasks([task for task in args.tasks if task not in local] or ["gsm8k"], None, args.allow_code_execution)
@@ -117,6 +119,7 @@ def parse_options(command: str, options: list[str]) -> tuple:
 LAUNCHERS = {
     "recipes/train.py": "train",
     "recipes/sft.py": "sft",
+    "recipes/adapt.py": "adapt",
     "recipes/collect.py": "collect",
     "recipes/eval.py": "evaluate",
 }

@@ -149,11 +149,32 @@ SFT: Groups = {
     "output": _OUTPUT,
 }
 
+ADAPT: Groups = {
+    "model and policy": {
+        "model_name_or_path": "path or hub id of the autoregressive model (or as the first argument)",
+        "gguf_file": None,
+        "tokenizer_name_or_path": None,
+        "mask_token": None,
+        "block_size": None,
+        "token_shift": None,
+        "attention": None,
+        "block_origin": None,
+        "dtype": "type of the weights",
+        **_ROUNDING,
+        **_ADAPTER,
+    },
+    "documents": {name: text for name, text in SFT["documents"].items() if name != "trajectories"},
+    "masks": SFT["masks"],
+    "updates": SFT["updates"],
+    "responses, when a task is measured": SFT["responses, when a task is measured"],
+    "output": _OUTPUT,
+}
+
 COLLECT: Groups = {
     "task and data": {
         "task": None,
         "train_file": "rows to train on, .csv, .jsonl or .json",
-        "eval_file": None,
+        "eval_file": "documents to measure on, or rows of the task",
         "train_size": None,
     },
     "policy": {**_POLICY, "adapter_name_or_path": None, "chat_template_kwargs": None, **_ROUNDING},

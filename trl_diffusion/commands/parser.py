@@ -218,7 +218,7 @@ def kind_of(action: argparse.Action) -> str:
 def starting_parser(name: str) -> Parser:
     """The parser of the options with which `accelerate launch` starts a command."""
     parser = Parser(f"{PROG} {name}", add_help=False)
-    if name in ("train", "sft"):
+    if name in ("train", "sft", "adapt"):
         add_config_option(parser)
     else:
         parser.add_argument("--config", metavar="PATH", help="options from a YAML file")

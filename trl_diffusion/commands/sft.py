@@ -141,9 +141,9 @@ class Data:
     task: Task | None = None
 
 
-def load_data(script_args: ScriptArguments, seed: int, tokenizer: PreTrainedTokenizerBase) -> Data:
+def load_data(script_args: ScriptArguments, seed: int, tokenizer: PreTrainedTokenizerBase | None = None) -> Data:
     """
-    Reads or makes the documents.
+    Reads or makes the documents. A collection needs the `tokenizer`.
 
     Raises:
         ValueError, FileNotFoundError: if nothing is named, too much is named, or a file is not as it should be.
@@ -156,7 +156,7 @@ def load_data(script_args: ScriptArguments, seed: int, tokenizer: PreTrainedToke
             script_args.task, script_args.train_file, script_args.eval_file, size, script_args.eval_size, seed
         )
     if script_args.trajectories:
-        return _best_of(script_args, script_args.trajectories, task, tokenizer)
+        return _best_of(script_args, script_args.trajectories, task, cast(PreTrainedTokenizerBase, tokenizer))
     if task is not None:
         return Data(task.documents(task.train), task.documents(task.evaluation), task.evaluation[0]["prompt"], task)
     if not script_args.train_file:

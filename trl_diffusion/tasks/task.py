@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from datasets import Dataset
 
 from ..fields import check_at_least
 from ..policies.files import check_no_pointer
-from ..rewards import countdown, math, sudoku
+from ..rewards import countdown, math, sudoku, word_sums
 from ..utils import read_text
 
 
@@ -228,6 +229,27 @@ def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "role" in one for one in value)
 
 
+def word_sum_rows(path: str) -> list[dict[str, Any]]:
+    """The questions of a file, with their numbers (`first`, `sign`, `second`) and their `answer`; the `prompt` is the user's message."""
+    rows = []
+    for number, row in enumerate(read_rows(path)):
+        where, sign = f"{path}, row {number}", _text(row, "sign", path, number).strip()
+        if sign not in word_sums.VERBS:
+            raise ValueError(f"{where}: the sign must be + or -, got {sign!r}.")
+        numbers = {
+            name: _whole(_column(row, (name,), path, number), f"{where}: `{name}`") for name in ("first", "second")
+        }
+        texts = {name: _text(row, name, path, number) for name in ("question", "answer", "item")}
+        rows.append(word_sum_row({**texts, **numbers, "sign": sign}))
+    return rows
+
+
+def word_sum_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A question with its `prompt`, the user's message."""
+    kept = {name: row[name] for name in ("first", "sign", "second", "item", "answer")}
+    return {"prompt": [{"role": "user", "content": row["question"]}], **kept}
+
+
 def preference_rows(path: str) -> list[dict[str, Any]]:
     """The pairs of a file, each `chosen` and `rejected`, and perhaps a `prompt`: text, or messages."""
     rows = read_rows(path)
@@ -323,6 +345,22 @@ def _without_calculator(row: dict[str, Any]) -> str:
     return re.sub(r"<<[^<>]*>>", "", row["answer"])
 
 
+def _word_sums(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
+    def key(row: dict[str, Any]) -> str:
+        return word_sums.key_of(row["first"], row["sign"], row["second"])
+
+    kept = [word_sum_row(row) for row in word_sums.evaluation_questions()]
+    evaluation = word_sum_rows(eval_file) if eval_file else kept
+    excluded = {key(row) for row in (*kept, *evaluation)}
+    if train_file:
+        train = [row for row in word_sum_rows(train_file) if key(row) not in excluded][:train_size]
+    else:
+        most = min(train_size, word_sums.num_sums(excluded))
+        train = [word_sum_row(row) for row in word_sums.generate(most, seed, excluded)]
+    rewards, solved = [word_sums.word_sums_solved, word_sums.word_sums_digits], word_sums.word_sums_solved
+    return _task("word_sums", "questions", train, evaluation[:eval_size], rewards, solved, itemgetter("answer"))
+
+
 def _sparse_sudoku(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
     most = 1000  # of the 1,696 puzzles with two clues, 500 are kept
     return _sudoku(train_file, eval_file, min(train_size, most), eval_size, seed, "sparse_sudoku", 14)
@@ -342,6 +380,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "sparse_sudoku": _sparse_sudoku,
     "countdown": _countdown,
     "gsm8k": _gsm8k,
+    "word_sums": _word_sums,
 }
 
 
@@ -357,7 +396,8 @@ def load_task(
     Makes or reads a task.
 
     Args:
-        name (`str`): `"sudoku"` (4x4), `"sparse_sudoku"` (4x4, two clues), `"countdown"` (three numbers) or `"gsm8k"`.
+        name (`str`): `"sudoku"` (4x4), `"sparse_sudoku"` (4x4, two clues), `"countdown"` (three numbers), `"gsm8k"`, or
+            `"word_sums"` (sums in words, for small language models).
         train_file (`str`, *optional*): rows to train on. The puzzles are generated without it; GSM8K needs it.
         eval_file (`str`, *optional*): rows to measure on. Training rows that are among them are dropped.
         train_size (`int`, *optional*, defaults to `10_000`): most training rows.
