@@ -30,7 +30,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_diffusion import (

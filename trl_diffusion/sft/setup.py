@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -71,7 +71,8 @@ def set_up(
             raise ValueError(f"`{name}` cannot be used with a diffusion policy: {why}. Leave it out.")
     path = model if isinstance(model, str) else model.config._name_or_path
     if args is None:
-        args = DiffusionSFTConfig(f"{(path or model.config.model_type).rstrip('/').split('/')[-1]}-SFT")
+        name = model if isinstance(model, str) else path or model.config.model_type
+        args = DiffusionSFTConfig(f"{name.rstrip('/').split('/')[-1]}-SFT")
     if not isinstance(args, DiffusionSFTConfig):
         raise TypeError(f"`args` must be a DiffusionSFTConfig, got {type(args).__name__}.")
     check_one_gpu(args)
@@ -266,7 +267,7 @@ def rows_of(dataset: Dataset) -> Iterator[dict[str, Any]]:
             yield dict(zip(columns, values, strict=True))
 
 
-def _arrays(column: Any) -> list[np.ndarray | None]:
+def _arrays(column: Any) -> Sequence[np.ndarray | None]:
     """The lists of an Arrow column."""
     if column.null_count:
         return [None if values is None else np.asarray(values) for values in column.to_pylist()]
