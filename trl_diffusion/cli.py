@@ -23,10 +23,10 @@ LAUNCHED = {
     "train": "teach a policy a task, from fresh or stored answers or from preferences (without options: the embedded "
     "policy, 4x4 sudoku, four minutes on 2 cores)",
     "sft": "fine-tune a policy on documents, on the right answers of a task, or on the best responses of a collection",
+    "adapt": "make a diffusion policy of an autoregressive checkpoint, and train it to fill in masked tokens",
     "collect": "let a policy answer, score the answers, and store how they were denoised, to train on them as often as "
     "you like",
     "evaluate": "measure a policy, or an adapter, on benchmarks",
-    "adapt": "make a diffusion policy of an autoregressive checkpoint, and train it to fill in masked tokens",
 }
 # Commands that run in this process.
 DIRECT = {
