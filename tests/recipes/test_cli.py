@@ -154,7 +154,7 @@ UNKNOWN = [
     (["--versio"], "there is no option --versio; .* Is it meant to be --version?"),
     (
         ["tarin"],
-        "there is no command 'tarin'; there are train, sft, collect, .*, completion. Is it meant to be train?",
+        "there is no command 'tarin'; there are train, sft, adapt, .*, completion. Is it meant to be train?",
     ),
     (["eval", "--tasks", "x"], "there is no command 'eval'; .* Is it meant to be evaluate?"),
 ]

@@ -90,6 +90,7 @@ def test_headers_say_how_to_launch(path):
                 assert (ROOT / word).exists(), word
     assert any(own in words for words in lines) or path.stem in ("tiny_sudoku", "tiny_sft")
     launcher = "recipes/sft.py" if path.stem.endswith("_sft") else "recipes/train.py"
+    launcher = "recipes/adapt.py" if path == ADAPTING else launcher
     assert path in ENGINES or any(launcher in words for words in lines)
 
 

@@ -131,6 +131,7 @@ SFT: Groups = {
         "num_masks": None,
         "complementary": None,
         "max_corruption": None,
+        "canvas_length": None,
         "block_sizes": None,
     },
     "updates": {
