@@ -75,7 +75,7 @@ def set_up(
     if not isinstance(args, DiffusionSFTConfig):
         raise TypeError(f"`args` must be a DiffusionSFTConfig, got {type(args).__name__}.")
     check_one_gpu(args)
-    check_rows(datasets)
+    check_rows(datasets, args, options.get("formatting_func"))
     adapter = options.get("peft_config")
     check_one_policy(str(args.output_dir), isinstance(model, PeftModel) or adapter is not None)
     if isinstance(model, str):
@@ -124,20 +124,34 @@ def set_up(
     return args, spec, tokenizer
 
 
-def check_rows(datasets: list[tuple[str, Any]]) -> None:
+def check_rows(datasets: list[tuple[str, Any]], args: DiffusionSFTConfig, formatting_func: Any = None) -> None:
     """
-    Checks that there are rows.
+    Checks that there are rows, and that it is said what is trained of them.
 
     Raises:
         TypeError: if a dataset is something else.
-        ValueError: if a dataset is missing or empty.
+        ValueError: if a dataset is missing or empty, has no column to train on, or has a `completion_mask` that TRL would leave
+            out.
     """
     for name, dataset in datasets:
         if dataset is None:
             raise ValueError(f"`{name}` is required.")
         check_kind(name, dataset, Dataset | IterableDataset, "a Dataset or an IterableDataset")
-        if next(iter(dataset), None) is None:
+        first = next(iter(dataset), None)
+        if first is None:
             raise ValueError(f"`{name}` is empty.")
+        known = ["input_ids", "messages", "conversations", "completion", args.dataset_text_field]
+        prepared = (cast(dict[str, Any], args.dataset_kwargs) or {}).get("skip_prepare_dataset", False)
+        if not prepared and formatting_func is None and not first.keys() & {*known, "image", "images"}:
+            raise ValueError(
+                f"`{name}` has the columns {sorted(first)}, none of which holds what is to be written. It needs one of {known}; of "
+                "preferences, pass the chosen answers as `completion`."
+            )
+        if "completion_mask" in first and "labels" not in first and args.completion_only_loss is None:
+            raise ValueError(
+                f"`{name}` has a `completion_mask`. Set `completion_only_loss=True` to train on what it marks, or `False` to train on "
+                "all tokens, which is what TRL does if nothing is said."
+            )
 
 
 def check_end(tokenizer: PreTrainedTokenizerBase, args: DiffusionSFTConfig) -> None:
