@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..fields import check_kind
 from ..policies.attention import enable_plans
@@ -96,6 +96,16 @@ def set_up(
         tokenizer = load_tokenizer(path)
     check_kind("processing_class", tokenizer, PreTrainedTokenizerBase, "a tokenizer")
     check_end(tokenizer, args)
+    spec = _spec(config, args, tokenizer)
+    if adapter is not None:
+        check_adapter(adapter)
+        check_targets(empty_model(config) if isinstance(model, str) else model, adapter)
+    check_layers(config)
+    return args, spec, tokenizer
+
+
+def _spec(config: PretrainedConfig, args: DiffusionSFTConfig, tokenizer: PreTrainedTokenizerBase) -> DiffusionSpec:
+    """The spec of the policy. Raises a `ValueError` if arguments do not fit it."""
     spec = resolve_spec(config, args.spec_overrides(), tokenizer)
     if args.max_corruption:  # visible tokens are scored
         spec = spec.replace(predicts_visible_tokens=True)
@@ -104,10 +114,6 @@ def set_up(
             "The policy predicts visible tokens (`predicts_visible_tokens`), which this training does not train: it may forget "
             "how. Set `weighting='mean'` and `max_corruption`, such as 0.1."
         )
-    if adapter is not None:
-        check_adapter(adapter)
-        check_targets(empty_model(config) if isinstance(model, str) else model, adapter)
-    check_layers(config)
     if args.canvas_length is not None and spec.attention != "full":
         raise ValueError(
             "`canvas_length` is for full attention; with block attention a policy sees no block after the one that it writes."
@@ -121,7 +127,7 @@ def set_up(
             raise ValueError(
                 f"`block_sizes` must end with the block size of the policy, {spec.block_size}, got {args.block_sizes}."
             )
-    return args, spec, tokenizer
+    return spec
 
 
 def check_rows(datasets: list[tuple[str, Any]], args: DiffusionSFTConfig, formatting_func: Any = None) -> None:
