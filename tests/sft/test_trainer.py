@@ -264,6 +264,17 @@ def test_a_stream(make_trainer):
         ({"diffusion_spec": "[]"}, "`diffusion_spec` must be a mapping"),
         ({"diffusion_spec": {"stop_token_ids": []}}, "has no stop tokens"),
         ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches=True` cuts batches into rows"),
+        (
+            {"per_device_train_batch_size": 0},
+            "`per_device_train_batch_size` must be a whole number of at least 1, got 0",
+        ),
+        (
+            {"gradient_accumulation_steps": 0},
+            "`gradient_accumulation_steps` must be a whole number of at least 1, got 0",
+        ),
+        ({"seed": None}, "`seed` must be a whole number of at least 0"),
+        ({"max_length": 1}, "`max_length` must be a whole number of at least 2, got 1"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be a number"),
         ({"activation_offloading": True}, "`activation_offloading=True` moves activations from a GPU"),
         ({"include_num_input_tokens_seen": True}, "`include_num_input_tokens_seen`"),
         ({"canvas_length": 16}, "`canvas_length` is for full attention"),
@@ -311,6 +322,11 @@ def test_a_dataset_without_anything_to_train(make_trainer):
         ({"train_dataset": None}, ValueError, "`train_dataset` is required"),
         ({"train_dataset": Dataset.from_dict({"text": []})}, ValueError, "`train_dataset` is empty"),
         ({"train_dataset": rows().to_iterable_dataset().take(0)}, ValueError, "`train_dataset` is empty"),
+        (
+            {"train_dataset": Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])},
+            ValueError,
+            "holds what is to be",
+        ),
         ({"train_dataset": [{"text": "a"}]}, TypeError, "`train_dataset` must be a Dataset or an IterableDataset"),
         ({"eval_dataset": {"a": Dataset.from_dict({"text": []})}}, ValueError, r"`eval_dataset\['a'\]` is empty"),
     ],
@@ -450,3 +466,12 @@ def test_a_policy_on_several_devices(make_trainer, spec, tokenizer):
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     with pytest.raises(ValueError, match="The policy is spread over 2 devices"):
         make_trainer(model=model)
+
+
+def test_a_mask_of_completions_needs_a_word(make_trainer):
+    """TRL would leave it out, and train on prompts, too."""
+    dataset = Dataset.from_list([{"input_ids": [5, 6, 7, 2], "completion_mask": [0, 0, 1, 1]}] * 4)
+    with pytest.raises(ValueError, match="`train_dataset` has a `completion_mask`"):
+        make_trainer(dataset)
+    for told, labels in ((True, [-100, -100, 7, 2]), (False, [5, 6, 7, 2])):
+        assert make_trainer(dataset, completion_only_loss=told).train_dataset[0]["labels"] == labels

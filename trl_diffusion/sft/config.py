@@ -9,13 +9,21 @@ import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig
 
-from ..fields import AtLeast, Within, check_fields, check_one_of
+from ..fields import AtLeast, Within, check_at_least, check_fields, check_one_of, check_within
 from ..names import knows_names
 from ..trainer.defaults import settle
 from .masks import MaskConfig
 
 
 _NO_LOGITS = "the loss reads the logits of masked tokens only, and not those of every position"
+# Whole numbers, each with its smallest value. A row of one token has nothing to train.
+_WHOLE = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "seed": 0,
+    "max_length": 2,
+}
 # Options of SFTConfig that do not apply to a diffusion policy, and why.
 _REFUSED = {
     "padding_free": "the rows of the forward pass hold noisy copies of blocks. Set `packing=True` to save padding",
@@ -139,7 +147,11 @@ class DiffusionSFTConfig(SFTConfig):
             )
 
     def _check_training(self) -> None:
-        """Checks options of SFTConfig that would train nothing, or cut documents without a word."""
+        """Checks options of SFTConfig that would train nothing, cut documents without a word, or fail without a reason."""
+        for name, least in _WHOLE.items():
+            if name != "max_length" or self.max_length is not None:
+                check_at_least(name, getattr(self, name), least)
+        check_within("learning_rate", self.learning_rate, "[0, inf)")
         if self.max_steps == 0:
             raise ValueError(
                 "`max_steps=0` trains nothing. Set it to 1 or more, or to -1 to go by `num_train_epochs`."

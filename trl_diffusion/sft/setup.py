@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..fields import check_kind
 from ..policies.attention import enable_plans
@@ -76,7 +76,7 @@ def set_up(
     if not isinstance(args, DiffusionSFTConfig):
         raise TypeError(f"`args` must be a DiffusionSFTConfig, got {type(args).__name__}.")
     check_one_gpu(args)
-    check_rows(datasets)
+    check_rows(datasets, args, options.get("formatting_func"))
     adapter = options.get("peft_config")
     check_one_policy(str(args.output_dir), isinstance(model, PeftModel) or adapter is not None)
     if isinstance(model, str):
@@ -97,6 +97,16 @@ def set_up(
         tokenizer = load_tokenizer(path)
     check_kind("processing_class", tokenizer, PreTrainedTokenizerBase, "a tokenizer")
     check_end(tokenizer, args)
+    spec = _spec(config, args, tokenizer)
+    if adapter is not None:
+        check_adapter(adapter)
+        check_targets(empty_model(config) if isinstance(model, str) else model, adapter)
+    check_layers(config)
+    return args, spec, tokenizer
+
+
+def _spec(config: PretrainedConfig, args: DiffusionSFTConfig, tokenizer: PreTrainedTokenizerBase) -> DiffusionSpec:
+    """The spec of the policy. Raises a `ValueError` if arguments do not fit it."""
     spec = resolve_spec(config, args.spec_overrides(), tokenizer)
     if args.max_corruption:  # visible tokens are scored
         spec = spec.replace(predicts_visible_tokens=True)
@@ -105,10 +115,6 @@ def set_up(
             "The policy predicts visible tokens (`predicts_visible_tokens`), which this training does not train: it may forget "
             "how. Set `weighting='mean'` and `max_corruption`, such as 0.1."
         )
-    if adapter is not None:
-        check_adapter(adapter)
-        check_targets(empty_model(config) if isinstance(model, str) else model, adapter)
-    check_layers(config)
     if args.canvas_length is not None and spec.attention != "full":
         raise ValueError(
             "`canvas_length` is for full attention; with block attention a policy sees no block after the one that it writes."
@@ -122,23 +128,37 @@ def set_up(
             raise ValueError(
                 f"`block_sizes` must end with the block size of the policy, {spec.block_size}, got {args.block_sizes}."
             )
-    return args, spec, tokenizer
+    return spec
 
 
-def check_rows(datasets: list[tuple[str, Any]]) -> None:
+def check_rows(datasets: list[tuple[str, Any]], args: DiffusionSFTConfig, formatting_func: Any = None) -> None:
     """
-    Checks that there are rows.
+    Checks that there are rows, and that it is said what is trained of them.
 
     Raises:
         TypeError: if a dataset is something else.
-        ValueError: if a dataset is missing or empty.
+        ValueError: if a dataset is missing or empty, has no column to train on, or has a `completion_mask` that TRL would leave
+            out.
     """
     for name, dataset in datasets:
         if dataset is None:
             raise ValueError(f"`{name}` is required.")
         check_kind(name, dataset, Dataset | IterableDataset, "a Dataset or an IterableDataset")
-        if next(iter(dataset), None) is None:
+        first = next(iter(dataset), None)
+        if first is None:
             raise ValueError(f"`{name}` is empty.")
+        known = ["input_ids", "messages", "conversations", "completion", args.dataset_text_field]
+        prepared = (cast(dict[str, Any], args.dataset_kwargs) or {}).get("skip_prepare_dataset", False)
+        if not prepared and formatting_func is None and not first.keys() & {*known, "image", "images"}:
+            raise ValueError(
+                f"`{name}` has the columns {sorted(first)}, none of which holds what is to be written. It needs one of {known}; of "
+                "preferences, pass the chosen answers as `completion`."
+            )
+        if "completion_mask" in first and "labels" not in first and args.completion_only_loss is None:
+            raise ValueError(
+                f"`{name}` has a `completion_mask`. Set `completion_only_loss=True` to train on what it marks, or `False` to train on "
+                "all tokens, which is what TRL does if nothing is said."
+            )
 
 
 def check_end(tokenizer: PreTrainedTokenizerBase, args: DiffusionSFTConfig) -> None:
