@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..sft.trainer import DiffusionSFTTrainer
-    from .trainer import DTRPOTrainer
+    from .rollouts import DiffusionRollouts
 
-    Trainer: TypeAlias = DTRPOTrainer | DiffusionSFTTrainer
+    Trainer: TypeAlias = DiffusionRollouts | DiffusionSFTTrainer
 
 
 def decode_on_all(
