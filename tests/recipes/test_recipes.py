@@ -71,8 +71,9 @@ def test_recipes_parse(path, tmp_path, monkeypatch):
 def test_each_family_is_tuned_with_its_loss(family, published):
     """Also with the model and the layers of its recipes for reinforcement learning."""
     path = ROOT / "recipes" / f"{family}_sft.yaml"
-    _, args, model = parse(path)
+    script, args, model = parse(path)
     assert (args.weighting, args.complementary) == published
+    assert args.canvas_length == (script.max_completion_length if family in ("llada", "dream") else None)
     assert (
         path in RECIPES
         and model.model_name_or_path == parse(ROOT / "recipes" / f"{family}.yaml")[2].model_name_or_path
