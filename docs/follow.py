@@ -45,6 +45,7 @@ NEEDS = {
     r"\boutputs/llada\b|\b(llada|dream|fast_dllm_v2|sdar)\w*\.yaml|--config (llada|dream|fast_dllm|sdar)": (
         "a model from the hub"
     ),
+    r"\b(llm-)?smollm2": "a package from the index",
     r"^(hf|curl|for|done|git|cd)\b": "a network",
 }
 A_CHECKOUT = r"^(make|git|cd)\b|\brecipes/|constraints\.txt|\bbenchmarks/"

