@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -41,23 +41,6 @@ def other_names(name: str, known: Collection[str]) -> list[str]:
     """
     same = (other for group in SAME if name in group for other in group)
     return [] if name in known else [other for other in same if other in known][:1]
-
-
-def check_words(words: Iterable[str], known: Collection[str]) -> None:
-    """
-    Checks the words of a command line.
-
-    Args:
-        words (`Iterable[str]`): the words.
-        known (`Collection[str]`): names of the command's options.
-
-    Raises:
-        ValueError: if an option has another name here.
-    """
-    for word in words:
-        name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
-        for here in other_names(name, known):
-            raise ValueError(f"There is no option --{name} here; it is called --{here}.")
 
 
 def knows_names(kind: T) -> T:

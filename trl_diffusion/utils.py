@@ -23,7 +23,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 
 from . import __version__
-from .names import check_words, other_names
+from .names import other_names
 
 
 # What a user can set right: options, files, data, what is installed, a policy whose numbers are not finite.
@@ -177,7 +177,7 @@ def no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_config_file(arguments: list[str] | None, kinds: Collection[type] = ()) -> list[str]:
     """
-    The arguments of a command, if the YAML file behind `--config` gives no key twice, and no option has another name here.
+    The arguments of a command, if the YAML file behind `--config` gives no key twice.
 
     Args:
         arguments (`list[str]`, *optional*): the arguments. Defaults to those of the command line.
@@ -186,10 +186,9 @@ def check_config_file(arguments: list[str] | None, kinds: Collection[type] = ())
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: naming the file and the line, if it is not YAML, gives a key twice or without a value, or holds something
-            else than options that are known. Or naming the option, if it has another name here.
+            else than options that are known.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    check_words(arguments, [one.name for kind in kinds for one in fields(kind)])
     if arguments[-1:] == ["--config"]:
         raise ValueError("--config is followed by no path. Give that of a YAML file.")
     for option, path in zip(arguments, arguments[1:], strict=False):

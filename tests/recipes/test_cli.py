@@ -140,7 +140,10 @@ UNKNOWN = [
     (["sft", "--weightin", "mean"], "there is no option --weightin; .* Is it meant to be --weighting?"),
     (["collect", "--num_respons", "4"], "there is no option --num_respons; .* Is it meant to be --num_responses?"),
     (["adapt", "m", "--mask", "x"], "there is no option --mask; .* Is it meant to be --mask_token?"),
-    (["evaluate", "--task", "sudoku"], "There is no option --task here; it is called --tasks"),
+    (
+        ["evaluate", "--task", "sudoku"],
+        "there is no option --task; `trl-diffusion evaluate --help-all` lists those that there are. Is it meant to be --tasks?",
+    ),
     (
         ["evaluate", "--xyzzy"],
         "there is no option --xyzzy; `trl-diffusion evaluate --help-all` lists those that there are.\n$",
@@ -302,3 +305,17 @@ def test_completion(capsys):
 def test_completion_without_its_library(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert "pip install 'trl-diffusion[completion]'" in complains(capsys, "completion", "bash")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("127.0.0.1 localhost\n", "engine.yaml is no config of accelerate's"), ("num_procs: 3\n", "unknown keys"), ("a: [\n", "engine.yaml")],
+)  # fmt: skip
+def test_a_file_that_is_no_engine(tmp_path, capsys, text, said):
+    """It is found before processes are started."""
+    (tmp_path / "engine.yaml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--accelerate_config", str(tmp_path / "engine.yaml")])
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: argument --accelerate_config: ") and said in lines[0]

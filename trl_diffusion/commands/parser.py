@@ -242,7 +242,7 @@ def add_engine_options(parser: Parser) -> None:
     """Adds the options that say on what a command runs."""
     parser.add_argument(
         "--accelerate_config",
-        type=file_or_name(recipes_path() / "accelerate"),
+        type=engine,
         metavar="NAME_OR_PATH",
         help="engine: ddp, zero2, zero3, zero3_offload or fsdp2, for 8 GPUs, or a config file of accelerate's",
     )
@@ -255,6 +255,19 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def engine(name: str) -> str:
+    """Type of an option for argparse: as [`file_or_name`], for a file that accelerate can start from."""
+    path = file_or_name(recipes_path() / "accelerate")(name)
+    from accelerate.commands.config.config_args import load_config_from_file  # imports torch
+
+    try:
+        load_config_from_file(path)
+    except Exception as error:  # of YAML, of names that it does not know, or because it is no mapping
+        reason = " ".join(str(error).split())
+        raise argparse.ArgumentTypeError(f"{path} is no config of accelerate's ({reason})") from error
+    return path
 
 
 def file_or_name(folder: Path) -> Callable[[str], str]:
