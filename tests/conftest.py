@@ -38,6 +38,7 @@ def pytest_configure(config):
     """A GPU is seen by the tests that ask for one (`-m gpu`). All others are about what is the same on every machine."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    gc.disable()  # while everything is imported, which makes much and no garbage
 
 
 def pytest_collection_finish():
@@ -46,6 +47,7 @@ def pytest_collection_finish():
     a million objects of imported packages. For the same reason the metadata of a package, which accelerate reads many times for every
     trainer, is read once.
     """
+    gc.enable()
     gc.collect()
     gc.freeze()
     importlib.metadata.metadata = cache(importlib.metadata.metadata)
