@@ -35,7 +35,7 @@ SOME = {
     "uniform-2": ["grpo"],
     "token": ["vespo"],
     "token-2": ["sapo"],
-    "none": ["grpo", "bnpo", "dapo"],
+    "none": ["grpo", "bnpo", "cispo"],
     "all-blocks": ["cispo"],
     "exact": ["dapo"],
     "elbo-2": ["luspo"],
