@@ -54,6 +54,7 @@ def run(scenario: dict, directory: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.enable()
     gc.freeze()  # or every training looks for garbage among all that has been imported
     where = Path(sys.argv[1])
     for one in json.loads((where / "scenarios.json").read_text()):

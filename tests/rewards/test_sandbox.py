@@ -34,7 +34,13 @@ def assert_harmless(world: World, program: str, attempt: Attempt) -> None:
     assert world.is_untouched(), (world.before, world.state())
 
 
-@pytest.mark.parametrize("name", ATTEMPTS)
+# Each ends at a limit of processor time or of output that others end at, too.
+MORE_OF_A_KIND = ("endless loop in C", "huge integers", "endless output in small pieces")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in MORE_OF_A_KIND else ()) for name in ATTEMPTS]
+)
 def test_hostile_function(world, name):
     skip_elsewhere(name)
     assert_harmless(world, program_of_attempt(name, 10**6), ATTEMPTS[name])
