@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.metadata
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
+from functools import cache
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,14 +25,37 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_more_threads():
+    """A command that takes all cores would take them for all later tests of this process, too, from those of another worker."""
+    most, set_threads = torch.get_num_threads(), torch.set_num_threads
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda number: set_threads(min(number, most)))
+        yield
+
+
 def pytest_configure(config):
     """A GPU is seen by the tests that ask for one (`-m gpu`). All others are about what is the same on every machine."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    gc.disable()  # while everything is imported, which makes much and no garbage
+
+
+def pytest_collection_finish():
+    """
+    What all tests import stays out of later collections of garbage. Every training collects it, and would take half a second to look at
+    a million objects of imported packages. For the same reason the metadata of a package, which accelerate reads many times for every
+    trainer, is read once.
+    """
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+    importlib.metadata.metadata = cache(importlib.metadata.metadata)
 
 
 # Tests that take so long that `make test` leaves them to `make test-long`.
 LONG = (
+    "test_docs.py::test_python_runs_as_printed[docs/evaluation",
     "test_docs.py::test_python_runs_as_printed[docs/howto/",
     "test_docs.py::test_python_runs_as_printed[docs/quickstart",
     "test_notebooks.py::test_notebooks_give_what_is_stored",
@@ -46,15 +72,37 @@ LONG_CASES = (
 )  # fmt: skip
 
 
+def spread(cases: list[pytest.Item], times: int = 2) -> list[pytest.Item]:
+    """Cases that have every value of every parameter so many times, if there are so many. Values that were chosen least come first."""
+    values = {case: tuple((name, id(value)) for name, value in case.callspec.params.items()) for case in cases}
+    chosen: dict[pytest.Item, None] = {}
+    seen: Counter[tuple[str, int]] = Counter()
+    for value in [value for _ in range(times) for value in dict.fromkeys(sum(values.values(), ()))]:
+        left = [case for case in cases if case not in chosen and value in values[case]]
+        if left and seen[value] < times:
+            best = min(left, key=lambda case: sum(seen[one] for one in values[case]))
+            chosen[best] = None
+            seen.update(values[best])
+    return list(chosen)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test with many cases, the first is fast; the others are slow, as they add up."""
+    """
+    Of a test with many cases, the first is fast; the others are slow, as they add up. If they are the combinations of several
+    parameters, `make test` runs those that have every value twice.
+    """
     cases = defaultdict(list)
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
         if any(part in item.nodeid for part in LONG):
             item.add_marker(pytest.mark.long)
     for group in cases.values():
+        if len(group) > 1:
+            chosen = spread(group)
+            for item in group:
+                if item not in chosen:
+                    item.add_marker(pytest.mark.long)
         for item in group[1:]:
             item.add_marker(pytest.mark.slow)
             if item.nodeid.partition("::")[0].endswith(LONG_CASES):
@@ -101,7 +149,7 @@ def make_policy(spec: DiffusionSpec, seed: int = 0, backbone: str = "qwen3", **c
             "vocab_size": 40,
             "hidden_size": 32,
             "intermediate_size": 64,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 8,

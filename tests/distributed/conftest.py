@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from fcntl import LOCK_EX, flock
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -88,41 +87,44 @@ def scenarios_of(matrix, request) -> Callable[[str, Path], list[dict]]:
 
 
 @pytest.fixture(scope="session")
-def engine_runs(tmp_path_factory, scenarios_of):
-    """
-    What two processes did: the directory of a launch without DeepSpeed (`"ddp"`), or with it (`"deepspeed"`). It is made when it is
-    first asked for, by whichever worker of xdist.
-    """
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A directory that is filled when it is first asked for, by whichever worker of xdist."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    @cache
-    def of(engine: str) -> Path:
-        directory = base / f"launch_{engine}"
+    def directory_of(name: str, fill: Callable[[Path], object]) -> Path:
+        directory = base / name
         directory.mkdir(exist_ok=True)
         done = directory / "done"
         with (directory / "lock").open("w") as lock:
             flock(lock, LOCK_EX)
             if not done.exists():
                 done.write_text("failed")  # until it has not
-                shipped = "zero3" if engine == "deepspeed" else engine
-                code, output = launch(shipped, directory, scenarios_of(engine, directory))
-                assert all((directory / f"finished_{rank}").exists() for rank in (0, 1)), output[-20000:]
-                done.write_text(f"{code}")
-        assert done.read_text() != "failed", f"the launch with {engine} has failed"
+                fill(directory)
+                done.write_text("yes")
+        assert done.read_text() != "failed", f"{name} has failed"
         return directory
+
+    return directory_of
+
+
+@pytest.fixture(scope="session")
+def engine_runs(made_once, scenarios_of):
+    """What two processes did: the directory of a launch without DeepSpeed (`"ddp"`), or with it (`"deepspeed"`)."""
+
+    def of(engine: str) -> Path:
+        def start(directory: Path) -> None:
+            shipped = "zero3" if engine == "deepspeed" else engine
+            code, output = launch(shipped, directory, scenarios_of(engine, directory))
+            assert all((directory / f"finished_{rank}").exists() for rank in (0, 1)), output[-20000:]
+            (directory / "code").write_text(f"{code}")
+
+        return made_once(f"launch_{engine}", start)
 
     return of
 
 
 @pytest.fixture(scope="session")
-def one_process(tmp_path_factory, matrix):
+def one_process(made_once, matrix):
     """What one process does with a cell of the matrix."""
-
-    @cache
-    def of(name: str) -> Path:
-        directory = tmp_path_factory.mktemp("one") / name
-        jobs.run(matrix[name], directory)
-        return directory
-
-    return of
+    return lambda name: made_once(f"one_{name}", lambda directory: jobs.run(matrix[name], directory))

@@ -8,6 +8,7 @@ a `fault` (see `faults.py`); else a cell of `jobs.py`. At last one process dies 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -53,6 +54,8 @@ def run(scenario: dict, directory: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.enable()
+    gc.freeze()  # or every training looks for garbage among all that has been imported
     where = Path(sys.argv[1])
     for one in json.loads((where / "scenarios.json").read_text()):
         run(one, where / one["name"])

@@ -5,6 +5,7 @@ for most of a minute: no GPU uses it, and gloo does the same.
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 
+gc.disable()  # while the script imports; it has it enabled again
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed.ops
 

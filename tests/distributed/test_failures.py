@@ -48,7 +48,7 @@ def test_errors_on_one_process(engine_runs, engine, names):
 def test_a_process_that_dies_is_named_and_ends_the_other(engine_runs, engine):
     directory = engine_runs(engine)
     (log,) = directory.glob("*.log")
-    assert (directory / "done").read_text() != "0" and "exitcode  : 3" in log.read_text()
+    assert (directory / "code").read_text() != "0" and "exitcode  : 3" in log.read_text()
 
 
 def test_alone_an_error_is_raised_as_it_is():

@@ -5,6 +5,7 @@ a job would import later is imported here, so that a job starts, and can be kill
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -24,6 +25,7 @@ from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, collect, lo
 
 
 extract_model_from_parallel(torch.nn.Linear(1, 1))  # imports DeepSpeed where it is installed
+gc.freeze()  # or every training looks for garbage among all that has been imported
 
 
 def slow_codes(completions, **kwargs) -> list[float]:

@@ -182,7 +182,7 @@ def test_autograd_keeps_no_more():
 @pytest.mark.parametrize("name", ["block-from-sequence", "shift-autoregressive-first", "full-shift"])
 def test_decoding_and_scoring_share_one_distribution(name):
     spec = SPECS[name].replace(absent_token_ids=((12, 20), (25, MASK)))
-    policy = make_policy(spec)
+    policy = make_policy(spec, num_hidden_layers=3)
     for config in (DecodingConfig(16, 1.3, tokens_per_step=2), DecodingConfig(16), DecodingConfig(16, 1.0, top_k=20)):
         batch = decode(policy, make_prompts_of(range(6, 12)), config, seeds=[1, 2, 3])
         tokens = set(batch.canvas_ids[batch.steps >= 0].tolist())

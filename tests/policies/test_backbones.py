@@ -155,7 +155,14 @@ def check(model, spec: DiffusionSpec) -> None:
     close(packed[counted], plain[counted])
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", *(name for name in BACKBONES if name != "qwen3")])
+# Those of which it is not written down which they are, are left to `make test-long`.
+EACH = [
+    pytest.param(name, marks=() if name in RIGHT | REFUSED else pytest.mark.long)
+    for name in ("qwen3", *(name for name in BACKBONES if name != "qwen3"))
+]
+
+
+@pytest.mark.parametrize("model_type", EACH)
 def test_a_backbone_is_right_or_refused(model_type):
     model = any_tiny_backbone(model_type)
     if isinstance(model, str):

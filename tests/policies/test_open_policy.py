@@ -53,7 +53,7 @@ def test_wrong_options_are_found_before_weights_are_loaded(no_weights, options, 
 def test_wrong_layers_are_found_before_weights_are_loaded(no_weights, tmp_path):
     make_policy(SPECS["full"]).config.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
-    values["layer_types"] = ["linear_attention", "full_attention", "full_attention"]
+    values["layer_types"] = ["linear_attention", "full_attention"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="it has layers of type 'linear_attention'"):
         open_policy(str(tmp_path), tokenizer=tiny_policy_path())

@@ -63,10 +63,10 @@ def run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
-def say(policy: Policy, prompt: str, stops: tuple[str, ...] = ()) -> str:
-    config = DecodingConfig(TOKENS, tokens_per_step=2)
-    ids = decode(policy.model, [policy.tokenizer(prompt)["input_ids"]], config, policy.spec).completions()[0]
-    return cut(policy.tokenizer.decode(ids, skip_special_tokens=True), stops)
+def say(policy: Policy, prompts: list[str], stops: tuple[str, ...] = ()) -> list[str]:
+    ids = [policy.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    answers = decode(policy.model, ids, DecodingConfig(TOKENS, tokens_per_step=2), policy.spec).completions()
+    return [cut(policy.tokenizer.decode(answer, skip_special_tokens=True), stops) for answer in answers]
 
 
 def make_data(policy: Policy, directory: Path) -> dict[str, float]:
@@ -75,8 +75,8 @@ def make_data(policy: Policy, directory: Path) -> dict[str, float]:
         (directory / name).mkdir(parents=True)
     expected = {}
     rows, right = [], 0
-    for n in range(6):
-        answer = say(policy, f"{n}?\nThink step by step and end with '#### ' and the answer.")
+    prompts = [f"{n}?\nThink step by step and end with '#### ' and the answer." for n in range(6)]
+    for n, answer in enumerate(say(policy, prompts)):
         number = re.fullmatch(r"\d{1,12}", answer) and n % 2 == 0  # then it is the answer, whatever looks for one
         rows.append({"question": f"{n}?", "answer": f"#### {answer if number else 10**13 + n}"})
         right += bool(number)
@@ -84,9 +84,9 @@ def make_data(policy: Policy, directory: Path) -> dict[str, float]:
     expected["gsm8k"] = right / 6
 
     rows, right = [], 0
-    for n in range(4):
-        prompt = f"def f{n}():\n    return {n}  # "  # right, unless the policy leaves the comment
-        answer = say(policy, prompt, BENCHMARKS["humaneval"].stops)
+    prompts = [f"def f{n}():\n    return {n}  # " for n in range(4)]  # right, unless the policy leaves the comment
+    for n, answer in enumerate(say(policy, prompts, BENCHMARKS["humaneval"].stops)):
+        prompt = prompts[n]
         is_right = n % 2 == 0 and returns(prompt + answer, n)
         test = f"def check(candidate):\n    assert candidate() == {n if n % 2 == 0 else -1}\n"
         rows.append({"prompt": prompt, "test": test, "entry_point": f"f{n}"})
@@ -95,9 +95,10 @@ def make_data(policy: Policy, directory: Path) -> dict[str, float]:
     expected["humaneval"] = right / 4
 
     games = countdown.generate(12, seed=3)
+    answers = say(policy, [countdown.prompt(game["numbers"], game["target"]) for game in games])
     solved = [
-        countdown.is_solved(say(policy, countdown.prompt(g["numbers"], g["target"])), g["numbers"], g["target"])
-        for g in games
+        countdown.is_solved(answer, game["numbers"], game["target"])
+        for answer, game in zip(answers, games, strict=True)
     ]
     write_lines(directory / "countdown" / "cd3_test.jsonl", games)
     expected["countdown"] = sum(solved) / 12
@@ -106,10 +107,8 @@ def make_data(policy: Policy, directory: Path) -> dict[str, float]:
     text = "Puzzle,Solution\n" + "".join(f"{row['puzzle']},{row['solution']}\n" for row in puzzles)
     (directory / "sudoku" / "4x4_test.csv").write_text(text)
     config = DecodingConfig(17, tokens_per_step=2)
-    answers = [
-        decode(policy.model, policy.encode([sudoku.prompt(row["puzzle"])]), config, policy.spec).completions()[0]
-        for row in puzzles
-    ]
+    prompts = policy.encode([sudoku.prompt(row["puzzle"]) for row in puzzles])
+    answers = decode(policy.model, prompts, config, policy.spec).completions()
     solved = [sudoku.is_solved(row["puzzle"], text) for row, text in zip(puzzles, policy.decode(answers), strict=True)]
     expected["sudoku"] = sum(solved) / 6
     return expected

@@ -29,10 +29,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def train_here(tmp_path, monkeypatch, capsys):
-    """The command in this process, which has imported what a new one would have to import."""
+    """The command in this process, which has imported what a new one would have to import. Pictures take half of its time, and are
+    drawn where a test looks at them."""
+    draw = train.draw
 
-    def start(*arguments: str) -> list[str]:
+    def start(*arguments: str, draws: bool = False) -> list[str]:
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(train, "draw", draw if draws else lambda *_: [])
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         monkeypatch.setattr(train, "use_all_cores", lambda: None)
         train.main()
@@ -186,6 +189,7 @@ def test_gsm8k_preferences_with_the_real_tokenizer(tmp_path, train_here):
         "--train_file", "pairs.jsonl",
         "--tokenizer_name_or_path", str(shared("fixtures", "fast_dllm_v2", "tokenizer")),
         "--max_steps", "2", "--eval_size", "2", "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2",
+        draws=True,
     )  # fmt: skip
     out = tmp_path / "outputs" / "gsm8k_preferences"
     results = json.loads((out / "results.json").read_text())

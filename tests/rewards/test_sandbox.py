@@ -34,7 +34,13 @@ def assert_harmless(world: World, program: str, attempt: Attempt) -> None:
     assert world.is_untouched(), (world.before, world.state())
 
 
-@pytest.mark.parametrize("name", ATTEMPTS)
+# Each ends at a limit of processor time or of output that others end at, too.
+MORE_OF_A_KIND = ("endless loop in C", "huge integers", "endless output in small pieces")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in MORE_OF_A_KIND else ()) for name in ATTEMPTS]
+)
 def test_hostile_function(world, name):
     skip_elsewhere(name)
     assert_harmless(world, program_of_attempt(name, 10**6), ATTEMPTS[name])
@@ -226,7 +232,9 @@ def test_files_that_cannot_be_counted(world, monkeypatch):
     assert world.is_untouched()
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize(
+    "version", [1, *(pytest.param(version, marks=pytest.mark.long) for version in (2, 3, 4, 5)), 6]
+)
 def test_older_landlock(world, change_confined, version):
     """What the first versions do not see, seccomp refuses."""
     change_confined(f"old = _landlock\n_landlock = lambda n, *a: {version} if a[0] is None else old(n, *a)")
@@ -332,44 +340,54 @@ PROMPT = 'from typing import List\n\ndef one(): return 1\n\ndef count(items: Lis
 CHECK = "def check(candidate):\n    assert candidate([3, 4]) == 1 + one()"
 
 
-@pytest.mark.parametrize(
-    ("completion", "reward"),
-    [
-        ("    return len(items)\n", 1.0),
-        ("    return len(items) + one()\n", 0.0),
-        ("```python\ndef count(items: List[int]) -> int:\n    return one() + len(items) - 1\n```", 1.0),
-        ("First ```python\ndef count(items): return 0\n```, or ```py\ndef count(items): return len(items)\n```.", 1.0),
-        ("```python\ndef count(items): return len(items)\n```, no, ```python\ndef count(items): return 0\n```", 0.0),
-        ("```python\n    return len(items)\n```", 1.0),
-        ("```python\ndef count(items): return len(items)\n", 1.0),
-        ("def one(): return 6\ndef count(items): return 7", 0.0),
-        ("", 0.0),
-        ("```\ndef count(items): return len(items)\n```", 1.0),
-        ("```Python\ndef count(items): return len(items)\n```", 1.0),
-        ("```python\r\ndef count(items):\r\n    return len(items)\r\n```\r\n", 1.0),
-        ("~~~python\ndef count(items): return len(items)\n~~~", 1.0),
-        ("````py\ndef count(items): return len(items)\n````", 1.0),
-        ("1. So:\n   ```python\n   def count(items):\n       return len(items)\n   ```", 1.0),
-        ("```python\ncount = lambda items: len(items)\n```\nUse:\n```python\nprint(count == 1)\n```", 1.0),
-        ("```python\ndef count(items): return len(items)\n```\nUse:\n```python\nprint(count(1))\n```", 1.0),
-        ("```python\ndef count(items): return len(items)\n```\nOut:\n```\n2\n```", 1.0),
-        (
-            "```python\ndef count(items): return 0\n```\nBetter:\n```text\ndef count(items): return len(items)\n```",
-            1.0,
-        ),
-        ("    return len(items)\n```\nThis counts, see ```python\ncount([])\n```", 1.0),
-        ("Use ```len``` here:\n```python\ndef count(items): return len(items)\n```", 1.0),
-        ("```python\nx = 1\n```python\ndef count(items): return len(items)\n", 1.0),
-    ],
-)
-@pytest.mark.parametrize("conversational", [False, True])
-def test_code_reward_with_an_entry_point(completion, reward, conversational):
+ANSWERS = [
+    ("    return len(items)\n", 1.0),
+    ("    return len(items) + one()\n", 0.0),
+    ("```python\ndef count(items: List[int]) -> int:\n    return one() + len(items) - 1\n```", 1.0),
+    ("First ```python\ndef count(items): return 0\n```, or ```py\ndef count(items): return len(items)\n```.", 1.0),
+    ("```python\ndef count(items): return len(items)\n```, no, ```python\ndef count(items): return 0\n```", 0.0),
+    ("```python\n    return len(items)\n```", 1.0),
+    ("```python\ndef count(items): return len(items)\n", 1.0),
+    ("def one(): return 6\ndef count(items): return 7", 0.0),
+    ("", 0.0),
+    ("```\ndef count(items): return len(items)\n```", 1.0),
+    ("```Python\ndef count(items): return len(items)\n```", 1.0),
+    ("```python\r\ndef count(items):\r\n    return len(items)\r\n```\r\n", 1.0),
+    ("~~~python\ndef count(items): return len(items)\n~~~", 1.0),
+    ("````py\ndef count(items): return len(items)\n````", 1.0),
+    ("1. So:\n   ```python\n   def count(items):\n       return len(items)\n   ```", 1.0),
+    ("```python\ncount = lambda items: len(items)\n```\nUse:\n```python\nprint(count == 1)\n```", 1.0),
+    ("```python\ndef count(items): return len(items)\n```\nUse:\n```python\nprint(count(1))\n```", 1.0),
+    ("```python\ndef count(items): return len(items)\n```\nOut:\n```\n2\n```", 1.0),
+    (
+        "```python\ndef count(items): return 0\n```\nBetter:\n```text\ndef count(items): return len(items)\n```",
+        1.0,
+    ),
+    ("    return len(items)\n```\nThis counts, see ```python\ncount([])\n```", 1.0),
+    ("Use ```len``` here:\n```python\ndef count(items): return len(items)\n```", 1.0),
+    ("```python\nx = 1\n```python\ndef count(items): return len(items)\n", 1.0),
+]
+# How messages are taken apart does not depend on how an answer is: bare code, code that is wrong, and fenced code show it.
+WHOLE = [
+    (answer, value, conversational)
+    for conversational in (False, True)
+    for answer, value in (ANSWERS[:3] if conversational else ANSWERS)
+]
+
+
+@pytest.fixture(scope="module")
+def reward_of_tests():
+    """Making one runs a program already."""
+    return code_reward(True, PATIENT, workers=1)
+
+
+@pytest.mark.parametrize(("completion", "reward", "conversational"), WHOLE)
+def test_code_reward_with_an_entry_point(reward_of_tests, completion, reward, conversational):
     prompt = PROMPT
     if conversational:
         prompt = [{"role": "user", "content": f"Please complete:\n```python\n{PROMPT}```\nThank you."}]
         completion = [{"role": "assistant", "content": completion}]
-    verdicts = code_reward(True, PATIENT, workers=1)([prompt], [completion], test=[CHECK], entry_point=["count"])
-    assert verdicts == [reward]
+    assert reward_of_tests([prompt], [completion], test=[CHECK], entry_point=["count"]) == [reward]
 
 
 def test_code_reward_with_asserts():

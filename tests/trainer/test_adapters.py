@@ -166,8 +166,8 @@ def merged(model: PeftModel) -> None:
     ("change", "match"),
     [
         (switched_off, "no trainable parameters.*frozen or switched off"),
-        (only_the_other_is_trainable, "None of the 6 trainable parameters .*second.*are their adapters active"),
-        (merged, "None of the 6 trainable parameters .*not merged"),
+        (only_the_other_is_trainable, "None of the 4 trainable parameters .*second.*are their adapters active"),
+        (merged, "None of the 4 trainable parameters .*not merged"),
     ],
 )
 def test_adapters_that_take_no_part_are_an_error(make_trainer, char_spec, tokenizer, change, match):

@@ -29,17 +29,18 @@ BASELINES = {
     "mean-field": {"estimator": "mean_field", "prompt_mask_probability": 0.0},
     "coupled": {"estimator": "coupled"},
 }
-# With these, some of the losses each; `weighting="none"` refuses dr_grpo, luspo and vespo.
+# With these, one loss each: how a token is estimated and which loss sums it do not depend on each other, but for
+# `weighting="none"`, which some losses divide by (and dr_grpo, luspo and vespo refuse).
 SOME = {
-    "uniform-2": ["grpo", "luspo"],
-    "token": ["bnpo", "vespo"],
-    "token-2": ["dapo", "sapo"],
-    "none": ["grpo", "bnpo", "dapo", "cispo", "sapo"],
-    "all-blocks": ["dr_grpo", "cispo"],
-    "exact": ["dapo", "sapo"],
-    "elbo-2": ["dapo", "luspo"],
-    "mean-field": ["grpo", "vespo"],
-    "coupled": ["dr_grpo", "cispo"],
+    "uniform-2": ["grpo"],
+    "token": ["vespo"],
+    "token-2": ["sapo"],
+    "none": ["grpo", "bnpo", "cispo"],
+    "all-blocks": ["cispo"],
+    "exact": ["dapo"],
+    "elbo-2": ["luspo"],
+    "mean-field": ["grpo"],
+    "coupled": ["dr_grpo"],
 }
 
 
@@ -69,7 +70,7 @@ def test_o8_blocks_of_one_give_trl_own_loss(two_trainers, name, backbone):
         mask = inputs["completion_mask"].bool()
         old = inputs["old_estimates"][:, 0, : mask.shape[1]]
         assert_close(old[mask], plain["old_per_token_logps"][mask])
-    assert_equal_losses(ours, inputs, theirs, plain, SOME.get(name, LOSSES))
+    assert_equal_losses(ours, inputs, theirs, plain, SOME.get(name, LOSSES if backbone == "qwen3" else ["dapo"]))
 
 
 @pytest.mark.parametrize("name", ["uniform-2", "token-2", "none", "exact"])
@@ -80,7 +81,7 @@ def test_o8_denoised_blocks_of_one_give_trl_own_loss(two_trainers, name):
         layout = scored.layout
         weights = layout.weights[:, : inputs["completion_mask"].shape[1]]
         torch.testing.assert_close(weights, inputs["completion_mask"].float())
-    assert_equal_losses(ours, inputs, theirs, plain, ["grpo", "dapo"])
+    assert_equal_losses(ours, inputs, theirs, plain, ["dapo"])
 
 
 @pytest.mark.parametrize("first_token", ["autoregressive", "diffusion"])

@@ -317,3 +317,15 @@ def test_a_file_system_without_locks_is_warned_of(make_trainer, tmp_path, monkey
     with only_training_in(tmp_path):
         pass
     assert "cannot be locked" in caplog.text and trainer.accelerator is not None
+
+
+def test_a_file_of_another_process_may_go_while_all_are_put_on_the_disk(tmp_path, monkeypatch):
+    """A name that is listed and not there any more, as that of a temporary file. The file itself is put on the disk."""
+    (tmp_path / "rollout_1.pt").write_bytes(b"whole")
+    (tmp_path / ".tmp123").symlink_to(tmp_path / "gone")
+    synchronized, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synchronized.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    checkpoints.make_durable(tmp_path)
+    assert set(synchronized) == {
+        str(path.resolve()) for path in (tmp_path / "rollout_1.pt", tmp_path, tmp_path.parent)
+    }

@@ -61,7 +61,7 @@ def test_a_response_that_one_function_scores_is_scored(make_trainer, start):  # 
 @pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="TRL knew the tokenizer's end token only")
 @pytest.mark.parametrize("which", ["all", "best_worst"])
 def test_truncated_responses(make_trainer, start, which):  # noqa: F811
-    scores, stops = [float(value) for value in range(32)], range(43, 46)
+    scores, stops = [float(value) for value in range(32)], range(43, 53)
     trainer = make_trainer(
         str(start), pair_selection=which, reward_funcs=rewards(scores), mask_truncated_completions=True,
         per_device_train_batch_size=32, tokens_per_step=1, max_completion_length=6,

@@ -35,7 +35,7 @@ def tokenizer():
 def make_batch(spec, lengths=(3, 13), responses: int = 2, tokens_per_step: int = 2):
     prompts = [prompt for prompt in make_prompts(lengths) for _ in range(responses)]
     config = DecodingConfig(20, tokens_per_step=tokens_per_step, temperature=1.0)
-    return decode(make_policy(spec), prompts, config, seeds=list(range(len(prompts))))
+    return decode(make_policy(spec, num_hidden_layers=3), prompts, config, seeds=list(range(len(prompts))))
 
 
 def write_dataset(directory: Path, tokenizer, spec, batch, /, recorded: bool = True, **plan) -> list[dict]:

@@ -61,9 +61,13 @@ def checkpoints_in(run_dir: str | Path) -> list[Path]:
 
 
 def make_durable(directory: str | Path) -> None:
-    """Waits until all files of a directory are on the disk, and not only in the cache of the operating system."""
+    """Waits until all files of a directory are on the disk, and not only in the cache of the operating system. Temporary files of other
+    processes, which still write theirs, may go in the meantime."""
     for path in [*Path(directory).rglob("*"), Path(directory), Path(directory).parent]:
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         try:
             os.fsync(descriptor)
         finally:
