@@ -309,7 +309,7 @@ def test_completion_without_its_library(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("127.0.0.1 localhost\n", "engine.yaml is no config of accelerate's"), ("num_procs: 3\n", "unknown keys"), ("a: [\n", "engine.yaml")],
+    [("127.0.0.1 localhost\n", "engine.yaml is no config of accelerate's"), ("distributed_type: MULTI_GPU\nnum_procs: 3\n", "unknown keys"), ("a: [\n", "engine.yaml")],
 )  # fmt: skip
 def test_a_file_that_is_no_engine(tmp_path, capsys, text, said):
     """It is found before processes are started."""
