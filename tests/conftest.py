@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from functools import cache
 
 
@@ -68,29 +68,27 @@ LONG_CASES = (
     "decoding/test_revising.py", "decoding/test_short_responses.py", "offline/test_revised_rows.py", "scoring/test_revision.py",
     "scoring/test_revision_gradients.py", "trainer/test_revision.py", "viz/test_page.py", "viz/test_streamer.py",
     "viz/test_runs.py", "viz/test_colours.py", "recipes/test_lines.py", "test_names.py", "policies/test_places.py",
-    "policies/test_left_to_right.py",
+    "policies/test_left_to_right.py", "policies/test_registration.py", "recipes/test_evaluate.py",
 )  # fmt: skip
 
 
-def spread(cases: list[pytest.Item], times: int = 2) -> list[pytest.Item]:
-    """Cases that have every value of every parameter so many times, if there are so many. Values that were chosen least come first."""
-    values = {case: tuple((name, id(value)) for name, value in case.callspec.params.items()) for case in cases}
-    chosen: dict[pytest.Item, None] = {}
-    seen: Counter[tuple[str, int]] = Counter()
-    for value in [value for _ in range(times) for value in dict.fromkeys(sum(values.values(), ()))]:
-        left = [case for case in cases if case not in chosen and value in values[case]]
-        if left and seen[value] < times:
-            best = min(left, key=lambda case: sum(seen[one] for one in values[case]))
-            chosen[best] = None
-            seen.update(values[best])
-    return list(chosen)
+def spread(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """Cases that have every value of every parameter. Of those with a value that is missing, the one with most that are."""
+    values = {case: {(name, id(value)) for name, value in case.callspec.params.items()} for case in cases}
+    chosen: list[pytest.Item] = []
+    missing = set().union(*values.values())
+    while missing:
+        best = max(cases, key=lambda case: len(values[case] & missing))
+        chosen.append(best)
+        missing -= values[best]
+    return chosen
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """
     Of a test with many cases, the first is fast; the others are slow, as they add up. If they are the combinations of several
-    parameters, `make test` runs those that have every value twice.
+    parameters, `make test` runs so many that every value comes up.
     """
     cases = defaultdict(list)
     for item in items:

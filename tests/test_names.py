@@ -83,7 +83,9 @@ def test_names_in_yaml(tmp_path, monkeypatch, capsys):
         except SystemExit as end:
             assert end.code == 2
         error = capsys.readouterr().err.rstrip().splitlines()[-1]
-        assert "error: " in error and re.search(f"{name}( meant to be|.* called) {here}\\b", error), error
+        assert "error: " in error and re.search(
+            f"{name}.* (meant to be|called) (--)?{here.removeprefix('--')}\\b", error
+        ), error
 
 
 def test_what_is_meant():

@@ -6,6 +6,7 @@ before anything is computed.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from trl_diffusion.commands import collect, evaluate, generate, iterate, plan, t
 from trl_diffusion.decoding.loop import DenoisingLoop
 from trl_diffusion.rewards.call import RewardCaller
 from trl_diffusion.trainer.checkpoints import mark_complete, only_training_in
-from trl_diffusion.utils import TEMPORARY, errors_in_a_line, exit_code
+from trl_diffusion.utils import TEMPORARY, check_writable, errors_in_a_line, exit_code
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
@@ -512,3 +513,17 @@ def test_a_number_of_processes_that_cannot_be(value, monkeypatch, capsys, tmp_pa
             f"error: The environment variable LOCAL_WORLD_SIZE must be a whole number of at least 1, got {value!r}"
         )
         assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+def test_two_processes_may_look_at_the_same_directory(tmp_path, monkeypatch):
+    """What one of them has written to try it may be cleared away by the other, as rubbish of an earlier run."""
+    close = os.close
+
+    def clear_and_close(descriptor):
+        for rest in tmp_path.glob(f"{TEMPORARY}*"):
+            rest.unlink()
+        close(descriptor)
+
+    monkeypatch.setattr(os, "close", clear_and_close)
+    check_writable(tmp_path / "collected", "output_dir")
+    assert not list(tmp_path.iterdir())

@@ -292,8 +292,9 @@ def check_writable(directory: str | Path, option: str) -> None:
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
     try:
-        with tempfile.NamedTemporaryFile(dir=there, prefix=TEMPORARY):
-            pass
+        descriptor, name = tempfile.mkstemp(dir=there, prefix=TEMPORARY)
+        os.close(descriptor)
+        Path(name).unlink(missing_ok=True)  # another process may have cleared it away
     except OSError as error:
         why = error.strerror or str(error)
         raise ValueError(

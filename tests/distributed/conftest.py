@@ -65,6 +65,8 @@ def scenarios_of(matrix, request) -> Callable[[str, Path], list[dict]]:
             whole, resumed = cells.resumed(cells.MOVED, directory, step=3)
             runs = [*(matrix[name] for name in cells.RUNS["ddp"]), *cells.EMBEDDED, cells.SUPERVISED, whole, resumed]
             return [*runs, *cells.faults()]
+        if engine == "zero2":
+            return [matrix[name] for name in cells.RUNS["zero2"]]
         llada = (
             cells.resumed(request.getfixturevalue("llada"), directory, step=2)
             if (SHARED / "fixtures").exists()
@@ -75,10 +77,9 @@ def scenarios_of(matrix, request) -> Callable[[str, Path], list[dict]]:
         small += [*(cells.zero3_cell(matrix, name) for name in cells.ZERO3), *llada, *cells.faults(cells.INSIDE)]
         engines = {
             name: environment_of(name.removesuffix("-all"), directory, partition_all=name.endswith("-all"))
-            for name in ("zero2", "zero3", "zero3-all")
+            for name in ("zero3", "zero3-all")
         }
         return [
-            *({**matrix[name], "environment": engines["zero2"], "name": f"{name}-zero2"} for name in cells.RUNS["zero2"]),
             *({**cell, "environment": engines["zero3-all"]} for cell in small),
             {"name": "train", "recipe": cells.RECIPE, "environment": engines["zero3"]},
         ]  # fmt: skip
@@ -110,12 +111,12 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
 
 @pytest.fixture(scope="session")
 def engine_runs(made_once, scenarios_of):
-    """What two processes did: the directory of a launch without DeepSpeed (`"ddp"`), or with it (`"deepspeed"`)."""
+    """What two processes did: the directory of a launch without DeepSpeed (`"ddp"`), or with ZeRO-2 (`"zero2"`) or ZeRO-3
+    (`"zero3"`)."""
 
     def of(engine: str) -> Path:
         def start(directory: Path) -> None:
-            shipped = "zero3" if engine == "deepspeed" else engine
-            code, output = launch(shipped, directory, scenarios_of(engine, directory))
+            code, output = launch(engine, directory, scenarios_of(engine, directory))
             assert all((directory / f"finished_{rank}").exists() for rank in (0, 1)), output[-20000:]
             (directory / "code").write_text(f"{code}")
 

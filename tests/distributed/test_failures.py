@@ -24,7 +24,7 @@ EXPECTED = {
 }
 
 
-LAUNCHES = [("ddp", FAULTS), pytest.param("deepspeed", INSIDE, marks=needs_deepspeed)]
+LAUNCHES = [("ddp", FAULTS), pytest.param("zero3", INSIDE, marks=needs_deepspeed)]
 
 
 @pytest.mark.parametrize(("engine", "names"), LAUNCHES)
@@ -44,7 +44,7 @@ def test_errors_on_one_process(engine_runs, engine, names):
         assert found("early", rank) == {"error": None, "steps": 2}
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("deepspeed", marks=needs_deepspeed)])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero3", marks=needs_deepspeed)])
 def test_a_process_that_dies_is_named_and_ends_the_other(engine_runs, engine):
     directory = engine_runs(engine)
     (log,) = directory.glob("*.log")

@@ -44,7 +44,7 @@ def test_a_reference_sharded_by_fsdp2(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "name", "step"), [("ddp", "moved", 3), pytest.param("deepspeed", "llada", 2, marks=needs_deepspeed)]
+    ("engine", "name", "step"), [("ddp", "moved", 3), pytest.param("zero3", "llada", 2, marks=needs_deepspeed)]
 )
 def test_a_resumed_run_is_the_uninterrupted_one(engine_runs, engine, name, step):
     source = tiny_policy_path() if name == "moved" else shared("fixtures", "llada")

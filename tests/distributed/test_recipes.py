@@ -21,8 +21,8 @@ pytestmark = pytest.mark.distributed
 @needs_deepspeed
 def test_train_under_zero3_as_it_is_shipped(engine_runs):
     """From the measurement before training, on a policy that is shared already, to the saved model."""
-    output = (engine_runs("deepspeed") / "train" / "output_0.txt").read_text()
-    directory = engine_runs("deepspeed") / "train" / "outputs" / "tiny_sudoku"
+    output = (engine_runs("zero3") / "train" / "output_0.txt").read_text()
+    directory = engine_runs("zero3") / "train" / "outputs" / "tiny_sudoku"
     results = json.loads((directory / "results.json").read_text())
     assert re.search(rf"-> {results['solve_rate_after']:.1%} \(21 puzzles, 95 % interval .*, seed 0\)", output)
     start = load_file(f"{tiny_policy_path()}/model.safetensors")

@@ -264,7 +264,8 @@ def test_missing_files_and_tasks_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.csv"):
         load_task("sudoku", train_file=str(tmp_path / "nothing.csv"))
     with pytest.raises(
-        ValueError, match=r"Unknown task 'chess'; there are \['countdown', 'gsm8k', 'sparse_sudoku', 'sudoku'\]"
+        ValueError,
+        match=r"Unknown task 'chess'; there are \['countdown', 'gsm8k', 'sparse_sudoku', 'sudoku', 'word_sums'\]",
     ):
         load_task("chess")
     with pytest.raises(ValueError, match="needs `--train_file`"):

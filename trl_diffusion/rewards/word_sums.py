@@ -22,7 +22,7 @@ VERBS = {"+": ("buys {} more", "finds {} more", "gets {} more", "wins {} more"),
 LIMIT = 99  # largest number of a question, and largest result
 
 # A number as it is written, with its sign, its thousands and its decimals.
-_NUMBER = re.compile(r"[-−–]?\d+(?:[.,]\d+)*")
+_NUMBER = re.compile(r"[-−–]?\d++(?:[.,]\d++)*+")
 _SIGNS = re.escape("-−–+*/^=")
 
 
@@ -102,13 +102,13 @@ def stated_result(answer: str, first: int, sign: str, second: int, item: str) ->
     """
     left, equals, right = answer.strip().rpartition("=")
     if equals:
-        terms = re.findall(r"\d+|[-+=]", left)
+        terms = re.findall(r"\d++|[-+=]", left)
         if terms != [str(first), sign, str(second)] or re.search(r"\d[.,]\d", left):
             return None
     found = _NUMBER.findall(right)
     if (
         len(found) != 1
-        or re.fullmatch(rf"[^\d{_SIGNS}]*{re.escape(found[0])}(?: {re.escape(item)})?\.?", right) is None
+        or re.fullmatch(rf"[^\d{_SIGNS}]*+{re.escape(found[0])}(?: {re.escape(item)})?\.?", right) is None
     ):
         return None
     return found[0]

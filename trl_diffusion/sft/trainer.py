@@ -58,15 +58,18 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
     ```python
     from datasets import Dataset
 
-    from trl_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, tiny_policy_path
+    from trl_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
+    from trl_diffusion import tiny_policy_path
     from trl_diffusion.rewards import sudoku
 
-    puzzles = sudoku.generate(1000, seed=0)
-    rows = [{"prompt": sudoku.prompt(row["puzzle"]), "completion": row["solution"]} for row in puzzles]
+    rows = []
+    for row in sudoku.generate(1000, seed=0):
+        prompt = sudoku.prompt(row["puzzle"])
+        rows.append({"prompt": prompt, "completion": row["solution"]})
 
     trainer = DiffusionSFTTrainer(
         model=tiny_policy_path(),
-        args=DiffusionSFTConfig("sudoku_sft", learning_rate=1e-3, per_device_train_batch_size=32),
+        args=DiffusionSFTConfig("sudoku_sft", learning_rate=1e-3, max_steps=100),
         train_dataset=Dataset.from_list(rows),
     )
     trainer.train()

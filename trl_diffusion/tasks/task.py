@@ -342,7 +342,7 @@ def _gsm8k(train_file: str | None, eval_file: str | None, train_size: int, eval_
 
 def _without_calculator(row: dict[str, Any]) -> str:
     """The answer of GSM8K, without the annotations for a calculator that it holds, such as `<<48/2=24>>`."""
-    return re.sub(r"<<[^<>]*>>", "", row["answer"])
+    return re.sub(r"<<[^<>]*+>>", "", row["answer"])
 
 
 def _word_sums(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
