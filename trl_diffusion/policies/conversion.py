@@ -415,7 +415,7 @@ def convert_checkpoint(
     Args:
         path (`str` or `Path`): as for [`load_causal`].
         directory (`str` or `Path`): where to save the policy and its tokenizer.
-        tokenizer, gguf, dtype: as for [`load_causal`].
+        tokenizer, gguf, dtype (*optional*): as for [`load_causal`].
         revision (`str`, *optional*): revision of the model on the hub.
         options (`dict`): passed on to [`convert`].
 
