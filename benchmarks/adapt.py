@@ -40,7 +40,7 @@ from trl_diffusion import (
     get_spec,
 )  # fmt: skip
 from trl_diffusion.policies.conversion import convert_checkpoint
-from trl_diffusion.scoring.estimators import MaskedTokens, maskable, masked_states
+from trl_diffusion.scoring.estimators import FinalTokens, final_tokens, masked_states
 from trl_diffusion.scoring.layout import pack
 from trl_diffusion.scoring.score import score
 from trl_diffusion.sft.documents import DocumentCollator, Documents
@@ -85,11 +85,11 @@ def losses(model, tokenizer, spec, rows: list[dict], seed: int = 0) -> dict[str,
     for start in range(0, len(rows), 20):
         documents, lengths = documents_of(tokenizer, spec, rows[start : start + 20])
         batch = documents.trajectories()
-        groups, _, drawn = maskable(batch, spec)
+        groups, _, drawn, _ = final_tokens(batch, spec)
         answered = drawn & (torch.arange(drawn.shape[1]) < lengths[:, None])  # without what fills the last block
         none = torch.zeros_like(drawn)
         states = masked_states(
-            batch, MaskedTokens(groups, answered, none, answered), none[:, None], none[:, None].double()
+            batch, FinalTokens(groups, answered, none, answered), none[:, None], none[:, None].double()
         )
         theirs, _ = score(model, pack(batch, causal, states), causal)
         keys = torch.rand(drawn.shape, generator=torch.Generator().manual_seed(seed + start), dtype=torch.float64)
@@ -97,7 +97,7 @@ def losses(model, tokenizer, spec, rows: list[dict], seed: int = 0) -> dict[str,
         for count in MASKED:
             masked = drawn[:, None] & (ranks < count)
             scored = masked[:, 0] & answered
-            states = masked_states(batch, MaskedTokens(groups, none, drawn, scored), masked, scored[:, None].double())
+            states = masked_states(batch, FinalTokens(groups, none, drawn, scored), masked, scored[:, None].double())
             ours, _ = score(model, pack(batch, spec, states), spec)
             for place, values in enumerate((ours, theirs)):
                 found[str(count)][place] -= values[:, : scored.shape[1]][scored].sum().item()
