@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,3 +94,19 @@ def test_an_import_would_be_found():
     names = set(imported("trl_diffusion/commands/evaluate.py"))
     assert {"trl_diffusion.evaluation.run.Evaluation", "trl_diffusion.policies.tiny.tiny_policy_path"} <= names
     assert "trl_diffusion.policies.tiny.tiny_policy_path" in set(imported("trl_diffusion/commands/generate.py"))
+
+
+SCRIPTS = sorted(path for folder in ("benchmarks", "recipes", "docs") for path in (ROOT / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_import_names_that_there_are(path):
+    """Benchmarks run for hours and seldom, so nobody else would notice that a name has changed."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trl_diffusion"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                inside = (
+                    importlib.util.find_spec(f"{node.module}.{alias.name}") if hasattr(module, "__path__") else None
+                )
+                assert hasattr(module, alias.name) or inside, f"{node.module}.{alias.name}"
