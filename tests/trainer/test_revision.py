@@ -35,7 +35,9 @@ def policies(request, tmp_path_factory, tokenizer, char_spec) -> tuple[str, str]
     found = []
     for seed in (0, 7):
         found.append(tmp_path_factory.mktemp(f"revising-{request.param}-{seed}"))
-        policy = make_policy(spec, seed=seed, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+        policy = make_policy(
+            spec, seed=seed, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=3
+        )
         policy.save_pretrained(found[-1])
         tokenizer.save_pretrained(found[-1])
     return str(found[0]), str(found[1])
