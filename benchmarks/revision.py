@@ -42,6 +42,7 @@ PASSES = (4, 6, 8, 12, 16)
 THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 REVISE = {"revision": "confidence"}
 SAMPLED = {"strategy": "sampled_confidence", "score_selection": True}
+RANKS = {"revision": "confidence", "revision_threshold": 1.0, "revision_max": 3, "revision_limit": 6}  # the three least likely
 ARMS = {
     "confidence": {},
     "sampled_confidence": {"strategy": "sampled_confidence"},
@@ -50,6 +51,7 @@ ARMS = {
     "threshold": {"strategy": "threshold"},
     "revising": REVISE,
     "revising, sampled_confidence, scored": {**SAMPLED, **REVISE},
+    "revising by ranks": RANKS,
     "edit": {"revision": "edit"},
     "self_planning": {"revision": "self_planning", "fill_share": 1.0},
     "random": {"revision": "random", "fill_share": 1.0},
@@ -177,8 +179,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of {list(ARMS)}")
     parser.add_argument("--train", nargs="*", choices=ARMS, metavar="ARM",
-                        default=["confidence", "sampled_confidence, scored", "entropy", "threshold", "revising",
-                                 "revising, sampled_confidence, scored"], help="arms that are trained")  # fmt: skip
+                        default=["confidence", "sampled_confidence, scored", "entropy", "threshold",
+                                 "revising by ranks"], help="arms that are trained")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--passes", type=int, default=6, help="most passes of an answer while training")
     parser.add_argument("--threshold", type=float, default=0.7, help="of the arm `threshold`, while training")
