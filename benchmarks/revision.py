@@ -42,7 +42,12 @@ PASSES = (4, 6, 8, 12, 16)
 THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 REVISE = {"revision": "confidence"}
 SAMPLED = {"strategy": "sampled_confidence", "score_selection": True}
-RANKS = {"revision": "confidence", "revision_threshold": 1.0, "revision_max": 3, "revision_limit": 6}  # the three least likely
+RANKS = {
+    "revision": "confidence",
+    "revision_threshold": 1.0,
+    "revision_max": 3,
+    "revision_limit": 6,
+}  # the three least likely
 ARMS = {
     "confidence": {},
     "sampled_confidence": {"strategy": "sampled_confidence"},
