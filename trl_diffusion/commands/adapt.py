@@ -31,12 +31,10 @@ from trl import ModelConfig
 
 from ..fields import AtLeast
 from ..policies.conversion import convert_checkpoint, describe
-from ..quiet import hush_commands
 from ..sft.config import DiffusionSFTConfig, is_refused
 from ..utils import check_writable, errors_in_a_line, use_all_cores, write_text
 from .groups import ADAPT, INHERITED
-from .interrupt import ending_in_a_line
-from .lines import TuningLines
+from .lines import TuningLines, start
 from .options import OptionParser
 from .parser import PROG
 from .sft import ScriptArguments, fine_tune, load_data
@@ -195,12 +193,7 @@ def _parser() -> OptionParser:
 @errors_in_a_line()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command, with the options of the command line by default."""
-    hush_commands()
-    lines = TuningLines()
-    with ending_in_a_line(lines.kept):
-        with errors_in_a_line():
-            given = parse(arguments)
-        run(*given, lines)
+    start(TuningLines(), parse, run, arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -19,9 +19,10 @@ from transformers import TrainerCallback
 from ..decoding.config import DecodingConfig
 from ..policies.forward import unwrap
 from ..policies.tiny import tiny_policy_path
+from ..quiet import hush_commands
 from ..trainer.checkpoints import last_complete_checkpoint
-from ..utils import printable
-from .interrupt import how_to_go_on
+from ..utils import errors_in_a_line, printable
+from .interrupt import ending_in_a_line, how_to_go_on
 from .parser import PROG
 
 
@@ -250,3 +251,25 @@ def next_command(trainer: Trainer, prompt: Any, settings: DecodingConfig | None 
         elif value != getattr(defaults, one.name) or one.name == "max_new_tokens":
             words += [f"--{one.name}", str(value)]
     return shlex.join(words)
+
+
+def start(
+    lines: RunLines,
+    parse: Callable[[list[str] | None], tuple[Any, ...]],
+    run: Callable[..., object],
+    arguments: list[str] | None,
+) -> None:
+    """
+    Runs a command that trains. A wrong option ends it in a line, and so does Ctrl-C.
+
+    Args:
+        lines ([`RunLines`]): what is said about the run.
+        parse (`Callable`): makes the options of the arguments.
+        run (`Callable`): runs the command with the options and `lines`.
+        arguments (`list[str]`, *optional*): the arguments. Defaults to those of the command line.
+    """
+    hush_commands()
+    with ending_in_a_line(lines.kept):
+        with errors_in_a_line():
+            given = parse(arguments)
+        run(*given, lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..sft.config import DiffusionSFTConfig
 from ..trainer.config import DTRPOConfig
 from ..utils import load_yaml, write_text
 from . import recipes_path
+from .options import OptionParser
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,19 @@ def find_settings(arguments: list[str], command: Command = TRAINING) -> Settings
     own = [f"--{name}" for name in given if name != "config"]
     line = f"Settings: {source}" + (f"; {', '.join(own)} from the command line." if own else ".")
     return Settings([*before, *arguments], line, _in_file(config) | given, command)
+
+
+def read_options(parser: OptionParser, command: Command, arguments: list[str] | None) -> tuple[Any, ...]:
+    """
+    Reads the options of a command, those of the command line by default, after [`find_settings`] has found the recipe that applies.
+    The first of the dataclasses that it returns gets the [`Settings`].
+    """
+    settings = find_settings(sys.argv[1:] if arguments is None else arguments, command)
+    found = parser.read(settings.arguments)
+    model_args = found[-1]
+    check_adapter_options(model_args.model_name_or_path or "", given_options(settings.arguments))
+    found[0].settings = settings
+    return found
 
 
 def _in_file(config: Any) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from ..decoding.config import DecodingConfig
 from ..decoding.options import RolloutOptions
 from ..fields import AtLeast, check_fields
 from ..policies.prompts import as_prompts, tokenize_prompts
-from ..quiet import hush_commands
 from ..sft.best import best_responses
 from ..sft.config import DiffusionSFTConfig, is_refused
 from ..sft.trainer import DiffusionSFTTrainer
@@ -47,12 +46,11 @@ from ..trajectories.fingerprint import fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import check_writable, errors_in_a_line, use_all_cores
 from .groups import INHERITED, SFT
-from .interrupt import ending_in_a_line
-from .lines import TuningLines, describe_output, describe_policy, next_command
+from .lines import TuningLines, describe_output, describe_policy, next_command, start
 from .opening import find_policy
 from .options import OptionParser
 from .results import draw, measure, report_task, say_next, train_and_save, write_results
-from .settings import TUNING, Settings, check_adapter_options, find_settings, given_options
+from .settings import TUNING, Settings, read_options
 
 
 ROWS = 10_000  # that are made for a task, if nothing is said
@@ -309,12 +307,8 @@ KINDS = (ScriptArguments, DiffusionSFTConfig, ModelConfig)  # which have the opt
 
 
 def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DiffusionSFTConfig, ModelConfig]:
-    """Reads options, those of the command line by default, after [`find_settings`] has found the recipe that applies."""
-    settings = find_settings(sys.argv[1:] if arguments is None else arguments, TUNING)
-    found = cast("tuple[ScriptArguments, DiffusionSFTConfig, ModelConfig]", _parser().read(settings.arguments))
-    check_adapter_options(found[2].model_name_or_path or "", given_options(settings.arguments))
-    found[0].settings = settings
-    return found
+    """Reads options, those of the command line by default, after [`~commands.settings.find_settings`] has found the recipe that applies."""
+    return cast("tuple[ScriptArguments, DiffusionSFTConfig, ModelConfig]", read_options(_parser(), TUNING, arguments))
 
 
 def _parser() -> OptionParser:
@@ -325,12 +319,7 @@ def _parser() -> OptionParser:
 @errors_in_a_line()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command, with the options of the command line by default."""
-    hush_commands()
-    lines = TuningLines()
-    with ending_in_a_line(lines.kept):
-        with errors_in_a_line():
-            given = parse(arguments)
-        fine_tune(*given, lines)
+    start(TuningLines(), parse, fine_tune, arguments)
 
 
 if __name__ == "__main__":

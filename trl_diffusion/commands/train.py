@@ -24,7 +24,6 @@ generated; the policy is measured on pairs that training never sees.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -33,7 +32,6 @@ from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..fields import check_fields
-from ..quiet import hush_commands
 from ..tasks import TASKS, load_task, preference_rows
 from ..trainer.checkpoints import check_start
 from ..trainer.config import DTRPOConfig, is_refused
@@ -41,12 +39,11 @@ from ..trainer.trainer import DTRPOTrainer
 from ..trajectories.dataset import load_trajectories
 from ..utils import check_writable, errors_in_a_line, use_all_cores, wilson
 from .groups import INHERITED, TRAIN
-from .interrupt import ending_in_a_line
-from .lines import RunLines, describe_output, describe_policy, next_command
+from .lines import RunLines, describe_output, describe_policy, next_command, start
 from .opening import find_policy
 from .options import OptionParser
 from .results import draw, measure, most_telling, report_task, say_next, train_and_save, write_results
-from .settings import Settings, check_adapter_options, find_settings, given_options
+from .settings import TRAINING, Settings, read_options
 
 
 if TYPE_CHECKING:
@@ -237,12 +234,8 @@ KINDS = (ScriptArguments, DTRPOConfig, ModelConfig)  # which have the options
 
 
 def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, DTRPOConfig, ModelConfig]:
-    """Reads options, those of the command line by default, after [`find_settings`] has found the recipe that applies."""
-    settings = find_settings(sys.argv[1:] if arguments is None else arguments)
-    found = cast("tuple[ScriptArguments, DTRPOConfig, ModelConfig]", _parser().read(settings.arguments))
-    check_adapter_options(found[2].model_name_or_path or "", given_options(settings.arguments))
-    found[0].settings = settings
-    return found
+    """Reads options, those of the command line by default, after [`~commands.settings.find_settings`] has found the recipe that applies."""
+    return cast("tuple[ScriptArguments, DTRPOConfig, ModelConfig]", read_options(_parser(), TRAINING, arguments))
 
 
 def _parser() -> OptionParser:
@@ -255,12 +248,7 @@ def _parser() -> OptionParser:
 @errors_in_a_line()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command, with the options of the command line by default."""
-    hush_commands()
-    lines = RunLines()
-    with ending_in_a_line(lines.kept):
-        with errors_in_a_line():
-            given = parse(arguments)
-        run(*given, lines)
+    start(RunLines(), parse, run, arguments)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,29 @@ def load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def config_of(model: Any, options: Mapping[str, Any]) -> PretrainedConfig:
+    """The config of a model, or of the checkpoint at a path or hub id. `options`: those with which the model is loaded."""
+    if not isinstance(model, str):
+        return model.config
+    known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+    return load_config(model, **{key: value for key, value in options.items() if key in known})
+
+
+def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a checkpoint, or of that from which a model was loaded.
+
+    Raises:
+        ValueError: if the model was not loaded from anywhere.
+    """
+    path = model if isinstance(model, str) else model.config._name_or_path
+    if not path:
+        raise ValueError(
+            "The model was not loaded from anywhere, so its tokenizer is unknown. Pass it as `processing_class`."
+        )
+    return load_tokenizer(path)
+
+
 @contextmanager
 def refusing_code(what: str, advice: str) -> Iterator[None]:
     """

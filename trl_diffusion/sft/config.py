@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from ..fields import AtLeast, Within, check_at_least, check_fields, check_one_of, check_within
 from ..names import knows_names
-from ..trainer.defaults import settle
+from ..trainer.defaults import NO_REMOTE_CODE, PolicyOptions, settle
 from .masks import MaskConfig
 
 
@@ -30,7 +30,7 @@ _REFUSED = {
     "pad_to_multiple_of": "the rows of the forward pass hold noisy copies of blocks, which have a length of their own",
     "label_smoothing_factor": _NO_LOGITS,
     "use_liger_kernel": "its fused loss is causal. Its layers are not tested here",
-    "trust_remote_code": "the families load without their hub code, which hides its attention masks from this library",
+    "trust_remote_code": NO_REMOTE_CODE,
     "router_aux_loss_coef": "the load balance of the experts would also count the noisy copies in a packed row",
     "include_num_input_tokens_seen": "the rows of the forward pass hold noisy copies of blocks. `num_tokens` is logged",
     "pad_token": "padding is never seen by the policy",
@@ -44,7 +44,7 @@ def is_refused(name: str) -> bool:
 
 @knows_names
 @dataclass
-class DiffusionSFTConfig(SFTConfig):
+class DiffusionSFTConfig(PolicyOptions, SFTConfig):
     r"""
     Configuration class for the [`DiffusionSFTTrainer`].
 
@@ -133,10 +133,7 @@ class DiffusionSFTConfig(SFTConfig):
     def __post_init__(self):
         settle(self)
         super().__post_init__()
-        refused = self.refused()
-        if refused:
-            reasons = "\n".join(f"- `{name}`: {why}" for name, why in refused.items())
-            raise ValueError(f"These options of SFTConfig cannot be used with a diffusion policy:\n{reasons}")
+        self.check_refused(SFTConfig)
         check_fields(self, type(self).__dataclass_fields__.keys() - SFTConfig.__dataclass_fields__.keys())
         self._check_training()
         self.masks()  # checks the settings of the masks
@@ -179,24 +176,9 @@ class DiffusionSFTConfig(SFTConfig):
             max_corruption=self.max_corruption,
         )
 
-    def spec_overrides(self) -> dict[str, Any] | None:
-        """`diffusion_spec` as a mapping, after `__post_init__` has parsed it."""
-        return self.diffusion_spec if isinstance(self.diffusion_spec, dict) else None
-
-    def model_options(self) -> dict[str, Any]:
-        """Options for loading the model: `model_init_kwargs`, which transformers has parsed into a mapping."""
-        return cast(dict[str, Any], self.model_init_kwargs or {})
-
     def refused(self) -> dict[str, str]:
         """Options that are set although they do not apply to a diffusion policy, each with the reason."""
-        fields = type(self).__dataclass_fields__
-        found = {}
-        for name, why in _REFUSED.items():
-            neutral = fields[name].default if name in fields else None
-            if name in fields and getattr(self, name) not in (neutral, None, False, 0.0):
-                found[name] = f"{why} (got {getattr(self, name)!r}, leave it at {neutral!r})"
+        found = self.set_in_spite_of(_REFUSED)
         if self.loss_type != "nll":
             found["loss_type"] = f"{self.loss_type!r} is causal; `weighting` chooses the loss of masked tokens"
-        if self.model_options().get("trust_remote_code", False) is not False:
-            found["model_init_kwargs"] = f"`trust_remote_code`: {_REFUSED['trust_remote_code']}"
         return found

@@ -18,7 +18,7 @@ from ..policies.attention import enable_plans
 from ..policies.files import check_one_policy, check_weights
 from ..policies.forward import check_attention, check_implementation, unwrap
 from ..policies.limits import check_layers, context_length
-from ..policies.loading import load_config, load_tokenizer, resolve_spec, with_absent_tokens
+from ..policies.loading import config_of, resolve_spec, tokenizer_of, with_absent_tokens
 from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
 from ..policies.quantized import prepare_rounded
 from ..policies.spec import DiffusionSpec, set_spec
@@ -69,9 +69,8 @@ def set_up(
     for name, why in _REFUSED.items():
         if options.get(name) is not None:
             raise ValueError(f"`{name}` cannot be used with a diffusion policy: {why}. Leave it out.")
-    path = model if isinstance(model, str) else model.config._name_or_path
     if args is None:
-        name = model if isinstance(model, str) else path or model.config.model_type
+        name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
         args = DiffusionSFTConfig(f"{name.rstrip('/').split('/')[-1]}-SFT")
     if not isinstance(args, DiffusionSFTConfig):
         raise TypeError(f"`args` must be a DiffusionSFTConfig, got {type(args).__name__}.")
@@ -79,22 +78,16 @@ def set_up(
     check_rows(datasets, args, options.get("formatting_func"))
     adapter = options.get("peft_config")
     check_one_policy(str(args.output_dir), isinstance(model, PeftModel) or adapter is not None)
+    config = config_of(model, args.model_options())
     if isinstance(model, str):
-        known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-        config = load_config(model, **{key: value for key, value in args.model_options().items() if key in known})
         implementation = args.model_options().get("attn_implementation")
         if implementation not in (None, "flex_attention"):
             check_implementation(implementation)
         check_weights(model)
     else:
-        config = model.config
         check_adapters(model)
     if tokenizer is None:
-        if not path:
-            raise ValueError(
-                "The model was not loaded from anywhere, so its tokenizer is unknown. Pass it as `processing_class`."
-            )
-        tokenizer = load_tokenizer(path)
+        tokenizer = tokenizer_of(model)
     check_kind("processing_class", tokenizer, PreTrainedTokenizerBase, "a tokenizer")
     check_end(tokenizer, args)
     spec = _spec(config, args, tokenizer)

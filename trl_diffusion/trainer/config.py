@@ -17,14 +17,13 @@ from ..policies.prompts import read_chat_template_kwargs
 from ..scoring.draws import STEP_DISTRIBUTIONS, StepDistribution
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from .checks import check_looked_at, check_numbers, check_pairwise_losses, check_whole_numbers
-from .defaults import settle
+from .defaults import NO_REMOTE_CODE, PolicyOptions, settle
 
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo", "dpo")
 
 _NO_ENGINE = "they generate from left to right. This library's own decoder denoises a diffusion policy"
 _NO_TRUNCATION = "sampling and scoring would have to share the truncated distribution, and the kept set of each scored token is not recorded"
-_NO_REMOTE_CODE = "the families load without their hub code, which hides its attention masks from this library"
 _NO_DROPOUT = "log-probabilities recorded while decoding are compared with those of an update, and both must come from the same network"
 # Options of GRPOConfig that do not apply to a diffusion policy, and why. Nor do those that begin with `vllm_`.
 _REFUSED = {
@@ -39,7 +38,7 @@ _REFUSED = {
     "min_p": _NO_TRUNCATION,
     "repetition_penalty": "the distribution that tokens are sampled from would differ from the distribution that is scored",
     "max_tool_calling_iterations": "responses are denoised in one turn, without tools",
-    "trust_remote_code": _NO_REMOTE_CODE,
+    "trust_remote_code": NO_REMOTE_CODE,
     "disable_dropout": _NO_DROPOUT,
     "use_liger_kernel": "its fused loss, which earlier versions of TRL used, is causal. Its layers are not tested here",
     "router_aux_loss_coef": "the load balance of the experts would also count the copies in a packed layout",
@@ -64,7 +63,7 @@ _CHOICES = {
 
 @knows_names
 @dataclass
-class DTRPOConfig(RolloutOptions, GRPOConfig):
+class DTRPOConfig(PolicyOptions, RolloutOptions, GRPOConfig):
     r"""
     Configuration class for the [`DTRPOTrainer`].
 
@@ -308,10 +307,7 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
         check_whole_numbers(self)
         super().__post_init__()
         check_numbers(self)
-        refused = self.refused()
-        if refused:
-            reasons = "\n".join(f"- `{name}`: {why}" for name, why in refused.items())
-            raise ValueError(f"These options of GRPOConfig cannot be used with a diffusion policy:\n{reasons}")
+        self.check_refused(GRPOConfig)
         check_looked_at(self)
         # TRL finds these only after the first rollout.
         for name, choices in _CHOICES.items():
@@ -391,29 +387,10 @@ class DTRPOConfig(RolloutOptions, GRPOConfig):
             length_normalization=self.dpo_length_normalization,
         )
 
-    def spec_overrides(self) -> dict[str, Any] | None:
-        """`diffusion_spec` as a mapping, after `__post_init__` has parsed it."""
-        return self.diffusion_spec if isinstance(self.diffusion_spec, dict) else None
-
-    def model_options(self) -> dict[str, Any]:
-        """Options for loading the model: `model_init_kwargs`, which transformers has parsed into a mapping."""
-        return cast(dict[str, Any], self.model_init_kwargs or {})
-
     def refused(self) -> dict[str, str]:
         """Options that are set although they do not apply to a diffusion policy, each with the reason."""
-        fields = type(self).__dataclass_fields__
-        reasons = {**_REFUSED, **{name: _NO_ENGINE for name in fields if name.startswith("vllm_")}}
-        found = {}
-        for name, why in reasons.items():
-            if name not in fields:
-                continue
-            neutral = fields[name].default
-            if name == "router_aux_loss_coef" and getattr(self, name) == 0.0:
-                continue  # asks for the behaviour that it has anyway
-            if getattr(self, name) not in (neutral, None):
-                found[name] = f"{why} (got {getattr(self, name)!r}, leave it at {neutral!r})"
-        if self.model_options().get("trust_remote_code", False) is not False:  # with `None`, transformers asks
-            found["model_init_kwargs"] = f"`trust_remote_code`: {_NO_REMOTE_CODE}"
+        engines = {name: _NO_ENGINE for name in type(self).__dataclass_fields__ if name.startswith("vllm_")}
+        found = self.set_in_spite_of({**_REFUSED, **engines})
         if self.loss_type not in LOSS_TYPES:
             found["loss_type"] = f"{self.loss_type!r} is not known; there are {list(LOSS_TYPES)}"
         return found

@@ -1,9 +1,10 @@
-"""Defaults that depend on the machine, and options that may be given as text, for every config of a trainer."""
+"""What the configs of all trainers have in common: defaults of the machine, options of the policy, and what is refused."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
@@ -45,3 +46,47 @@ def _mapping(value: Any) -> dict[str, Any] | None:
     if not isinstance(found, dict | None):
         raise ValueError(f"`diffusion_spec` must be a mapping or a JSON object, got {value!r}.")
     return found
+
+
+NO_REMOTE_CODE = "the families load without their hub code, which hides its attention masks from this library"
+
+
+class PolicyOptions:
+    """Mixin of the configs of trainers: how the policy is loaded, and options that do not apply to one."""
+
+    if TYPE_CHECKING:
+        diffusion_spec: dict[str, Any] | str | None
+        model_init_kwargs: dict[str, Any] | str | None
+
+    def spec_overrides(self) -> dict[str, Any] | None:
+        """`diffusion_spec` as a mapping, after `__post_init__` has parsed it."""
+        return self.diffusion_spec if isinstance(self.diffusion_spec, dict) else None
+
+    def model_options(self) -> dict[str, Any]:
+        """Options for loading the model: `model_init_kwargs`, which transformers has parsed into a mapping."""
+        return cast(dict[str, Any], self.model_init_kwargs or {})
+
+    def refused(self) -> dict[str, str]:
+        """Options that are set although they do not apply to a diffusion policy, each with the reason."""
+        raise NotImplementedError
+
+    def set_in_spite_of(self, reasons: Mapping[str, str]) -> dict[str, str]:
+        """Of the options that `reasons` names, those that are set, each with the reason and its value; and remote code."""
+        fields = cast(Any, type(self)).__dataclass_fields__
+        found = {}
+        for name, why in reasons.items():
+            if name not in fields:
+                continue
+            value, neutral = getattr(self, name), fields[name].default
+            asks_for_nothing = name == "router_aux_loss_coef" and value == 0.0
+            if value not in (neutral, None) and not asks_for_nothing:
+                found[name] = f"{why} (got {value!r}, leave it at {neutral!r})"
+        if self.model_options().get("trust_remote_code", False) is not False:  # with `None`, transformers asks
+            found["model_init_kwargs"] = f"`trust_remote_code`: {NO_REMOTE_CODE}"
+        return found
+
+    def check_refused(self, base: type) -> None:
+        """Raises a `ValueError` if options of TRL's config `base` are set that do not apply to a diffusion policy."""
+        if refused := self.refused():
+            reasons = "\n".join(f"- `{name}`: {why}" for name, why in refused.items())
+            raise ValueError(f"These options of {base.__name__} cannot be used with a diffusion policy:\n{reasons}")

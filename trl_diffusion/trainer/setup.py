@@ -19,7 +19,7 @@ from ..policies.attention import enable_plans
 from ..policies.files import check_one_policy, check_weights
 from ..policies.forward import check_attention, unwrap
 from ..policies.limits import check_layers
-from ..policies.loading import load_config, load_tokenizer, resolve_spec
+from ..policies.loading import config_of, resolve_spec, tokenizer_of
 from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
 from ..policies.places import check_there
 from ..policies.prompts import TemplateRefusal, check_form, check_visible
@@ -123,10 +123,10 @@ def set_up(
     check_one_gpu(args)
     for callback in options.get("callbacks") or ():
         check_callback(callback)
-    config = _load_config(model, args)
+    config = config_of(model, args.model_options())
     if isinstance(model, str):
         check_weights(model)
-    processing_class = _load_tokenizer(model) if tokenizer is None else tokenizer
+    processing_class = tokenizer_of(model) if tokenizer is None else tokenizer
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     spec = resolve_spec(config, args.spec_overrides(), tokenizer)
     check_settings(args.decoding(), spec, config.get_text_config().vocab_size)
@@ -207,22 +207,6 @@ def _check_reference(model: Model, setup: Setup, adapter: Any) -> None:
             f"`beta={setup.args.beta}` needs a reference, which is loaded from the policy's path, but this model was "
             "not loaded from anywhere. Save it and pass the path as `model`, or set `beta=0`."
         )
-
-
-def _load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    path = model if isinstance(model, str) else model.config._name_or_path
-    if not path:
-        raise ValueError(
-            "The model was not loaded from anywhere, so its tokenizer is unknown. Pass it as `processing_class`."
-        )
-    return load_tokenizer(path)
-
-
-def _load_config(model: Model, args: DTRPOConfig) -> PretrainedConfig:
-    if not isinstance(model, str):
-        return model.config
-    known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-    return load_config(model, **{key: value for key, value in args.model_options().items() if key in known})
 
 
 # ----------------------------------------------------------------------------------------- after weights are loaded
