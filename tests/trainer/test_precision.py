@@ -42,6 +42,6 @@ def test_bf16_computes_in_bf16_and_scores_in_float32(make_trainer, checkpointing
     (False, {}, False), (False, {"use_cpu": True, "bf16": True}, True),
 ])  # fmt: skip
 def test_bfloat16_is_the_default_where_a_gpu_has_it(tmp_path, monkeypatch, gpu, options, expected):
-    for module in ("trl_diffusion.trainer.defaults", "transformers.training_args"):
+    for module in ("trl_diffusion.trainer.options", "transformers.training_args"):
         monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: gpu)
     assert DTRPOConfig(str(tmp_path), **options).bf16 is expected

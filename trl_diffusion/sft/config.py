@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from ..fields import AtLeast, Within, check_at_least, check_fields, check_one_of, check_within
 from ..names import knows_names
-from ..trainer.defaults import NO_REMOTE_CODE, PolicyOptions, settle
+from ..trainer.options import NO_REMOTE_CODE, PolicyOptions, settle
 from .masks import MaskConfig
 
 

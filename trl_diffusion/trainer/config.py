@@ -17,7 +17,7 @@ from ..policies.prompts import read_chat_template_kwargs
 from ..scoring.draws import STEP_DISTRIBUTIONS, StepDistribution
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from .checks import check_looked_at, check_numbers, check_pairwise_losses, check_whole_numbers
-from .defaults import NO_REMOTE_CODE, PolicyOptions, settle
+from .options import NO_REMOTE_CODE, PolicyOptions, settle
 
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo", "dpo")
