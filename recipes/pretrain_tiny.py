@@ -24,22 +24,21 @@ import argparse
 import random
 import time
 
-import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from trl_diffusion import DecodingConfig, DiffusionSFTConfig, DiffusionSFTTrainer, generate
 from trl_diffusion.policies.files import check_one_policy
-from trl_diffusion.policies.spec import DiffusionSpec, set_spec
+from trl_diffusion.policies.small import CONTEXT, random_model, small_config
+from trl_diffusion.policies.spec import DiffusionSpec
 from trl_diffusion.rewards import countdown, sudoku
 from trl_diffusion.sft.documents import IGNORED
 from trl_diffusion.utils import check_writable, errors_in_a_line
 
 
 SPECIAL = ["<pad>", "<mask>", "<eos>", "<unk>"]
-CONTEXT = 512
 CLUES = 2  # of the sudokus that the policies with full attention know
 CORRUPTION = 0.1  # largest share of visible tokens that the revising policy is shown wrong
 
@@ -70,29 +69,6 @@ def build_spec(tokenizer: PreTrainedTokenizerFast, policy: str) -> DiffusionSpec
         return spec
     revises = policy == "revising"
     return spec.replace(attention="full", block_size=17, block_origin="response", predicts_visible_tokens=revises)
-
-
-def build_model(
-    tokenizer: PreTrainedTokenizerFast, spec: DiffusionSpec, hidden_size: int, num_layers: int
-) -> Qwen3ForCausalLM:
-    """A randomly initialised policy."""
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=hidden_size // 4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
-    set_spec(config, spec)
-    return Qwen3ForCausalLM(config)
 
 
 def careless_sudoku(puzzle: str) -> str:
@@ -187,10 +163,9 @@ def build_trainer(args: argparse.Namespace) -> DiffusionSFTTrainer:
     """The trainer of a randomly initialised policy on its corpus."""
     is_block = args.policy == "block"
     tokenizer = build_tokenizer()
-    torch.manual_seed(args.seed)
-    model = build_model(
-        tokenizer, build_spec(tokenizer, args.policy), args.hidden_size or (128 if is_block else 64), args.num_layers
-    )
+    hidden_size = args.hidden_size or (128 if is_block else 64)
+    config = small_config(tokenizer, hidden_size, args.num_layers, build_spec(tokenizer, args.policy))
+    model = random_model(config, args.seed)
     corpus = (
         make_corpus(args.corpus_size, args.carelessness, args.seed)
         if is_block

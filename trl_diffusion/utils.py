@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
@@ -363,3 +363,27 @@ def wilson(share: float, number: int, confidence: float = 0.95) -> tuple[float, 
     centre = (share + z * z / (2 * number)) / (1 + z * z / number)
     half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+# 97.5 % quantiles of Student's t distribution, by degrees of freedom from 1 on.
+_STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101,
+    2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def half_width(values: Sequence[float]) -> float:
+    """
+    Half of the width of a 95 % interval for the mean of normally distributed values, by Student's t distribution. From 32 values
+    on, the quantile of 31 values is used, which is a little too large.
+
+    Args:
+        values (`Sequence[float]`): independent values, such as one for each seed.
+
+    Raises:
+        ValueError: if there are fewer than two values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"An interval needs at least two values, got {len(values)}.")
+    quantile = _STUDENT[min(len(values) - 1, len(_STUDENT)) - 1]
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))

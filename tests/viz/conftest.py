@@ -23,7 +23,7 @@ def answer():
     return decode(make_policy(SPEC), make_prompts((3,)), DecodingConfig(20, tokens_per_step=2))
 
 
-save = plots._save
+save = plots.save
 
 
 @pytest.fixture

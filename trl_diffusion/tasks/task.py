@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
@@ -17,7 +18,7 @@ from datasets import Dataset
 
 from ..fields import check_at_least
 from ..policies.files import check_no_pointer
-from ..rewards import countdown, math, sudoku, word_sums
+from ..rewards import cells, countdown, math, sudoku, word_sums
 from ..utils import read_text
 
 
@@ -229,6 +230,12 @@ def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "role" in one for one in value)
 
 
+def cell_rows(path: str) -> list[dict[str, Any]]:
+    """The puzzles of a file, each with its `prompt` and its `cells`, the solution."""
+    names, rows = ("prompt", "cells"), enumerate(read_rows(path))
+    return [{name: _text(row, name, path, number) for name in names} for number, row in rows]
+
+
 def word_sum_rows(path: str) -> list[dict[str, Any]]:
     """The questions of a file, with their numbers (`first`, `sign`, `second`) and their `answer`; the `prompt` is the user's message."""
     rows = []
@@ -366,6 +373,24 @@ def _sparse_sudoku(train_file: str | None, eval_file: str | None, train_size: in
     return _sudoku(train_file, eval_file, min(train_size, most), eval_size, seed, "sparse_sudoku", 14)
 
 
+def _sudoku_12(train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int) -> Task:
+    return _sudoku(train_file, eval_file, train_size, eval_size, seed, "sudoku_12", 12)
+
+
+def _cells(
+    kind: str, train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int
+) -> Task:
+    kept = list(cells.evaluation_puzzles(kind))
+    evaluation = cell_rows(eval_file) if eval_file else kept
+    excluded = {row["prompt"] for row in (*kept, *evaluation)}
+    if train_file:
+        train = [row for row in cell_rows(train_file) if row["prompt"] not in excluded][:train_size]
+    else:
+        train = cells.generate(kind, train_size, seed, excluded)
+    rewards, solution = [cells.cells_solved, cells.cells_right], itemgetter("cells")
+    return _task(kind, "puzzles", train, evaluation[:eval_size], rewards, cells.cells_solved, solution)
+
+
 def _task(
     name: str, unit: str, train: list, evaluation: list, reward_funcs: list, solved: Callable, solution: Callable
 ) -> Task:
@@ -381,6 +406,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "countdown": _countdown,
     "gsm8k": _gsm8k,
     "word_sums": _word_sums,
+    "sudoku_12": _sudoku_12,
+    **{kind: partial(_cells, kind) for kind in cells.KINDS},
 }
 
 

@@ -39,7 +39,7 @@ FONTS = (
 )
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -120,7 +120,7 @@ def plot_trajectory(
         )
     longest = max([1, *(cells(text) for texts in response.texts for text in texts)])
     cell = max(0.34, (4.8 * longest + 5) / 72)  # inches
-    figure = _figure(max(4.0, cell * shown + 1.7), max(2.3, 0.26 * len(lines) + 1.1))
+    figure = new_figure(max(4.0, cell * shown + 1.7), max(2.3, 0.26 * len(lines) + 1.1))
     axes = figure.subplots()
     _draw_cells(axes, response, cell)
     for position in range(1, shown):
@@ -136,7 +136,7 @@ def plot_trajectory(
     heading = textwrap.shorten(_visible(title) or "a response being denoised", room, placeholder=" ...")
     axes.set_title(heading, fontsize=10, parse_math=False, fontfamily=_fonts())
     _draw_scale(figure, axes, response)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _draw_cells(axes, response: _Response, cell: float) -> None:
@@ -226,7 +226,7 @@ def plot_runs(runs: Sequence[Run], path: str | Path, title: str = "") -> Path:
     """
     if not runs:
         raise ValueError("There is no run to draw.")
-    figure = _figure(7.2, 7.4)
+    figure = new_figure(7.2, 7.4)
     grid = figure.subplots(3, 2, sharex=True)
     colours = _colours(len(runs))
     for axes, panel in zip(grid.flat, panels(runs), strict=True):
@@ -245,7 +245,7 @@ def plot_runs(runs: Sequence[Run], path: str | Path, title: str = "") -> Path:
     figure.suptitle(
         title or (heading(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"), fontsize=10, parse_math=False
     )
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _colours(number: int) -> list[str]:
@@ -334,7 +334,7 @@ def _fonts() -> list[str]:
     return [*rcParams["font.family"], *(name for name in FONTS if name in font_manager.get_font_names())]
 
 
-def _save(figure, path: str | Path) -> Path:
+def save(figure, path: str | Path) -> Path:
     with whole_file(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # no font has the character: a box is drawn
         figure.savefig(temporary, dpi=min(150.0, MOST_PIXELS / max(figure.get_size_inches())))

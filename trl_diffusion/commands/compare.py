@@ -1,0 +1,131 @@
+"""
+Compares autoregressive and diffusion policies on equal terms: the same backbone, data, tokens, prompts, rewards and updates.
+
+    trl-diffusion compare --quick                          # two tasks, two seeds, minutes on 2 cores
+    trl-diffusion compare --output_dir outputs/compare     # four tasks, seven arms, five seeds: about 5 hours of a core
+    trl-diffusion compare --rows outputs/compare --output_dir outputs/report    # the report alone, from finished runs
+
+An arm is a policy and a way to answer. `autoregressive` writes from left to right and is trained by TRL's `GRPOTrainer`. The others are
+diffusion policies and are trained by `DTRPOTrainer`: with attention in blocks, with full attention, with full attention in a fixed order
+from left to right, and each of these with revision (tokens may be taken back). Every arm is measured at temperatures 0 and 1, after the
+same updates and after the same seconds, and at several numbers of forward passes.
+
+Every task needs right answers to learn from. All runs of one seed come before the next seed. A run that is done is kept in `--output_dir`
+and never repeated: the same command goes on where it stopped, and may ask for more tasks, arms or seeds. The report is written again
+after every run. Pretraining, tuning of learning rates and reinforcement are all included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+from ..experiments.arms import ARMS
+from ..experiments.report import read_rows, write_report
+from ..experiments.settings import EQUAL, Comparison, Sizes
+from ..experiments.study import jobs, run
+from ..fields import check_at_least
+from ..quiet import hush_commands
+from ..utils import check_writable, exit_code
+from .interrupt import ending_in_a_line
+from .parser import PROG, Parser
+
+
+# `--quick` learns little more than the way: its tasks are the two on which the order of writing should decide.
+QUICK = Comparison(
+    tasks=("chain", "backward_chain"),
+    arms=("autoregressive", "full", "fixed order", "full, revising"),
+    seeds=(0, 1),
+    sizes=Sizes(
+        hidden_size=32, num_layers=3, corpus_size=6000, pretrain_updates=150, updates=10, batch_size=128, num_generations=8,
+        seconds=4.0, learning_rates=(6e-4,), eval_size=100, validation_size=50, num_samples=4,
+    ),
+)  # fmt: skip
+_CHANGED = ("pretrain_updates", "updates", "seconds", "hidden_size", "num_layers", "eval_size", "equal")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    Runs the command.
+
+    Args:
+        arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
+
+    Returns:
+        `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
+    """
+    options = _parser().parse_args(arguments)
+    hush_commands()
+    typed = " ".join([PROG, "compare", *(sys.argv[1:] if arguments is None else arguments)])
+    with ending_in_a_line(lambda: f"The runs that are done are kept. To go on: {typed}"):
+        return exit_code(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    directory = Path(options.output_dir or ("outputs/compare_quick" if options.quick else "outputs/compare"))
+    check_writable(directory, "--output_dir")
+    if options.rows is not None:
+        _report(options.rows, directory, options.json)
+        return
+    comparison = comparison_of(options)
+    check_at_least("--workers", options.workers)
+    every = jobs(comparison)
+    left = sum(not job.path(directory).is_file() for job in every)
+    print(f"{len(every)} runs on {len(comparison.tasks)} tasks with {len(comparison.seeds)} seeds, {left} left. Output: {directory}")
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    run(comparison, directory, options.workers, say)
+    _report(directory, directory, options.json)
+
+
+def comparison_of(options: argparse.Namespace) -> Comparison:
+    """What the options ask for."""
+    start = QUICK if options.quick else Comparison()
+    sizes = {name: getattr(options, name) for name in _CHANGED if getattr(options, name) is not None}
+    lists = {name: tuple(getattr(options, name)) for name in ("tasks", "arms", "seeds") if getattr(options, name)}
+    if options.learning_rates:
+        sizes["learning_rates"] = tuple(options.learning_rates)
+    return replace(start, sizes=replace(start.sizes, **sizes), **lists)
+
+
+def _report(source: Path, directory: Path, as_json: bool) -> None:
+    rows = read_rows(Path(source))
+    names = write_report(rows, directory)
+    print(Path(directory, "report.md").read_text(encoding="utf-8"))
+    print(f"{directory} has {', '.join(names)}.")
+    if as_json:
+        print(json.dumps({"rows": rows}))
+
+
+def _parser() -> Parser:
+    parser = Parser(f"{PROG} compare", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small comparison that ends within 10 minutes on 2 cores")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names of tasks")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(map(repr, ARMS))}")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="each is another policy from the beginning")
+    parser.add_argument("--learning_rates", nargs="+", type=float, metavar="RATE", help="of reinforcement, to choose from")
+    known = {one.name: one for one in fields(Sizes)}
+    helps = {
+        "pretrain_updates": "optimizer steps of pretraining",
+        "updates": "optimizer steps of reinforcement",
+        "seconds": "core seconds of reinforcement, for the budget of equal seconds",
+        "hidden_size": "width of the backbone",
+        "num_layers": "layers of the backbone",
+        "eval_size": "puzzles that every policy is measured on",
+        "equal": "what pretraining has in common: tokens, or floating-point operations",
+    }
+    for name, text in helps.items():
+        kind = str if name == "equal" else type(known[name].default)
+        parser.add_argument(f"--{name}", type=kind, help=text, choices=EQUAL if name == "equal" else None)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at once, of one thread each")
+    parser.add_argument("--rows", type=Path, metavar="PATH", help="write the report of these finished runs (a directory or a "
+                        ".jsonl file), and run nothing")  # fmt: skip
+    parser.add_argument("--output_dir", help="where runs and the report are kept (outputs/compare)")
+    parser.add_argument("--json", action="store_true", help="print all rows as one JSON object on the last line")
+    return parser

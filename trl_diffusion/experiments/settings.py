@@ -1,0 +1,103 @@
+"""What a comparison does, and how much of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from ..fields import AtLeast, Within, check_fields, check_one_of
+from .arms import ARMS
+
+
+EQUAL = ("tokens", "flops")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """
+    How a policy is made, taught and measured. Two runs with equal sizes can be compared.
+
+    Args:
+        hidden_size, num_layers (`int`): width and layers of the backbone.
+        corpus_size (`int`): different right answers to pretrain on.
+        pretrain_updates, pretrain_batch_size (`int`): optimizer steps of pretraining, and answers in each.
+        pretrain_learning_rate (`float`): highest learning rate of pretraining. It falls as a cosine.
+        equal (`str`): what twins have in common: `"tokens"` (the answers that they were shown) or `"flops"` (floating-point
+            operations; the autoregressive twin has `pretrain_updates`, the others fewer or more).
+        updates, batch_size, num_generations (`int`): optimizer steps of reinforcement, answers in each, and answers to a prompt.
+        seconds (`float`): core seconds of reinforcement for the budget of equal seconds.
+        learning_rates (`tuple[float, ...]`): learning rates of reinforcement that every arm chooses from.
+        eval_size, validation_size (`int`): puzzles that an arm is measured on, and puzzles with which thresholds and learning
+            rates are chosen.
+        num_samples (`int`): answers to a puzzle for pass@k.
+        choice_seed (`int`): the seed with which learning rates are chosen. It plays no other part.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    hidden_size: Annotated[int, AtLeast(8)] = 64
+    num_layers: Annotated[int, AtLeast(1)] = 4
+    corpus_size: Annotated[int, AtLeast(1)] = 20_000
+    pretrain_updates: Annotated[int, AtLeast(1)] = 600
+    pretrain_batch_size: Annotated[int, AtLeast(1)] = 64
+    pretrain_learning_rate: Annotated[float, Within("(0, inf)")] = 3e-3
+    equal: str = "tokens"
+    updates: Annotated[int, AtLeast(1)] = 40
+    batch_size: Annotated[int, AtLeast(2)] = 256
+    num_generations: Annotated[int, AtLeast(2)] = 16
+    seconds: Annotated[float, Within("(0, inf)")] = 20.0
+    learning_rates: tuple[float, ...] = (2e-4, 6e-4)
+    eval_size: Annotated[int, AtLeast(1)] = 300
+    validation_size: Annotated[int, AtLeast(1)] = 200
+    num_samples: Annotated[int, AtLeast(1)] = 8
+    choice_seed: Annotated[int, AtLeast(0)] = 1000
+
+    def __post_init__(self):
+        own = {"learning_rates", "equal"}
+        check_fields(self, set(self.__dataclass_fields__) - own)
+        check_one_of("equal", self.equal, EQUAL)
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"`learning_rates` must be positive numbers, got {self.learning_rates!r}.")
+        if self.batch_size % self.num_generations:
+            raise ValueError(f"`batch_size` ({self.batch_size}) must be a multiple of `num_generations` "
+                             f"({self.num_generations}).")  # fmt: skip
+        if self.hidden_size % 8:
+            raise ValueError(f"`hidden_size` must be a multiple of 8, got {self.hidden_size}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sizes as plain JSON types."""
+        return {**asdict(self), "learning_rates": list(self.learning_rates)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Which arms are compared, on what.
+
+    Args:
+        tasks (`tuple[str, ...]`): names of tasks that have right answers to learn from.
+        arms (`tuple[str, ...]`): names of `ARMS`.
+        seeds (`tuple[int, ...]`): every seed is another initial policy, another corpus and other rollouts.
+        sizes ([`Sizes`]): how much of everything.
+
+    Raises:
+        ValueError: for an unknown arm, or a seed that is used to choose learning rates.
+    """
+
+    tasks: tuple[str, ...] = ("sudoku_12", "program", "backward_chain", "chain")
+    arms: tuple[str, ...] = tuple(ARMS)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    sizes: Sizes = field(default_factory=Sizes)
+
+    def __post_init__(self):
+        for name in ("tasks", "arms", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"`{name}` must be different values, at least one, got {list(values)!r}.")
+        for arm in self.arms:
+            check_one_of("arms", arm, ARMS)
+        if self.sizes.choice_seed in self.seeds:
+            raise ValueError(f"The seed {self.sizes.choice_seed} chooses learning rates. Leave it out of `seeds`.")
+        if min(self.seeds) < 0:
+            raise ValueError(f"`seeds` must be at least 0, got {list(self.seeds)!r}.")
