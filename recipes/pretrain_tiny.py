@@ -164,8 +164,8 @@ def build_trainer(args: argparse.Namespace) -> DiffusionSFTTrainer:
     is_block = args.policy == "block"
     tokenizer = build_tokenizer()
     hidden_size = args.hidden_size or (128 if is_block else 64)
-    config = small_config(tokenizer, hidden_size, args.num_layers, build_spec(tokenizer, args.policy))
-    model = random_model(config, args.seed)
+    backbone = small_config(tokenizer, hidden_size, args.num_layers, build_spec(tokenizer, args.policy))
+    model = random_model(backbone, args.seed)
     corpus = (
         make_corpus(args.corpus_size, args.carelessness, args.seed)
         if is_block

@@ -31,6 +31,7 @@ LAUNCHED = {
 # Commands that run in this process.
 DIRECT = {
     "iterate": "collect and train in rounds, each with the policy of the one before",
+    "compare": "compare autoregressive and diffusion policies on equal terms, in a queue of runs that can be interrupted",
     "generate": "answer a prompt, and watch it being denoised",
     "plan": "say what fits on which GPU, and how long it takes, from the config of a model alone",
     "view": "draw a stored answer being denoised, or how a run went",
@@ -46,6 +47,7 @@ from the embedded policy, which is bad at 4x4 sudoku before it is trained, to a 
   {PROG} view outputs/trajectories 0 --output answer.html
   {PROG} train --config tiny_offline
   {PROG} iterate --rounds 2
+  {PROG} compare --quick
   {PROG} adapt Qwen/Qwen3-0.6B --train_file data/chats.jsonl --output_dir outputs/qwen3_policy
   {PROG} plan GSAI-ML/LLaDA-8B-Instruct --gpus 8 --memory 80
   {PROG} train --accelerate_config zero3 --config llada_8gpu --train_file data/gsm8k/train.jsonl

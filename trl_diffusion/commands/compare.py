@@ -75,7 +75,9 @@ def _run(options: argparse.Namespace) -> None:
     check_at_least("--workers", options.workers)
     every = jobs(comparison)
     left = sum(not job.path(directory).is_file() for job in every)
-    print(f"{len(every)} runs on {len(comparison.tasks)} tasks with {len(comparison.seeds)} seeds, {left} left. Output: {directory}")
+    print(
+        f"{len(every)} runs on {len(comparison.tasks)} tasks with {len(comparison.seeds)} seeds, {left} left. Output: {directory}"
+    )
 
     def say(line: str) -> None:
         print(line, flush=True)
@@ -105,11 +107,17 @@ def _report(source: Path, directory: Path, as_json: bool) -> None:
 
 def _parser() -> Parser:
     parser = Parser(f"{PROG} compare", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a small comparison that ends within 10 minutes on 2 cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small comparison that ends within 10 minutes on 2 cores"
+    )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names of tasks")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(map(repr, ARMS))}")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="each is another policy from the beginning")
-    parser.add_argument("--learning_rates", nargs="+", type=float, metavar="RATE", help="of reinforcement, to choose from")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="SEED", help="each is another policy from the beginning"
+    )
+    parser.add_argument(
+        "--learning_rates", nargs="+", type=float, metavar="RATE", help="of reinforcement, to choose from"
+    )
     known = {one.name: one for one in fields(Sizes)}
     helps = {
         "pretrain_updates": "optimizer steps of pretraining",
@@ -123,7 +131,9 @@ def _parser() -> Parser:
     for name, text in helps.items():
         kind = str if name == "equal" else type(known[name].default)
         parser.add_argument(f"--{name}", type=kind, help=text, choices=EQUAL if name == "equal" else None)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at once, of one thread each")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes at once, of one thread each"
+    )
     parser.add_argument("--rows", type=Path, metavar="PATH", help="write the report of these finished runs (a directory or a "
                         ".jsonl file), and run nothing")  # fmt: skip
     parser.add_argument("--output_dir", help="where runs and the report are kept (outputs/compare)")

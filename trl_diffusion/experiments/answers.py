@@ -86,7 +86,9 @@ def _continue(model, tokenizer, ids: list[list[int]], length: int, temperature: 
         torch.default_generator.manual_seed(derive_seed(seed))
         for first in range(0, len(ids), ROWS):
             batch = tokenizer.pad({"input_ids": ids[first : first + ROWS]}, padding_side="left", return_tensors="pt")
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+            sampling = (
+                {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+            )
             output = model.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=length,
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **sampling,
@@ -159,7 +161,9 @@ def sampled(model: nn.Module, material: Material, arm: Arm, seed: int) -> dict[s
     task, number = material.whole, material.sizes.num_samples
     settings, right = arm.schedule(material.length), [0] * len(task.evaluation)
     for sample in range(number):
-        texts = answer(model, material, arm, task.evaluation, 1.0, derive_seed(seed, SAMPLES, sample), **settings).texts
+        texts = answer(
+            model, material, arm, task.evaluation, 1.0, derive_seed(seed, SAMPLES, sample), **settings
+        ).texts
         columns = {name: task.evaluation[name] for name in task.evaluation.column_names if name != "prompt"}
         for row, score in enumerate(task.solved(completions=texts, **columns)):
             right[row] += score == 1

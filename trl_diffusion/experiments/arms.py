@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..decoding.config import DecodingConfig
 from ..policies.spec import DiffusionSpec
@@ -26,7 +26,7 @@ class Twin:
         corruption (`float`): largest share of visible tokens that it is shown wrong while it is pretrained.
     """
 
-    attention: str | None = None
+    attention: Literal["block", "full"] | None = None
     corruption: float = 0.0
 
     def spec(self, tokenizer: Any, length: int) -> DiffusionSpec | None:

@@ -35,7 +35,12 @@ def _style(results: Results, name: str) -> dict[str, Any]:
     arm = max((arm for arm in results.arms if name.startswith(arm)), key=len)
     index = results.arms.index(arm)
     line = ":" if name.endswith(AFTERWARDS) else "--" if name.endswith(", adaptive") else "-"
-    return {"color": css(CURVES[index % len(CURVES)]), "marker": MARKERS[index % len(MARKERS)], "linestyle": line, "label": name}
+    return {
+        "color": css(CURVES[index % len(CURVES)]),
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": line,
+        "label": name,
+    }
 
 
 def _draw_passes(results: Results, path: Path) -> str:
@@ -46,7 +51,9 @@ def _draw_passes(results: Results, path: Path) -> str:
         for temperature, axes in zip((0.0, 1.0), line, strict=True):
             for name, curve in curves(results, task, temperature).items():
                 means, halves = [one.mean for one in curve.values()], [one.half for one in curve.values()]
-                handles[name] = axes.errorbar(list(curve), means, halves, capsize=2, ms=4, linewidth=1.3, **_style(results, name))
+                handles[name] = axes.errorbar(
+                    list(curve), means, halves, capsize=2, ms=4, linewidth=1.3, **_style(results, name)
+                )
             axes.set_title(f"{task}, temperature {temperature:g}", fontsize=9)
             axes.set_xlabel("forward passes, at most", fontsize=8)
             axes.set_ylim(-0.03, 1.03)

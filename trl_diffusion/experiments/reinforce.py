@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback
@@ -78,7 +78,10 @@ def build_trainer(
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     arguments: dict[str, Any] = dict(
-        model=model, reward_funcs=task.reward_funcs, train_dataset=material.prompts, processing_class=material.tokenizer
+        model=model,
+        reward_funcs=task.reward_funcs,
+        train_dataset=material.prompts,
+        processing_class=material.tokenizer,
     )
     if arm.is_causal:
         return GRPOTrainer(args=GRPOConfig(**options), **arguments)
@@ -106,7 +109,7 @@ def choose(material: Material, arm: Arm, directory: Path, learning_rate: float) 
     """
     trainer = _train(material, arm, directory, learning_rate, None, lambda name, step, trainer: None)
     rows, settings = material.validation, arm.schedule(material.length)
-    texts = answer(trainer.model, material, arm, rows, 1.0, material.seed, **settings).texts
+    texts = answer(cast(PreTrainedModel, trainer.model), material, arm, rows, 1.0, material.seed, **settings).texts
     return {"validation": solved(material.whole, rows, texts)}
 
 
@@ -133,7 +136,7 @@ def reinforce(material: Material, arm: Arm, directory: Path, learning_rate: floa
     row["before_pass_at_k"] = sampled(open_twin(directory), material, arm, seed)
 
     def reached(name: str, step: int, trainer: GRPOTrainer) -> None:
-        model, whole = trainer.model, name == "updates"
+        model, whole = cast(PreTrainedModel, trainer.model), name == "updates"
         row[name] = {"updates": step, "points": measure(model, material, arm, seed, None if whole else at)}
         if not whole:
             return
@@ -152,8 +155,6 @@ def _train(material: Material, arm: Arm, directory: Path, learning_rate: float, 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(open_twin(directory), material, arm, learning_rate, material.seed, scratch)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(
-            Budgets(material.sizes.updates, seconds, lambda name, step: reached(name, step, trainer))
-        )
+        trainer.add_callback(Budgets(material.sizes.updates, seconds, lambda name, step: reached(name, step, trainer)))
         trainer.train()
     return trainer

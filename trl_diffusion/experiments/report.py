@@ -222,12 +222,12 @@ def differences_table(results: Results, task: str, rival: str) -> str:
     return table(header, lines)
 
 
-def curves(results: Results, task: str, temperature: float) -> dict[str, dict[float, Estimate]]:
+def curves(results: Results, task: str, temperature: float) -> dict[str, dict[int, Estimate]]:
     """
     Solve rates after equal updates by forward passes, for each arm and way to spend them: fixed numbers of passes, adaptive
     unmasking, and revision only when measured.
     """
-    found: dict[str, dict[float, Estimate]] = {}
+    found: dict[str, dict[int, Estimate]] = {}
     for arm in results.arms:
         rows = results.runs.get((task, arm), [])
         if not rows:
@@ -237,7 +237,7 @@ def curves(results: Results, task: str, temperature: float) -> dict[str, dict[fl
             measured = [points_of(row, when) for row in rows if when in row]
             if not measured:
                 continue
-            curve = {}
+            curve: dict[int, Estimate] = {}
             for limit in limits(rows[0]["length"]):
                 points = [within(points, temperature, limit, adaptive) for points in measured]
                 chosen = [point for point in points if point is not None]
@@ -337,7 +337,9 @@ def write_report(rows: list[Row], directory: Path) -> list[str]:
     """
     from .pictures import draw
 
-    ordered = sorted(rows, key=lambda row: (row["kind"], row["task"], row["what"], row["seed"], row.get("learning_rate") or 0))
+    ordered = sorted(
+        rows, key=lambda row: (row["kind"], row["task"], row["what"], row["seed"], row.get("learning_rate") or 0)
+    )
     write_text(directory / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in ordered))
     pictures = draw(Results(ordered), directory)
     write_text(directory / "report.md", "# Comparison\n\n" + report(ordered, pictures))

@@ -85,7 +85,7 @@ class Comparison:
         ValueError: for an unknown arm, or a seed that is used to choose learning rates.
     """
 
-    tasks: tuple[str, ...] = ("sudoku_12", "program", "backward_chain", "chain")
+    tasks: tuple[str, ...] = ("sudoku_12", "game_tree", "backward_chain", "chain")
     arms: tuple[str, ...] = tuple(ARMS)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     sizes: Sizes = field(default_factory=Sizes)

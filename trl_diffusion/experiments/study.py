@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..policies.loading import load_tokenizer
+from ..policies.tiny import tiny_policy_path
+from ..tasks import load_task
 from ..utils import read_record, versions, write_text
 from .arms import ARMS
 from .settings import Comparison, Sizes
@@ -98,6 +101,7 @@ def run(comparison: Comparison, directory: Path, workers: int, say: Callable[[st
     Raises:
         ValueError: if `directory` holds a comparison of other sizes, or a damaged row.
     """
+    check_tasks(comparison)
     _keep_plan(comparison.sizes, directory)
     left = [job for job in jobs(comparison) if not job.path(directory).is_file()]
     total, running = len(left), dict[Future, Job]()
@@ -119,6 +123,21 @@ def run(comparison: Comparison, directory: Path, workers: int, say: Callable[[st
             raise
 
 
+def check_tasks(comparison: Comparison) -> None:
+    """Raises a `ValueError` for a task that does not exist, or that has no right answers in the words of the twins' tokenizer."""
+    tokenizer = load_tokenizer(tiny_policy_path())
+    for name in comparison.tasks:
+        task = load_task(name, train_size=1, eval_size=1, seed=comparison.seeds[0])
+        (row,) = task.documents(task.train)
+        if not isinstance(row["prompt"], str):
+            raise ValueError(f"The prompts of the task {name!r} are messages, and the twins have no chat template.")
+        for text in (row["prompt"], row["completion"]):
+            if tokenizer.unk_token_id in tokenizer(text)["input_ids"]:
+                raise ValueError(
+                    f"The tokenizer of the twins lacks a character of {text!r:.80}, from the task {name!r}."
+                )
+
+
 def _ready(left: list[Job], comparison: Comparison, directory: Path, most: int) -> Iterator[Job]:
     for job in left:
         if most <= 0:
@@ -136,7 +155,9 @@ def _keep_plan(sizes: Sizes, directory: Path) -> None:
         changed = sorted(name for name in {*plan, *before} if before.get(name) != plan.get(name))
         if changed:
             said = "; ".join(f"`{name}` was {before.get(name)!r} and is {plan.get(name)!r}" for name in changed)
-            raise ValueError(f"{directory} holds a comparison with other sizes: {said}. Give it another `--output_dir`.")
+            raise ValueError(
+                f"{directory} holds a comparison with other sizes: {said}. Give it another `--output_dir`."
+            )
         return
     (directory / ROWS).mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"sizes": plan, "versions": versions()}, indent=2) + "\n")

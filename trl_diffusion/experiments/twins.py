@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -76,7 +76,9 @@ class Material:
     @property
     def prompts(self) -> Dataset:
         """Rows for reinforcement."""
-        return self.whole.train.select(range(self.sizes.corpus_size + self.sizes.validation_size, len(self.whole.train)))
+        return self.whole.train.select(
+            range(self.sizes.corpus_size + self.sizes.validation_size, len(self.whole.train))
+        )
 
     @cached_property
     def documents(self) -> Dataset:
@@ -119,9 +121,7 @@ def build_trainer(material: Material, twin: str, updates: int, directory: str | 
         directory (`str` or `Path`): where the trainer may write.
     """
     sizes, kind, tokenizer = material.sizes, TWINS[twin], material.tokenizer
-    config = small_config(
-        tokenizer, sizes.hidden_size, sizes.num_layers, kind.spec(tokenizer, material.length)
-    )
+    config = small_config(tokenizer, sizes.hidden_size, sizes.num_layers, kind.spec(tokenizer, material.length))
     options: dict[str, Any] = dict(
         output_dir=str(directory), per_device_train_batch_size=sizes.pretrain_batch_size, max_length=None, max_steps=updates,
         learning_rate=sizes.pretrain_learning_rate, lr_scheduler_type="cosine", warmup_steps=updates // 10, weight_decay=0.01,
@@ -149,7 +149,7 @@ def flops_of_update(trainer: SFTTrainer) -> int:
     Floating-point operations of one update, forward and backward, on its first batch: those of the matrix products, as PyTorch
     counts them while they run. Attention is computed in parts that PyTorch can count.
     """
-    model = trainer.model
+    model = cast(PreTrainedModel, trainer.model)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
@@ -164,7 +164,9 @@ def updates_of(material: Material, twin: str) -> int:
     if material.sizes.equal == "tokens" or twin == "autoregressive":
         return updates
     with tempfile.TemporaryDirectory() as directory:
-        costs = [flops_of_update(build_trainer(material, name, updates, directory)) for name in ("autoregressive", twin)]
+        costs = [
+            flops_of_update(build_trainer(material, name, updates, directory)) for name in ("autoregressive", twin)
+        ]
     return max(round(updates * costs[0] / costs[1]), 1)
 
 
@@ -188,7 +190,7 @@ def pretrain(material: Material, twin: str, directory: Path) -> dict[str, Any]:
         trainer.train()
         seconds = time.process_time() - started
     stream = material.stream(updates)
-    model: PreTrainedModel = trainer.model
+    model = cast(PreTrainedModel, trainer.model)
     model.eval().save_pretrained(directory)
     material.tokenizer.save_pretrained(directory)
     log = trainer.state.log_history

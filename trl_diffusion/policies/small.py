@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from .spec import DiffusionSpec, set_spec
 
@@ -43,7 +43,7 @@ def small_config(
     return config
 
 
-def random_model(config: PretrainedConfig, seed: int) -> Qwen3ForCausalLM:
+def random_model(config: Qwen3Config, seed: int) -> Qwen3ForCausalLM:
     """A randomly initialised model. Equal seeds and shapes give equal weights. The global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -5,8 +5,7 @@ Every puzzle has one solution. They differ in the order in which the cells follo
 
 - `"chain"`: each digit follows from the one before it. Writing from left to right suits it.
 - `"backward_chain"`: each digit follows from the one after it. Writing from left to right does not suit it.
-- `"program"`: a straight-line program whose statements were shuffled. The order is another one in every puzzle.
-- `"knights"`: knights always tell the truth and knaves never do. The cells constrain each other, and none of them comes first.
+- `"game_tree"`: the value of a position in a game follows from those after it, which are written behind it.
 """
 
 from __future__ import annotations
@@ -15,21 +14,19 @@ import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 
 from .completions import texts
 
 
 CELLS = 8
-DIGITS = 4  # cells of chains and programs count modulo this
-WEIGHTS = (4, 2, 1, 1)  # how often 0, 1, 2 and 3 are added. If all were as frequent, one cell alone would say nothing about the next
-LETTERS = "abcdefgh"
-PEOPLE = 6
-OPERATORS: dict[str, Callable[[int, int], int]] = {
-    "&": lambda one, other: one & other,
-    "|": lambda one, other: one | other,
-    "^": lambda one, other: one ^ other,
-}
+DIGITS = 4  # chains count modulo this
+WEIGHTS = (
+    4,
+    2,
+    1,
+    1,
+)  # how often 0, 1, 2 and 3 are added. If all were as frequent, one cell alone would say nothing about the next
+MOVES = 3  # of a game
 
 
 def _sum(values: list[int]) -> int:
@@ -54,39 +51,18 @@ def _backward_chain(rng: random.Random) -> tuple[str, str]:
     return f"{_joined(steps)}<{last}", _joined(cells)
 
 
-def _program(rng: random.Random) -> tuple[str, str]:
+def _game_tree(rng: random.Random) -> tuple[str, str]:
     """
-    Each variable is a number, or an earlier variable plus a number, modulo 4. The statements are in an order in which they
-    could not run. The cells are the values of the variables in that order.
+    The outcomes of a game of three moves, of which the first player wants the largest one and the second player the smallest. The
+    cells are the values of the seven positions: that of the beginning, then those after each move.
     """
-    order = rng.sample(LETTERS, CELLS)
-    statements, values = {}, {}
-    for place, (name, step) in enumerate(zip(order, _steps(rng), strict=True)):
-        number = step if place else rng.randrange(DIGITS)
-        other = order[rng.randrange(max(place - 2, 0), place)] if place else None
-        statements[name] = f"{name}={other or ''}{number}"
-        values[name] = _sum([number, *([values[other]] if other else [])])
-    shown = rng.sample(order, CELLS)
-    return ";".join(statements[name] for name in shown), _joined(values[name] for name in shown)
-
-
-def _knights(rng: random.Random) -> tuple[str, str]:
-    """Each person says something about two others. A cell is 1 for a knight, whose statement is true, and 0 for a knave."""
-    while True:
-        said = []
-        for person in range(PEOPLE):
-            one, other = rng.sample([index for index in range(PEOPLE) if index != person], 2)
-            said.append((rng.choice("+-"), one, rng.choice(list(OPERATORS)), rng.choice("+-"), other))
-        found = [cells for cells in product((0, 1), repeat=PEOPLE) if _are_consistent(cells, said)]
-        if len(found) == 1:
-            return ";".join(f"{a}{LETTERS[i]}{op}{b}{LETTERS[j]}" for a, i, op, b, j in said), _joined(found[0])
-
-
-def _are_consistent(cells: tuple[int, ...], said: list[tuple[str, int, str, str, int]]) -> bool:
-    return all(
-        cell == OPERATORS[operator](cells[one] ^ (sign == "-"), cells[other] ^ (sign_of_other == "-"))
-        for cell, (sign, one, operator, sign_of_other, other) in zip(cells, said, strict=True)
-    )
+    level = rng.choices(range(10), k=2**MOVES)
+    question, cells = _joined(level), list[int]()
+    for move in reversed(range(MOVES)):
+        best = min if move % 2 else max
+        level = [best(level[i : i + 2]) for i in range(0, len(level), 2)]
+        cells = level + cells
+    return question, _joined(cells)
 
 
 def _joined(parts) -> str:
@@ -101,19 +77,16 @@ class Kind:
     Attributes:
         word (`str`): the first word of its prompts.
         make (`Callable`): the question and the cells of a puzzle, given a random state.
-        length (`int`): cells of an answer.
     """
 
     word: str
     make: Callable[[random.Random], tuple[str, str]]
-    length: int = CELLS
 
 
 KINDS = {
     "chain": Kind("chain", _chain),
     "backward_chain": Kind("back", _backward_chain),
-    "program": Kind("program", _program),
-    "knights": Kind("knights", _knights, PEOPLE),
+    "game_tree": Kind("tree", _game_tree),
 }
 
 

@@ -1,0 +1,173 @@
+"""The queue: order, resuming, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from trl_diffusion.commands import compare
+from trl_diffusion.experiments import study
+from trl_diffusion.experiments.arms import ARMS
+from trl_diffusion.experiments.settings import Comparison
+from trl_diffusion.experiments.study import CHOOSE, PRETRAIN, REINFORCE, Job, chosen, jobs, run
+
+
+@pytest.fixture
+def comparison(sizes) -> Comparison:
+    return Comparison(tasks=("chain",), arms=("autoregressive", "full"), seeds=(0,), sizes=sizes)
+
+
+def test_every_run_comes_after_those_that_it_needs(sizes):
+    sizes = replace(sizes, learning_rates=(1e-3, 1e-4))
+    comparison = Comparison(tasks=("chain", "game_tree"), seeds=(0, 1), sizes=sizes)
+    ordered = jobs(comparison)
+    for number, job in enumerate(ordered):
+        assert all(ordered.index(needed) < number for needed in job.needs(comparison))
+    kinds = [job.kind for job in ordered]
+    twins, arms = len({arm.twin for arm in ARMS.values()}), len(ARMS)
+    assert kinds.count(REINFORCE) == 2 * 2 * arms
+    assert kinds.count(PRETRAIN) == 2 * 3 * twins  # two seeds, and the one that chooses
+    assert kinds.count(CHOOSE) == 2 * arms * 2
+    assert len({job.name for job in ordered}) == len(ordered)
+    last_of_first_seed = max(n for n, job in enumerate(ordered) if job.kind == REINFORCE and job.seed == 0)
+    assert all(job.seed != 1 for job in ordered[:last_of_first_seed])
+
+
+def test_no_learning_rate_is_tried_if_there_is_one(comparison):
+    assert [job.kind for job in jobs(comparison)] == [PRETRAIN, REINFORCE, PRETRAIN, REINFORCE]
+
+
+def test_the_learning_rate_that_solved_most_is_chosen(comparison, tmp_path):
+    comparison = replace(comparison, sizes=replace(comparison.sizes, learning_rates=(1e-2, 1e-3, 1e-4)))
+    for rate, solved in ((1e-2, 0.2), (1e-3, 0.6), (1e-4, 0.4)):
+        path = Job(CHOOSE, "chain", "full", 1000, rate).path(tmp_path)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"validation": solved}))
+    assert chosen(Job(REINFORCE, "chain", "full", 0), comparison, tmp_path) == 1e-3
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"arms": ("full", "diffusion")}, "arms"),
+        ({"arms": ("full", "full")}, "different values"),
+        ({"seeds": ()}, "at least one"),
+        ({"seeds": (1000,)}, "chooses learning rates"),
+        ({"seeds": (-1,)}, "at least 0"),
+    ],
+)
+def test_a_comparison_that_cannot_be(comparison, change, said):
+    with pytest.raises(ValueError, match=said):
+        replace(comparison, **change)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"batch_size": 10}, "multiple of `num_generations`"),
+        ({"learning_rates": ()}, "learning_rates"),
+        ({"learning_rates": (0.0,)}, "positive"),
+        ({"hidden_size": 20}, "multiple of 8"),
+        ({"updates": 0}, "updates"),
+        ({"seconds": float("nan")}, "seconds"),
+        ({"equal": "time"}, "equal"),
+    ],
+)
+def test_sizes_that_cannot_be(sizes, change, said):
+    with pytest.raises(ValueError, match=said):
+        replace(sizes, **change)
+
+
+@pytest.mark.parametrize(
+    "task, said", [("gsm8k", "--train_file"), ("nothing", "Unknown task 'nothing'"), ("word_sums", "chat template")]
+)
+def test_a_task_that_cannot_be_compared_is_one_line(task, said, tmp_path, capfd):
+    assert compare.main(["--quick", "--tasks", "chain", task, "--output_dir", str(tmp_path), "--workers", "1"]) == 2
+    error = capfd.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and said in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_done_is_never_repeated(comparison, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(study, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(study, "do", lambda job, *_: (job.path(tmp_path).write_text("{}"), done.append(job))[1])
+    run(comparison, tmp_path, 1, lambda line: None)
+    assert done == jobs(comparison)
+    more = replace(comparison, seeds=(0, 1))
+    jobs(comparison)[-1].path(tmp_path).unlink()
+    done.clear()
+    run(more, tmp_path, 1, lambda line: None)
+    assert done == jobs(more)[3:]
+    with pytest.raises(ValueError, match=r"other sizes: `updates` was 2 and is 9.*output_dir"):
+        run(replace(comparison, sizes=replace(comparison.sizes, updates=9)), tmp_path, 1)
+
+
+class Here:
+    """A pool of processes that does everything at once in this one."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, work, *arguments):
+        future = study.Future()
+        future.set_result(work(*arguments))
+        return future
+
+
+@pytest.mark.long
+def test_the_command_is_killed_and_goes_on(tmp_path):
+    """In processes of its own: killed after the first row, then run to its end. No row is made twice."""
+    script = tmp_path / "command.py"
+    script.write_text(_COMMAND)
+    words = [sys.executable, str(script), str(tmp_path / "out")]
+    first = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while not list((tmp_path / "out").glob("rows/*.json")):
+        assert first.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("rows/*.json")}
+    second = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("rows/*.json")}
+    assert len(after) == 4 and kept.items() <= after.items()
+    rows = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("rows/reinforce*.json")]
+    for row in rows:
+        for points in (row["before"], row["updates"]["points"], row["seconds"]["points"]):
+            assert all(0 <= point["solved"] <= 1 and 0 < point["passes"] <= 9 for point in points)
+            assert {point["temperature"] for point in points} == {0.0, 1.0}
+        assert row["updates"]["updates"] == 2 and len(row["rewards"]) == len(row["seconds_after"]) >= 2
+        assert set(row["pass_at_k"]) == {"1", "2"}
+    by_arm = {row["what"]: row for row in rows}
+    assert all(point["passes"] > 1 for point in by_arm["autoregressive"]["before"])
+    assert any("revision_at_test" in row for row in rows) and "revision_at_test" not in by_arm["autoregressive"]
+    assert "| autoregressive |" in (tmp_path / "out" / "report.md").read_text()
+
+
+_COMMAND = """
+import sys
+from dataclasses import replace
+from trl_diffusion.commands import compare
+from trl_diffusion.experiments.settings import Comparison, Sizes
+
+compare.QUICK = Comparison(
+    tasks=("chain",), arms=("autoregressive", "full"), seeds=(0,),
+    sizes=Sizes(hidden_size=16, num_layers=2, corpus_size=48, pretrain_updates=5, pretrain_batch_size=16, updates=2, batch_size=8,
+                num_generations=4, seconds=0.01, learning_rates=(1e-3,), eval_size=6, validation_size=4, num_samples=2),
+)
+if __name__ == "__main__":
+    sys.exit(compare.main(["--quick", "--output_dir", sys.argv[1], "--workers", "1"]))
+"""
