@@ -10,7 +10,7 @@ from trl_diffusion.tasks import load_task
 
 def follow_chain(prompt: str) -> str:
     """The cells of a chain, one after the other, from its prompt alone."""
-    first, steps = re.fullmatch(r"chain (\d)>(\d+)", prompt).groups()
+    first, steps = re.fullmatch(r"(\d)>(\d+)", prompt).groups()
     found, value = [], int(first)
     for step in steps:
         value = (value + int(step)) % 4
@@ -19,7 +19,7 @@ def follow_chain(prompt: str) -> str:
 
 
 def follow_backwards(prompt: str) -> str:
-    steps, last = re.fullmatch(r"back (\d+)<(\d)", prompt).groups()
+    steps, last = re.fullmatch(r"(\d+)<(\d)", prompt).groups()
     found, value = [], int(last)
     for step in reversed(steps):
         value = (value + int(step)) % 4
@@ -29,7 +29,7 @@ def follow_backwards(prompt: str) -> str:
 
 def play(prompt: str) -> str:
     """The value of every position of the game, found by playing on from it."""
-    outcomes = [int(digit) for digit in prompt.removeprefix("tree ")]
+    outcomes = [int(digit) for digit in prompt]
 
     def value(first: int, number: int, move: int) -> int:
         if number == 1:
@@ -90,6 +90,6 @@ def test_tasks_have_right_answers_and_disjoint_rows(name):
 
 def test_a_row_without_cells_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "chain 1>2", "cells": "3"}\n{"prompt": "chain 1>0"}\n')
+    path.write_text('{"prompt": "1>2", "cells": "3"}\n{"prompt": "1>0"}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl, row 1.*cells"):
         load_task("chain", train_file=str(path))

@@ -25,9 +25,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from ..experiments.arms import ARMS
+from ..experiments.comparison import Comparison
+from ..experiments.queue import run, unfinished
 from ..experiments.report import read_rows, write_report
-from ..experiments.settings import EQUAL, Comparison, Sizes
-from ..experiments.study import jobs, run
+from ..experiments.settings import EQUAL, Sizes
 from ..fields import check_at_least
 from ..quiet import hush_commands
 from ..utils import check_writable, exit_code
@@ -40,10 +41,10 @@ QUICK = Comparison(
     tasks=("chain", "backward_chain"),
     arms=("autoregressive", "full", "fixed order", "full, revising"),
     seeds=(0, 1),
-    sizes=Sizes(
+    variants={"": Sizes(
         hidden_size=32, num_layers=3, corpus_size=6000, pretrain_updates=150, updates=10, batch_size=128, num_generations=8,
         seconds=4.0, learning_rates=(6e-4,), eval_size=100, validation_size=50, num_samples=4,
-    ),
+    )},
 )  # fmt: skip
 _CHANGED = ("pretrain_updates", "updates", "seconds", "hidden_size", "num_layers", "eval_size", "equal")
 
@@ -73,8 +74,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     comparison = comparison_of(options)
     check_at_least("--workers", options.workers)
-    every = jobs(comparison)
-    left = sum(not job.path(directory).is_file() for job in every)
+    every, left = comparison.jobs(), len(unfinished(comparison, directory))
     print(
         f"{len(every)} runs on {len(comparison.tasks)} tasks with {len(comparison.seeds)} seeds, {left} left. Output: {directory}"
     )
@@ -93,7 +93,8 @@ def comparison_of(options: argparse.Namespace) -> Comparison:
     lists = {name: tuple(getattr(options, name)) for name in ("tasks", "arms", "seeds") if getattr(options, name)}
     if options.learning_rates:
         sizes["learning_rates"] = tuple(options.learning_rates)
-    return replace(start, sizes=replace(start.sizes, **sizes), **lists)
+    variants = {name: replace(one, **sizes) for name, one in start.variants.items()}
+    return replace(start, variants=variants, **lists)
 
 
 def _report(source: Path, directory: Path, as_json: bool) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 from ..utils import half_width, read_text, wilson, write_text
 from .arms import ARMS, TOKENS_PER_PASS
-from .study import CHOOSE, PRETRAIN, REINFORCE, ROWS
+from .comparison import CHOOSE, PRETRAIN, REINFORCE
+from .queue import ROWS, Row
 
 
-Row = dict[str, Any]
 MEASURED = ("before", "updates", "seconds")
 _KEYS = ("kind", "task", "what", "seed")
 AFTERWARDS = ", revising only when measured"

@@ -1,12 +1,11 @@
-"""What a comparison does, and how much of it."""
+"""How much of everything a comparison has."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from ..fields import AtLeast, Within, check_fields, check_one_of
-from .arms import ARMS
 
 
 EQUAL = ("tokens", "flops")
@@ -68,36 +67,3 @@ class Sizes:
     def to_dict(self) -> dict[str, Any]:
         """The sizes as plain JSON types."""
         return {**asdict(self), "learning_rates": list(self.learning_rates)}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """
-    Which arms are compared, on what.
-
-    Args:
-        tasks (`tuple[str, ...]`): names of tasks that have right answers to learn from.
-        arms (`tuple[str, ...]`): names of `ARMS`.
-        seeds (`tuple[int, ...]`): every seed is another initial policy, another corpus and other rollouts.
-        sizes ([`Sizes`]): how much of everything.
-
-    Raises:
-        ValueError: for an unknown arm, or a seed that is used to choose learning rates.
-    """
-
-    tasks: tuple[str, ...] = ("sudoku_12", "game_tree", "backward_chain", "chain")
-    arms: tuple[str, ...] = tuple(ARMS)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    sizes: Sizes = field(default_factory=Sizes)
-
-    def __post_init__(self):
-        for name in ("tasks", "arms", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"`{name}` must be different values, at least one, got {list(values)!r}.")
-        for arm in self.arms:
-            check_one_of("arms", arm, ARMS)
-        if self.sizes.choice_seed in self.seeds:
-            raise ValueError(f"The seed {self.sizes.choice_seed} chooses learning rates. Leave it out of `seeds`.")
-        if min(self.seeds) < 0:
-            raise ValueError(f"`seeds` must be at least 0, got {list(self.seeds)!r}.")

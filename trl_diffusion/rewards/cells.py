@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from functools import cache
 
 from .completions import texts
@@ -69,24 +68,11 @@ def _joined(parts) -> str:
     return "".join(map(str, parts))
 
 
-@dataclass(frozen=True)
-class Kind:
-    """
-    A kind of puzzle.
-
-    Attributes:
-        word (`str`): the first word of its prompts.
-        make (`Callable`): the question and the cells of a puzzle, given a random state.
-    """
-
-    word: str
-    make: Callable[[random.Random], tuple[str, str]]
-
-
-KINDS = {
-    "chain": Kind("chain", _chain),
-    "backward_chain": Kind("back", _backward_chain),
-    "game_tree": Kind("tree", _game_tree),
+# The prompt and the cells of a puzzle, given a random state.
+KINDS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "chain": _chain,
+    "backward_chain": _backward_chain,
+    "game_tree": _game_tree,
 }
 
 
@@ -106,8 +92,7 @@ def generate(kind: str, num_puzzles: int, seed: int, exclude: Collection[str] = 
     rng, seen = random.Random(seed), set(exclude)
     rows: list[dict[str, str]] = []
     while len(rows) < num_puzzles:
-        question, cells = KINDS[kind].make(rng)
-        prompt = f"{KINDS[kind].word} {question}"
+        prompt, cells = KINDS[kind](rng)
         if prompt not in seen:
             seen.add(prompt)
             rows.append({"prompt": prompt, "cells": cells})

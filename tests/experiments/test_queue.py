@@ -11,23 +11,23 @@ from dataclasses import replace
 import pytest
 
 from trl_diffusion.commands import compare
-from trl_diffusion.experiments import study
+from trl_diffusion.experiments import queue
 from trl_diffusion.experiments.arms import ARMS
-from trl_diffusion.experiments.settings import Comparison
-from trl_diffusion.experiments.study import CHOOSE, PRETRAIN, REINFORCE, Job, chosen, jobs, run
+from trl_diffusion.experiments.comparison import CHOOSE, PRETRAIN, REINFORCE, Comparison, Job
+from trl_diffusion.experiments.queue import row_path, run
 
 
 @pytest.fixture
 def comparison(sizes) -> Comparison:
-    return Comparison(tasks=("chain",), arms=("autoregressive", "full"), seeds=(0,), sizes=sizes)
+    return Comparison(tasks=("chain",), arms=("autoregressive", "full"), seeds=(0,), variants={"": sizes})
 
 
 def test_every_run_comes_after_those_that_it_needs(sizes):
     sizes = replace(sizes, learning_rates=(1e-3, 1e-4))
-    comparison = Comparison(tasks=("chain", "game_tree"), seeds=(0, 1), sizes=sizes)
-    ordered = jobs(comparison)
+    comparison = Comparison(tasks=("chain", "game_tree"), seeds=(0, 1), variants={"": sizes})
+    ordered = comparison.jobs()
     for number, job in enumerate(ordered):
-        assert all(ordered.index(needed) < number for needed in job.needs(comparison))
+        assert all(ordered.index(needed) < number for needed in comparison.needs(job))
     kinds = [job.kind for job in ordered]
     twins, arms = len({arm.twin for arm in ARMS.values()}), len(ARMS)
     assert kinds.count(REINFORCE) == 2 * 2 * arms
@@ -39,16 +39,18 @@ def test_every_run_comes_after_those_that_it_needs(sizes):
 
 
 def test_no_learning_rate_is_tried_if_there_is_one(comparison):
-    assert [job.kind for job in jobs(comparison)] == [PRETRAIN, REINFORCE, PRETRAIN, REINFORCE]
+    assert [job.kind for job in comparison.jobs()] == [PRETRAIN, REINFORCE, PRETRAIN, REINFORCE]
 
 
 def test_the_learning_rate_that_solved_most_is_chosen(comparison, tmp_path):
-    comparison = replace(comparison, sizes=replace(comparison.sizes, learning_rates=(1e-2, 1e-3, 1e-4)))
+    comparison = replace(
+        comparison, variants={"": replace(comparison.variants[""], learning_rates=(1e-2, 1e-3, 1e-4))}
+    )
     for rate, solved in ((1e-2, 0.2), (1e-3, 0.6), (1e-4, 0.4)):
-        path = Job(CHOOSE, "chain", "full", 1000, rate).path(tmp_path)
+        path = row_path(Job(CHOOSE, "", "chain", "full", 1000, rate), tmp_path)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"validation": solved}))
-    assert chosen(Job(REINFORCE, "chain", "full", 0), comparison, tmp_path) == 1e-3
+    assert comparison.learning_rate(Job(REINFORCE, "", "chain", "full", 0), tmp_path) == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -95,17 +97,20 @@ def test_a_task_that_cannot_be_compared_is_one_line(task, said, tmp_path, capfd)
 
 def test_a_run_that_is_done_is_never_repeated(comparison, tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(study, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(study, "do", lambda job, *_: (job.path(tmp_path).write_text("{}"), done.append(job))[1])
+    monkeypatch.setattr(queue, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(
+        queue, "_do", lambda _, job, directory: (row_path(job, directory).write_text("{}"), done.append(job))[1]
+    )
     run(comparison, tmp_path, 1, lambda line: None)
-    assert done == jobs(comparison)
+    assert done == comparison.jobs()
     more = replace(comparison, seeds=(0, 1))
-    jobs(comparison)[-1].path(tmp_path).unlink()
+    row_path(comparison.jobs()[-1], tmp_path).unlink()
     done.clear()
     run(more, tmp_path, 1, lambda line: None)
-    assert done == jobs(more)[3:]
-    with pytest.raises(ValueError, match=r"other sizes: `updates` was 2 and is 9.*output_dir"):
-        run(replace(comparison, sizes=replace(comparison.sizes, updates=9)), tmp_path, 1)
+    assert done == more.jobs()[3:]
+    other = replace(comparison, variants={"": replace(comparison.variants[""], updates=9)})
+    with pytest.raises(ValueError, match=r"another plan: `updates` was 2 and is 9.*output_dir"):
+        run(other, tmp_path, 1)
 
 
 class Here:
@@ -121,7 +126,7 @@ class Here:
         pass
 
     def submit(self, work, *arguments):
-        future = study.Future()
+        future = queue.Future()
         future.set_result(work(*arguments))
         return future
 
@@ -161,12 +166,13 @@ _COMMAND = """
 import sys
 from dataclasses import replace
 from trl_diffusion.commands import compare
-from trl_diffusion.experiments.settings import Comparison, Sizes
+from trl_diffusion.experiments.comparison import Comparison
+from trl_diffusion.experiments.settings import Sizes
 
 compare.QUICK = Comparison(
     tasks=("chain",), arms=("autoregressive", "full"), seeds=(0,),
-    sizes=Sizes(hidden_size=16, num_layers=2, corpus_size=48, pretrain_updates=5, pretrain_batch_size=16, updates=2, batch_size=8,
-                num_generations=4, seconds=0.01, learning_rates=(1e-3,), eval_size=6, validation_size=4, num_samples=2),
+    variants={"": Sizes(hidden_size=16, num_layers=2, corpus_size=48, pretrain_updates=5, pretrain_batch_size=16, updates=2, batch_size=8,
+                num_generations=4, seconds=0.01, learning_rates=(1e-3,), eval_size=6, validation_size=4, num_samples=2)},
 )
 if __name__ == "__main__":
     sys.exit(compare.main(["--quick", "--output_dir", sys.argv[1], "--workers", "1"]))
