@@ -372,10 +372,14 @@ _STUDENT = (
 )  # fmt: skip
 
 
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t distribution with so many degrees of freedom. From 30 on, that with 30: a little too large."""
+    return _STUDENT[min(freedom, len(_STUDENT)) - 1]
+
+
 def half_width(values: Sequence[float]) -> float:
     """
-    Half of the width of a 95 % interval for the mean of normally distributed values, by Student's t distribution. From 32 values
-    on, the quantile of 31 values is used, which is a little too large.
+    Half of the width of a 95 % interval for the mean of normally distributed values, by Student's t distribution.
 
     Args:
         values (`Sequence[float]`): independent values, such as one for each seed.
@@ -385,5 +389,4 @@ def half_width(values: Sequence[float]) -> float:
     """
     if len(values) < 2:
         raise ValueError(f"An interval needs at least two values, got {len(values)}.")
-    quantile = _STUDENT[min(len(values) - 1, len(_STUDENT)) - 1]
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,10 +32,13 @@ class Budgets(TrainerCallback):
         updates (`int`): optimizer steps.
         seconds (`float`, *optional*): core seconds. Only the updates count if `None`.
         reached (`Callable`): called with the name of the budget, `"updates"` or `"seconds"`, and the optimizer step.
+        marks (`Sequence[int]`): optimizer steps before `updates` after which it is called, with the name `"marks"`.
     """
 
-    def __init__(self, updates: int, seconds: float | None, reached: Callable[[str, int], None]):
-        self.updates, self.reached = updates, reached
+    def __init__(
+        self, updates: int, seconds: float | None, reached: Callable[[str, int], None], marks: Sequence[int] = ()
+    ):
+        self.updates, self.reached, self.marks = updates, reached, set(marks)
         self.seconds, self.elapsed = seconds, 0.0
         self.clock: list[float] = []  # core seconds after each update
         self.left = {"updates", "seconds"} if seconds is not None else {"updates"}
@@ -46,6 +49,8 @@ class Budgets(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.elapsed += time.process_time() - self.started
         self.clock.append(round(self.elapsed, 3))
+        if state.global_step in self.marks:
+            self.reached("marks", state.global_step)
         over = {"updates": state.global_step >= self.updates, "seconds": self.elapsed >= (self.seconds or 0)}
         for name in sorted(name for name in self.left if over[name]):
             self.left.remove(name)
@@ -132,12 +137,17 @@ def reinforce(material: Material, arm: Arm, directory: Path, learning_rate: floa
         "length": material.length,
         "puzzles": len(material.whole.evaluation),
         "before": measure(open_twin(directory), material, arm, seed),
+        "marks": [],
     }
     row["before_pass_at_k"] = sampled(open_twin(directory), material, arm, seed)
 
     def reached(name: str, step: int, trainer: GRPOTrainer) -> None:
         model, whole = cast(PreTrainedModel, trainer.model), name == "updates"
-        row[name] = {"updates": step, "points": measure(model, material, arm, seed, None if whole else at)}
+        found = {"updates": step, "points": measure(model, material, arm, seed, None if whole else at)}
+        if name == "marks":
+            row["marks"].append(found)
+        else:
+            row[name] = found
         if not whole:
             return
         row["pass_at_k"] = sampled(model, material, arm, seed)
@@ -152,9 +162,12 @@ def reinforce(material: Material, arm: Arm, directory: Path, learning_rate: floa
 
 def _train(material: Material, arm: Arm, directory: Path, learning_rate: float, seconds: float | None,
            reached: Callable[[str, int, GRPOTrainer], None]) -> GRPOTrainer:  # fmt: skip
+    marks = () if seconds is None else material.sizes.marks
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(open_twin(directory), material, arm, learning_rate, material.seed, scratch)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Budgets(material.sizes.updates, seconds, lambda name, step: reached(name, step, trainer)))
+        trainer.add_callback(
+            Budgets(material.sizes.updates, seconds, lambda name, step: reached(name, step, trainer), marks)
+        )
         trainer.train()
     return trainer

@@ -29,6 +29,7 @@ class Sizes:
         eval_size, validation_size (`int`): puzzles that an arm is measured on, and puzzles with which thresholds and learning
             rates are chosen.
         num_samples (`int`): answers to a puzzle for pass@k.
+        marks (`tuple[int, ...]`): further numbers of updates after which an arm is measured at the settings of its training.
         choice_seed (`int`): the seed with which learning rates are chosen. It plays no other part.
 
     Raises:
@@ -50,10 +51,11 @@ class Sizes:
     eval_size: Annotated[int, AtLeast(1)] = 300
     validation_size: Annotated[int, AtLeast(1)] = 200
     num_samples: Annotated[int, AtLeast(1)] = 8
+    marks: tuple[int, ...] = ()
     choice_seed: Annotated[int, AtLeast(0)] = 1000
 
     def __post_init__(self):
-        own = {"learning_rates", "equal"}
+        own = {"learning_rates", "equal", "marks"}
         check_fields(self, set(self.__dataclass_fields__) - own)
         check_one_of("equal", self.equal, EQUAL)
         if not self.learning_rates or min(self.learning_rates) <= 0:
@@ -61,9 +63,11 @@ class Sizes:
         if self.batch_size % self.num_generations:
             raise ValueError(f"`batch_size` ({self.batch_size}) must be a multiple of `num_generations` "
                              f"({self.num_generations}).")  # fmt: skip
+        if any(not 0 < mark < self.updates for mark in self.marks):
+            raise ValueError(f"`marks` must be between 0 and `updates` ({self.updates}), got {list(self.marks)!r}.")
         if self.hidden_size % 8:
             raise ValueError(f"`hidden_size` must be a multiple of 8, got {self.hidden_size}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The sizes as plain JSON types."""
-        return {**asdict(self), "learning_rates": list(self.learning_rates)}
+        return {**asdict(self), "learning_rates": list(self.learning_rates), "marks": list(self.marks)}
