@@ -19,6 +19,7 @@ MISTAKES = {
     "evaluate": (["--task_names", "1"], ["--seeds", "1", "1", "--tasks", "sudoku"], ["--tasks", "chess"]),
     "adapt": (["m", "--block_siz", "1"], ["m", "--block_size", "0"], ["./nothing", "--output_dir", "policy"]),
     "iterate": (["--round_number", "1"], ["--rounds", "0"], ["--config", "nothing.yaml"]),
+    "compare": (["--task", "chain"], ["--arms", "diffusion"], ["--tasks", "chess"]),
     "generate": (["--tokens", "1"], ["x", "--temperature", "-1"], ["x", "--model", "./nothing"]),
     "plan": (["m", "--learning_rate", "1"], ["m", "--gpus", "0"], ["./nothing"]),
     "view": (["data", "0", "--page", "1"], ["data", "zero"], ["nothing", "0"]),

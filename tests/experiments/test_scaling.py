@@ -47,7 +47,16 @@ def scaling_rows():
     rows = []
     for number, width in enumerate((32, 64, 128)):
         variant = f"{width}x2-1"
-        rows.append({"kind": "pretrain", "variant": variant, "task": "chain", "what": "full", "seed": 0, "parameters": 10**number})
+        rows.append(
+            {
+                "kind": "pretrain",
+                "variant": variant,
+                "task": "chain",
+                "what": "full",
+                "seed": 0,
+                "parameters": 10**number,
+            }
+        )
         for seed in (0, 1):
             points = [{"temperature": 1.0, "settings": {}, "solved": 1 / (1 + math.exp(-number)), "passes": 5.0}]
             rows.append({"kind": "reinforce", "variant": variant, "task": "chain", "what": "full", "seed": seed, "training": {},

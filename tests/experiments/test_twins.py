@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from trl_diffusion.experiments.arms import ARMS, TWINS
-from trl_diffusion.experiments.reinforce import Budgets, open_twin
+from trl_diffusion.experiments.reinforce import Budgets
 from trl_diffusion.experiments.reinforce import build_trainer as build_rl_trainer
 from trl_diffusion.experiments.twins import Material, build_trainer, flops_of_update, pretrain, updates_of
+from trl_diffusion.policies.small import load_small
 from trl_diffusion.sft.documents import IGNORED
 
 
@@ -113,7 +114,7 @@ def test_rollouts_of_both_trainers_have_the_same_prompts(material, tmp_path, mon
             return [0.0] * len(prompts)
 
         material.whole.reward_funcs = [reward]
-        trainer = build_rl_trainer(open_twin(tmp_path / name), material, ARMS[name], 1e-3, 3, tmp_path / "rl")
+        trainer = build_rl_trainer(load_small(tmp_path / name), material, ARMS[name], 1e-3, 3, tmp_path / "rl")
         trainer.add_callback(Budgets(3, None, lambda name, step: None))
         trainer.train()
         seen[name] = prompts
@@ -123,7 +124,7 @@ def test_rollouts_of_both_trainers_have_the_same_prompts(material, tmp_path, mon
 
 def test_the_autoregressive_rollout_is_batched_and_has_a_cache(material, tmp_path, monkeypatch):
     pretrain(material, "autoregressive", tmp_path / "twin")
-    model = open_twin(tmp_path / "twin")
+    model = load_small(tmp_path / "twin")
     trainer = build_rl_trainer(model, material, ARMS["autoregressive"], 1e-3, 3, tmp_path / "rl")
     shapes, generate = [], type(model).generate
 

@@ -3,6 +3,8 @@ Compares autoregressive and diffusion policies on equal terms: the same backbone
 
     trl-diffusion compare --quick                          # two tasks, two seeds, minutes on 2 cores
     trl-diffusion compare --output_dir outputs/compare     # four tasks, seven arms, five seeds: about 5 hours of a core
+    trl-diffusion compare --study updates                  # where training breaks: 31 settings, three seeds
+    trl-diffusion compare --study scaling                  # four sizes, three amounts of data, three lengths of reinforcement
     trl-diffusion compare --rows outputs/compare --output_dir outputs/report    # the report alone, from finished runs
 
 An arm is a policy and a way to answer. `autoregressive` writes from left to right and is trained by TRL's `GRPOTrainer`. The others are
@@ -28,7 +30,9 @@ from ..experiments.arms import ARMS
 from ..experiments.comparison import Comparison
 from ..experiments.queue import run, unfinished
 from ..experiments.report import read_rows, write_report
+from ..experiments.scaling import scaling
 from ..experiments.settings import EQUAL, Sizes
+from ..experiments.updates import Updates
 from ..fields import check_at_least
 from ..quiet import hush_commands
 from ..utils import check_writable, exit_code
@@ -46,6 +50,7 @@ QUICK = Comparison(
         seconds=4.0, learning_rates=(6e-4,), eval_size=100, validation_size=50, num_samples=4,
     )},
 )  # fmt: skip
+STUDIES = {"comparison": "compare", "scaling": "scaling", "updates": "updates"}  # and their directories
 _CHANGED = ("pretrain_updates", "updates", "seconds", "hidden_size", "num_layers", "eval_size", "equal")
 
 
@@ -67,47 +72,45 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    directory = Path(options.output_dir or ("outputs/compare_quick" if options.quick else "outputs/compare"))
+    directory = Path(options.output_dir or f"outputs/{'compare_quick' if options.quick else STUDIES[options.study]}")
     check_writable(directory, "--output_dir")
-    if options.rows is not None:
-        _report(options.rows, directory, options.json)
-        return
-    comparison = comparison_of(options)
-    check_at_least("--workers", options.workers)
-    every, left = comparison.jobs(), len(unfinished(comparison, directory))
-    print(
-        f"{len(every)} runs on {len(comparison.tasks)} tasks with {len(comparison.seeds)} seeds, {left} left. Output: {directory}"
-    )
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
-    run(comparison, directory, options.workers, say)
-    _report(directory, directory, options.json)
+    if options.rows is None:
+        check_at_least("--workers", options.workers)
+        study = study_of(options)
+        every, left = study.jobs(), unfinished(study, directory)
+        print(f"{len(every)} runs, {len(left)} left, {options.workers} at once. Output: {directory}", flush=True)
+        run(study, directory, options.workers, lambda line: print(line, flush=True))
+    rows = read_rows(options.rows or directory)
+    names = write_report(rows, directory)
+    print(Path(directory, "report.md").read_text(encoding="utf-8"))
+    print(f"{directory} has {', '.join(names)}.")
+    if options.json:
+        print(json.dumps({"rows": rows}))
 
 
-def comparison_of(options: argparse.Namespace) -> Comparison:
+def study_of(options: argparse.Namespace) -> Comparison | Updates:
     """What the options ask for."""
-    start = QUICK if options.quick else Comparison()
-    sizes = {name: getattr(options, name) for name in _CHANGED if getattr(options, name) is not None}
     lists = {name: tuple(getattr(options, name)) for name in ("tasks", "arms", "seeds") if getattr(options, name)}
+    sizes = {name: getattr(options, name) for name in _CHANGED if getattr(options, name) is not None}
     if options.learning_rates:
         sizes["learning_rates"] = tuple(options.learning_rates)
+    if options.study == "updates":
+        given = sorted({*lists, *sizes} - {"seeds", "updates", "eval_size"})
+        if given or options.quick:
+            raise ValueError(f"`--study updates` has no {', '.join(f'--{name}' for name in given or ['quick'])}.")
+        return Updates(**{**lists, **sizes})
+    if options.study == "scaling":
+        if options.quick:
+            raise ValueError("`--study scaling` has no --quick. Set fewer `--seeds`, or smaller `--updates`.")
+        return scaling(replace(Sizes(), **sizes), **lists)
+    start = QUICK if options.quick else Comparison()
     variants = {name: replace(one, **sizes) for name, one in start.variants.items()}
     return replace(start, variants=variants, **lists)
 
 
-def _report(source: Path, directory: Path, as_json: bool) -> None:
-    rows = read_rows(Path(source))
-    names = write_report(rows, directory)
-    print(Path(directory, "report.md").read_text(encoding="utf-8"))
-    print(f"{directory} has {', '.join(names)}.")
-    if as_json:
-        print(json.dumps({"rows": rows}))
-
-
 def _parser() -> Parser:
     parser = Parser(f"{PROG} compare", description=__doc__)
+    parser.add_argument("--study", choices=tuple(STUDIES), default="comparison", help="which study (comparison)")
     parser.add_argument(
         "--quick", action="store_true", help="a small comparison that ends within 10 minutes on 2 cores"
     )

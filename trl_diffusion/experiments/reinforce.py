@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from ..policies.small import load_small
 from ..trainer.config import DTRPOConfig
 from ..trainer.trainer import DTRPOTrainer
 from .answers import answer, measure, sampled, solved, with_revision
@@ -94,11 +95,6 @@ def build_trainer(
     return DTRPOTrainer(args=DTRPOConfig(**options, **decoding), **arguments)
 
 
-def open_twin(directory: str | Path) -> PreTrainedModel:
-    """A pretrained twin."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
-
-
 def choose(material: Material, arm: Arm, directory: Path, learning_rate: float) -> dict[str, Any]:
     """
     Tries a learning rate.
@@ -136,10 +132,10 @@ def reinforce(material: Material, arm: Arm, directory: Path, learning_rate: floa
         "training": at[0],
         "length": material.length,
         "puzzles": len(material.whole.evaluation),
-        "before": measure(open_twin(directory), material, arm, seed),
+        "before": measure(load_small(directory), material, arm, seed),
         "marks": [],
     }
-    row["before_pass_at_k"] = sampled(open_twin(directory), material, arm, seed)
+    row["before_pass_at_k"] = sampled(load_small(directory), material, arm, seed)
 
     def reached(name: str, step: int, trainer: GRPOTrainer) -> None:
         model, whole = cast(PreTrainedModel, trainer.model), name == "updates"
@@ -164,7 +160,7 @@ def _train(material: Material, arm: Arm, directory: Path, learning_rate: float, 
            reached: Callable[[str, int, GRPOTrainer], None]) -> GRPOTrainer:  # fmt: skip
     marks = () if seconds is None else material.sizes.marks
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = build_trainer(open_twin(directory), material, arm, learning_rate, material.seed, scratch)
+        trainer = build_trainer(load_small(directory), material, arm, learning_rate, material.seed, scratch)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(
             Budgets(material.sizes.updates, seconds, lambda name, step: reached(name, step, trainer), marks)

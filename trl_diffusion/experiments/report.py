@@ -329,18 +329,26 @@ def report(rows: Iterable[Row], pictures: Iterable[str] = ()) -> str:
 
 def write_report(rows: list[Row], directory: Path) -> list[str]:
     """
-    Writes `report.md`, `rows.jsonl`, and, if matplotlib is there, `passes.png` and `rewards.png`. Returns their names.
+    Writes `report.md`, `rows.jsonl`, and pictures if matplotlib is there. Returns their names.
 
     Args:
-        rows (`list[dict]`): the rows.
+        rows (`list[dict]`): the rows of one study.
         directory (`Path`): where to write.
     """
-    from .pictures import draw
+    from .pictures import draw, draw_scaling
+    from .scaling import scaling_report
+    from .updates_report import updates_report
 
-    ordered = sorted(
-        rows, key=lambda row: (row["kind"], row["task"], row["what"], row["seed"], row.get("learning_rate") or 0)
-    )
+    pictures: list[str] = []
+    ordered = sorted(rows, key=lambda row: json.dumps([row["kind"], row["seed"], *map(str, row.values())]))
     write_text(directory / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in ordered))
-    pictures = draw(Results(ordered), directory)
-    write_text(directory / "report.md", "# Comparison\n\n" + report(ordered, pictures))
+    if not any(row["kind"] in (PRETRAIN, CHOOSE, REINFORCE) for row in rows):
+        title, text = "Aggressive updates", updates_report(ordered)
+    elif any(row["variant"] for row in rows):
+        pictures = draw_scaling(ordered, directory)
+        title, text = "Scaling", scaling_report(ordered, pictures)
+    else:
+        pictures = draw(Results(ordered), directory)
+        title, text = "Comparison", report(ordered, pictures)
+    write_text(directory / "report.md", f"# {title}\n\n{text}")
     return ["report.md", *pictures, "rows.jsonl"]

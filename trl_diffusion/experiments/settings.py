@@ -37,17 +37,17 @@ class Sizes:
     """
 
     hidden_size: Annotated[int, AtLeast(8)] = 64
-    num_layers: Annotated[int, AtLeast(1)] = 4
+    num_layers: Annotated[int, AtLeast(1)] = 3
     corpus_size: Annotated[int, AtLeast(1)] = 20_000
-    pretrain_updates: Annotated[int, AtLeast(1)] = 600
+    pretrain_updates: Annotated[int, AtLeast(1)] = 500
     pretrain_batch_size: Annotated[int, AtLeast(1)] = 64
     pretrain_learning_rate: Annotated[float, Within("(0, inf)")] = 3e-3
     equal: str = "tokens"
-    updates: Annotated[int, AtLeast(1)] = 40
+    updates: Annotated[int, AtLeast(1)] = 30
     batch_size: Annotated[int, AtLeast(2)] = 256
     num_generations: Annotated[int, AtLeast(2)] = 16
-    seconds: Annotated[float, Within("(0, inf)")] = 20.0
-    learning_rates: tuple[float, ...] = (2e-4, 6e-4)
+    seconds: Annotated[float, Within("(0, inf)")] = 15.0
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3)
     eval_size: Annotated[int, AtLeast(1)] = 300
     validation_size: Annotated[int, AtLeast(1)] = 200
     num_samples: Annotated[int, AtLeast(1)] = 8

@@ -136,7 +136,10 @@ def build_trainer(material: Material, twin: str, updates: int, directory: str | 
     if kind.attention is None:
         trainer = SFTTrainer(args=SFTConfig(**options, dataloader_pin_memory=False), **arguments)
     else:
-        masks: dict[str, Any] = {"weighting": "mean", "max_corruption": kind.corruption}
+        # Two masks of a document score about as many tokens as the autoregressive twin does: all of its answer.
+        masks: dict[str, Any] = {"num_masks": 2}
+        if kind.corruption:
+            masks |= {"weighting": "mean", "max_corruption": kind.corruption}
         if kind.attention == "full":
             masks["canvas_length"] = material.length
         trainer = DiffusionSFTTrainer(args=DiffusionSFTConfig(**options, **masks), **arguments)

@@ -12,13 +12,13 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from ..decoding.config import DecodingConfig
 from ..offline.collect import collect
-from ..policies.loading import load_tokenizer
+from ..policies.policy import open_policy
 from ..policies.tiny import tiny_policy_path
 from ..tasks import Task, load_task
 from ..trainer.config import DTRPOConfig
@@ -120,10 +120,10 @@ class Updates:
         return row, f"{row['curve'][0][1]:.1%} -> {row['curve'][-1][1]:.1%}"
 
     def _collect(self, task: Task, path: Path, seed: int) -> tuple[Row, str]:
-        policy = AutoModelForCausalLM.from_pretrained(tiny_policy_path(), trust_remote_code=False)
+        policy = open_policy(tiny_policy_path())
         decoding = DecodingConfig(LENGTH, 1.0, tokens_per_step=TOKENS_PER_STEP, strategy="entropy")
         collect(
-            policy, load_tokenizer(tiny_policy_path()), task.train.select(range(self.prompts)), task.reward_funcs, path, decoding,
+            cast(PreTrainedModel, policy.model), policy.tokenizer, task.train.select(range(self.prompts)), task.reward_funcs, path, decoding,
             num_responses=GENERATIONS, batch_size=512, seed=seed, disable_tqdm=True,
         )  # fmt: skip
         rewards = load_trajectories(path)["reward"]

@@ -110,7 +110,9 @@ def _extremes(rows: Sequence[Row]) -> list[str]:
                          (("rewards/chosen",), min)):  # fmt: skip
         values = []
         for row in rows:
-            series: list[float | None] = next((row["signs"][name] for name in names if any(row["signs"].get(name, ()))), [])
+            series: list[float | None] = next(
+                (row["signs"][name] for name in names if any(row["signs"].get(name, ()))), []
+            )
             known = [value for value in series if value is not None]
             values += [worst(known)] if known else []
         cells.append(f"{fmean(values):.3g}" if values else "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
@@ -41,6 +43,11 @@ def small_config(
     if spec is not None:
         set_spec(config, spec)
     return config
+
+
+def load_small(path: str | Path) -> Qwen3ForCausalLM:
+    """A saved model of this kind, in float32. Unlike a policy, it may be autoregressive."""
+    return Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
 
 
 def random_model(config: Qwen3Config, seed: int) -> Qwen3ForCausalLM:
