@@ -1,7 +1,7 @@
 """
 Draws the pictures of the documentation: the embedded policy answers a puzzle, and what happened is drawn.
 
-    python docs/pictures.py                       # denoising.png, packed.png and the badges
+    python docs/pictures.py                       # denoising.png, revision.png, packed.png and the badges
     python docs/pictures.py outputs/tiny_sudoku   # before_after.gif and rewards.png (six panels), too (`make train`)
 """
 
@@ -70,6 +70,23 @@ def draw_packed(batch, spec, tokenizer, path: Path) -> None:
     axes.set(xlabel="is looked at (prompt and clean response, then noisy copies of the blocks)", ylabel="looks")
     axes.set_title("one packed row: □ is masked, tokens on dark blue are scored, light blue is allowed", fontsize=10)
     figure.savefig(path, dpi=120)
+
+
+def draw_revision(policy: Policy, path: Path) -> None:
+    """The first evaluation puzzle that is solved in six passes with tokens taken back, and not without."""
+    puzzles = list(sudoku.evaluation_puzzles(14)[:60])
+    prompts = [sudoku.prompt(puzzle) for puzzle in puzzles]
+    settings = {"max_new_tokens": 17, "steps_per_block": 6}
+    revised = generate(policy.model, policy.tokenizer, prompts, revision="confidence", **settings)
+    plain = generate(policy.model, policy.tokenizer, prompts, **settings)
+    taken_back = revised.trajectories.revisions.steps >= 0
+    row = next(
+        row
+        for row, puzzle in enumerate(puzzles)
+        if taken_back[row].any()
+        and sudoku.is_solved(puzzle, revised.texts[row]) and not sudoku.is_solved(puzzle, plain.texts[row])
+    )
+    plot_trajectory(revised.trajectories, policy.spec, policy.tokenizer, path, row, title=prompts[row])
 
 
 def shrink(path: Path) -> None:
@@ -229,6 +246,7 @@ def main(arguments: list[str]) -> None:
     prompt = sudoku.prompt(sudoku.evaluation_puzzles()[0])
     answer = generate(policy, tokenizer, [prompt], max_new_tokens=17, tokens_per_step=2).trajectories
     plot_trajectory(answer, spec, tokenizer, PICTURES / "denoising.png", title=prompt)
+    draw_revision(open_policy(tiny_policy_path("revising")), PICTURES / "revision.png")
     draw_packed(answer, spec, tokenizer, PICTURES / "packed.png")
     for name, text in badges().items():
         (PICTURES / name).write_text(text, encoding="utf-8")

@@ -131,6 +131,37 @@ class Here:
         return future
 
 
+def check_rows(rows):
+    """What the rows of the arms `autoregressive` and `full` must hold."""
+    assert {row["what"] for row in rows} == {"autoregressive", "full"}
+    for row in rows:
+        for points in (row["before"], row["updates"]["points"], row["seconds"]["points"]):
+            assert all(0 <= point["solved"] <= 1 and 0 < point["passes"] <= 7 for point in points)
+            assert {point["temperature"] for point in points} == {0.0, 1.0}
+        assert row["updates"]["updates"] == 2 and len(row["rewards"]) == len(row["seconds_after"]) >= 2
+        assert set(row["pass_at_k"]) == {"1", "2"}
+        assert ("revision_at_test" in row) == (row["what"] == "full")
+        for point in row["before"]:
+            if "steps_per_block" in point["settings"]:
+                assert point["passes"] <= point["settings"]["steps_per_block"]
+            assert ("validation" in point) == ("threshold" in point["settings"])
+
+
+def test_a_whole_comparison(comparison, tmp_path, monkeypatch):
+    """From pretraining to the report, in this process."""
+    monkeypatch.setattr(queue, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(compare, "QUICK", comparison)
+    assert compare.main(["--quick", "--output_dir", str(tmp_path), "--workers", "1", "--json"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    check_rows([row for row in rows if row["kind"] == "reinforce"])
+    text = (tmp_path / "report.md").read_text()
+    assert "| autoregressive | " in text and "| full, revising only when measured |" in text
+    again = tmp_path / "again"
+    assert compare.main(["--rows", str(tmp_path / "rows.jsonl"), "--output_dir", str(again)]) == 0
+    assert (again / "report.md").read_text() == text
+
+
 @pytest.mark.long
 def test_the_command_is_killed_and_goes_on(tmp_path):
     """In processes of its own: killed after the first row, then run to its end. No row is made twice."""
@@ -149,16 +180,7 @@ def test_the_command_is_killed_and_goes_on(tmp_path):
     assert second.returncode == 0, second.stderr
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("rows/*.json")}
     assert len(after) == 4 and kept.items() <= after.items()
-    rows = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("rows/reinforce*.json")]
-    for row in rows:
-        for points in (row["before"], row["updates"]["points"], row["seconds"]["points"]):
-            assert all(0 <= point["solved"] <= 1 and 0 < point["passes"] <= 9 for point in points)
-            assert {point["temperature"] for point in points} == {0.0, 1.0}
-        assert row["updates"]["updates"] == 2 and len(row["rewards"]) == len(row["seconds_after"]) >= 2
-        assert set(row["pass_at_k"]) == {"1", "2"}
-    by_arm = {row["what"]: row for row in rows}
-    assert all(point["passes"] > 1 for point in by_arm["autoregressive"]["before"])
-    assert any("revision_at_test" in row for row in rows) and "revision_at_test" not in by_arm["autoregressive"]
+    check_rows([json.loads(path.read_text()) for path in (tmp_path / "out").glob("rows/reinforce*.json")])
     assert "| autoregressive |" in (tmp_path / "out" / "report.md").read_text()
 
 

@@ -16,7 +16,7 @@ from ..policies.small import load_small
 from ..trainer.config import DTRPOConfig
 from ..trainer.trainer import DTRPOTrainer
 from .answers import answer, measure, sampled, solved, with_revision
-from .arms import Arm
+from .arms import TWINS, Arm
 from .twins import Material
 
 
@@ -92,7 +92,8 @@ def build_trainer(
     if arm.is_causal:
         return GRPOTrainer(args=GRPOConfig(**options), **arguments)
     decoding = arm.config(material.length, 1.0, **arm.schedule(material.length)).rollout_settings()
-    return DTRPOTrainer(args=DTRPOConfig(**options, **decoding), **arguments)
+    draws = sizes.num_draws if TWINS[arm.twin].attention == "full" else 1
+    return DTRPOTrainer(args=DTRPOConfig(**options, **decoding, num_draws=draws), **arguments)
 
 
 def choose(material: Material, arm: Arm, directory: Path, learning_rate: float) -> dict[str, Any]:

@@ -24,6 +24,8 @@ class Sizes:
         equal (`str`): what twins have in common: `"tokens"` (the answers that they were shown) or `"flops"` (floating-point
             operations; the autoregressive twin has `pretrain_updates`, the others fewer or more).
         updates, batch_size, num_generations (`int`): optimizer steps of reinforcement, answers in each, and answers to a prompt.
+        num_draws (`int`): steps of an answer that an update scores, with full attention, where each is a forward pass. With block
+            attention, one step of every block is in a single pass.
         seconds (`float`): core seconds of reinforcement for the budget of equal seconds.
         learning_rates (`tuple[float, ...]`): learning rates of reinforcement that every arm chooses from.
         eval_size, validation_size (`int`): puzzles that an arm is measured on, and puzzles with which thresholds and learning
@@ -39,15 +41,16 @@ class Sizes:
     hidden_size: Annotated[int, AtLeast(8)] = 64
     num_layers: Annotated[int, AtLeast(1)] = 3
     corpus_size: Annotated[int, AtLeast(1)] = 20_000
-    pretrain_updates: Annotated[int, AtLeast(1)] = 500
+    pretrain_updates: Annotated[int, AtLeast(1)] = 800
     pretrain_batch_size: Annotated[int, AtLeast(1)] = 64
     pretrain_learning_rate: Annotated[float, Within("(0, inf)")] = 3e-3
     equal: str = "tokens"
     updates: Annotated[int, AtLeast(1)] = 30
     batch_size: Annotated[int, AtLeast(2)] = 256
     num_generations: Annotated[int, AtLeast(2)] = 16
+    num_draws: Annotated[int, AtLeast(1)] = 4
     seconds: Annotated[float, Within("(0, inf)")] = 15.0
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3)
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4)
     eval_size: Annotated[int, AtLeast(1)] = 300
     validation_size: Annotated[int, AtLeast(1)] = 200
     num_samples: Annotated[int, AtLeast(1)] = 8

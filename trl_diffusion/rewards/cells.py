@@ -17,7 +17,7 @@ from functools import cache
 from .completions import texts
 
 
-CELLS = 8
+CELLS = 6
 DIGITS = 4  # chains count modulo this
 WEIGHTS = (
     4,
@@ -112,12 +112,13 @@ def cells_solved(completions, cells, **kwargs) -> list[float | None]:
 
 
 def cells_right(completions, cells, **kwargs) -> list[float | None]:
-    """Reward function: share of the cells that are right, 0 for an answer of another length, `None` where `cells` is `None`."""
+    """
+    Reward function: share of the cells that are right, of as many as the answer or the solution has, whichever has more; `None` where
+    `cells` is `None`.
+    """
     rows = zip(cells, texts(completions), strict=True)
     return [None if right is None else _share(right, answer.strip()) for right, answer in rows]
 
 
 def _share(right: str, answer: str) -> float:
-    if len(answer) != len(right):
-        return 0.0
-    return sum(one == other for one, other in zip(right, answer, strict=True)) / len(right)
+    return sum(one == other for one, other in zip(right, answer, strict=False)) / max(len(right), len(answer))
