@@ -84,7 +84,8 @@ def draw_revision(policy: Policy, path: Path) -> None:
         row
         for row, puzzle in enumerate(puzzles)
         if taken_back[row].any()
-        and sudoku.is_solved(puzzle, revised.texts[row]) and not sudoku.is_solved(puzzle, plain.texts[row])
+        and sudoku.is_solved(puzzle, revised.texts[row])
+        and not sudoku.is_solved(puzzle, plain.texts[row])
     )
     plot_trajectory(revised.trajectories, policy.spec, policy.tokenizer, path, row, title=prompts[row])
 

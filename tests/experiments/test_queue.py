@@ -1,12 +1,11 @@
 """The queue: order, resuming, and what it refuses."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -131,6 +130,16 @@ class Here:
         return future
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there that has not ended."""
+    path = Path(f"/proc/{pid}/stat")
+    return path.is_file() and path.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
 def check_rows(rows):
     """What the rows of the arms `autoregressive` and `full` must hold."""
     assert {row["what"] for row in rows} == {"autoregressive", "full"}
@@ -173,8 +182,13 @@ def test_the_command_is_killed_and_goes_on(tmp_path):
     while not list((tmp_path / "out").glob("rows/*.json")):
         assert first.poll() is None and time.monotonic() < until
         time.sleep(0.1)
-    os.killpg(first.pid, signal.SIGKILL)
+    workers = children_of(first.pid)
+    first.kill()  # it alone: its workers end by themselves
     first.wait()
+    assert workers
+    while any(map(runs, workers)):
+        assert time.monotonic() < until
+        time.sleep(0.1)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("rows/*.json")}
     second = subprocess.run(words, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
@@ -187,6 +201,7 @@ def test_the_command_is_killed_and_goes_on(tmp_path):
 _COMMAND = """
 import sys
 from dataclasses import replace
+from pathlib import Path
 from trl_diffusion.commands import compare
 from trl_diffusion.experiments.comparison import Comparison
 from trl_diffusion.experiments.settings import Sizes

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
@@ -119,7 +121,13 @@ def _keep_plan(plan: dict[str, Any], directory: Path) -> None:
 
 
 def _start_worker() -> None:
-    """One thread for each process, and nothing in the terminal but what the queue says."""
+    """
+    One thread for each process, and nothing in the terminal but what the queue says. A worker ends with the process that started it,
+    however that ends: otherwise its run would go on beside that of the next command.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import datasets
     import torch
     import transformers
@@ -128,6 +136,11 @@ def _start_worker() -> None:
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def _end_with(parent) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _do(study: Study, job: Any, directory: Path) -> str:
