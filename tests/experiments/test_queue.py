@@ -145,7 +145,7 @@ def check_rows(rows):
     assert {row["what"] for row in rows} == {"autoregressive", "full"}
     for row in rows:
         for points in (row["before"], row["updates"]["points"], row["seconds"]["points"]):
-            assert all(0 <= point["solved"] <= 1 and 0 < point["passes"] <= 7 for point in points)
+            assert all(0 <= point["solved"] <= 1 and 0 < point["passes"] <= 8 for point in points)
             assert {point["temperature"] for point in points} == {0.0, 1.0}
         assert row["updates"]["updates"] == 2 and len(row["rewards"]) == len(row["seconds_after"]) >= 2
         assert set(row["pass_at_k"]) == {"1", "2"}

@@ -62,7 +62,7 @@ def test_twins_read_the_same_tokens_in_the_same_order(material, tmp_path):
     assert len(read["autoregressive"]) == 5 * 16
     for twin, rows in read.items():
         assert rows == read["autoregressive"], twin
-    assert {sum(trained) for _, trained in read["full"]} == {7}  # six cells and the stop token
+    assert {sum(trained) for _, trained in read["full"]} == {8}  # seven cells and the stop token
     first, second = (rows[:48] for rows in (read["full"], read["full"][48:]))
     assert sorted(first)[:32] != sorted(second)  # the second epoch has begun, and has another order
     assert all(row in first for row in second)
@@ -96,8 +96,8 @@ def test_what_a_row_says_about_pretraining(material, tmp_path):
     rows = {twin: pretrain(material, twin, tmp_path / twin) for twin in ("autoregressive", "full")}
     for row in rows.values():
         assert row["documents"] == 80
-        assert row["answer_tokens"] == 80 * 7
-        assert row["tokens"] == 80 * (len("1>123456") + 7)
+        assert row["answer_tokens"] == 80 * 8
+        assert row["tokens"] == 80 * (len("1>1234567") + 8)
         assert row["updates"] == 5
     assert rows["full"]["parameters"] == rows["autoregressive"]["parameters"]
     assert rows["full"]["loss"] > 0 and rows["full"]["flops"] > 0
@@ -138,7 +138,7 @@ def test_the_autoregressive_rollout_is_batched_and_has_a_cache(material, tmp_pat
     monkeypatch.setattr(type(model), "generate", generating)
     trainer.add_callback(Budgets(1, None, lambda name, step: None))
     trainer.train()
-    assert shapes[0] == ((8, 8), True)  # all prompts at once
+    assert shapes[0] == ((8, 9), True)  # all prompts at once
     assert shapes[1:] and set(shapes[1:]) == {((8, 1), True)}  # then one token a pass
 
 

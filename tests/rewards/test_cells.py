@@ -48,7 +48,7 @@ SOLVERS = {"chain": follow_chain, "backward_chain": follow_backwards, "game_tree
 def test_cells_solve_their_puzzle(kind):
     for row in cells.generate(kind, 200, seed=3):
         assert row["cells"] == SOLVERS[kind](row["prompt"])
-        assert len(row["cells"]) == (7 if kind == "game_tree" else 6)
+        assert len(row["cells"]) == 7
 
 
 @pytest.mark.parametrize("kind", cells.KINDS)
@@ -59,6 +59,13 @@ def test_a_puzzle_comes_up_once_and_never_when_it_is_excluded(kind):
     assert cells.generate(kind, 300, seed=0) == first
     others = {row["prompt"] for row in cells.generate(kind, 300, seed=0, exclude=prompts)}
     assert not others & prompts
+
+
+def test_more_puzzles_than_there_are(monkeypatch):
+    monkeypatch.setattr(cells, "CELLS", 2)  # 4 first digits, and 16 pairs of steps
+    assert len(cells.generate("chain", 64, seed=0)) == 64
+    with pytest.raises(ValueError, match="only 64 more puzzles of the kind 'chain', not 65"):
+        cells.generate("chain", 65, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ class Sizes:
 
     hidden_size: Annotated[int, AtLeast(8)] = 64
     num_layers: Annotated[int, AtLeast(1)] = 3
-    corpus_size: Annotated[int, AtLeast(1)] = 20_000
+    corpus_size: Annotated[int, AtLeast(1)] = 12_000
     pretrain_updates: Annotated[int, AtLeast(1)] = 800
     pretrain_batch_size: Annotated[int, AtLeast(1)] = 64
     pretrain_learning_rate: Annotated[float, Within("(0, inf)")] = 3e-3

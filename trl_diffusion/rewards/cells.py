@@ -17,7 +17,7 @@ from functools import cache
 from .completions import texts
 
 
-CELLS = 6
+CELLS = 7
 DIGITS = 4  # chains count modulo this
 WEIGHTS = (
     4,
@@ -26,6 +26,7 @@ WEIGHTS = (
     1,
 )  # how often 0, 1, 2 and 3 are added. If all were as frequent, one cell alone would say nothing about the next
 MOVES = 3  # of a game
+MOST_REPEATS = 10_000  # puzzles in a row that are no new ones
 
 
 def _sum(values: list[int]) -> int:
@@ -88,11 +89,18 @@ def generate(kind: str, num_puzzles: int, seed: int, exclude: Collection[str] = 
 
     Returns:
         `list[dict]` with `prompt` and `cells`, the solution.
+
+    Raises:
+        ValueError: if there are not that many puzzles.
     """
     rng, seen = random.Random(seed), set(exclude)
     rows: list[dict[str, str]] = []
+    repeats = 0
     while len(rows) < num_puzzles:
         prompt, cells = KINDS[kind](rng)
+        repeats = repeats + 1 if prompt in seen else 0
+        if repeats == MOST_REPEATS:
+            raise ValueError(f"There seem to be only {len(rows)} more puzzles of the kind {kind!r}, not {num_puzzles}.")
         if prompt not in seen:
             seen.add(prompt)
             rows.append({"prompt": prompt, "cells": cells})
