@@ -1,6 +1,7 @@
 """The queue: order, resuming, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -166,6 +167,9 @@ def test_a_whole_comparison(comparison, tmp_path, monkeypatch):
     check_rows([row for row in rows if row["kind"] == "reinforce"])
     text = (tmp_path / "report.md").read_text()
     assert "| autoregressive | " in text and "| full, revising only when measured |" in text
+    shutil.rmtree(tmp_path / "rows")  # the file of all rows is enough to go on
+    assert compare.main(["--quick", "--output_dir", str(tmp_path), "--workers", "1"]) == 0
+    assert len(list((tmp_path / "rows").iterdir())) == 4
     again = tmp_path / "again"
     assert compare.main(["--rows", str(tmp_path / "rows.jsonl"), "--output_dir", str(again)]) == 0
     assert (again / "report.md").read_text() == text

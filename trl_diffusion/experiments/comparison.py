@@ -158,6 +158,8 @@ class Comparison:
             return row, f"loss {row['loss']:.3f} after {row['seconds']:.0f} s"
         arm = ARMS[job.what]
         twin = directory / POLICIES / self.needs(job)[0].name
+        if not twin.is_dir():  # its row came from elsewhere
+            pretrain(material, arm.twin, twin)
         if job.kind == CHOOSE:
             assert job.learning_rate is not None
             row = choose(material, arm, twin, job.learning_rate)

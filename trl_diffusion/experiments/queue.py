@@ -13,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..utils import read_record, versions, write_text
+from ..utils import read_record, read_text, versions, write_text
 
 
-ROWS, POLICIES, PLAN = "rows", "policies", "study.json"
+ROWS, TABLE, POLICIES, PLAN = "rows", "rows.jsonl", "policies", "study.json"
 Row = dict[str, Any]
 
 
@@ -62,6 +62,25 @@ def unfinished(study: Study, directory: Path) -> list[Job]:
     return [job for job in study.jobs() if not row_path(job, directory).is_file()]
 
 
+def unpack(directory: Path) -> None:
+    """
+    Writes a file for each row of `rows.jsonl` that has none, so that a study can go on from this file and its plan alone. Policies are
+    trained again where a run that is not done yet needs them.
+    """
+    path = directory / TABLE
+    if not path.is_file():
+        return
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            name = json.loads(line)["name"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not the row of a run ({error!r}).") from error
+        file = directory / ROWS / f"{name}.json"
+        if not file.is_file():
+            file.parent.mkdir(exist_ok=True)
+            write_text(file, line + "\n")
+
+
 def run(study: Study, directory: Path, workers: int, say: Callable[[str], None] = print) -> None:
     """
     Does the runs that are not done yet.
@@ -77,6 +96,7 @@ def run(study: Study, directory: Path, workers: int, say: Callable[[str], None] 
     """
     study.check()
     _keep_plan(study.plan(), directory)
+    unpack(directory)
     left = unfinished(study, directory)
     total, running = len(left), dict[Future, Job]()
     context = multiprocessing.get_context("spawn")
@@ -146,5 +166,5 @@ def _end_with(parent) -> None:
 def _do(study: Study, job: Any, directory: Path) -> str:
     """Does a run and keeps its row. Returns what to say about it."""
     row, text = study.do(job, directory)
-    write_text(row_path(job, directory), json.dumps({**asdict(job), **row}) + "\n")
+    write_text(row_path(job, directory), json.dumps({"name": job.name, **asdict(job), **row}) + "\n")
     return text

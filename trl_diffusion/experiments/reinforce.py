@@ -133,7 +133,7 @@ def reinforce(material: Material, arm: Arm, directory: Path, learning_rate: floa
         "training": at[0],
         "length": material.length,
         "puzzles": len(material.whole.evaluation),
-        "before": measure(load_small(directory), material, arm, seed),
+        "before": measure(load_small(directory), material, arm, seed, at),
         "marks": [],
     }
     row["before_pass_at_k"] = sampled(load_small(directory), material, arm, seed)

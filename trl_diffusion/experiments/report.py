@@ -13,7 +13,7 @@ from typing import Any
 from ..utils import half_width, read_text, wilson, write_text
 from .arms import ARMS, TOKENS_PER_PASS
 from .comparison import CHOOSE, PRETRAIN, REINFORCE
-from .queue import ROWS, Row
+from .queue import ROWS, TABLE, Row
 
 
 MEASURED = ("before", "updates", "seconds")
@@ -341,7 +341,7 @@ def write_report(rows: list[Row], directory: Path) -> list[str]:
 
     pictures: list[str] = []
     ordered = sorted(rows, key=lambda row: json.dumps([row["kind"], row["seed"], *map(str, row.values())]))
-    write_text(directory / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in ordered))
+    write_text(directory / TABLE, "".join(json.dumps(row) + "\n" for row in ordered))
     if not any(row["kind"] in (PRETRAIN, CHOOSE, REINFORCE) for row in rows):
         title, text = "Aggressive updates", updates_report(ordered)
     elif any(row["variant"] for row in rows):
@@ -351,4 +351,4 @@ def write_report(rows: list[Row], directory: Path) -> list[str]:
         pictures = draw(Results(ordered), directory)
         title, text = "Comparison", report(ordered, pictures)
     write_text(directory / "report.md", f"# {title}\n\n{text}")
-    return ["report.md", *pictures, "rows.jsonl"]
+    return ["report.md", *pictures, TABLE]

@@ -100,7 +100,9 @@ def generate(kind: str, num_puzzles: int, seed: int, exclude: Collection[str] = 
         prompt, cells = KINDS[kind](rng)
         repeats = repeats + 1 if prompt in seen else 0
         if repeats == MOST_REPEATS:
-            raise ValueError(f"There seem to be only {len(rows)} more puzzles of the kind {kind!r}, not {num_puzzles}.")
+            raise ValueError(
+                f"There seem to be only {len(rows)} more puzzles of the kind {kind!r}, not {num_puzzles}."
+            )
         if prompt not in seen:
             seen.add(prompt)
             rows.append({"prompt": prompt, "cells": cells})
