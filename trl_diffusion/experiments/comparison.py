@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..fields import check_one_of
 from ..policies.loading import load_tokenizer
@@ -14,6 +15,10 @@ from ..tasks import load_task
 from .arms import ARMS
 from .queue import POLICIES, Row, read_row
 from .settings import Sizes
+
+
+if TYPE_CHECKING:
+    from .twins import Material
 
 
 PRETRAIN, CHOOSE, REINFORCE = "pretrain", "choose", "reinforce"
@@ -159,7 +164,7 @@ class Comparison:
         arm = ARMS[job.what]
         twin = directory / POLICIES / self.needs(job)[0].name
         if not twin.is_dir():  # its row came from elsewhere
-            pretrain(material, arm.twin, twin)
+            _pretrain_again(material, arm.twin, twin)
         if job.kind == CHOOSE:
             assert job.learning_rate is not None
             row = choose(material, arm, twin, job.learning_rate)
@@ -167,6 +172,18 @@ class Comparison:
         rate = self.learning_rate(job, directory)
         row = {**reinforce(material, arm, twin, rate), "learning_rate": rate}
         return row, f"{_best(row['before'])} -> {_best(row['updates']['points'])}"
+
+
+def _pretrain_again(material: Material, twin: str, directory: Path) -> None:
+    """Pretrains a twin whose row is there, but not its weights. Two processes may do so at once."""
+    from .twins import pretrain
+
+    own = directory.with_name(f"{directory.name}.{os.getpid()}")
+    pretrain(material, twin, own)
+    try:
+        own.rename(directory)
+    except OSError:  # another process was first, with the same weights
+        shutil.rmtree(own)
 
 
 def _best(points: list[Row]) -> str:
