@@ -23,14 +23,14 @@ from trl import ModelConfig, get_quantization_config
 
 from ..decoding.config import DecodingConfig
 from ..decoding.options import RolloutOptions
-from ..fields import AtLeast, Within, check_fields, with_default
+from ..fields import AtLeast, Suggestions, Within, check_fields, with_default
 from ..offline.collect import collect
 from ..policies.files import COLLECTION
 from ..policies.policy import open_policy
 from ..policies.prompts import read_chat_template_kwargs
 from ..policies.tiny import tiny_policy_path
 from ..quiet import hush_commands
-from ..tasks import TASKS, load_task
+from ..tasks import OTHERS, TASKS, check_task_name, load_task
 from ..utils import check_writable, errors_in_a_line, processes, read_mapping, use_all_cores
 from .groups import COLLECT, INHERITED
 from .interrupt import ending_in_a_line, how_to_go_on, is_part
@@ -47,7 +47,14 @@ class CollectArguments(RolloutOptions):
     """What to collect."""
 
     output_dir: str = field(default="outputs/trajectories", metadata={"help": "Where the trajectories go."})
-    task: str = field(default="sudoku", metadata={"help": "What to answer.", "choices": sorted(TASKS)})
+    task: str = field(
+        default="sudoku",
+        metadata={
+            "help": f"What to answer: {', '.join(sorted(TASKS))}, {OTHERS}.",
+            "choices": Suggestions(sorted(TASKS)),
+            "metavar": "TASK",
+        },
+    )
     train_file: str | None = field(default=None, metadata={"help": "Rows to answer, as for `train`."})
     eval_file: str | None = field(default=None, metadata={"help": "Rows to leave out."})
     train_size: int = field(default=320, metadata={"help": "Most rows to answer."})
@@ -83,6 +90,7 @@ class CollectArguments(RolloutOptions):
     def __post_init__(self):
         self.take_old_names()
         check_fields(self)
+        check_task_name(self.task)
         self.check_rollout_settings()
         self.decoding().check_responses(self.num_responses)  # which checks the decoding settings as well
 

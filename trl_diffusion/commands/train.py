@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, cast
 from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ..fields import check_fields
-from ..tasks import TASKS, load_task, preference_rows
+from ..fields import Suggestions, check_fields
+from ..tasks import OTHERS, TASKS, check_task_name, load_task, preference_rows
 from ..trainer.checkpoints import check_start
 from ..trainer.config import DTRPOConfig, is_refused
 from ..trainer.trainer import DTRPOTrainer
@@ -60,7 +60,12 @@ class ScriptArguments:
     """What to train on."""
 
     task: str = field(
-        default="sudoku", metadata={"help": "What to train on.", "choices": [*sorted(TASKS), PREFERENCES]}
+        default="sudoku",
+        metadata={
+            "help": f"What to train on: {', '.join(sorted(TASKS))}, {PREFERENCES}, {OTHERS}.",
+            "choices": Suggestions((*sorted(TASKS), PREFERENCES)),
+            "metavar": "TASK",
+        },
     )
     train_file: str | None = field(
         default=None,
@@ -94,6 +99,7 @@ class ScriptArguments:
         if isinstance(self.trajectories, str):  # a YAML file may name a single one
             self.trajectories = [self.trajectories]
         check_fields(self)
+        check_task_name(self.task, [PREFERENCES])
 
 
 def load_preferences(script_args: ScriptArguments) -> tuple[Dataset, Dataset]:

@@ -10,7 +10,10 @@ from typing import Any
 from ..rewards import countdown, math, sudoku
 from ..rewards.code import code_reward
 from ..rewards.code_tests import problem_of
-from ..tasks.task import countdown_rows, gsm8k_rows, read_rows, sudoku_rows
+from ..tasks.countdown import countdown_rows
+from ..tasks.gsm8k import gsm8k_rows
+from ..tasks.rows import read_rows
+from ..tasks.sudoku import sudoku_rows
 
 
 # Where a function that a model goes on writing has come to its end.
