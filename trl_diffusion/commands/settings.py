@@ -15,7 +15,7 @@ from ..sft.config import DiffusionSFTConfig
 from ..trainer.config import DTRPOConfig
 from ..utils import load_yaml, write_text
 from . import recipes_path
-from .options import OptionParser
+from .options import OptionParser, without_task
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def find_settings(arguments: list[str], command: Command = TRAINING) -> Settings
         before = ["--config", str(config), *before]
     own = [f"--{name}" for name in given if name != "config"]
     line = f"Settings: {source}" + (f"; {', '.join(own)} from the command line." if own else ".")
-    return Settings([*before, *arguments], line, _in_file(config) | given, command)
+    words = without_task(arguments)
+    return Settings([*before, *words], line, _in_file(config) | given_options(words), command)
 
 
 def read_options(parser: OptionParser, command: Command, arguments: list[str] | None) -> tuple[Any, ...]:

@@ -286,7 +286,7 @@ def fine_tune(
         loss_before = trainer.evaluate()["eval_loss"]
         before = measure(task, answering) if task else None
     say(
-        f"solve rate before training: {before.solve_rate:.1%}, loss {loss_before:.4f}"
+        f"{before.name} before training: {before.said}, loss {loss_before:.4f}"
         if before
         else f"loss before training: {loss_before:.4f}"
     )

@@ -13,12 +13,10 @@ from typing import Any
 from ..fields import nearest
 
 
-_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
-
-
 def is_named_object(text: str) -> bool:
     """Whether a text is of the form `FILE.py:NAME`, `FILE.py` or `module.NAME`."""
-    return _split(text) is not None or text.endswith(".py") or _MODULE.fullmatch(text) is not None
+    is_module = "." in text and all(part.isidentifier() for part in text.split("."))
+    return _split(text) is not None or text.endswith(".py") or is_module
 
 
 def _split(text: str) -> tuple[Path, str] | None:

@@ -38,7 +38,7 @@ def make_gsm8k(train_file: str | None, eval_file: str | None, train_size: int, e
 
     # Without a file of its own, evaluation takes rows that training does not see.
     train = read(train_file)
-    evaluation = read(eval_file)[:eval_size] if eval_file else train[:eval_size]
+    evaluation = read(eval_file)[:eval_size] if eval_file else train[: min(eval_size, max(len(train) // 2, 1))]
     excluded = {row["prompt"][0]["content"] for row in evaluation}
     train = [row for row in train if row["prompt"][0]["content"] not in excluded][:train_size]
     rewards = [math.math_accuracy, math.answer_format]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
 from datasets import Dataset
 
+from ..utils import wilson
 from .documents import document
 
 
@@ -74,6 +77,11 @@ class Task:
         Raises:
             ValueError: if the function needs the tokens of the answers, or does not give a number for each of them.
         """
+        columns = {name: list(self.evaluation[name]) for name in self.evaluation.column_names if name != "prompt"}
+        return self.rate(list(self.evaluation["prompt"]), answers, columns)
+
+    def rate(self, prompts: list, answers: list[str], columns: dict[str, list]) -> list[float]:
+        """As [`~Task.scores`], for rows of their own: their prompts, and their other columns."""
         from ..rewards.call import RewardCaller  # here, since it brings TRL along
 
         caller = RewardCaller([self.solved])
@@ -82,8 +90,6 @@ class Task:
                 f"The reward function {caller.names[0]!r} needs `completion_ids`, which a measurement does not have. Put another one "
                 f"first, or give the task `{self.name}` a function `solved`."
             )
-        prompts = list(self.evaluation["prompt"])
-        columns = {name: list(self.evaluation[name]) for name in self.evaluation.column_names if name != "prompt"}
         completions = [document(prompt, answer)["completion"] for prompt, answer in zip(prompts, answers, strict=True)]
         (rewards,) = caller(prompts, completions, [[] for _ in answers], columns).values()
         return [0.0 if reward is None else float(reward) for reward in rewards]
@@ -92,6 +98,17 @@ class Task:
         """Mean of the scores: the share of the evaluation rows that `answers`, in their order, solve, or else the mean reward."""
         scores = self.scores(answers)
         return sum(scores) / len(scores)
+
+
+def interval_of(scores: Sequence[float], measured: str) -> tuple[float, float]:
+    """The 95 % interval of the mean of scores: Wilson's of a share, and that of the normal distribution of a reward (of a single one,
+    the reward itself)."""
+    middle = statistics.fmean(scores)
+    if measured == SOLVE_RATE and 0 <= middle <= 1:
+        return wilson(middle, len(scores))
+    spread = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
+    half = statistics.NormalDist().inv_cdf(0.975) * spread
+    return middle - half, middle + half
 
 
 def parameters(function: Callable) -> dict[str, Any]:
