@@ -211,6 +211,10 @@ def test_rewards_of_trl():
     ("text", "message"),
     [
         ('{"question": "a"}\n', r"must have a column `prompt` or `messages`; it has \['question'\]"),
+        (
+            '{"prompt": "a", "completions": "b"}\n',
+            r"has the columns \['completions'\], which reward functions get from elsewhere",
+        ),
         ('{"prompt": "a"}\n', "has a single row: nothing is left to measure on"),
         ('{"prompt": "a"}\n' * 4, "Every prompt of bad.jsonl is among those to measure on"),
         (
@@ -327,6 +331,8 @@ def test_rounds_share_their_data(here):
     assert "task" not in rounds.train_options(1)
     with pytest.raises(ValueError, match="`train` has `reward_funcs`, but `collect` has none. Move it there"):
         Rounds("run", train={"reward_funcs": ["rewards.py:brief"]})
+    with pytest.raises(ValueError, match="Give both the same `task`"):
+        Rounds("run", collect=data, train={"task": "sudoku"})
     with pytest.raises(ValueError, match=r"`collect` has `eval_size` 3 and `train` 4"):
         Rounds("run", collect={"eval_size": 3}, train={"eval_size": 4})
 

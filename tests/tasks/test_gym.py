@@ -106,3 +106,11 @@ def test_wrong_names_and_options(reasoning_gym, text, message):
 def test_files_are_refused(reasoning_gym):
     with pytest.raises(ValueError, match="makes its own questions: leave `--train_file` out"):
         load_task("reasoning_gym:gcd", train_file="rows.jsonl")
+
+
+def test_generators_whose_questions_depend_on_hashes(reasoning_gym, monkeypatch):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(ValueError, match="set the environment variable PYTHONHASHSEED to 0"):
+        load_task("reasoning_gym:ransom_note", train_size=20, eval_size=2)
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert len(load_task("reasoning_gym:ransom_note", train_size=20, eval_size=2).train) == 20

@@ -105,10 +105,10 @@ class Rounds:
         """Raises a `ValueError` if the two commands have other data; what one of them says is meant for both."""
         own = [name for name in ("dataset_name", "reward_funcs") if self.collect.get(name)]
         default = None if own else DEFAULT
-        if self.train.get("task", self.collect.get("task", default)) != self.collect.get("task", default):
+        if self.train.get("task", default) != self.collect.get("task", default):
             raise ValueError(
                 f"`collect` answers {self.collect.get('task', default)!r} and `train` measures "
-                f"{self.train['task']!r}. Give both the same `task`."
+                f"{self.train.get('task', default)!r}. Give both the same `task`."
             )
         for name in DATA[1:]:
             if name in self.train and name not in self.collect and name not in ("eval_file", "eval_size"):

@@ -212,6 +212,8 @@ def _prompt_columns(rows: Dataset) -> Dataset:
 def _check_rows(rows: Dataset, where: str) -> None:
     if not len(rows):
         raise ValueError(f"{where} has no rows.")
+    if taken := sorted({*_GIVEN} & set(rows.column_names)):
+        raise ValueError(f"{where} has the columns {taken}, which reward functions get from elsewhere. Rename them.")
     if not {"prompt", "messages"} & set(rows.column_names):
         raise ValueError(f"{where} must have a column `prompt` or `messages`; it has {sorted(rows.column_names)}.")
 

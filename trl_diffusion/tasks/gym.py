@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Container, Iterator
@@ -22,6 +23,8 @@ _SPELLING = f"{PREFIX}NAME+OPTION:VALUE+OPTION:VALUE"
 _KEPT = 2**31  # the seed of the first evaluation question; those of training are below
 _FEWEST = 16  # training questions
 _OWN = ("seed", "size")  # options that are set here
+# Generators that go through sets of texts: their questions depend on how texts are hashed, which each process does in its own way.
+_UNSTEADY = ("isomorphic_strings", "polynomial_multiplication", "ransom_note", "word_ladder")
 _SLOW = 60.0  # seconds of making questions after which something is said
 
 
@@ -46,6 +49,11 @@ def make_gym_task(
         if file:
             raise ValueError(f"`{text}` makes its own questions: leave `--{option}` out.")
     name, options = parse_gym_name(text)
+    if name in _UNSTEADY and not os.environ.get("PYTHONHASHSEED", "random").isdecimal():
+        raise ValueError(
+            f"{text} makes other questions in each process, unless texts are hashed in the same way: set the environment variable "
+            "PYTHONHASHSEED to 0."
+        )
     maker = _Maker(text, name, options)
     evaluation = maker.make(eval_size, _KEPT, set())
     if not evaluation:
