@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 
 import pytest
 
@@ -47,12 +48,15 @@ def test_mini_sudoku(reasoning_gym):
     assert task.documents(task.evaluation)[0]["completion"] == [{"role": "assistant", "content": right[0]}]
 
 
-def test_the_seed_is_that_of_training(reasoning_gym):
+@pytest.mark.parametrize("name", ["chain_sum", "list_functions"])  # which uses the random state of Python
+def test_the_seed_is_that_of_training(reasoning_gym, name):
+    state = random.getstate()
     one, same, other = (
-        load_task("reasoning_gym:chain_sum", train_size=30, eval_size=5, seed=seed) for seed in (1, 1, 2)
+        load_task(f"reasoning_gym:{name}", train_size=30, eval_size=5, seed=seed) for seed in (1, 1, 2)
     )
     assert one.train["question"] == same.train["question"] != other.train["question"]
     assert one.evaluation["question"] == other.evaluation["question"]
+    assert random.getstate() == state
 
 
 def test_a_verifier_that_runs_answers(reasoning_gym, tmp_path):

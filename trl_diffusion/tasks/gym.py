@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 import warnings
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -126,6 +128,17 @@ def _as(default: Any, value: Any, what: str) -> Any:
     return type(default)(value) if isinstance(default, tuple) else value
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, the random state of Python has this seed, since a few generators use it. Afterwards it is what it was."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
 class _Maker:
     """Makes the questions of a generator, and says so if that takes long."""
 
@@ -156,9 +169,11 @@ class _Maker:
 
         for first in range(0, most, size):
             try:
-                dataset = create_dataset(self.name, seed=seed + first, size=size, **self.options)
+                with _seeded(seed + first):
+                    dataset = create_dataset(self.name, seed=seed + first, size=size, **self.options)
                 for number in range(min(size, most - first)):
-                    entry = dict(dataset[number])
+                    with _seeded(seed + first + number):
+                        entry = dict(dataset[number])
                     if not isinstance(entry.get("question"), str) or not entry["question"].strip():
                         raise ValueError(f"question {number} is no text")
                     yield entry
