@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from trl_diffusion.tasks.task import gsm8k_rows
+from trl_diffusion.tasks.gsm8k import gsm8k_rows
 from trl_diffusion.utils import check_writable, errors_in_a_line, write_text
 
 

@@ -39,6 +39,13 @@ class Within:
     interval: str
 
 
+class Suggestions(tuple):
+    """Choices that a shell completes and `--help` names, while any other value is allowed."""
+
+    def __contains__(self, value: object) -> bool:
+        return True
+
+
 def check_at_least(name: str, value: Any, least: int = 1) -> None:
     """Raises a `ValueError` that names the option, if its value is no whole number or less than `least`."""
     if type(value) is not int or value < least:
@@ -99,7 +106,7 @@ def check_fields(config: Any, names: Collection[str] | None = None) -> None:
             continue
         kind, rules = _without_none(hints[one.name])
         choices = get_args(kind) if get_origin(kind) is Literal else one.metadata.get("choices")
-        if choices is not None:
+        if choices is not None and not isinstance(choices, Suggestions):
             check_one_of(one.name, value, choices)
         elif not rules and not _is_of(kind, value):
             raise ValueError(f"`{one.name}` must be {_in_kind(kind)}, got {value!r}.")

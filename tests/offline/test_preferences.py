@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import make_policy, shared
 from trl_diffusion import DiffusionSpec, from_preferences
 from trl_diffusion.rewards.math import final_answer
-from trl_diffusion.tasks.task import gsm8k_row
+from trl_diffusion.tasks.gsm8k import gsm8k_row
 
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -111,7 +111,9 @@ def parse_options(command: str, options: list[str]) -> tuple:
         return adapt.parse([*options, "--bf16", "false"])
     args = evaluate.parse(options)
     local = {"sudoku", "countdown"} & set(args.tasks)
-    check_tasks([task for task in args.tasks if task not in local] or ["gsm8k"], None, args.allow_code_execution)
+    check_tasks(
+        [task for task in args.tasks if task in {*TASK_NAMES} - local] or ["gsm8k"], None, args.allow_code_execution
+    )
     DecodingConfig.from_dict(read_mapping(args.decoding, "decoding"))
     return (args,)
 
@@ -282,10 +284,27 @@ def check_preferences(names: dict) -> None:
     assert margins[-1] > margins[0], margins
 
 
+def check_sorting(names: dict) -> None:
+    """The page shows the functions of the file that its commands name."""
+    shown, file = names, runpy.run_path(str(ROOT / "recipes" / "sort_digits.py"))
+    (one,), (other,) = (
+        scope["make_task"](1, 1, 0).train.map(lambda row: {"prompt": row["prompt"]}).to_list()
+        for scope in (shown, file)
+    )
+    assert one == other and shown["right_places"](["1243"], ["1234"]) == file["right_places"](["1243"], ["1234"]) == [
+        0.5
+    ]
+    code = "".join(text_of("docs/howto/own_data.md").split())
+    source = "".join((ROOT / "recipes" / "sort_digits.py").read_text().partition("def right_places")[2].split())
+    for part in source.split("def")[1:]:
+        assert part in code, part
+
+
 AFTERWARDS: dict[str, Callable[[dict], None]] = {
     "docs/decoding.md": check_decoding,
     "docs/evaluation.md": check_best_checkpoint,
     "docs/howto/lora.md": check_rising,
+    "docs/howto/own_data.md": check_sorting,
     "docs/howto/preferences.md": check_preferences,
     "docs/howto/strategy.md": check_strategy,
     "docs/quickstart.md": check_rising,

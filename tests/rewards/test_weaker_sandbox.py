@@ -71,7 +71,7 @@ def with_tests(patch, world):
 
 
 def with_everything_readable(patch, world):
-    patch.setattr(sandbox, "_readable", lambda: ["/"])
+    patch.setattr(sandbox, "readable_files", lambda: ["/"])
 
 
 def without_looking_at(**limits):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from trl_diffusion.tasks import load_task, read_rows
-from trl_diffusion.tasks.task import countdown_rows
+from trl_diffusion.tasks.countdown import countdown_rows
 
 
 GAME = {"numbers": [1, 2, 3], "target": 6}

@@ -23,15 +23,16 @@ from trl import ModelConfig, get_quantization_config
 
 from ..decoding.config import DecodingConfig
 from ..decoding.options import RolloutOptions
-from ..fields import AtLeast, Within, check_fields, with_default
+from ..fields import AtLeast, Suggestions, Within, check_fields, with_default
 from ..offline.collect import collect
 from ..policies.files import COLLECTION
 from ..policies.policy import open_policy
 from ..policies.prompts import read_chat_template_kwargs
 from ..policies.tiny import tiny_policy_path
 from ..quiet import hush_commands
-from ..tasks import TASKS, load_task
+from ..tasks import OTHERS, TASKS, check_task_name
 from ..utils import check_writable, errors_in_a_line, processes, read_mapping, use_all_cores
+from .data import DEFAULT, OwnData
 from .groups import COLLECT, INHERITED
 from .interrupt import ending_in_a_line, how_to_go_on, is_part
 from .options import OptionParser
@@ -43,14 +44,25 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class CollectArguments(RolloutOptions):
+class CollectArguments(OwnData, RolloutOptions):
     """What to collect."""
 
     output_dir: str = field(default="outputs/trajectories", metadata={"help": "Where the trajectories go."})
-    task: str = field(default="sudoku", metadata={"help": "What to answer.", "choices": sorted(TASKS)})
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What to answer: {', '.join(sorted(TASKS))}, {OTHERS}. Without rows and rewards of your own, {DEFAULT}.",
+            "choices": Suggestions(sorted(TASKS)),
+            "metavar": "TASK",
+        },
+    )
     train_file: str | None = field(default=None, metadata={"help": "Rows to answer, as for `train`."})
     eval_file: str | None = field(default=None, metadata={"help": "Rows to leave out."})
     train_size: int = field(default=320, metadata={"help": "Most rows to answer."})
+    eval_size: int = field(
+        default=500,
+        metadata={"help": "Most rows that `train` measures on, with the same number there. They are not answered."},
+    )
     num_responses: Annotated[int, AtLeast(1)] = field(default=16, metadata={"help": "Responses to each prompt."})
     batch_size: Annotated[int, AtLeast(1)] = field(
         default=512, metadata={"help": "Responses that a process decodes at once."}
@@ -83,6 +95,9 @@ class CollectArguments(RolloutOptions):
     def __post_init__(self):
         self.take_old_names()
         check_fields(self)
+        self.take_task()
+        if self.task is not None:
+            check_task_name(self.task)
         self.check_rollout_settings()
         self.decoding().check_responses(self.num_responses)  # which checks the decoding settings as well
 
@@ -136,7 +151,7 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
             "`--approximate_cache` is for rollouts: stored responses made with it cannot be trained on, as their recorded "
             "log-probabilities are not the policy's. Leave it out."
         )
-    task = load_task(args.task, args.train_file, args.eval_file, args.train_size, 1, args.seed)
+    task = args.load_task(args.train_size, args.eval_size, args.seed)
     policy = open_policy(
         model_args.model_name_or_path or (None if args.adapter_name_or_path else tiny_policy_path()),
         args.adapter_name_or_path,
@@ -182,11 +197,14 @@ def next_commands(args: CollectArguments, model_args: ModelConfig) -> list[str]:
         settings = {
             "model_name_or_path": model_args.model_name_or_path or tiny_policy_path(),
             **{name: value for name, (value, default) in given.items() if value != default},
-            **{name: getattr(args, name) for name in ("task", "max_completion_length", "tokens_per_step")},
+            **{name: getattr(args, name) for name in ("max_completion_length", "tokens_per_step")},
+            **({"task": args.task} if args.task else {}),
             "loss_type": "dpo",
             "beta": 0.1,
         }
-        commands.append([*train, *(word for name, value in settings.items() for word in (f"--{name}", str(value)))])
+        for name, value in settings.items():
+            train += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        commands.append(train)
     return [shlex.join(words) for words in commands]
 
 

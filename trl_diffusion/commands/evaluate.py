@@ -6,8 +6,11 @@ Measures a policy on benchmarks.
     trl-diffusion evaluate --adapter_name_or_path outputs/llada --tasks gsm8k --data_dir DATA
     trl-diffusion evaluate --model_name_or_path MODEL --tasks humaneval_plus mbpp_plus --allow_code_execution
     trl-diffusion evaluate --tasks sudoku --decoding temperature:0.5 --seeds 0 1 2
+    trl-diffusion evaluate --model_name_or_path MODEL --tasks reasoning_gym:mini_sudoku my_task.py:make_task
+    trl-diffusion evaluate --model_name_or_path MODEL --eval_file rows.jsonl --reward_funcs ./rewards.py:brief
 
-Tasks: gsm8k, math (all of MATH), math500, gpqa (diamond), humaneval, humaneval_plus, mbpp_plus, ifeval, countdown, sudoku.
+Tasks: gsm8k, math (all of MATH), math500, gpqa (diamond), humaneval, humaneval_plus, mbpp_plus, ifeval, countdown, sudoku,
+and the evaluation rows of every other task of `train`. Or rows and rewards of your own, whose first reward is measured.
 With `--data_dir`, a directory with gsm8k/test.jsonl, humaneval/HumanEval.jsonl, countdown/cd3_test.jsonl or
 sudoku/4x4_test.csv, these are read from there. Without a file, countdown and sudoku are the 500 games and puzzles on which
 `train` measures, too. Everything else comes from the hub through lm-evaluation-harness.
@@ -20,30 +23,46 @@ Given again after an interruption, the same command adds what is missing. With s
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, cast
 
 from ..decoding.config import DecodingConfig
-from ..evaluation.run import Evaluation, check_seeds, check_tasks, markdown
+from ..evaluation.benchmarks import TaskBenchmark, benchmark_of
+from ..evaluation.run import TASK_NAMES, Evaluation, check_seeds, check_tasks, markdown, measurement_name
 from ..fields import AtLeast, check_fields
 from ..policies.policy import open_policy
 from ..policies.prompts import read_chat_template_kwargs
 from ..policies.quantized import rounding
 from ..policies.tiny import tiny_policy_path
 from ..quiet import hush_commands
+from ..tasks import check_task_name, load_task
 from ..utils import check_writable, errors_in_a_line, processes, read_mapping, use_all_cores
+from .data import OwnData
 from .groups import EVALUATE, INHERITED
 from .interrupt import ending_in_a_line, how_to_go_on, typed
 from .options import OptionParser
 from .parser import PROG
 
 
+MOST = 500  # questions of a task of `train`, unless `--limit` says
+FEWEST = 16  # training rows of such a task, which nobody sees
+
+
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(OwnData):
     """What to measure."""
 
+    measures_only = True
+    task = None  # there are `tasks`, and own rows beside them
     tasks: list[str] = field(default_factory=list, metadata={"help": "Names of tasks."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Rows whose last ones are measured with `reward_funcs`, or rows for a task."}
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Rows that are measured with `reward_funcs`, or rows for a task."}
+    )
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "The policy. The one that the adapter was made for, or the embedded one, by default."},
@@ -94,6 +113,28 @@ class EvaluateArguments:
             self.tasks = [self.tasks]
         check_fields(self)
         check_seeds(self.seeds)
+        self.take_task()
+        own = [task for task in self.tasks if task not in TASK_NAMES]
+        for task in own:
+            check_task_name(task, TASK_NAMES)
+        if (self.train_file or self.eval_file) and not self.is_own and not own:
+            raise ValueError(
+                "`--train_file` and `--eval_file` need `--reward_funcs`, or a task of `train` that reads them."
+            )
+
+    def further(self) -> dict[str, TaskBenchmark]:
+        """What is measured beside benchmarks, by its name: tasks of `train`, and rows of the user's own."""
+        size = self.limit or MOST
+        files = (None, None) if self.is_own else (self.train_file, self.eval_file)
+        found = {
+            name: benchmark_of(load_task(name, *files, FEWEST, size, 0), name)
+            for name in self.tasks
+            if name not in TASK_NAMES
+        }
+        if self.is_own:
+            task = self.load_task(sys.maxsize, size, 0)
+            found[task.name] = benchmark_of(task)
+        return found
 
 
 def run(args: EvaluateArguments) -> None:
@@ -101,7 +142,10 @@ def run(args: EvaluateArguments) -> None:
     use_all_cores()
     state = processes()
     check_writable(args.output_dir, "--output_dir")
-    check_tasks(args.tasks, args.data_dir, args.allow_code_execution)  # before the weights are loaded
+    further = args.further()  # all of this before the weights are loaded
+    check_tasks(
+        [task for task in args.tasks if task not in further], args.data_dir, args.allow_code_execution, bool(further)
+    )
     decoding = read_mapping(args.decoding, "decoding")
     DecodingConfig.from_dict(decoding)
     path = args.model_name_or_path or (None if args.adapter_name_or_path else tiny_policy_path())
@@ -127,8 +171,9 @@ def run(args: EvaluateArguments) -> None:
         args.limit,
         args.allow_code_execution,
         about={"model": args.model_name_or_path, "adapter": args.adapter_name_or_path, "command": typed()},
+        further=further,
     )
-    results = evaluation.run(args.tasks)
+    results = evaluation.run([*args.tasks, *(name for name in further if name not in args.tasks)])
     state.print(markdown(results))
     state.print(f"Results, and every question with its response, are in {args.output_dir}.")
     state.print(f"Next, to compare with another policy: {next_command(args)}")
@@ -137,7 +182,7 @@ def run(args: EvaluateArguments) -> None:
 def next_command(args: EvaluateArguments) -> str:
     """The command that measures another policy in the same way."""
     own = ("tasks", "model_name_or_path", "adapter_name_or_path", "tokenizer_name_or_path", "output_dir")
-    words = [PROG, "evaluate", "--tasks", *args.tasks, "--model_name_or_path", "OTHER"]
+    words = [PROG, "evaluate", *(["--tasks", *args.tasks] if args.tasks else []), "--model_name_or_path", "OTHER"]
     for one in fields(args):
         value = getattr(args, one.name)
         default = one.default if one.default_factory is MISSING else one.default_factory()
@@ -150,7 +195,8 @@ def kept(args: EvaluateArguments | None) -> str:
     """What an interrupted evaluation has, and how to go on."""
     if args is None:
         return ""
-    names = [f"{task}_seed{seed}.json" for task in args.tasks for seed in args.seeds]
+    own = [args.dataset_name or args.train_file or args.eval_file] if args.is_own else []
+    names = [f"{measurement_name(str(task), seed)}.json" for task in (*args.tasks, *own) for seed in args.seeds]
     done = sum(Path(args.output_dir, name).exists() for name in names)
     return f"{done} of {len(names)} measurements are kept in {args.output_dir}. {how_to_go_on()}"
 

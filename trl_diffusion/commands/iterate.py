@@ -41,6 +41,7 @@ from ..utils import (
     versions,
     write_text,
 )
+from .data import DATA, DEFAULT
 from .interrupt import INTERRUPTED, TYPED, ending_in_a_line, left_to_the_child
 from .parser import PROG, Parser, add_config_option, add_engine_options
 
@@ -52,7 +53,7 @@ _OF_A_ROUND = {
 }
 _ADAPTERS = ("use_peft", "adapter_name_or_path")
 RESULTS = "results.json"
-_SHOWN = ("solve_rate_before", "solve_rate_after")
+_MEASURED = ("solve_rate", "mean_reward")
 
 
 @dataclass
@@ -93,16 +94,33 @@ class Rounds:
                     f"`{section}` has {adapters}: the next round opens what this one has saved, which must be a whole "
                     "model. Train without an adapter, or merge it and give the rounds one by one."
                 )
-        if self.collect.get("task", "sudoku") != self.train.get("task", "sudoku"):
-            raise ValueError(
-                f"`collect` answers {self.collect.get('task', 'sudoku')!r} and `train` measures "
-                f"{self.train.get('task', 'sudoku')!r}. Give both the same `task`."
-            )
+        self._check_data()
         templates = [section.get("chat_template_kwargs") for section in (self.collect, self.train)]
         if read_mapping(templates[0], "chat_template_kwargs") != read_mapping(templates[1], "chat_template_kwargs"):
             raise ValueError(
                 f"`collect` has `chat_template_kwargs` {templates[0]!r} and `train` {templates[1]!r}. Give both the same ones."
             )
+
+    def _check_data(self) -> None:
+        """Raises a `ValueError` if the two commands have other data; what one of them says is meant for both."""
+        own = [name for name in ("dataset_name", "reward_funcs") if self.collect.get(name)]
+        default = None if own else DEFAULT
+        if self.train.get("task", default) != self.collect.get("task", default):
+            raise ValueError(
+                f"`collect` answers {self.collect.get('task', default)!r} and `train` measures "
+                f"{self.train.get('task', default)!r}. Give both the same `task`."
+            )
+        for name in DATA[1:]:
+            if name in self.train and name not in self.collect and name not in ("eval_file", "eval_size"):
+                raise ValueError(f"`train` has `{name}`, but `collect` has none. Move it there: it is meant for both.")
+            if self.train.get(name, self.collect.get(name)) != self.collect.get(name, self.train.get(name)):
+                raise ValueError(
+                    f"`collect` has `{name}` {self.collect[name]!r} and `train` {self.train[name]!r}. Give both the same one."
+                )
+
+    def data(self) -> dict[str, Any]:
+        """What both commands are told about tasks, rows and rewards."""
+        return {name: one[name] for one in (self.train, self.collect) for name in DATA if name in one}
 
     def directory(self, number: int) -> Path:
         """Directory of a round; they are numbered from 1."""
@@ -117,6 +135,7 @@ class Rounds:
     def collect_options(self, number: int) -> dict[str, Any]:
         """Options of `collect` in a round."""
         return {
+            **self.data(),
             **self.collect,
             "model_name_or_path": self.policy(number),
             "output_dir": str(self.directory(number) / "trajectories"),
@@ -127,6 +146,7 @@ class Rounds:
         """Options of `train` in a round."""
         first = max(number - self.mix_rounds + 1, 1)
         return {
+            **self.data(),
             **self.train,
             "model_name_or_path": self.policy(number),
             "trajectories": [str(self.directory(one) / "trajectories") for one in range(first, number + 1)],
@@ -160,10 +180,18 @@ def run(rounds: Rounds, start: Callable[[str, list[str]], None], typed: str = ""
         if not path.is_file():  # `train` writes it last
             start("collect", _arguments(rounds.collect_options(number)))
             start("train", _arguments(rounds.train_options(number)))
-        found.append({"round": number, **read_record(path, _SHOWN, "Delete it to have the round trained again.")})
+        found.append({"round": number, **_results_of(path)})
         results = {"rounds": found, "command": typed, "versions": versions()}
         write_text(directory / RESULTS, json.dumps(results, indent=2) + "\n")
     return found
+
+
+def _results_of(path: Path) -> dict[str, Any]:
+    """The figures of a round: the solve rates, or the mean rewards of rows without a checker."""
+    advice = "Delete it to have the round trained again."
+    found = read_record(path, (), advice)
+    name = next((one for one in _MEASURED if f"{one}_before" in found), _MEASURED[0])
+    return read_record(path, (f"{name}_before", f"{name}_after"), advice)
 
 
 def _keep_plan(rounds: Rounds, path: Path) -> None:
@@ -192,9 +220,11 @@ def _arguments(options: dict[str, Any]) -> list[str]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The solve rates of the rounds, for the terminal."""
+    """The solve rates of the rounds, or the mean rewards, for the terminal."""
     lines = ["round    before     after"]
-    lines += [f"{row['round']:5d} {row['solve_rate_before']:9.1%} {row['solve_rate_after']:9.1%}" for row in results]
+    for row in results:
+        name, form = ("solve_rate", "9.1%") if "solve_rate_before" in row else ("mean_reward", "9.4g")
+        lines.append(f"{row['round']:5d} {row[f'{name}_before']:{form}} {row[f'{name}_after']:{form}}")
     return "\n".join(lines)
 
 

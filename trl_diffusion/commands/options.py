@@ -14,6 +14,16 @@ from ..utils import check_config_file
 from .parser import PROG, Groups, Parser, starting_parser
 
 
+NO_TASK = "none"  # as `--task`: rows and rewards of the user's own
+_OWN_DATA = {"dataset_name", "reward_funcs"}
+
+
+def without_task(words: list[str]) -> list[str]:
+    """A command line that names rows or rewards of the user's own takes the place of the task of a YAML file: it says `--task none`."""
+    names = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    return [*words, "--task", NO_TASK] if names & _OWN_DATA and "task" not in names else words
+
+
 class OptionParser(Parser, TrlParser):
     """
     TRL's parser, with the manners of [`~commands.parser.Parser`].
@@ -65,4 +75,5 @@ class OptionParser(Parser, TrlParser):
         """
         words = list(sys.argv[1:] if arguments is None else arguments)
         words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+        words = without_task(words) if {"reward_funcs", "task"} <= {*self.option_names()} else words
         return self.parse_args_and_config(args=check_config_file(words, self.kinds))

@@ -9,7 +9,8 @@ from statistics import fmean as mean
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..links import link
-from ..utils import versions, wilson, write_text
+from ..tasks.task import SOLVE_RATE, interval_of
+from ..utils import versions, write_text
 from ..viz.runs import Run
 from .interrupt import is_part, typed
 from .lines import RunLines, one_line, prompt_text
@@ -35,24 +36,46 @@ class Measured:
 
     Attributes:
         answers (`list[str]`): its answers.
-        scores (`list[float]`): 1 for each right one, 0 for each other.
+        scores (`list[float]`): 1 for each right one, 0 for each other; or the first reward, for a task without a checker.
         trajectories ([`TrajectoryBatch`]): how the answers were denoised that this process decoded.
+        name (`str`): what the mean of the scores is called.
     """
 
     answers: list[str]
     scores: list[float]
     trajectories: TrajectoryBatch
+    name: str = SOLVE_RATE
 
     @property
     def solve_rate(self) -> float:
-        """Share of the rows that are solved."""
+        """Share of the rows that are solved, or the mean reward."""
         return mean(self.scores)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the mean: Wilson's of a share, and that of the normal distribution otherwise."""
+        return interval_of(self.scores, self.name)
+
+    @property
+    def key(self) -> str:
+        """The name as it is in `results.json`."""
+        return self.name.replace(" ", "_")
+
+    @property
+    def said(self) -> str:
+        """The mean, as it is printed."""
+        return spell(self.solve_rate, self.name)
+
+
+def spell(value: float, name: str) -> str:
+    """A mean of scores of that name, as it is printed: a share in percent, a reward as a number."""
+    return f"{value:.1%}" if name == SOLVE_RATE else f"{round(value, 6) + 0.0:.4g}"
 
 
 def measure(task: Task, answer: Answering) -> Measured:
     """Lets a policy answer the evaluation rows of a task. `answer` gives texts and trajectories for prompts."""
     answers, trajectories = answer(task.evaluation["prompt"])
-    return Measured(answers, task.scores(answers), trajectories)
+    return Measured(answers, task.scores(answers), trajectories, task.measured)
 
 
 def train_and_save(trainer: Trainer, lines: RunLines, settings: Settings | None) -> None:
@@ -89,10 +112,9 @@ def report_task(
         further (`dict[str, Any]`, *optional*): more figures for `results.json`.
     """
     rows, seed = len(after.scores), trainer.args.seed
-    interval = wilson(after.solve_rate, rows)
+    low, high = (spell(end, after.name) for end in after.interval)
     trainer.accelerator.print(
-        f"solve rate {before.solve_rate:.1%} -> {after.solve_rate:.1%} "
-        f"({rows} {task.unit}, 95 % interval {interval[0]:.1%} to {interval[1]:.1%}, seed {seed})"
+        f"{after.name} {before.said} -> {after.said} ({rows} {task.unit}, 95 % interval {low} to {high}, seed {seed})"
     )
     if not trainer.is_world_process_zero():
         return
@@ -100,22 +122,22 @@ def report_task(
         "task": task.name,
         "rows": rows,
         "seed": seed,
-        "solve_rate_before": before.solve_rate,
-        "interval_before": wilson(before.solve_rate, rows),
-        "solve_rate_after": after.solve_rate,
-        "interval_after": interval,
+        f"{before.key}_before": before.solve_rate,
+        "interval_before": before.interval,
+        f"{after.key}_after": after.solve_rate,
+        "interval_after": after.interval,
         **(further or {}),
     }
     row = most_telling(before.scores, after.scores)
     prompt = task.evaluation[row]["prompt"]
     write_results(trainer, results, lines, next_command(prompt))
     pictures = draw(trainer, results, after.trajectories, task.evaluation[0]["prompt"])
-    solved = after.scores[row]
-    print(
-        f"One of the {task.unit} that it solves now:"
-        if solved
-        else f"It solves none of the {task.unit} yet. The first:"
-    )
+    if after.name != SOLVE_RATE:
+        print(f"One of the {task.unit}, with a reward of {spell(after.scores[row], after.name)} now:")
+    elif after.scores[row]:
+        print(f"One of the {task.unit} that it solves now:")
+    else:
+        print(f"It solves none of the {task.unit} yet. The first:")
     for name, text in (
         ("prompt", prompt_text(prompt)),
         ("before", before.answers[row]),
@@ -138,7 +160,10 @@ def write_results(trainer: Trainer, results: dict[str, Any], lines: RunLines, ne
 
 
 def most_telling(was: list[float], now: list[float]) -> int:
-    """The first row that is solved and was not, or else the first that is solved, or else the first."""
+    """The first row that is solved and was not, or else the first that is solved, or else the first. Of other scores, the first of
+    those that have risen most."""
+    if not {*was, *now} <= {0.0, 1.0}:
+        return max(range(len(now)), key=lambda row: now[row] - was[row])
     solved = [row for row, score in enumerate(now) if score]
     return next((row for row in solved if not was[row]), solved[0] if solved else 0)
 

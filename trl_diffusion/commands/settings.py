@@ -15,7 +15,7 @@ from ..sft.config import DiffusionSFTConfig
 from ..trainer.config import DTRPOConfig
 from ..utils import load_yaml, write_text
 from . import recipes_path
-from .options import OptionParser
+from .options import OptionParser, without_task
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def find_settings(arguments: list[str], command: Command = TRAINING) -> Settings
         before = ["--config", str(config), *before]
     own = [f"--{name}" for name in given if name != "config"]
     line = f"Settings: {source}" + (f"; {', '.join(own)} from the command line." if own else ".")
-    return Settings([*before, *arguments], line, _in_file(config) | given, command)
+    words = without_task(arguments)
+    return Settings([*before, *words], line, _in_file(config) | given_options(words), command)
 
 
 def read_options(parser: OptionParser, command: Command, arguments: list[str] | None) -> tuple[Any, ...]:
@@ -148,12 +149,26 @@ def _defaults(given: Collection[str], command: Command) -> str:
 
 def keep_settings(options: dict[str, Any], directory: str | Path, command: Command = TRAINING) -> None:
     """Writes the options of a run beside the policy that it has trained, for `--model_name_or_path DIRECTORY`."""
-    kept = {name: value for name, value in sorted(options.items()) if name not in (*_OF_ONE_RUN, "env")}
+    kept = {name: _kept(value) for name, value in sorted(options.items()) if name not in (*_OF_ONE_RUN, "env")}
     head = (
         "# The options that this policy was trained with. "
         f"`trl-diffusion {command.name} --model_name_or_path` reads them.\n"
     )
     write_text(Path(directory, command.file), head + yaml.safe_dump(kept, sort_keys=False))
+
+
+def _kept(value: Any) -> Any:
+    """A value for a YAML file: the numbers of a list that was typed are numbers there. argparse reads other values once more."""
+    return [_number(one) for one in value] if isinstance(value, list) else value
+
+
+def _number(word: Any) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(word) if isinstance(word, str) else word
+        except ValueError:
+            continue
+    return word
 
 
 def check_adapter_options(path: str, given: Collection[str]) -> bool:

@@ -33,12 +33,12 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..decoding.config import DecodingConfig
 from ..decoding.options import RolloutOptions
-from ..fields import AtLeast, check_fields
+from ..fields import AtLeast, Suggestions, check_fields
 from ..policies.prompts import as_prompts, tokenize_prompts
 from ..sft.best import best_responses
 from ..sft.config import DiffusionSFTConfig, is_refused
 from ..sft.trainer import DiffusionSFTTrainer
-from ..tasks import TASKS, Task, load_task, sft_rows
+from ..tasks import OTHERS, TASKS, Task, check_task_name, load_task, sft_rows
 from ..trainer.answering import answer_together, decode_on_all
 from ..trainer.checkpoints import check_start
 from ..trajectories.dataset import load_trajectories
@@ -64,8 +64,9 @@ class ScriptArguments(RolloutOptions):
         default=None,
         metadata={
             "help": "A task: its right answers are trained, and the share of solved rows is measured before and after. With "
-            "`trajectories`, it is measured only.",
-            "choices": sorted(TASKS),
+            f"`trajectories`, it is measured only. There are {', '.join(sorted(TASKS))}, {OTHERS}.",
+            "choices": Suggestions(sorted(TASKS)),
+            "metavar": "TASK",
         },
     )
     train_file: str | None = field(
@@ -111,6 +112,8 @@ class ScriptArguments(RolloutOptions):
             self.trajectories = [self.trajectories]
         self.take_old_names()
         check_fields(self)
+        if self.task is not None:
+            check_task_name(self.task)
         self.check_rollout_settings()
         self.decoding()  # checks its settings
 
@@ -283,7 +286,7 @@ def fine_tune(
         loss_before = trainer.evaluate()["eval_loss"]
         before = measure(task, answering) if task else None
     say(
-        f"solve rate before training: {before.solve_rate:.1%}, loss {loss_before:.4f}"
+        f"{before.name} before training: {before.said}, loss {loss_before:.4f}"
         if before
         else f"loss before training: {loss_before:.4f}"
     )

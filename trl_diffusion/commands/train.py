@@ -4,6 +4,8 @@ Trains a diffusion language model with dTRPO and shows what it gained.
     trl-diffusion train                                                           # embedded policy, 4x4 sudoku
     trl-diffusion train --eval_file puzzles.csv                                   # measured on your puzzles
     trl-diffusion train --config tiny_countdown
+    trl-diffusion train --config llada --task reasoning_gym:mini_sudoku            # or my_task.py:make_task
+    trl-diffusion train --config llada --train_file rows.jsonl --reward_funcs math_accuracy ./rewards.py:brief
     trl-diffusion train --config tiny_offline --trajectories outputs/trajectories
     trl-diffusion train --config gsm8k_preferences --train_file pairs.jsonl --tokenizer_name_or_path DIR
     trl-diffusion train --config tiny_sudoku --use_peft --learning_rate 3e-3 --output_dir outputs/lora
@@ -31,13 +33,14 @@ from typing import TYPE_CHECKING, Any, cast
 from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ..fields import check_fields
-from ..tasks import TASKS, load_task, preference_rows
+from ..fields import Suggestions, check_fields
+from ..tasks import OTHERS, TASKS, check_task_name, preference_rows
 from ..trainer.checkpoints import check_start
 from ..trainer.config import DTRPOConfig, is_refused
 from ..trainer.trainer import DTRPOTrainer
 from ..trajectories.dataset import load_trajectories
 from ..utils import check_writable, errors_in_a_line, use_all_cores, wilson
+from .data import DEFAULT, OwnData
 from .groups import INHERITED, TRAIN
 from .lines import RunLines, describe_output, describe_policy, next_command, start
 from .opening import find_policy
@@ -56,11 +59,17 @@ PREFERENCES = "preferences"  # as a task: pairs of a better and a worse response
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(OwnData):
     """What to train on."""
 
-    task: str = field(
-        default="sudoku", metadata={"help": "What to train on.", "choices": [*sorted(TASKS), PREFERENCES]}
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What to train on: {', '.join(sorted(TASKS))}, {PREFERENCES}, {OTHERS}. Without rows and rewards of your own, "
+            f"{DEFAULT}.",
+            "choices": Suggestions((*sorted(TASKS), PREFERENCES)),
+            "metavar": "TASK",
+        },
     )
     train_file: str | None = field(
         default=None,
@@ -94,6 +103,9 @@ class ScriptArguments:
         if isinstance(self.trajectories, str):  # a YAML file may name a single one
             self.trajectories = [self.trajectories]
         check_fields(self)
+        self.take_task()
+        if self.task is not None:
+            check_task_name(self.task, [PREFERENCES])
 
 
 def load_preferences(script_args: ScriptArguments) -> tuple[Dataset, Dataset]:
@@ -198,14 +210,7 @@ def train_on_task(
     script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig, lines: RunLines
 ) -> None:
     with errors_in_a_line():
-        task = load_task(
-            script_args.task,
-            script_args.train_file,
-            script_args.eval_file,
-            script_args.train_size,
-            script_args.eval_size,
-            training_args.seed,
-        )
+        task = script_args.load_task(script_args.train_size, script_args.eval_size, training_args.seed)
         train_dataset = task.train
         reward_funcs: list[Callable] | None = task.reward_funcs
         if script_args.trajectories:
@@ -220,7 +225,7 @@ def train_on_task(
     say(f"Measuring the policy on {len(task.evaluation)} {task.unit} that training never sees ...")
     with lines.timed("measuring_before"):
         before = measure(task, trainer.answer)
-    say(f"solve rate before training: {before.solve_rate:.1%}")
+    say(f"{before.name} before training: {before.said}")
 
     train_and_save(trainer, lines, script_args.settings)
 

@@ -10,7 +10,11 @@ from typing import Any
 from ..rewards import countdown, math, sudoku
 from ..rewards.code import code_reward
 from ..rewards.code_tests import problem_of
-from ..tasks.task import countdown_rows, gsm8k_rows, read_rows, sudoku_rows
+from ..tasks.countdown import countdown_rows
+from ..tasks.gsm8k import gsm8k_rows
+from ..tasks.rows import read_rows
+from ..tasks.sudoku import sudoku_rows
+from ..tasks.task import Task
 
 
 # Where a function that a model goes on writing has come to its end.
@@ -87,6 +91,55 @@ class Benchmark:
         columns = {name: [row.get(name) for row in rows] for name in names}
         # A completion that goes on from source code is told from one that quotes it by what was asked.
         return checker(prompts=[row["prompt"] for row in rows], completions=answers, **columns)
+
+
+@dataclass(frozen=True)
+class TaskBenchmark(Benchmark):
+    """
+    The evaluation rows of a task, as a benchmark.
+
+    Attributes:
+        task ([`Task`], *optional*): the task.
+    """
+
+    task: Task | None = None
+
+    def question(self, row: dict[str, Any], chat: bool) -> str | list[dict[str, str]]:
+        prompt = row["prompt"]
+        if not isinstance(prompt, str) and not chat:
+            raise ValueError(
+                f"The prompts of {self.name} are messages, and the policy's tokenizer has no chat template. Take a policy that has one, "
+                "or prompts that are text."
+            )
+        return prompt
+
+    def score(self, rows: list[dict[str, Any]], answers: list[str], checker: Callable) -> list[float | None]:
+        assert self.task is not None  # as `benchmark_of` makes it
+        prompts = [row["prompt"] for row in rows]
+        columns = {
+            name: [row.get(name) for row in rows] for name in self.task.evaluation.column_names if name != "prompt"
+        }
+        return [*self.task.rate(prompts, answers, columns)]
+
+
+def benchmark_of(task: Task, name: str | None = None) -> TaskBenchmark:
+    """
+    The evaluation rows of a task, as a benchmark.
+
+    Args:
+        task ([`Task`]): the task.
+        name (`str`, *optional*): what the benchmark is called. Defaults to the name of the task.
+    """
+    return TaskBenchmark(
+        name or task.name,
+        "",
+        lambda path: task.evaluation.to_list(),
+        lambda: task.solved,
+        256,
+        conversational=True,
+        packaged=task.evaluation.to_list,
+        task=task,
+    )
 
 
 def code_rows(path: str) -> list[dict[str, Any]]:

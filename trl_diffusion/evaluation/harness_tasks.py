@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, get_dataset_config_names, load_dataset
 
-from ..tasks.task import gsm8k_row
+from ..tasks.gsm8k import gsm8k_row
 from . import harness  # noqa: F401  (a task file of ours is what makes a plain `lm_eval` know the model)
 from .benchmarks import BENCHMARKS, code_checker, human_eval_row, math_row, mbpp_row
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,10 +20,12 @@ from ..fields import AtLeast, check_fields, check_kind
 from ..policies.files import policy_in
 from ..policies.policy import Policy
 from ..seeds import derive_seed
+from ..tasks.data import fingerprint_rows
+from ..tasks.task import MEAN_REWARD, interval_of
 from ..trajectories.fingerprint import fingerprint_policy
 from ..utils import check_writable, processes, read_record, wilson, write_text
 from . import tasks_path
-from .benchmarks import BENCHMARKS, Benchmark
+from .benchmarks import BENCHMARKS, Benchmark, TaskBenchmark
 from .generate import Usage, cut, generate
 
 
@@ -229,6 +232,7 @@ class Evaluation:
             run on this machine, in the sandbox of `trl_diffusion.rewards.sandbox`.
         about (`dict`, *optional*): what else to write beside the results, such as where the policy came from.
         progress (`bool`, *optional*, defaults to `True`): whether to show progress bars.
+        further (`dict[str, TaskBenchmark]`, *optional*): by their names, tasks in addition to the benchmarks.
 
     Raises:
         ValueError: for a setting that cannot be.
@@ -244,6 +248,7 @@ class Evaluation:
     allow_code_execution: bool = False
     about: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
+    further: dict[str, TaskBenchmark] = field(default_factory=dict)
 
     def __post_init__(self):
         check_kind("policy", self.policy, Policy, "an open policy (`open_policy(path)`)")
@@ -261,7 +266,7 @@ class Evaluation:
         Measures the policy on each task with each seed.
 
         Args:
-            tasks (`list[str]`): names out of [`TASK_NAMES`].
+            tasks (`list[str]`): names out of [`TASK_NAMES`], or of `further`.
 
         Returns:
             `dict`: what is also in `results.json`, on every process.
@@ -270,7 +275,12 @@ class Evaluation:
             ValueError: before anything is measured, if a task is unknown, needs what is not allowed or not there, or the
                 directory holds a policy, or measurements of another policy or with other settings.
         """
-        check_tasks(tasks, self.data_dir, self.allow_code_execution)
+        check_tasks(
+            [task for task in tasks if task not in self.further],
+            self.data_dir,
+            self.allow_code_execution,
+            bool(self.further),
+        )
         tasks = list(dict.fromkeys(tasks))
         fingerprint = fingerprint_policy(self.policy.model)
         settings = {task: self._settings(task, fingerprint) for task in tasks}
@@ -299,12 +309,15 @@ class Evaluation:
             write_text(self._directory / "results.md", markdown(results))
         return results
 
+    def _benchmark(self, task: str) -> Benchmark | None:
+        return self.further.get(task) or BENCHMARKS.get(task)
+
     @property
     def _directory(self) -> Path:
         return Path(self.output_dir)
 
     def _measure(self, task: str, seed: int) -> Measured | None:
-        benchmark = BENCHMARKS.get(task)
+        benchmark = self._benchmark(task)
         if benchmark is not None and benchmark.is_here(self.data_dir):
             rows = benchmark.read(self.data_dir)[: self.limit]
             return measure_local(
@@ -322,9 +335,11 @@ class Evaluation:
 
     def _settings(self, task: str, fingerprint: str | None) -> dict[str, Any]:
         """What a measurement depends on."""
-        benchmark = BENCHMARKS.get(task)
+        benchmark = self._benchmark(task)
         data = "package" if benchmark is not None and benchmark.packaged is not None else "hub"
-        if benchmark is not None and self.data_dir is not None and benchmark.is_in(self.data_dir):
+        if isinstance(benchmark, TaskBenchmark):
+            data = fingerprint_rows(benchmark.read())
+        elif benchmark is not None and self.data_dir is not None and benchmark.is_in(self.data_dir):
             data = xxhash.xxh3_128_hexdigest((Path(self.data_dir) / benchmark.file).read_bytes())
         template = self.policy.chat_template_kwargs
         return {
@@ -337,7 +352,7 @@ class Evaluation:
         }
 
     def _paths(self, task: str, seed: int) -> tuple[Path, Path]:
-        name = f"{task}_seed{seed}"
+        name = measurement_name(task, seed)
         return self._directory / f"{name}.json", self._directory / f"{name}_samples.jsonl"
 
     def _is_done(self, task: str, seed: int) -> bool:
@@ -370,13 +385,22 @@ class Evaluation:
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in measured.samples)
         write_text(samples_path, "".join(lines))
         scores = [sample["score"] for sample in measured.samples if sample["score"] is not None]
+        accuracy = {"accuracy": statistics.fmean(scores) if scores else None}
+        benchmark = self._benchmark(task)
+        if (
+            isinstance(benchmark, TaskBenchmark)
+            and benchmark.task is not None
+            and benchmark.task.measured == MEAN_REWARD
+        ):
+            interval = interval_of(scores, MEAN_REWARD)
+            accuracy = {"accuracy": None, "mean_reward": statistics.fmean(scores), "interval": list(interval)}  # type: ignore[dict-item]
         summary = {
             "task": task,
             "seed": seed,
             "settings": settings,
             "questions": len(scores),
             "skipped": len(measured.samples) - len(scores),
-            "accuracy": statistics.fmean(scores) if scores else None,
+            **accuracy,
             **asdict(measured.usage),
         }
         write_text(path, json.dumps(summary, indent=2) + "\n")
@@ -397,20 +421,31 @@ class Evaluation:
         }
 
 
+def measurement_name(task: str, seed: int) -> str:
+    """How the names of the files of a measurement begin. Those of a task may hold what a file name does not."""
+    return f"{re.sub(r'[^A-Za-z0-9.-]', '_', task).strip('.')}_seed{seed}"
+
+
 def check_seeds(seeds: list[int]) -> None:
     """Raises a `ValueError` if there is no seed, or one is there twice."""
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"`seeds` must be different numbers, at least one, got {seeds}.")
 
 
-def check_tasks(tasks: list[str], data_dir: str | Path | None = None, allow_code_execution: bool = False) -> None:
+def check_tasks(
+    tasks: list[str],
+    data_dir: str | Path | None = None,
+    allow_code_execution: bool = False,
+    may_be_none: bool = False,
+) -> None:
     """
     Raises a `ValueError` if a task is unknown, would run code that nobody has allowed, or comes from the hub while
-    lm-evaluation-harness is missing; or if there is no task, or no directory `data_dir`.
+    lm-evaluation-harness is missing; or if there is no task (unless `may_be_none`), or no directory
+    `data_dir`.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ValueError(f"There is no directory {data_dir} (`data_dir`).")
-    if not tasks:
+    if not tasks and not may_be_none:
         raise ValueError(f"No task was given; there are {list(TASK_NAMES)}.")
     for task in tasks:
         if task not in TASK_NAMES:
@@ -459,6 +494,13 @@ def summarise(task: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         row["accuracy"] = statistics.fmean(accuracies)
         row["interval"] = list(wilson(row["accuracy"], runs[0]["questions"]))
         row["spread"] = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+    rewards = [run["mean_reward"] for run in runs if run.get("mean_reward") is not None]
+    if rewards:
+        row["mean_reward"] = statistics.fmean(rewards)
+        # As wide as that of one seed, for the same reason.
+        half = statistics.fmean((run["interval"][1] - run["interval"][0]) / 2 for run in runs)
+        row["interval"] = [row["mean_reward"] - half, row["mean_reward"] + half]
+        row["spread"] = statistics.stdev(rewards) if len(rewards) > 1 else None
     row["tokens_per_answer"] = total.tokens / total.answers if total.answers else None
     row["tokens_per_forward"] = total.tokens_per_forward if total.forwards else None
     row["tokens_per_second"] = total.tokens_per_second if total.seconds else None
@@ -474,13 +516,16 @@ def markdown(results: Mapping[str, Any]) -> str:
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.2f}"
 
-    heads = ["task", "questions", "seeds", "accuracy", "95 % interval", "std over seeds"]
-    heads += ["tokens / answer", "tokens / forward", "tokens / s"]
+    rewarded = any("mean_reward" in row for row in results["tasks"])
+    heads = ["task", "questions", "seeds", "accuracy", *(["mean reward"] if rewarded else []), "95 % interval"]
+    heads += ["std over seeds", "tokens / answer", "tokens / forward", "tokens / s"]
     lines = [heads, ["---"] * len(heads)]
     for row in results["tasks"]:
-        interval = " - ".join(percent(end) for end in row["interval"] or [])
-        cells = [row["task"], str(row["questions"]), str(len(row["seeds"])), percent(row["accuracy"]), interval]
-        cells += [percent(row["spread"]), number(row["tokens_per_answer"])]
+        spelled = number if "mean_reward" in row else percent
+        interval = (" to " if "mean_reward" in row else " - ").join(spelled(end) for end in row["interval"] or [])
+        cells = [row["task"], str(row["questions"]), str(len(row["seeds"])), percent(row["accuracy"])]
+        cells += [*([number(row.get("mean_reward"))] if rewarded else []), interval]
+        cells += [spelled(row["spread"]), number(row["tokens_per_answer"])]
         cells += [number(row["tokens_per_forward"]), number(row["tokens_per_second"])]
         lines.append(cells)
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -55,7 +55,7 @@ class Material:
                 f"The task {self.task!r} has {len(task.train)} training rows, and {sizes.corpus_size} to pretrain on and "
                 f"{sizes.validation_size} to choose with leave none for reinforcement. Set a smaller `corpus_size`."
             )
-        return task
+        return task_in_text(task)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -108,6 +108,19 @@ class Material:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
             order += torch.randperm(size, generator=generator).tolist()
         return self.documents.select(order[:number])
+
+
+def task_in_text(task: Task) -> Task:
+    """The task with the text of the user's message as the prompt, where a prompt is one message: the twins have no chat template."""
+
+    def in_text(row: dict[str, Any]) -> dict[str, Any]:
+        prompt = row["prompt"]
+        single = isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0]["content"], str)
+        return {"prompt": prompt[0]["content"]} if single else {}
+
+    if isinstance(task.train[0]["prompt"], str):
+        return task
+    return replace(task, train=task.train.map(in_text), evaluation=task.evaluation.map(in_text))
 
 
 def build_trainer(material: Material, twin: str, updates: int, directory: str | Path) -> SFTTrainer:

@@ -217,7 +217,7 @@ class _Confined:
         self._module = module
         self._job = job | {
             "limits": {"cpu_time": limits.cpu_time, "memory": limits.memory, "file_size": limits.file_size},
-            "readable": _readable(),
+            "readable": readable_files(),
             "working_directory": working_directory,
             "ready_fd": self._ready.write,
         }
@@ -357,7 +357,7 @@ def _uses_more_disk_than(limit: int, directory: str) -> bool:
 
 
 @cache
-def _readable() -> list[str]:
+def readable_files() -> list[str]:
     """Files and folders an interpreter needs to import the standard library."""
     paths = sysconfig.get_paths()
     libraries = [f"{root}/{name}" for root in ("", "/usr") for name in ("lib", "lib64")]

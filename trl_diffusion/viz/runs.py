@@ -240,6 +240,9 @@ def _held_out(runs: Sequence[Run]) -> Panel:
     if any(curves):
         options: dict[str, Any] = {"percent": True, "measured": True, "lowest": 0.0, "highest": 1.05}
         return Panel("held-out solve rate", curves, "95 % interval", **options)
+    curves = [_mean_reward(run) for run in runs]
+    if any(curves):
+        return Panel("held-out mean reward", curves, "95 % interval", measured=True)
     curves = [_curves(run.series(name, name.removeprefix("eval_")) for name in _of_callbacks(run)) for run in runs]
     if any(curves):
         return Panel("held-out metrics", curves, measured=True)
@@ -262,6 +265,19 @@ def _solve_rate(run: Run) -> list[Series]:
     intervals = [wilson(rate, int(rows)) for _, rate in known] if _is_number(rows) else []
     low, high = ([interval[end] for interval in intervals] for end in (0, 1))
     return _curves(iter([Series("", [step for step, _ in known], [rate for _, rate in known], low, high)]))
+
+
+def _mean_reward(run: Run) -> list[Series]:
+    """Before and after training on rows without a checker, with the intervals that are there."""
+    steps, values, low, high = [], [], [], []
+    for step, when in ((0, "before"), (run.results.get("steps", run.updates), "after")):
+        value, ends = run.results.get(f"mean_reward_{when}"), run.results.get(f"interval_{when}")
+        if _is_number(value) and isinstance(ends, list | tuple) and len(ends) == 2 and all(map(_is_number, ends)):
+            steps.append(step)
+            values.append(value)
+            low.append(ends[0])
+            high.append(ends[1])
+    return _curves(iter([Series("", steps, values, low, high)]))
 
 
 def _of_callbacks(run: Run) -> list[str]:

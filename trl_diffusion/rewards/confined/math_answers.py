@@ -16,6 +16,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -183,12 +184,10 @@ def compare(connection: socket.socket) -> None:
             connection.sendall(RIGHT)
 
 
-def main() -> None:
-    sys.path[:] = json.loads(sys.argv[1])
-    trainer = socket.socket(fileno=0)
+def serve(trainer: socket.socket, handle: Callable[[socket.socket], None]) -> None:
+    """Says that all is imported, and forks a process for each connection that the trainer sends. `handle` runs there."""
     logging.disable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes of answers
-    equal("$(1, x^2)$", r"$(\frac{1}{1}, x \cdot x)$")  # what is imported and prepared on the way is so for all
     gc.freeze()  # so that the processes share this memory, which a collection of garbage would write to
     trainer.sendall(READY)
     while True:
@@ -200,12 +199,19 @@ def main() -> None:
             if os.fork() == 0:
                 try:
                     trainer.close()
-                    compare(connection)
+                    handle(connection)
                 finally:
                     os._exit(0)
         except OSError:
             pass  # no more processes: the trainer sees that this one has not started
         connection.close()
+
+
+def main() -> None:
+    sys.path[:] = json.loads(sys.argv[1])
+    trainer = socket.socket(fileno=0)
+    equal("$(1, x^2)$", r"$(\frac{1}{1}, x \cdot x)$")  # what is imported and prepared on the way is so for all
+    serve(trainer, compare)
 
 
 if __name__ == "__main__":
