@@ -12,9 +12,11 @@ import pytest
 
 from trl_diffusion.commands import compare
 from trl_diffusion.experiments import queue
+from trl_diffusion.experiments.answers import scores_of
 from trl_diffusion.experiments.arms import ARMS
 from trl_diffusion.experiments.comparison import CHOOSE, PRETRAIN, REINFORCE, Comparison, Job
 from trl_diffusion.experiments.queue import row_path, run
+from trl_diffusion.experiments.twins import Material
 
 
 @pytest.fixture
@@ -86,7 +88,8 @@ def test_sizes_that_cannot_be(sizes, change, said):
 
 
 @pytest.mark.parametrize(
-    "task, said", [("gsm8k", "--train_file"), ("nothing", "Unknown task 'nothing'"), ("word_sums", "chat template")]
+    "task, said",
+    [("gsm8k", "--train_file"), ("nothing", "Unknown task 'nothing'")],
 )
 def test_a_task_that_cannot_be_compared_is_one_line(task, said, tmp_path, capfd):
     assert compare.main(["--quick", "--tasks", "chain", task, "--output_dir", str(tmp_path), "--workers", "1"]) == 2
@@ -111,6 +114,15 @@ def test_a_run_that_is_done_is_never_repeated(comparison, tmp_path, monkeypatch)
     other = replace(comparison, variants={"": replace(comparison.variants[""], updates=9)})
     with pytest.raises(ValueError, match=r"another plan: `updates` was 2 and is 9.*output_dir"):
         run(other, tmp_path, 1)
+
+
+def test_prompts_of_one_message_are_asked_as_text(sizes):
+    task = Material("word_sums", 0, replace(sizes, corpus_size=20)).whole
+    assert all(isinstance(prompt, str) for prompt in (*task.train["prompt"], *task.evaluation["prompt"]))
+    Comparison(tasks=("word_sums",)).check()
+    row = task.train[0]
+    rates = scores_of(task, task.train.select([0, 0]), [task.solution(row), "?"])
+    assert rates == [1.0, 0.0]
 
 
 class Here:

@@ -28,7 +28,7 @@ def run(arm, seed, after, before=0.1, task="chain"):
     training = {} if arm == "autoregressive" else {"steps_per_block": 5}
     points = [point(t, training, after, 9.0 if arm == "autoregressive" else 5.0) for t in (0.0, 1.0)]
     return {
-        "kind": "reinforce", "task": task, "what": arm, "seed": seed, "learning_rate": 1e-3, "training": training, "length": 9,
+        "kind": "reinforce", "variant": "", "task": task, "what": arm, "seed": seed, "learning_rate": 1e-3, "training": training, "length": 9,
         "puzzles": 100, "before": [{**one, "solved": before} for one in points], "updates": {"updates": 2, "points": points},
         "seconds": {"updates": 3, "points": points}, "pass_at_k": {"1": after, "2": after}, "before_pass_at_k": {"1": 0.0, "2": 0.1},
         "rewards": [0.1, 0.2, 0.3], "seconds_after": [1.0, 2.5, 4.0],

@@ -101,8 +101,13 @@ def _continue(model, tokenizer, ids: list[list[int]], length: int, temperature: 
 
 def solved(task: Task, rows: Dataset, texts: Sequence[str]) -> float:
     """Share of rows that are solved."""
-    columns = {name: rows[name] for name in rows.column_names if name != "prompt"}
-    return fmean(score or 0.0 for score in task.solved(completions=list(texts), **columns))
+    return fmean(scores_of(task, rows, texts))
+
+
+def scores_of(task: Task, rows: Dataset, texts: Sequence[str]) -> list[float]:
+    """For each row, whether it is solved: 0 or 1."""
+    columns = {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
+    return task.rate(list(rows["prompt"]), list(texts), columns)
 
 
 def points(arm: Arm, length: int) -> list[dict[str, Any]]:
@@ -164,8 +169,7 @@ def sampled(model: nn.Module, material: Material, arm: Arm, seed: int) -> dict[s
         texts = answer(
             model, material, arm, task.evaluation, 1.0, derive_seed(seed, SAMPLES, sample), **settings
         ).texts
-        columns = {name: task.evaluation[name] for name in task.evaluation.column_names if name != "prompt"}
-        for row, score in enumerate(task.solved(completions=texts, **columns)):
+        for row, score in enumerate(scores_of(task, task.evaluation, texts)):
             right[row] += score == 1
     sizes = [k for k in (1, 2, 4, 8, 16, 32) if k <= number]
     return {str(k): fmean(pass_at_k(number, count, k) for count in right) for k in sizes}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .twins import Material
 
 
+FEW = 16  # rows of a task that is only looked at
 PRETRAIN, CHOOSE, REINFORCE = "pretrain", "choose", "reinforce"
 
 
@@ -97,13 +98,15 @@ class Comparison:
 
     def check(self) -> None:
         """Raises a `ValueError` for a task that does not exist, or that the twins cannot learn."""
+        from .twins import task_in_text
+
         tokenizer = load_tokenizer(tiny_policy_path())
         for name in self.tasks:
-            task = load_task(name, train_size=1, eval_size=1, seed=self.seeds[0])
-            (row,) = task.documents(task.train)
+            task = task_in_text(load_task(name, train_size=FEW, eval_size=1, seed=self.seeds[0]))
+            row = task.documents(task.train.select(range(1)))[0]
             if not isinstance(row["prompt"], str):
                 raise ValueError(
-                    f"The prompts of the task {name!r} are messages, and the twins have no chat template."
+                    f"The prompts of the task {name!r} are conversations, and the twins have no chat template."
                 )
             for text in (row["prompt"], row["completion"]):
                 if tokenizer.unk_token_id in tokenizer(text)["input_ids"]:
