@@ -342,7 +342,7 @@ def test_attention_in_groups_is_that_of_the_whole_mask(capacity, lanes, ends, sh
     spec = SPECS["block-from-sequence" if capacity else "full"].replace(block_size=4)
     ends = np.array(ends)
     begins = ends - 4 if capacity else np.zeros(3, dtype=np.int64)
-    spans = Spans(np.arange(3), np.array(lanes), np.zeros(3, dtype=np.int64), begins, ends, ends)
+    spans = Spans(np.arange(3), np.array(lanes), np.zeros(3, dtype=np.int64), ends - 4, begins, ends, ends)
     number = int(spans.lengths.sum())
     mask = ragged_mask(spans, spec, capacity, 4 * capacity if capacity else number, "cpu")
     together = capacity is None or lanes != (2, 0, 1)
