@@ -77,7 +77,9 @@ def test_a_batch_of_64_and_the_queue_change_nothing(spec_name, name):
         assert_same(together, row, decode(policy, [prompts[row]], CONFIGS[name], seeds=[seeds[row]]), 0)
 
 
-@pytest.mark.parametrize("spec_name", ["block-from-sequence", "shift-autoregressive-first", "full"])
+@pytest.mark.parametrize(
+    "spec_name", ["block-from-sequence", "shift-autoregressive-first", "clean-causal-autoregressive-first", "full"]
+)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_stop_rules_give_the_same_responses(spec_name, temperature):
     """Ending with the stop token saves steps; what counts, and the states it was made in, stay the same."""
