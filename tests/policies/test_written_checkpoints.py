@@ -6,6 +6,7 @@ loading, computing and saving does must not come from the code that is tested.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import trl_diffusion  # noqa: F401  (registers the families)
 from tests.closeness import ROUNDING, assert_close
-from trl_diffusion import DTRPOConfig, DTRPOTrainer, tiny_policy_path
+from tests.conftest import make_prompts
+from tests.reference import draw_everything_at, lay_out, plain_forward_logps, who_sees_whom
+from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, get_spec, tiny_policy_path
+from trl_diffusion.scoring.score import score
+from trl_diffusion.trajectories.trajectory import token_states
 
 
 VOCABULARY, MASK = 112, 1  # the embedded policy's tokenizer has about 100 tokens, and 1 is its mask token
@@ -33,6 +38,13 @@ QWEN_NAMES = {
     "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "q": "self_attn.q_proj",
     "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+NEMOTRON_NAMES = {
+    part: name.replace("model.", "encoder.").replace("lm_head", "diffusion_head") for part, name in QWEN_NAMES.items()
+}
+YARN = {
+    "beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 16, "rope_theta": 1e6, "rope_type": "yarn",
 }  # fmt: skip
 
 
@@ -51,6 +63,8 @@ class Family:
     theta: float
     eps: float
     block: int | None = None  # `None`: full attention
+    sees_all: bool = False  # with blocks, in a pass without a mask
+    yarn: dict | None = None
     bias: bool = False
     head_norm: bool = False
     own: dict = field(default_factory=dict)
@@ -63,7 +77,8 @@ class Family:
             "model_type": self.model_type,
             "architectures": [self.classes.get("AutoModelForCausalLM", self.classes["AutoModel"])],
             "auto_map": {name: f"{module}.{value}" for name, value in self.classes.items()},
-            "rms_norm_eps": self.eps, "rope_theta": self.theta, "eos_token_id": 2, "pad_token_id": 0,
+            "rms_norm_eps": self.eps, "eos_token_id": 2, "pad_token_id": 0,
+            **({"rope_theta": self.theta} if self.yarn is None else {"rope_parameters": self.yarn}),
         }  # fmt: skip
         if self.model_type == "llada":
             return common | {
@@ -76,7 +91,7 @@ class Family:
             "hidden_size": self.hidden, "intermediate_size": self.inner, "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.key_heads, "hidden_act": "silu",
             "tie_word_embeddings": self.tied, "vocab_size": VOCABULARY, "max_position_embeddings": 96,
-            "use_sliding_window": False, "sliding_window": None, **self.own,
+            "sliding_window": None, **({"use_sliding_window": False} if self.yarn is None else {}), **self.own,
         }  # fmt: skip
 
     def weights(self) -> dict[str, Tensor]:
@@ -140,11 +155,36 @@ FAMILIES = {
         key_heads=4, head_size=12, tied=True, theta=1e4, eps=1e-6, block=1, head_norm=True,
         own={"block_size": 1, "mask_token_id": MASK, "head_dim": 12, "attention_bias": False},
     ),
+    "nemotron": Family(
+        "nemotron_labs_diffusion", {"AutoModel": "NemotronLabsDiffusionModel"}, NEMOTRON_NAMES, layers=3, heads=6,
+        key_heads=2, head_size=12, tied=False, theta=1e6, eps=1e-5, block=8, sees_all=True, yarn=YARN,
+        own={
+            "ar_loss_weight": 1.0, "attention_bias": False, "attention_dropout": 0.0, "block_size": 8, "bos_token_id": 1,
+            "dlm_loss_weight": None, "dlm_paradigm": "bidirectional", "dp_varying_mask_ratio": False, "head_dim": 12,
+            "initializer_range": 0.02, "mask_token_id": MASK, "mlp_bias": False, "use_cache": False,
+        },
+    ),
 }  # fmt: skip
 
 
-def written_out(family: Family, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """Logits of one row of ids (N,), shape (N, V)."""
+def frequencies(family: Family) -> Tensor:
+    """Of the rotations, (D / 2,): with YaRN the slow ones are those of positions that are divided by `factor`."""
+    half, yarn = family.head_size // 2, family.yarn
+    plain = family.theta ** (-torch.arange(half) / half)
+    if yarn is None:
+        return plain
+
+    def pair_with(turns: float) -> float:  # the pair that turns so often within the original length
+        length = yarn["original_max_position_embeddings"] / (2 * math.pi * turns)
+        return half * math.log(length) / math.log(family.theta)
+
+    low, high = max(math.floor(pair_with(yarn["beta_fast"])), 0), math.ceil(pair_with(yarn["beta_slow"]))
+    slow = ((torch.arange(half) - low) / (min(high, family.head_size - 1) - low)).clamp(0, 1)
+    return plain * (1 - slow) + plain / yarn["factor"] * slow
+
+
+def written_out(family: Family, weights: dict[str, Tensor], ids: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Logits of one row of ids (N,), shape (N, V). `allowed` (N, N): who sees whom, by default as without a mask."""
 
     def weight(part: str, layer: int | None = None, kind: str = "weight") -> Tensor:
         prefix = "" if layer is None else f"{family.names['layer']}{layer}."
@@ -155,12 +195,17 @@ def written_out(family: Family, weights: dict[str, Tensor], ids: Tensor) -> Tens
 
     def rotate(x: Tensor) -> Tensor:  # (H, N, D)
         half = family.head_size // 2
-        angles = torch.arange(len(ids))[:, None] * family.theta ** (-torch.arange(half) / half)
+        angles = torch.arange(len(ids))[:, None] * frequencies(family)
         a, b = x[..., :half], x[..., half:]
         return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
-    blocks = torch.arange(len(ids)) // (family.block or len(ids))
-    allowed = blocks[None, :] <= blocks[:, None]
+    if allowed is None:
+        blocks = torch.arange(len(ids)) // (len(ids) if family.sees_all else family.block or len(ids))
+        allowed = blocks[None, :] <= blocks[:, None]
+    sharpness = torch.ones(len(ids))
+    if family.yarn is not None:  # queries of later positions are longer
+        lengths = torch.arange(len(ids)) // family.yarn["original_max_position_embeddings"]
+        sharpness = 1 + family.yarn["llama_4_scaling_beta"] * (1 + lengths).log()
     x = weight("embed")[ids]
     for layer in range(family.layers):
         y = norm(x, weight("norm_1", layer))
@@ -169,7 +214,8 @@ def written_out(family: Family, weights: dict[str, Tensor], ids: Tensor) -> Tens
         if family.head_norm:
             q, k = norm(q, weight("q_norm", layer)), norm(k, weight("k_norm", layer))
         k, v = (value.repeat_interleave(family.heads // family.key_heads, 0) for value in (rotate(k), v))
-        scores = (rotate(q) @ k.transpose(1, 2) / family.head_size**0.5).masked_fill(~allowed, -torch.inf)
+        scores = (rotate(q) * sharpness[:, None]) @ k.transpose(1, 2) / family.head_size**0.5
+        scores = scores.masked_fill(~allowed, -torch.inf)
         x = x + (scores.softmax(-1) @ v).transpose(0, 1).flatten(1) @ weight("o", layer).T
         y = norm(x, weight("norm_2", layer))
         gate = y @ weight("gate", layer).T
@@ -225,6 +271,33 @@ def test_logits_are_those_written_out(family, checkpoint, options):
     left = torch.tensor([[0] * 6 + [1] * len(ids)])
     padded = model(torch.cat([torch.zeros(1, 6, dtype=torch.long), ids[None]], 1), attention_mask=left).logits[0, 6:]
     assert_close(padded, expected)
+
+
+@torch.no_grad()
+def test_a_causal_clean_part(tmp_path):
+    """
+    Nemotron-Labs-Diffusion while it decodes: under the mask of its published training and decoding code, logits are those
+    written out, and what decoding records is what a packed pass and plain passes give.
+    """
+    family = FAMILIES["nemotron"]
+    policy = AutoModelForCausalLM.from_pretrained(write(family, tmp_path / "published")).eval()
+    spec, ids = get_spec(policy.config), some_ids()
+    allowed = torch.ones(len(ids), len(ids)).tril().bool()
+    allowed[-family.block :] = True  # the block that is being denoised
+    assert torch.equal(allowed, who_sees_whom(spec, len(ids) - family.block, len(ids)))
+    expected = written_out(family, family.weights(), ids, allowed)
+    assert_close(policy(ids[None], attention_mask=allowed[None, None]).logits[0], expected)
+
+    batch = decode(
+        policy, make_prompts((3, 13, 24, 29)), DecodingConfig(20, 1.0, tokens_per_step=2), seeds=[1, 2, 3, 4]
+    )
+    plain = plain_forward_logps(policy, spec, batch, 1.0)
+    assert_close(batch.logps[batch.steps >= 0], plain[batch.steps >= 0])
+    groups, states, *_ = token_states(spec, batch)
+    for step in range(int(states.max()) + 1):
+        layout = lay_out(batch, spec, draw_everything_at(step, batch, groups))
+        scored = layout.weights > 0
+        assert_close(score(policy, layout, spec)[0][scored], plain[scored])
 
 
 @torch.no_grad()

@@ -15,14 +15,16 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from ..left_to_right import refuse_policies
-from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
+from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, NemotronLabsDiffusionConfig, SDARConfig
 from .models import (
     LLADA_NAMES,
+    NEMOTRON_NAMES,
     DreamModel,
     DreamTokenizer,
     Fast_dLLM_QwenForCausalLM,
     Fast_dLLM_QwenModel,
     LLaDAModelLM,
+    NemotronLabsDiffusionModel,
     SDARForCausalLM,
     SDARModel,
 )
@@ -41,11 +43,12 @@ FAMILIES: dict[str, tuple[type[FamilyConfig], type[PreTrainedModel], type[PreTra
     "Dream": (DreamConfig, DreamModel, DreamModel),
     "Fast-dLLM v2": (Fast_dLLM_QwenConfig, Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM),
     "SDAR": (SDARConfig, SDARModel, SDARForCausalLM),
+    "Nemotron-Labs-Diffusion": (NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel, NemotronLabsDiffusionModel),
 }
 
 
 def register() -> None:
-    """Tells transformers' auto classes about the families, and its loading and saving about LLaDA's weight names."""
+    """Tells transformers' auto classes about the families, and its loading and saving about their weight names."""
     for config, model, causal_lm in FAMILIES.values():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
@@ -55,6 +58,8 @@ def register() -> None:
         WeightRenaming(rf"^model\.transformer\.{theirs}", ours) for theirs, ours in LLADA_NAMES.items()
     ]
     register_checkpoint_conversion_mapping(LLaDAConfig.model_type, names, overwrite=True)
+    nemotron: list[WeightConverter | WeightRenaming] = [WeightRenaming(*names) for names in NEMOTRON_NAMES.items()]
+    register_checkpoint_conversion_mapping(NemotronLabsDiffusionConfig.model_type, nemotron, overwrite=True)
 
 
 register()

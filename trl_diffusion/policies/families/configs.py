@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Ministral3Config, Qwen2Config, Qwen3Config
 
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class FamilyConfig(_Backbone):
         published_mask_id (`int`):
             Mask token of the published vocabulary. A config with another one has another vocabulary.
         published_stop_ids (`tuple[int, ...]`):
-            Tokens at which the published models stop.
+            Tokens at which the published models stop, if `eos_token_id` in their config does not say it.
         mask_token (`str`, *optional*):
             How the tokenizer spells the mask token, where the config does not say which id it has.
         denoising (`dict`):
@@ -37,7 +37,7 @@ class FamilyConfig(_Backbone):
     """
 
     published_mask_id: ClassVar[int]
-    published_stop_ids: ClassVar[tuple[int, ...]]
+    published_stop_ids: ClassVar[tuple[int, ...]] = ()
     mask_token: ClassVar[str | None] = None
     denoising: ClassVar[dict[str, Any]]
     backbone_only: ClassVar[tuple[str, ...]] = ()
@@ -56,7 +56,7 @@ class FamilyConfig(_Backbone):
     def spec_fields(self) -> dict[str, Any]:
         """What this config says about the fields of [`DiffusionSpec`]; without `mask_token_id` if it does not."""
         mask = self._mask_token_id()
-        stops = self.published_stop_ids if mask == self.published_mask_id else self.eos_token_id
+        stops = (self.published_stop_ids if mask == self.published_mask_id else ()) or self.eos_token_id
         stop_ids = () if stops is None else (stops,) if isinstance(stops, int) else tuple(stops)
         found = {} if mask is None else {"mask_token_id": mask}
         return {**self.denoising, "stop_token_ids": stop_ids, "predicts_mask_token": True, **found}
@@ -221,3 +221,41 @@ class SDARConfig(FamilyConfig, Qwen3Config):
 
     def spec_fields(self) -> dict[str, Any]:
         return {**super().spec_fields(), "block_size": self.block_size}
+
+
+class NemotronLabsDiffusionConfig(FamilyConfig, Ministral3Config):
+    """
+    Nemotron-Labs-Diffusion on a Ministral3 backbone.
+
+    Raises:
+        ValueError: if the config says that the model is not denoised.
+    """
+
+    model_type = "nemotron_labs_diffusion"
+    published_mask_id = 100
+    denoising = {
+        "attention": "block",
+        "clean_attention": "causal",
+        "block_origin": "response",
+        "first_token": "autoregressive",
+    }
+
+    block_size: int = 32
+    mask_token_id: int | None = 100
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if kwargs.get("dlm_paradigm") == "autoregressive":
+            raise ValueError(
+                "This Nemotron-Labs-Diffusion config has `dlm_paradigm='autoregressive'`: the model writes from left to right. "
+                "Only 'bidirectional' and 'block_diff' can be loaded."
+            )
+        super().__post_init__(**kwargs)
+
+    def spec_fields(self) -> dict[str, Any]:
+        return {**super().spec_fields(), "block_size": self.block_size}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        values = json.loads(super().to_json_string(use_diff=use_diff))
+        del values["rope_theta"], values["rope_scaling"]
+        return json.dumps({**values, "rope_parameters": self.rope_parameters}, indent=2, sort_keys=True) + "\n"

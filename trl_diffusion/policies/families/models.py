@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import (
     LlamaForCausalLM,
+    Ministral3ForCausalLM,
     Qwen2ForCausalLM,
     Qwen2Model,
     Qwen2Tokenizer,
@@ -20,7 +21,7 @@ from transformers import (
 from ..forward import CACHE, attention_mask
 from ..spec import sequence_blocks, spec_fields
 from ..training import train_padding_token
-from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
+from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, NemotronLabsDiffusionConfig, SDARConfig
 
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def allowed_attention(fields: dict[str, Any], valid: Tensor, queries: int) -> Te
     Who may look at whom in a sequence whose response is not told apart from its prompt.
 
     Args:
-        fields (`dict`): `attention` and `block_size` of the policy; blocks are counted from the first valid token.
+        fields (`dict`): `attention`, `clean_attention` and `block_size` of the policy; blocks are counted from the first
+            valid token.
         valid (boolean `Tensor` of shape `(R, keys)`): False for padding.
         queries (`int`): number of positions that look, the last ones of the sequence.
 
@@ -44,7 +46,9 @@ def allowed_attention(fields: dict[str, Any], valid: Tensor, queries: int) -> Te
         boolean `Tensor` of shape `(R, 1, queries or 1, keys)`. A row that is all padding looks at itself.
     """
     keys = (valid | ~valid.any(1, keepdim=True))[:, None, None]
-    if fields["attention"] == "full":
+    if (
+        fields["attention"] == "full" or fields.get("clean_attention") == "causal"
+    ):  # these are the tokens being denoised
         return keys
     blocks = sequence_blocks(token_positions(valid), fields["block_size"])
     return keys & (blocks[:, None, None, :] <= blocks[:, None, -queries:, None])
@@ -125,6 +129,12 @@ class SDARModel(OwnAttention, Qwen3Model):
 class SDARForCausalLM(OwnAttention, Qwen3ForCausalLM):
     config_class = SDARConfig
 
+
+class NemotronLabsDiffusionModel(OwnAttention, Ministral3ForCausalLM):
+    config_class = NemotronLabsDiffusionConfig
+
+
+NEMOTRON_NAMES = {r"^encoder\.": "model.", r"^diffusion_head\.": "lm_head."}
 
 # LLaDA's weight names (behind `model.transformer.`) and the backbone's.
 LLADA_NAMES = {
