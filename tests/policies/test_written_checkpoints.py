@@ -371,3 +371,23 @@ def test_the_familys_own_code_is_found_beside_what_is_saved(family, checkpoint, 
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", trust_remote_code=False)
     again.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == saved
+
+
+@pytest.mark.parametrize("name", ["nemotron"])
+def test_an_adapter_reaches_every_layer_and_merges_into_the_published_names(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    published = write(FAMILIES[name], tmp_path / "published")
+    policy = AutoModelForCausalLM.from_pretrained(published)
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(policy, config).eval()
+    reached = [part for part, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    assert len(reached) == 7 * FAMILIES[name].layers  # all but the head
+    ids = some_ids()[None]
+    expected = adapted(ids).logits
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    before, after = stored(published), stored(tmp_path / "merged")
+    assert before.keys() == after.keys()
+    assert sum(not torch.equal(before[part], after[part]) for part in before) == len(reached)
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits, expected, atol=1e-3, rtol=1e-4
+    )
