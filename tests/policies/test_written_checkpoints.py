@@ -22,6 +22,7 @@ from tests.closeness import ROUNDING, assert_close
 from tests.conftest import make_prompts
 from tests.reference import draw_everything_at, lay_out, plain_forward_logps, who_sees_whom
 from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, get_spec, tiny_policy_path
+from trl_diffusion.policies.loading import load_config, resolve_spec
 from trl_diffusion.scoring.score import score
 from trl_diffusion.trajectories.trajectory import token_states
 
@@ -68,6 +69,7 @@ class Family:
     bias: bool = False
     head_norm: bool = False
     own: dict = field(default_factory=dict)
+    given: dict | None = None  # fields of the spec that the config does not say
     hidden: int = 48
     inner: int = 40
 
@@ -163,6 +165,16 @@ FAMILIES = {
             "dlm_loss_weight": None, "dlm_paradigm": "bidirectional", "dp_varying_mask_ratio": False, "head_dim": 12,
             "initializer_range": 0.02, "mask_token_id": MASK, "mlp_bias": False, "use_cache": False,
         },
+    ),
+    "a2d-qwen3-mdlm": Family(
+        "a2d-qwen3", {"AutoModel": "A2DQwen3LMHeadModel", "AutoModelForMaskedLM": "A2DQwen3LMHeadModel"}, QWEN_NAMES, layers=2,
+        heads=4, key_heads=2, head_size=16, tied=True, theta=1e6, eps=1e-6, head_norm=True, own={"head_dim": 16},
+        given={"attention": "full", "block_origin": "response"},
+    ),
+    "a2d-qwen2-bd3lm": Family(
+        "a2d-qwen2", {"AutoModel": "A2DQwen2LMHeadModel", "AutoModelForMaskedLM": "A2DQwen2LMHeadModel"}, QWEN_NAMES, layers=3,
+        heads=4, key_heads=2, head_size=12, tied=True, theta=1e6, eps=1e-6, bias=True, block=8, sees_all=True,
+        given={"attention": "block", "block_size": 8},
     ),
 }  # fmt: skip
 
@@ -340,7 +352,7 @@ def test_a_path_is_all_that_the_trainer_needs(family, checkpoint, tmp_path, beta
         args=DTRPOConfig(
             str(tmp_path / "run"), per_device_train_batch_size=4, num_generations=4, max_completion_length=9, max_steps=1,
             learning_rate=1e-2, beta=beta, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
-            logging_steps=1,
+            logging_steps=1, diffusion_spec=family.given,
         ),
         train_dataset=Dataset.from_list([{"prompt": "sudoku 12"}, {"prompt": "countdown 3,4"}]),
     )  # fmt: skip
@@ -358,6 +370,23 @@ def test_a_path_is_all_that_the_trainer_needs(family, checkpoint, tmp_path, beta
     assert not same, same
 
 
+def test_what_a_config_does_not_say_is_asked_for(tmp_path):
+    """dllm's MDLM and BD3LM checkpoints have the same config: neither is taken for the other."""
+    config = load_config(write(FAMILIES["a2d-qwen3-mdlm"], tmp_path / "published"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path())
+    with pytest.raises(
+        ValueError, match="`a2d-qwen3` .* does not say .*MDLM or as BD3LM.*'attention': 'full'"
+    ) as refusal:
+        resolve_spec(config, tokenizer=tokenizer)
+    assert "\n" not in str(refusal.value)
+    mdlm, bd3lm = (
+        resolve_spec(config, given, tokenizer)
+        for given in ({"attention": "full", "block_origin": "response"}, {"attention": "block"})
+    )
+    assert (mdlm.mask_token_id, mdlm.attention, mdlm.token_shift, mdlm.stop_token_ids) == (MASK, "full", False, (2,))
+    assert (bd3lm.attention, bd3lm.block_size, bd3lm.block_origin) == ("block", 32, "sequence")
+
+
 def test_the_familys_own_code_is_found_beside_what_is_saved(family, checkpoint, tmp_path):
     """It is never run here, and is what the family's own tools run."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -373,7 +402,7 @@ def test_the_familys_own_code_is_found_beside_what_is_saved(family, checkpoint, 
     assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == saved
 
 
-@pytest.mark.parametrize("name", ["nemotron"])
+@pytest.mark.parametrize("name", ["nemotron", "a2d-qwen3-mdlm"])
 def test_an_adapter_reaches_every_layer_and_merges_into_the_published_names(name, tmp_path):
     peft = pytest.importorskip("peft")
     published = write(FAMILIES[name], tmp_path / "published")

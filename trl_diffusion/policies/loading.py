@@ -43,8 +43,6 @@ def load_config(path: str, **options) -> PretrainedConfig:
     check_records(path)
     try:  # `False` makes an error of what transformers would ask on the terminal
         config = AutoConfig.from_pretrained(path, **options, trust_remote_code=False)
-        check_masked(config.model_type)
-        return config
     except ValueError as error:
         values, _ = PretrainedConfig.get_config_dict(path, **options)
         model_type = values.get("model_type")
@@ -65,6 +63,8 @@ def load_config(path: str, **options) -> PretrainedConfig:
             "`model_type` and say how it is denoised with DTRPOConfig(diffusion_spec={'mask_token_id': ..., "
             "'block_size': ..., ...})."
         ) from error
+    check_masked(config.model_type)
+    return config
 
 
 def load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:

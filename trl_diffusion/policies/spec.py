@@ -250,7 +250,7 @@ def get_spec(config: PretrainedConfig, overrides: Mapping[str, Any] | None = Non
 
     Raises:
         TypeError: if the config is something else, such as the model.
-        ValueError: if nothing says which token is the mask.
+        ValueError: if nothing says which token is the mask, or what else differs between checkpoints of the family.
     """
     check_kind("config", config, PretrainedConfig, "the config of a model (model.config)")
     values = {**spec_fields(config), **(overrides or {})}
@@ -268,6 +268,9 @@ def get_spec(config: PretrainedConfig, overrides: Mapping[str, Any] | None = Non
             "`DTRPOConfig(diffusion_spec={'mask_token_id': ...})`; `resolve_mask_token(model.config, tokenizer)` "
             "reads it from the tokenizer."
         )
+    for name, what in getattr(config, "unsaid", {}).items():
+        if name not in values:
+            raise ValueError(f"The config of this `{config.model_type}` model does not say {what}")
     return DiffusionSpec.from_dict(values)
 
 

@@ -15,10 +15,20 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from ..left_to_right import refuse_policies
-from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, NemotronLabsDiffusionConfig, SDARConfig
+from .configs import (
+    A2DQwen2Config,
+    A2DQwen3Config,
+    DreamConfig,
+    Fast_dLLM_QwenConfig,
+    LLaDAConfig,
+    NemotronLabsDiffusionConfig,
+    SDARConfig,
+)
 from .models import (
     LLADA_NAMES,
     NEMOTRON_NAMES,
+    A2DQwen2LMHeadModel,
+    A2DQwen3LMHeadModel,
     DreamModel,
     DreamTokenizer,
     Fast_dLLM_QwenForCausalLM,
@@ -44,6 +54,8 @@ FAMILIES: dict[str, tuple[type[FamilyConfig], type[PreTrainedModel], type[PreTra
     "Fast-dLLM v2": (Fast_dLLM_QwenConfig, Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM),
     "SDAR": (SDARConfig, SDARModel, SDARForCausalLM),
     "Nemotron-Labs-Diffusion": (NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel, NemotronLabsDiffusionModel),
+    "dllm A2D Qwen2": (A2DQwen2Config, A2DQwen2LMHeadModel, A2DQwen2LMHeadModel),
+    "dllm A2D Qwen3": (A2DQwen3Config, A2DQwen3LMHeadModel, A2DQwen3LMHeadModel),
 }
 
 

@@ -24,7 +24,7 @@ class FamilyConfig(_Backbone):
     `rope_parameters`, ...), and the family's names are other spellings of them; on disk it has the family's names.
 
     Class attributes:
-        published_mask_id (`int`):
+        published_mask_id (`int`, *optional*):
             Mask token of the published vocabulary. A config with another one has another vocabulary.
         published_stop_ids (`tuple[int, ...]`):
             Tokens at which the published models stop, if `eos_token_id` in their config does not say it.
@@ -32,14 +32,18 @@ class FamilyConfig(_Backbone):
             How the tokenizer spells the mask token, where the config does not say which id it has.
         denoising (`dict`):
             The facts of [`DiffusionSpec`] that are the same for every checkpoint of the family.
+        unsaid (`dict[str, str]`):
+            Fields of [`DiffusionSpec`] in which its checkpoints differ although their configs do not say so, each with what the
+            user is told.
         backbone_only (`tuple[str, ...]`):
             Entries of the backbone's config that the family's `config.json` does not have.
     """
 
-    published_mask_id: ClassVar[int]
+    published_mask_id: ClassVar[int | None] = None
     published_stop_ids: ClassVar[tuple[int, ...]] = ()
     mask_token: ClassVar[str | None] = None
     denoising: ClassVar[dict[str, Any]]
+    unsaid: ClassVar[dict[str, str]] = {}
     backbone_only: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:  # the backbone's
@@ -259,3 +263,27 @@ class NemotronLabsDiffusionConfig(FamilyConfig, Ministral3Config):
         values = json.loads(super().to_json_string(use_diff=use_diff))
         del values["rope_theta"], values["rope_scaling"]
         return json.dumps({**values, "rope_parameters": self.rope_parameters}, indent=2, sort_keys=True) + "\n"
+
+
+class A2DConfig(FamilyConfig):
+    """
+    What dllm's autoregressive models made to denoise ("A2D") share. Their config does not say how they were trained, and only
+    their tokenizer knows the mask token.
+    """
+
+    denoising = {"block_size": 32}
+    unsaid = {
+        "attention": "whether it was trained as MDLM or as BD3LM. Pass diffusion_spec={'attention': 'full', 'block_origin': "
+        "'response'} for MDLM, {'attention': 'block'} for BD3LM (the hub id says which)."
+    }
+    backbone_only = ("layer_types",)
+
+
+class A2DQwen2Config(A2DConfig, Qwen2Config):
+    model_type = "a2d-qwen2"
+    mask_token_id: int | None = None
+
+
+class A2DQwen3Config(A2DConfig, Qwen3Config):
+    model_type = "a2d-qwen3"
+    mask_token_id: int | None = None

@@ -21,7 +21,15 @@ from transformers import (
 from ..forward import CACHE, attention_mask
 from ..spec import sequence_blocks, spec_fields
 from ..training import train_padding_token
-from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, NemotronLabsDiffusionConfig, SDARConfig
+from .configs import (
+    A2DQwen2Config,
+    A2DQwen3Config,
+    DreamConfig,
+    Fast_dLLM_QwenConfig,
+    LLaDAConfig,
+    NemotronLabsDiffusionConfig,
+    SDARConfig,
+)
 
 
 if TYPE_CHECKING:
@@ -46,9 +54,8 @@ def allowed_attention(fields: dict[str, Any], valid: Tensor, queries: int) -> Te
         boolean `Tensor` of shape `(R, 1, queries or 1, keys)`. A row that is all padding looks at itself.
     """
     keys = (valid | ~valid.any(1, keepdim=True))[:, None, None]
-    if (
-        fields["attention"] == "full" or fields.get("clean_attention") == "causal"
-    ):  # these are the tokens being denoised
+    # With a causal clean part, these are the tokens that are being denoised.
+    if fields.get("attention", "full") == "full" or fields.get("clean_attention") == "causal":
         return keys
     blocks = sequence_blocks(token_positions(valid), fields["block_size"])
     return keys & (blocks[:, None, None, :] <= blocks[:, None, -queries:, None])
@@ -132,6 +139,14 @@ class SDARForCausalLM(OwnAttention, Qwen3ForCausalLM):
 
 class NemotronLabsDiffusionModel(OwnAttention, Ministral3ForCausalLM):
     config_class = NemotronLabsDiffusionConfig
+
+
+class A2DQwen2LMHeadModel(OwnAttention, Qwen2ForCausalLM):
+    config_class = A2DQwen2Config
+
+
+class A2DQwen3LMHeadModel(OwnAttention, Qwen3ForCausalLM):
+    config_class = A2DQwen3Config
 
 
 NEMOTRON_NAMES = {r"^encoder\.": "model.", r"^diffusion_head\.": "lm_head."}
