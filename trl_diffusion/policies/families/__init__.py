@@ -8,6 +8,7 @@ parallelism are those of transformers. `import trl_diffusion` registers them wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +20,7 @@ from .configs import (
     A2DQwen2Config,
     A2DQwen3Config,
     DreamConfig,
+    FamilyConfig,
     Fast_dLLM_QwenConfig,
     LLaDAConfig,
     NemotronLabsDiffusionConfig,
@@ -35,6 +37,7 @@ from .models import (
     Fast_dLLM_QwenModel,
     LLaDAModelLM,
     NemotronLabsDiffusionModel,
+    OwnAttention,
     SDARForCausalLM,
     SDARModel,
 )
@@ -44,8 +47,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightConverter
 
-    from .configs import FamilyConfig
-
 
 # Config, and what `AutoModel` and `AutoModelForCausalLM` give for it (as in the families' own `auto_map`).
 FAMILIES: dict[str, tuple[type[FamilyConfig], type[PreTrainedModel], type[PreTrainedModel]]] = {
@@ -53,26 +54,51 @@ FAMILIES: dict[str, tuple[type[FamilyConfig], type[PreTrainedModel], type[PreTra
     "Dream": (DreamConfig, DreamModel, DreamModel),
     "Fast-dLLM v2": (Fast_dLLM_QwenConfig, Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM),
     "SDAR": (SDARConfig, SDARModel, SDARForCausalLM),
-    "Nemotron-Labs-Diffusion": (NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel, NemotronLabsDiffusionModel),
-    "dllm A2D Qwen2": (A2DQwen2Config, A2DQwen2LMHeadModel, A2DQwen2LMHeadModel),
-    "dllm A2D Qwen3": (A2DQwen3Config, A2DQwen3LMHeadModel, A2DQwen3LMHeadModel),
 }
 
 
 def register() -> None:
     """Tells transformers' auto classes about the families, and its loading and saving about their weight names."""
     for config, model, causal_lm in FAMILIES.values():
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+        _announce(config, model, causal_lm)
     AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)
     names: list[WeightConverter | WeightRenaming] = [
         WeightRenaming(rf"^model\.transformer\.{theirs}", ours) for theirs, ours in LLADA_NAMES.items()
     ]
     register_checkpoint_conversion_mapping(LLaDAConfig.model_type, names, overwrite=True)
-    nemotron: list[WeightConverter | WeightRenaming] = [WeightRenaming(*names) for names in NEMOTRON_NAMES.items()]
-    register_checkpoint_conversion_mapping(NemotronLabsDiffusionConfig.model_type, nemotron, overwrite=True)
+
+
+def _announce(config: type[FamilyConfig], model: type[PreTrainedModel], causal_lm: type[PreTrainedModel]) -> None:
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+
+
+def add_family(
+    name: str, config: type[FamilyConfig], model: type[PreTrainedModel], names: Mapping[str, str] | None = None
+) -> None:
+    """
+    Adds a family: its checkpoints then load and save in their own format, and can be trained.
+
+    Args:
+        name (`str`): what the family is called in messages.
+        config (`type[FamilyConfig]`): its config.
+        model (`type[PreTrainedModel]`): its model, made of [`OwnAttention`] and a backbone of transformers. It has the name of the
+            published class, since this name is saved.
+        names (`Mapping[str, str]`, *optional*): for each name of weights that is not the backbone's, as a regular expression,
+            the backbone's.
+    """
+    FAMILIES[name] = (config, model, model)
+    _announce(config, model, model)
+    if names:
+        renamed: list[WeightConverter | WeightRenaming] = [WeightRenaming(*pair) for pair in names.items()]
+        register_checkpoint_conversion_mapping(config.model_type, renamed, overwrite=True)
 
 
 register()
+add_family("Nemotron-Labs-Diffusion", NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel, NEMOTRON_NAMES)
+add_family("dllm A2D Qwen2", A2DQwen2Config, A2DQwen2LMHeadModel)
+add_family("dllm A2D Qwen3", A2DQwen3Config, A2DQwen3LMHeadModel)
 refuse_policies()
+
+__all__ = ["FAMILIES", "FamilyConfig", "OwnAttention", "add_family", "register"]

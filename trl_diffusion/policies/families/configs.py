@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers import LlamaConfig, Ministral3Config, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.models.ministral3 import Ministral3Config
 
 
 if TYPE_CHECKING:

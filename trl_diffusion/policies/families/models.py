@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import (
     LlamaForCausalLM,
-    Ministral3ForCausalLM,
     Qwen2ForCausalLM,
     Qwen2Model,
     Qwen2Tokenizer,
     Qwen3ForCausalLM,
     Qwen3Model,
 )
+from transformers.models.ministral3 import Ministral3ForCausalLM
 
 from ..forward import CACHE, attention_mask
 from ..spec import sequence_blocks, spec_fields
