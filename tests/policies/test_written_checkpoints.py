@@ -22,6 +22,7 @@ from tests.closeness import ROUNDING, assert_close
 from tests.conftest import make_prompts
 from tests.reference import draw_everything_at, lay_out, plain_forward_logps, who_sees_whom
 from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, get_spec, tiny_policy_path
+from trl_diffusion.policies.export import save_backbone
 from trl_diffusion.policies.loading import load_config, resolve_spec
 from trl_diffusion.scoring.score import score
 from trl_diffusion.trajectories.trajectory import token_states
@@ -368,6 +369,17 @@ def test_a_path_is_all_that_the_trainer_needs(family, checkpoint, tmp_path, beta
     assert before.keys() == after.keys()
     same = [name for name in before if torch.equal(before[name], after[name])]
     assert not same, same
+
+
+@torch.no_grad()
+def test_nemotron_as_its_plain_backbone(tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(write(FAMILIES["nemotron"], tmp_path / "published")).eval()
+    save_backbone(policy, tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    assert plain.config.model_type == "ministral3" and get_spec(plain.config) == get_spec(policy.config)
+    ids = some_ids()[None]
+    everyone = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+    assert torch.equal(plain(ids, attention_mask=everyone).logits, policy(ids).logits)
 
 
 def test_what_a_config_does_not_say_is_asked_for(tmp_path):
