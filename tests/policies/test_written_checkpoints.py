@@ -21,7 +21,7 @@ import trl_diffusion  # noqa: F401  (registers the families)
 from tests.closeness import ROUNDING, assert_close
 from tests.conftest import make_prompts
 from tests.reference import draw_everything_at, lay_out, plain_forward_logps, who_sees_whom
-from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, get_spec, tiny_policy_path
+from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, get_spec, set_spec, tiny_policy_path
 from trl_diffusion.policies.export import save_backbone
 from trl_diffusion.policies.loading import load_config, resolve_spec
 from trl_diffusion.scoring.score import score
@@ -369,6 +369,24 @@ def test_a_path_is_all_that_the_trainer_needs(family, checkpoint, tmp_path, beta
     assert before.keys() == after.keys()
     same = [name for name in before if torch.equal(before[name], after[name])]
     assert not same, same
+
+
+@torch.no_grad()
+def test_nemotron_with_blocks_of_one_token_is_a_causal_model(tmp_path):
+    """Its published autoregressive mode: transformers' own `generate` and the decoder give the tokens of the causal model."""
+    family = FAMILIES["nemotron"]
+    policy = AutoModelForCausalLM.from_pretrained(write(family, tmp_path / "published")).eval()
+    set_spec(policy.config, get_spec(policy.config, {"block_size": 1}))
+    ids = some_ids(11)
+    for _ in range(9):
+        logits = written_out(family, family.weights(), ids, torch.ones(len(ids), len(ids)).tril().bool())
+        assert_close(policy(ids[None]).logits[0], logits)
+        logits[:, MASK] = -torch.inf
+        ids = torch.cat([ids, logits[-1:].argmax(1)])
+    settings = {"max_new_tokens": 9, "do_sample": False, "suppress_tokens": [MASK], "eos_token_id": None}
+    assert torch.equal(policy.generate(ids[None, :11], **settings)[0], ids)
+    stops = get_spec(policy.config, {"stop_token_ids": ()})
+    assert decode(policy, [ids[:11].tolist()], DecodingConfig(9, 0.0), stops).completions() == [ids[11:].tolist()]
 
 
 @torch.no_grad()

@@ -54,8 +54,9 @@ def allowed_attention(fields: dict[str, Any], valid: Tensor, queries: int) -> Te
         boolean `Tensor` of shape `(R, 1, queries or 1, keys)`. A row that is all padding looks at itself.
     """
     keys = (valid | ~valid.any(1, keepdim=True))[:, None, None]
-    # With a causal clean part, these are the tokens that are being denoised.
-    if fields.get("attention", "full") == "full" or fields.get("clean_attention") == "causal":
+    # With a causal clean part, these are the tokens that are being denoised, if there is more than one of them.
+    denoised = fields.get("clean_attention") == "causal" and fields["block_size"] > 1
+    if fields.get("attention", "full") == "full" or denoised:
         return keys
     blocks = sequence_blocks(token_positions(valid), fields["block_size"])
     return keys & (blocks[:, None, None, :] <= blocks[:, None, -queries:, None])
