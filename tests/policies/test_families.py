@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -24,9 +23,8 @@ from tests.closeness import assert_close
 from tests.conftest import shared
 from trl_diffusion import DiffusionSpec, get_spec, set_spec
 from trl_diffusion.policies.families import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
-from trl_diffusion.policies.families.configs import NemotronLabsDiffusionConfig
 from trl_diffusion.policies.forward import CACHE
-from trl_diffusion.policies.loading import load_config, resolve_mask_token, resolve_spec
+from trl_diffusion.policies.loading import load_config, resolve_mask_token
 from trl_diffusion.policies.spec import spec_fields
 
 
@@ -282,25 +280,6 @@ def test_llada_options_that_llama_lacks_are_refused(tmp_path, option):
         load_config(tmp_path)
 
 
-def test_a_nemotron_that_writes_from_left_to_right_is_refused(tmp_path):
-    values = {"model_type": "nemotron_labs_diffusion", **SHAPE, "dlm_paradigm": "autoregressive"}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="dlm_paradigm='autoregressive'.*from left to right"):
-        load_config(tmp_path)
-
-
-def test_a_model_without_a_mask_token_is_refused(tmp_path):
-    """DiffusionGemma is denoised from random tokens. transformers knows it from 5.11 on; it is refused before, too."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "diffusion_gemma", "canvas_length": 256}))
-    with pytest.raises(ValueError, match="`diffusion_gemma` .*no mask token.*random tokens") as refusal:
-        load_config(tmp_path)
-    assert "\n" not in str(refusal.value)
-    if "diffusion_gemma_text" in CONFIG_MAPPING:
-        config = AutoConfig.for_model("diffusion_gemma_text")
-        with pytest.raises(ValueError, match="`diffusion_gemma_text` .*no mask token"):
-            resolve_spec(config, {"mask_token_id": 4})
-
-
 def test_an_unknown_model_type_gets_a_list_of_the_known(tmp_path):
     remote = {"AutoConfig": "configuration_new.NewConfig"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "new_dlm", "auto_map": remote}))
@@ -369,7 +348,6 @@ def test_specs_of_the_fixtures(family):
         (DreamConfig(vocab_size=152064, mask_token_id=151666, eos_token_id=151643), 151666, (151643, 151645)),
         (Fast_dLLM_QwenConfig(vocab_size=151936, eos_token_id=151645), 151665, (151645,)),
         (SDARConfig(vocab_size=151936, mask_token_id=151669, eos_token_id=151643), 151669, (151643, 151645)),
-        (NemotronLabsDiffusionConfig(eos_token_id=11), 100, (11,)),
     ],
 )
 def test_specs_of_the_published_vocabularies(config, mask, stops):

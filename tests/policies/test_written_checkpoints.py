@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import trl_diffusion  # noqa: F401  (registers the families)
 from tests.closeness import ROUNDING, assert_close
@@ -23,6 +23,7 @@ from tests.conftest import make_prompts
 from tests.reference import draw_everything_at, lay_out, plain_forward_logps, who_sees_whom
 from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, get_spec, set_spec, tiny_policy_path
 from trl_diffusion.policies.export import save_backbone
+from trl_diffusion.policies.families.nemotron import NemotronLabsDiffusionConfig
 from trl_diffusion.policies.loading import load_config, resolve_spec
 from trl_diffusion.scoring.score import score
 from trl_diffusion.trajectories.trajectory import token_states
@@ -398,6 +399,30 @@ def test_nemotron_as_its_plain_backbone(tmp_path):
     ids = some_ids()[None]
     everyone = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
     assert torch.equal(plain(ids, attention_mask=everyone).logits, policy(ids).logits)
+
+
+def test_the_published_nemotron_stops_where_its_config_says():
+    spec = get_spec(NemotronLabsDiffusionConfig(eos_token_id=11))
+    assert (spec.mask_token_id, spec.stop_token_ids, spec.block_size) == (100, (11,), 32)
+
+
+def test_a_nemotron_that_writes_from_left_to_right_is_refused(tmp_path):
+    values = {**FAMILIES["nemotron"].config(), "dlm_paradigm": "autoregressive"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="dlm_paradigm='autoregressive'.*from left to right"):
+        load_config(tmp_path)
+
+
+def test_a_model_without_a_mask_token_is_refused(tmp_path):
+    """DiffusionGemma is denoised from random tokens. transformers knows it from 5.11 on; it is refused before, too."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "diffusion_gemma", "canvas_length": 256}))
+    with pytest.raises(ValueError, match="`diffusion_gemma` .*no mask token.*random tokens") as refusal:
+        load_config(tmp_path)
+    assert "\n" not in str(refusal.value)
+    if "diffusion_gemma_text" in CONFIG_MAPPING:
+        config = AutoConfig.for_model("diffusion_gemma_text")
+        with pytest.raises(ValueError, match="`diffusion_gemma_text` .*no mask token"):
+            resolve_spec(config, {"mask_token_id": 4})
 
 
 def test_what_a_config_does_not_say_is_asked_for(tmp_path):

@@ -13,7 +13,7 @@ from .spec import get_spec, set_spec
 
 def save_backbone(model: PreTrainedModel, directory: str | Path) -> Path:
     """
-    Saves a family's model as the plain backbone it is built on (Llama, Qwen3, Ministral3, ...), with the backbone's config and
+    Saves a family's model as the plain backbone it is built on (Llama, Qwen2 or Qwen3), with the backbone's config and
     weight names, for tools that know backbones but not diffusion families. The diffusion spec goes along. Tools that
     ignore it will run the model from left to right, which is not what it was trained for.
 

@@ -16,36 +16,27 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from ..left_to_right import refuse_policies
-from .configs import (
-    A2DQwen2Config,
-    A2DQwen3Config,
-    DreamConfig,
-    FamilyConfig,
-    Fast_dLLM_QwenConfig,
-    LLaDAConfig,
-    NemotronLabsDiffusionConfig,
-    SDARConfig,
-)
+from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
 from .models import (
     LLADA_NAMES,
-    NEMOTRON_NAMES,
-    A2DQwen2LMHeadModel,
-    A2DQwen3LMHeadModel,
     DreamModel,
     DreamTokenizer,
     Fast_dLLM_QwenForCausalLM,
     Fast_dLLM_QwenModel,
     LLaDAModelLM,
-    NemotronLabsDiffusionModel,
-    OwnAttention,
     SDARForCausalLM,
     SDARModel,
 )
+from .nemotron import NAMES as NEMOTRON_NAMES
+from .nemotron import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
+from .tiny_a2d import A2DQwen2Config, A2DQwen2LMHeadModel, A2DQwen3Config, A2DQwen3LMHeadModel
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightConverter
+
+    from .configs import FamilyConfig
 
 
 # Config, and what `AutoModel` and `AutoModelForCausalLM` give for it (as in the families' own `auto_map`).
@@ -100,5 +91,3 @@ add_family("Nemotron-Labs-Diffusion", NemotronLabsDiffusionConfig, NemotronLabsD
 add_family("dllm A2D Qwen2", A2DQwen2Config, A2DQwen2LMHeadModel)
 add_family("dllm A2D Qwen3", A2DQwen3Config, A2DQwen3LMHeadModel)
 refuse_policies()
-
-__all__ = ["FAMILIES", "FamilyConfig", "OwnAttention", "add_family", "register"]

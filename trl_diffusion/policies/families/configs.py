@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
-from transformers.models.ministral3 import Ministral3Config
 
 
 if TYPE_CHECKING:
@@ -25,10 +24,10 @@ class FamilyConfig(_Backbone):
     `rope_parameters`, ...), and the family's names are other spellings of them; on disk it has the family's names.
 
     Class attributes:
-        published_mask_id (`int`, *optional*):
+        published_mask_id (`int`):
             Mask token of the published vocabulary. A config with another one has another vocabulary.
         published_stop_ids (`tuple[int, ...]`):
-            Tokens at which the published models stop, if `eos_token_id` in their config does not say it.
+            Tokens at which the published models stop; none if the config names them all.
         mask_token (`str`, *optional*):
             How the tokenizer spells the mask token, where the config does not say which id it has.
         denoising (`dict`):
@@ -40,7 +39,7 @@ class FamilyConfig(_Backbone):
             Entries of the backbone's config that the family's `config.json` does not have.
     """
 
-    published_mask_id: ClassVar[int | None] = None
+    published_mask_id: ClassVar[int]
     published_stop_ids: ClassVar[tuple[int, ...]] = ()
     mask_token: ClassVar[str | None] = None
     denoising: ClassVar[dict[str, Any]]
@@ -61,7 +60,7 @@ class FamilyConfig(_Backbone):
     def spec_fields(self) -> dict[str, Any]:
         """What this config says about the fields of [`DiffusionSpec`]; without `mask_token_id` if it does not."""
         mask = self._mask_token_id()
-        stops = (self.published_stop_ids if mask == self.published_mask_id else ()) or self.eos_token_id
+        stops = (mask == self.published_mask_id and self.published_stop_ids) or self.eos_token_id
         stop_ids = () if stops is None else (stops,) if isinstance(stops, int) else tuple(stops)
         found = {} if mask is None else {"mask_token_id": mask}
         return {**self.denoising, "stop_token_ids": stop_ids, "predicts_mask_token": True, **found}
@@ -226,65 +225,3 @@ class SDARConfig(FamilyConfig, Qwen3Config):
 
     def spec_fields(self) -> dict[str, Any]:
         return {**super().spec_fields(), "block_size": self.block_size}
-
-
-class NemotronLabsDiffusionConfig(FamilyConfig, Ministral3Config):
-    """
-    Nemotron-Labs-Diffusion on a Ministral3 backbone.
-
-    Raises:
-        ValueError: if the config says that the model is not denoised.
-    """
-
-    model_type = "nemotron_labs_diffusion"
-    published_mask_id = 100
-    denoising = {
-        "attention": "block",
-        "clean_attention": "causal",
-        "block_origin": "response",
-        "first_token": "autoregressive",
-    }
-
-    block_size: int = 32
-    mask_token_id: int | None = 100
-    pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs):
-        if kwargs.get("dlm_paradigm") == "autoregressive":
-            raise ValueError(
-                "This Nemotron-Labs-Diffusion config has `dlm_paradigm='autoregressive'`: the model writes from left to right. "
-                "Only 'bidirectional' and 'block_diff' can be loaded."
-            )
-        super().__post_init__(**kwargs)
-
-    def spec_fields(self) -> dict[str, Any]:
-        return {**super().spec_fields(), "block_size": self.block_size}
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        values = json.loads(super().to_json_string(use_diff=use_diff))
-        del values["rope_theta"], values["rope_scaling"]
-        return json.dumps({**values, "rope_parameters": self.rope_parameters}, indent=2, sort_keys=True) + "\n"
-
-
-class A2DConfig(FamilyConfig):
-    """
-    What dllm's autoregressive models made to denoise ("A2D") share. Their config does not say how they were trained, and only
-    their tokenizer knows the mask token.
-    """
-
-    denoising = {"block_size": 32}
-    unsaid = {
-        "attention": "whether it was trained as MDLM or as BD3LM. Pass diffusion_spec={'attention': 'full', 'block_origin': "
-        "'response'} for MDLM, {'attention': 'block'} for BD3LM (the hub id says which)."
-    }
-    backbone_only = ("layer_types",)
-
-
-class A2DQwen2Config(A2DConfig, Qwen2Config):
-    model_type = "a2d-qwen2"
-    mask_token_id: int | None = None
-
-
-class A2DQwen3Config(A2DConfig, Qwen3Config):
-    model_type = "a2d-qwen3"
-    mask_token_id: int | None = None

@@ -16,20 +16,11 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
-from transformers.models.ministral3 import Ministral3ForCausalLM
 
 from ..forward import CACHE, attention_mask
 from ..spec import sequence_blocks, spec_fields
 from ..training import train_padding_token
-from .configs import (
-    A2DQwen2Config,
-    A2DQwen3Config,
-    DreamConfig,
-    Fast_dLLM_QwenConfig,
-    LLaDAConfig,
-    NemotronLabsDiffusionConfig,
-    SDARConfig,
-)
+from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
 
 
 if TYPE_CHECKING:
@@ -137,20 +128,6 @@ class SDARModel(OwnAttention, Qwen3Model):
 class SDARForCausalLM(OwnAttention, Qwen3ForCausalLM):
     config_class = SDARConfig
 
-
-class NemotronLabsDiffusionModel(OwnAttention, Ministral3ForCausalLM):
-    config_class = NemotronLabsDiffusionConfig
-
-
-class A2DQwen2LMHeadModel(OwnAttention, Qwen2ForCausalLM):
-    config_class = A2DQwen2Config
-
-
-class A2DQwen3LMHeadModel(OwnAttention, Qwen3ForCausalLM):
-    config_class = A2DQwen3Config
-
-
-NEMOTRON_NAMES = {r"^encoder\.": "model.", r"^diffusion_head\.": "lm_head."}
 
 # LLaDA's weight names (behind `model.transformer.`) and the backbone's.
 LLADA_NAMES = {
