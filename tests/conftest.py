@@ -133,6 +133,15 @@ SPECS = {
         stop_token_ids=(STOP,),
         predicts_mask_token=True,
     ),  # fmt: skip
+    "clean-causal": DiffusionSpec(mask_token_id=MASK, block_size=8, stop_token_ids=(STOP,), clean_attention="causal"),
+    "clean-causal-autoregressive-first": DiffusionSpec(
+        mask_token_id=MASK,
+        block_size=8,
+        block_origin="response",
+        first_token="autoregressive",
+        stop_token_ids=(STOP,),
+        clean_attention="causal",
+    ),
     "block-of-one": DiffusionSpec(
         mask_token_id=MASK, block_size=1, token_shift=True, first_token="autoregressive", stop_token_ids=(STOP,)
     ),

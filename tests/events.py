@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.reference import block_of
+from tests.reference import block_of, read_at, who_sees_whom
 from trl_diffusion.policies.spec import DiffusionSpec
 from trl_diffusion.trajectories.revisions import Revisions
 from trl_diffusion.trajectories.trajectory import TrajectoryBatch
@@ -90,9 +90,7 @@ def log_distributions(
 ) -> Tensor:
     """Log-probabilities at each position of some sequences of one length, from a forward pass without packing, float64."""
     length = len(states[0])
-    origin = 0 if spec.block_origin == "sequence" else prompt_length
-    blocks = torch.tensor([max((p - origin) // spec.block_size, -1 if origin else 0) for p in range(length)])
-    allowed = (blocks[None, :] <= blocks[:, None]) | (spec.attention == "full")
+    allowed = who_sees_whom(spec, prompt_length, length)
     logits = policy(
         input_ids=torch.tensor(states),
         position_ids=torch.arange(length).expand(len(states), -1),
@@ -128,7 +126,7 @@ def replayed_logps(policy, spec: DiffusionSpec, batch: TrajectoryBatch, temperat
             )
             for values, (_, writes) in zip(log_probs, states, strict=True):
                 for event in writes:
-                    place = len(prompt) + event.position - int(spec.token_shift)
+                    place = read_at(spec, len(prompt), event.position)
                     found[row, event.column] = values[place, event.token]
     return found
 

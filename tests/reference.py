@@ -32,6 +32,28 @@ def block_of(spec: DiffusionSpec, prompt_length: int, column: int) -> int:
     return column // spec.block_size
 
 
+def who_sees_whom(spec: DiffusionSpec, prompt_length: int, length: int) -> Tensor:
+    """
+    Which position of a sequence sees which, `(length, length)`, while its last block is denoised. Each rule of
+    [`DiffusionSpec`] is written out.
+    """
+    if spec.attention == "full":
+        return torch.ones(length, length, dtype=torch.bool)
+    blocks = torch.tensor([block_of(spec, prompt_length, position - prompt_length) for position in range(length)])
+    if spec.block_origin == "response":
+        blocks = blocks.clamp(min=-1)
+    if spec.clean_attention == "block":
+        return blocks[None, :] <= blocks[:, None]
+    return torch.ones(length, length).tril().bool() | (blocks == blocks[-1])[:, None]
+
+
+def read_at(spec: DiffusionSpec, prompt_length: int, column: int) -> int:
+    """The position whose logits predict the token of a canvas position."""
+    begins = block_of(spec, prompt_length, column) != block_of(spec, prompt_length, column - 1)
+    before = spec.token_shift or (begins and spec.first_token == "autoregressive")
+    return prompt_length + column - int(before)
+
+
 def writes_that_count(spec: DiffusionSpec, batch: TrajectoryBatch) -> Tensor:
     """
     The writes of a decoding up to the one that settles the completion, `(R, C)`: the decoding is replayed step by step until
@@ -127,8 +149,7 @@ def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float
             columns_of[tuple(tokens[:end])].append(column)
         for length in {len(tokens) for tokens in columns_of}:
             states = [tokens for tokens in columns_of if len(tokens) == length]
-            blocks = torch.tensor([block_of(position) for position in range(length)])
-            allowed = (blocks[None, :] <= blocks[:, None]) | (spec.attention == "full")
+            allowed = who_sees_whom(spec, len(prompt), length)
             logits = policy(
                 input_ids=torch.tensor(states),
                 position_ids=torch.arange(length).expand(len(states), -1),
@@ -139,8 +160,7 @@ def plain_forward_logps(policy, spec, batch: TrajectoryBatch, temperature: float
             log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
             for state, tokens in enumerate(states):
                 for column in columns_of[tokens]:
-                    place = len(prompt) + column - int(spec.token_shift)
-                    result[row, column] = log_probs[state, place, canvas[column]]
+                    result[row, column] = log_probs[state, read_at(spec, len(prompt), column), canvas[column]]
     return result
 
 
@@ -213,19 +233,16 @@ def states_of(batch, spec, config: EstimatorConfig, seeds=None):
 
 
 def by_hand(policy, spec, prompt: list[int], canvas: list[int]):
-    """Log-probabilities of all canvas tokens when the policy sees `prompt + canvas` as given; no packing."""
+    """Log-probabilities at all canvas positions when the policy sees `prompt + canvas` as given; no packing."""
     tokens = torch.tensor([prompt + canvas])
-    origin = 0 if spec.block_origin == "sequence" else len(prompt)
     positions = torch.arange(tokens.shape[1])
-    blocks = torch.div(positions - origin, spec.block_size, rounding_mode="floor")
-    blocks = blocks.clamp(min=-1) if spec.block_origin == "response" else blocks
-    allowed = (blocks[None, :] <= blocks[:, None]) | (spec.attention == "full")
+    allowed = who_sees_whom(spec, len(prompt), tokens.shape[1])
     logits = (
         policy(input_ids=tokens, position_ids=positions[None], attention_mask=allowed[None, None]).logits[0].double()
     )
     if not spec.predicts_mask_token:
         logits[:, spec.mask_token_id] = -torch.inf
-    return logits.log_softmax(-1)[len(prompt) - int(spec.token_shift) :]
+    return logits.log_softmax(-1)[[read_at(spec, len(prompt), column) for column in range(len(canvas))]]
 
 
 def masked_logps(policy, spec, prompt, canvas, hidden, autoregressive):
@@ -248,7 +265,7 @@ def masked_logps(policy, spec, prompt, canvas, hidden, autoregressive):
         for i in own:
             if not autoregressive[i]:
                 result[i] = table[i, canvas[i]]
-    clean = by_hand(policy, spec, prompt, canvas)  # causal over blocks: the token before a block sees no further
+    clean = by_hand(policy, spec, prompt, canvas)  # the token before a block sees no further
     for i in range(len(canvas)):
         if autoregressive[i]:
             result[i] = clean[i, canvas[i]]

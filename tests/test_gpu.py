@@ -69,7 +69,7 @@ def test_scores_and_gradients_are_those_of_the_cpu(name, estimator):
 
 
 @pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("name", ["block-from-sequence", "shift-autoregressive-first"])
+@pytest.mark.parametrize("name", ["block-from-sequence", "shift-autoregressive-first", "clean-causal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flex_attention_is_as_accurate_as_sdpa(dtype, name, share):
     """Log-probabilities and gradients, by the compiled kernels: both against SDPA in float32."""

@@ -77,7 +77,9 @@ def test_a_batch_of_64_and_the_queue_change_nothing(spec_name, name):
         assert_same(together, row, decode(policy, [prompts[row]], CONFIGS[name], seeds=[seeds[row]]), 0)
 
 
-@pytest.mark.parametrize("spec_name", ["block-from-sequence", "shift-autoregressive-first", "full"])
+@pytest.mark.parametrize(
+    "spec_name", ["block-from-sequence", "shift-autoregressive-first", "clean-causal-autoregressive-first", "full"]
+)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_stop_rules_give_the_same_responses(spec_name, temperature):
     """Ending with the stop token saves steps; what counts, and the states it was made in, stay the same."""
@@ -342,7 +344,7 @@ def test_attention_in_groups_is_that_of_the_whole_mask(capacity, lanes, ends, sh
     spec = SPECS["block-from-sequence" if capacity else "full"].replace(block_size=4)
     ends = np.array(ends)
     begins = ends - 4 if capacity else np.zeros(3, dtype=np.int64)
-    spans = Spans(np.arange(3), np.array(lanes), np.zeros(3, dtype=np.int64), begins, ends, ends)
+    spans = Spans(np.arange(3), np.array(lanes), np.zeros(3, dtype=np.int64), ends - 4, begins, ends, ends)
     number = int(spans.lengths.sum())
     mask = ragged_mask(spans, spec, capacity, 4 * capacity if capacity else number, "cpu")
     together = capacity is None or lanes != (2, 0, 1)

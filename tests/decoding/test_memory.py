@@ -57,7 +57,7 @@ def test_a_packed_pass_is_free_when_its_loss_is(share):
         assert layout.allowed.block_mask is not None
         logps, _ = score(policy, layout, spec)
         (logps * layout.weights).sum().backward()
-        seen = [weakref.ref(values) for values in (logps, layout.input_ids, layout.allowed.blocks)]
+        seen = [weakref.ref(values) for values in (logps, layout.input_ids, layout.allowed.ranks)]
         del logps, layout
         assert not any(reference() is not None for reference in seen)
     assert all(torch.isfinite(p.grad).all() for p in policy.parameters())

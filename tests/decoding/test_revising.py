@@ -19,6 +19,7 @@ from torch import Tensor
 from tests.closeness import assert_close
 from tests.conftest import MASK, SPECS, STOP, make_policy, make_prompts
 from tests.events import events_of, is_autoregressive, log_distributions, region_of, sequence_end
+from tests.reference import read_at
 from trl_diffusion import DecodingConfig, decode
 from trl_diffusion.decoding import loop
 from trl_diffusion.decoding.revising import REVISIONS, ReviseView, Revising
@@ -287,7 +288,7 @@ def published(policy, spec, prompt, config: DecodingConfig, rule: Rule, proposal
                 masked, visible = first, []
             places = sorted([*masked, *visible])
             look = Looked(
-                {position: probs[len(prompt) + position - int(spec.token_shift)] for position in places},
+                {position: probs[read_at(spec, len(prompt), position)] for position in places},
                 dict(zip(places, next(proposals), strict=True)),
                 canvas,
                 masked,

@@ -60,7 +60,10 @@ def test_blocks_of_one_token_are_an_ordinary_language_model():
         assert one.value == pytest.approx(expected, abs=1e-4, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["block-from-sequence", "shift-autoregressive-first", "full", "block-of-one"])
+@pytest.mark.parametrize(
+    "name",
+    ["block-from-sequence", "shift-autoregressive-first", "clean-causal-autoregressive-first", "full", "block-of-one"],
+)
 def test_chain_is_a_distribution(name):
     """The likelihoods of all continuations of two tokens sum to one."""
     spec = SPECS[name].replace(mask_token_id=8)
@@ -86,7 +89,15 @@ def test_greedy_is_what_greedy_decoding_writes(policy, spec):
 
 
 @pytest.mark.parametrize(
-    "name", ["block-from-sequence", "shift-autoregressive-first", "mask-predicted", "full", "full-shift"]
+    "name",
+    [
+        "block-from-sequence",
+        "shift-autoregressive-first",
+        "clean-causal-autoregressive-first",
+        "mask-predicted",
+        "full",
+        "full-shift",
+    ],
 )
 def test_elbo_against_its_definition(name):
     """

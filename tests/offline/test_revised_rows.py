@@ -31,6 +31,7 @@ KINDS = {
     name: SPECS[name].replace(block_size=size)
     for name, size in (
         ("block-from-sequence", 4), ("block-from-response", 3), ("shift-autoregressive-first", 4), ("full", 4), ("full-shift", 3),
+        ("clean-causal-autoregressive-first", 4),
     )
 }  # fmt: skip
 

@@ -179,7 +179,9 @@ def test_autograd_keeps_no_more():
         assert saved(spec) == saved(plain) == 50 * 1000
 
 
-@pytest.mark.parametrize("name", ["block-from-sequence", "shift-autoregressive-first", "full-shift"])
+@pytest.mark.parametrize(
+    "name", ["block-from-sequence", "shift-autoregressive-first", "clean-causal-autoregressive-first", "full-shift"]
+)
 def test_decoding_and_scoring_share_one_distribution(name):
     spec = SPECS[name].replace(absent_token_ids=((12, 20), (25, MASK)))
     policy = make_policy(spec, num_hidden_layers=3)

@@ -26,6 +26,7 @@ from trl_diffusion.trajectories.trajectory import TrajectoryBatch
 MASK = 63
 BLOCK = DiffusionSpec(mask_token_id=MASK, block_size=4, predicts_mask_token=True)
 FULL = BLOCK.replace(attention="full", block_origin="response")
+CLEAN = BLOCK.replace(clean_attention="causal")
 CAUSAL = BLOCK.replace(block_size=1, token_shift=True, first_token="autoregressive")
 PROMPTS = [[7, 8, 9, 30, 11], [20, 21, 22, 12, 24, 25, 26, 13, 28]]
 NEW_TOKENS = 7
@@ -41,6 +42,7 @@ RIGHT = {
         "helium",
         "llama",
         "ministral",
+        "ministral3",
         "mistral",
         "mixtral",
         "nemotron",
@@ -110,6 +112,8 @@ def alone(model, spec: DiffusionSpec, batch: TrajectoryBatch) -> torch.Tensor:
                 tokens = tokens[: start + int(batch.canvas_lengths[row])]
             length = len(tokens)
             allowed = (blocks[None, :length] <= blocks[:length, None]) | (spec.attention == "full")
+            if spec.clean_attention == "causal":
+                allowed = torch.ones(length, length).tril().bool() | (blocks[:length, None] == here)
             mask = torch.zeros(1, 1, length, length).masked_fill(~allowed, torch.finfo(torch.float32).min)
             ids = torch.tensor([tokens])
             logits = model(
@@ -169,7 +173,7 @@ def test_a_backbone_is_right_or_refused(model_type):
         if model_type in RIGHT | REFUSED:
             pytest.fail(model)
         pytest.skip(f"no tiny one: {model}")
-    ways = [lambda model: check(model, BLOCK), lambda model: check(model, FULL)]
+    ways = [lambda model: check(model, BLOCK), lambda model: check(model, CLEAN), lambda model: check(model, FULL)]
     if not family_fields(model.config):  # a family does not run from left to right
         ways.append(lambda model: close(*from_left_to_right(model)))
     with warnings.catch_warnings(action="ignore"):

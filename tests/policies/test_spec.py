@@ -30,7 +30,12 @@ def test_a_model_without_a_spec_is_told_how_to_get_one():
         ({"mask_token_id": 3, "attention": "causal"}, r"`attention` must be one of \['block', 'full'\], got 'causal'"),
         ({"mask_token_id": 3, "block_size": 0}, "block_size"),
         ({"mask_token_id": 3, "block_origin": "prompt"}, "block_origin"),
-        ({"mask_token_id": 3, "first_token": "autoregressive"}, "needs `token_shift=True`"),
+        (
+            {"mask_token_id": 3, "first_token": "autoregressive"},
+            "needs `token_shift=True` or `clean_attention='causal'`",
+        ),
+        ({"mask_token_id": 3, "clean_attention": "full"}, r"`clean_attention` must be one of \['block', 'causal'\]"),
+        ({"mask_token_id": 3, "attention": "full", "clean_attention": "causal"}, "no block is clean while others"),
         ({"mask_token_id": 3, "token_shift": True}, "first_token='autoregressive'"),
         ({"mask_token_id": 3, "blocksize": 4}, r"Unknown diffusion spec fields \['blocksize'\]"),
         ({"block_size": 4}, "needs `mask_token_id`"),

@@ -106,7 +106,9 @@ def outcome(policy, layout, spec):
     return logps.detach(), entropies, torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 
-@pytest.mark.parametrize(("name", "share"), [("block-from-sequence", True), ("shift-autoregressive-first", False)])
+@pytest.mark.parametrize(
+    ("name", "share"), [("block-from-sequence", True), ("shift-autoregressive-first", False), ("clean-causal", True)]
+)
 @torch.no_grad()
 def test_flex_attention_gives_the_same_numbers(name, share, monkeypatch):
     """Not compiled, and forward only: on a CPU, FlexAttention has no backward pass."""

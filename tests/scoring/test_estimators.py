@@ -112,7 +112,9 @@ def test_o2_every_token_weighs_one_on_average(named_spec, name):
     assert set(states.coefficients.unique().tolist()) <= {0.0, 1.0}
 
 
-@pytest.fixture(params=["block-from-sequence", "shift-autoregressive-first", "full"])
+@pytest.fixture(
+    params=["block-from-sequence", "shift-autoregressive-first", "clean-causal-autoregressive-first", "full"]
+)
 def named_spec(request):
     return make_policy(SPECS[request.param]), SPECS[request.param]
 

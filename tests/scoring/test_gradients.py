@@ -55,7 +55,13 @@ OPTIONS = {
         "weighting": "none", "num_blocks": 1, "step_distribution": "token", "num_draws": 2,
     },
 }  # fmt: skip
-NAMES = ["block-from-sequence", "block-from-response", "shift-autoregressive-first", "full"]
+NAMES = [
+    "block-from-sequence",
+    "block-from-response",
+    "shift-autoregressive-first",
+    "full",
+    "clean-causal-autoregressive-first",
+]
 ADVANTAGES = (0.7, -1.3)
 
 

@@ -102,7 +102,9 @@ def test_what_an_importance_draw_cannot_do():
 OPTIONS = {"one": {}, "two": {"num_draws": 2}, "one-block": {"num_blocks": 1, "num_draws": 2}}
 
 
-@pytest.mark.parametrize("name", ["block-from-sequence", "shift-autoregressive-first", "full"])
+@pytest.mark.parametrize(
+    "name", ["block-from-sequence", "shift-autoregressive-first", "clean-causal-autoregressive-first", "full"]
+)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @torch.no_grad()
 def test_o1_and_o2_through_the_packed_pass(name, options):

@@ -43,6 +43,7 @@ KINDS = {
     "block-from-response": SPECS["block-from-response"].replace(block_size=3),
     "shift-autoregressive-first": SPECS["shift-autoregressive-first"].replace(block_size=4),
     "mask-predicted": SPECS["mask-predicted"].replace(block_size=2),
+    "clean-causal-autoregressive-first": SPECS["clean-causal-autoregressive-first"].replace(block_size=3),
     "full": SPECS["full"].replace(block_size=4),
     "full-shift": SPECS["full-shift"].replace(block_size=3),
 }

@@ -17,9 +17,16 @@ def logs_of(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.fixture(params=["block", "full"])
+ATTENTIONS = {
+    "block": {},
+    "clean-causal": {"clean_attention": "causal", "first_token": "autoregressive", "block_origin": "response"},
+    "full": {"attention": "full", "block_origin": "response"},
+}
+
+
+@pytest.fixture(params=ATTENTIONS)
 def attention(request, char_spec):
-    return char_spec if request.param == "block" else char_spec.replace(attention="full", block_origin="response")
+    return char_spec.replace(**ATTENTIONS[request.param])
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

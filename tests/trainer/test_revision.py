@@ -23,15 +23,17 @@ WAYS = {
     "erasing": {"revision": "confidence", "revision_threshold": 0.05, "tokens_per_step": 2, "revision_max": 2},
     "editing": {"revision": "edit", "edit_threshold": 0.2, "steps_per_block": 5, "revision_limit": 3, "tokens_per_step": 1},
 }  # fmt: skip
-KINDS = ("block", "full")
+KINDS = {
+    "block": {},
+    "full": {"attention": "full", "block_origin": "response"},
+    "clean-causal": {"clean_attention": "causal"},
+}
 
 
 @pytest.fixture(scope="session", params=KINDS)
 def policies(request, tmp_path_factory, tokenizer, char_spec) -> tuple[str, str]:
     """Two policies on disk."""
-    spec = char_spec.replace(predicts_visible_tokens=True)
-    if request.param == "full":
-        spec = spec.replace(attention="full", block_origin="response")
+    spec = char_spec.replace(predicts_visible_tokens=True, **KINDS[request.param])
     found = []
     for seed in (0, 7):
         found.append(tmp_path_factory.mktemp(f"revising-{request.param}-{seed}"))

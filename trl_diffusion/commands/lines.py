@@ -85,8 +85,8 @@ def describe_policy(trainer: Trainer, path: str) -> str:
     size = f"{in_words(count_weights(model))} weights"
     if isinstance(unwrap(model), PeftModel):
         size += f", of which the adapter's {in_words(count_weights(model, trained=True))} are trained"
-    how = "block" if spec.attention == "block" else "full"
-    return f"Policy: {name}, {size}; {how} attention, blocks of {spec.block_size} tokens."
+    clean = ", causal over clean tokens" if spec.clean_attention == "causal" else ""
+    return f"Policy: {name}, {size}; {spec.attention} attention{clean}, blocks of {spec.block_size} tokens."
 
 
 def describe_updates(trainer: DTRPOTrainer, stored: bool) -> str:

@@ -22,6 +22,7 @@ class Spans:
         rows: index of the response.
         lanes: its lane in the cache.
         heads: first position of its block 0.
+        starts: first position of its active block; tokens before it are clean.
         begins, ends: range of the tokens to run.
         key_ends: number of its first tokens that are visible.
     """
@@ -29,6 +30,7 @@ class Spans:
     rows: np.ndarray
     lanes: np.ndarray
     heads: np.ndarray
+    starts: np.ndarray
     begins: np.ndarray
     ends: np.ndarray
     key_ends: np.ndarray
@@ -51,8 +53,8 @@ class Spans:
 
 def ragged_mask(spans: Spans, spec: DiffusionSpec, capacity: int | None, num_keys: int, device) -> RaggedMask:
     """
-    The attention mask of a pass over `spans`. With block attention, a token sees its own block and earlier blocks. With
-    full attention, it sees all tokens.
+    The attention mask of a pass over `spans`. With block attention, a token sees its own block and earlier blocks, or, if it
+    is clean and the clean part is causal, itself and earlier tokens. With full attention, it sees all tokens.
 
     Args:
         spans ([`Spans`]): the tokens that are run.
@@ -70,10 +72,11 @@ def ragged_mask(spans: Spans, spec: DiffusionSpec, capacity: int | None, num_key
         keys = queries if capacity is None else _places(spans.lanes[members] * capacity, width, capacity, device)
         allowed = None
         if not _sees_everything(spans, members, spec, width):
-            heads, begins, ends = (
-                _tensor(values[members], device) for values in (spans.heads, spans.begins, spans.key_ends)
+            heads, starts, begins, ends = (
+                _tensor(values[members], device)
+                for values in (spans.heads, spans.starts, spans.begins, spans.key_ends)
             )
-            allowed = _allowed(heads, begins, ends, length, width, spec)
+            allowed = _allowed(heads, starts, begins, ends, length, width, spec)
         groups.append(RaggedGroup(queries, keys, allowed))
     return RaggedMask(groups, int(spans.lengths.sum()), num_keys)
 
@@ -89,20 +92,22 @@ def _sees_everything(spans: Spans, members: np.ndarray, spec: DiffusionSpec, wid
     """Whether each token of these sequences sees all `width` keys, so that no mask is needed."""
     if (spans.key_ends[members] != width).any():
         return False
-    # With block attention: no token that is run is in a block before the last visible one.
-    heads = spans.heads[members]
-    last_block = spec.block_start(spec.block_of(width - 1, heads), heads)
-    return spec.attention == "full" or bool((spans.begins[members] >= last_block).all())
+    # With block attention: no token that is run has a lower rank than the last visible one.
+    heads, starts = spans.heads[members], spans.starts[members]
+    first, last = (spec.rank(place, heads, place >= starts) for place in (spans.begins[members], width - 1))
+    return spec.attention == "full" or bool((first >= last).all())
 
 
-def _allowed(heads: Tensor, begins: Tensor, key_ends: Tensor, length: int, width: int, spec: DiffusionSpec) -> Tensor:
+def _allowed(
+    heads: Tensor, starts: Tensor, begins: Tensor, key_ends: Tensor, length: int, width: int, spec: DiffusionSpec
+) -> Tensor:
     """Boolean `(sequences, 1, length, width)`, from arguments of shape `(sequences,)`."""
     keys = torch.arange(width, device=heads.device)
     allowed = (keys < key_ends[:, None])[:, None, None, :].expand(-1, 1, length, -1)
     if spec.attention == "full":
         return allowed.contiguous()
     queries = begins[:, None] + torch.arange(length, device=heads.device)
-    of_keys, of_queries = (spec.block_of(positions, heads[:, None]) for positions in (keys, queries))
+    of_keys, of_queries = (spec.rank(places, heads[:, None], places >= starts[:, None]) for places in (keys, queries))
     return allowed & (of_keys[:, None, None, :] <= of_queries[:, None, :, None])
 
 

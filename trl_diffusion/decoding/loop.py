@@ -285,7 +285,10 @@ class DenoisingLoop:
         window = self._window(lanes, rows)
         spans = self._spans(np.array(places), lanes, rows, window)
         row_of, column_of = np.nonzero(window.looked_at)
-        logits = self._forward(spans, row_of, window.positions[row_of, column_of] - int(self.spec.token_shift))
+        shift = (
+            int(self.spec.token_shift) | window.autoregressive[row_of]
+        )  # a token is read from the position before it
+        logits = self._forward(spans, row_of, window.positions[row_of, column_of] - shift)
 
         choice = self._choose(lanes, rows, window, row_of, column_of, logits)
         stops = torch.isin(choice.tokens, self.stops) & choice.written
@@ -371,7 +374,7 @@ class DenoisingLoop:
                 lane.cached = int(start)
             if cache == "sub_block":
                 begins, ends = self._part_spans(lanes, window, begins, ends)
-        return Spans(rows, places, self.heads[rows], begins, ends, key_ends)
+        return Spans(rows, places, self.heads[rows], starts, begins, ends, key_ends)
 
     def _part_spans(
         self, lanes: list[Lane], window: Window, begins: np.ndarray, ends: np.ndarray

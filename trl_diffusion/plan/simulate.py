@@ -288,7 +288,7 @@ def _without_content(layout: PackedLayout, fake: FakeTensorMode, live: LiveBytes
         if isinstance(value, Tensor):
             return live.see(fake.from_tensor(value))
         if isinstance(value, PackedMask):
-            return replace(value, **{name: convert(getattr(value, name)) for name in ("blocks", "copies", "valid")})
+            return replace(value, **{name: convert(getattr(value, name)) for name in ("ranks", "copies", "valid")})
         return value
 
     return PackedLayout(**{field.name: convert(getattr(layout, field.name)) for field in fields(layout)})

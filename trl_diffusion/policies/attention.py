@@ -54,14 +54,16 @@ class PackedMask:
     Who may look at whom in rows `[ prefix of P tokens | parts of equal width ]`, in which a prompt or a response has
     its clean tokens and noisy copies of some of its blocks (docs/method.md, section 2):
 
-        clean token    sees clean tokens of its own block and of the blocks before it
-        noisy token    sees clean tokens of the blocks before its own, and its own copy
+        clean token    sees clean tokens of its own rank and of lower ones
+        noisy token    sees clean tokens of lower ranks, and its own copy
         part           sees the prefix and itself; the prefix sees itself
 
     Nothing looks at padding, but padding at itself, so that no row of the softmax is empty.
 
+    The rank is the block, or with a causal clean part the position ([`DiffusionSpec.rank`]).
+
     Attributes:
-        blocks (`Tensor` of shape `(Q, N)`): attention block of each token; in the prefix below those of the parts.
+        ranks (`Tensor` of shape `(Q, N)`): rank of each token; in the prefix below those of the parts.
         copies (`Tensor` of shape `(N,)` or `(Q, N)`): the noisy copy that a column belongs to, 0 for clean tokens.
         valid (boolean `Tensor` of shape `(Q, N)`): False for padding.
         prefix (`int`): length of the prefix `P`.
@@ -70,7 +72,7 @@ class PackedMask:
             any width. There is no prefix then.
     """
 
-    blocks: Tensor
+    ranks: Tensor
     copies: Tensor
     valid: Tensor
     prefix: int = 0
@@ -82,19 +84,19 @@ class PackedMask:
         """The part of each column, `(N,)` or `(Q, N)`: 0 for the prefix."""
         if self.documents is not None:
             return self.documents
-        size = self.blocks.shape[1]
-        columns = torch.arange(size, device=self.blocks.device) - self.prefix
+        size = self.ranks.shape[1]
+        columns = torch.arange(size, device=self.ranks.device) - self.prefix
         return (columns.clamp(min=-1) // max((size - self.prefix) // self.count, 1) + 1).clamp(max=self.count)
 
     def allowed(self, queries: slice, keys: slice) -> Tensor:
         """Who may look at whom among some of the columns, boolean, `(Q, 1, queries, keys)`."""
-        columns = torch.arange(self.blocks.shape[1], device=self.blocks.device)
+        columns = torch.arange(self.ranks.shape[1], device=self.ranks.device)
 
         def pairs(values: Tensor) -> tuple[Tensor, Tensor]:
             return values[..., queries, None], values[..., None, keys]
 
         valid = self.valid[..., None, keys]
-        return _may_look(pairs(self.blocks), pairs(self.copies), pairs(self.parts), pairs(columns), valid)[:, None]
+        return _may_look(pairs(self.ranks), pairs(self.copies), pairs(self.parts), pairs(columns), valid)[:, None]
 
     def dense(self) -> Tensor:
         """The same as one boolean mask of shape `(Q, 1, N, N)`."""
@@ -103,7 +105,7 @@ class PackedMask:
     @cached_property
     def _split(self) -> tuple[Tensor, Tensor]:
         """Masks of the prefix `(Q, 1, P, P)` and of the parts over prefix and themselves `(Q * parts, 1, width, P + width)`."""
-        size, length = self.blocks.shape[1], self.prefix
+        size, length = self.ranks.shape[1], self.prefix
         width = (size - length) // self.count
         starts = range(length, length + self.count * width, width) if width else [length] * self.count
         parts = [
@@ -143,17 +145,17 @@ class PackedMask:
         The same for FlexAttention, on rows that are padded to the length of their bucket, and as many of them as the next
         power of two: no `(N, N)` mask is made, and a kernel is compiled for a bucket, not for each shape.
         """
-        rows, columns = _missing(*self.blocks.shape)
-        blocks = functional.pad(self.blocks, (0, columns, 0, rows), value=_BELOW_ALL)  # looks at nothing but itself
+        rows, columns = _missing(*self.ranks.shape)
+        ranks = functional.pad(self.ranks, (0, columns, 0, rows), value=_BELOW_ALL)  # looks at nothing but itself
         valid = functional.pad(self.valid, (0, columns, 0, rows))
         copies, parts = (
             functional.pad(values, (0, columns, 0, rows) if values.dim() == 2 else (0, columns))
             for values in (self.copies, self.parts)
         )
-        padded = PackedMask(blocks, copies, valid)
+        padded = PackedMask(ranks, copies, valid)
         vars(padded)["parts"] = parts
         tiles = []
-        for start in range(0, blocks.shape[1], TILE):
+        for start in range(0, ranks.shape[1], TILE):
             row = padded.allowed(slice(start, start + TILE), slice(None)).unflatten(
                 -1, (-1, TILE)
             )  # (Q, 1, tile, tiles, tile)
@@ -165,7 +167,7 @@ class PackedMask:
                 of_row = values[row] if values.dim() == 2 else values
                 return of_row[query], of_row[key]
 
-            return _may_look(pair(blocks), pair(copies), pair(parts), (query, key), valid[row, key])
+            return _may_look(pair(ranks), pair(copies), pair(parts), (query, key), valid[row, key])
 
         return BlockMask.from_kv_blocks(*_numbered(some & ~whole), *_numbered(whole), BLOCK_SIZE=TILE, mask_mod=look)
 
@@ -234,7 +236,7 @@ def _numbered(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _may_look(
-    blocks: tuple[Tensor, Tensor],
+    ranks: tuple[Tensor, Tensor],
     copies: tuple[Tensor, Tensor],
     parts: tuple[Tensor, Tensor],
     columns: tuple[Tensor, Tensor],
@@ -243,7 +245,7 @@ def _may_look(
     """The rule of [`PackedMask`], for what is known of the token that looks and of the one that is looked at."""
     clean = copies[1] == 0
     same_copy = copies[0] == copies[1]
-    backwards = (blocks[1] < blocks[0]) | ((blocks[1] == blocks[0]) & same_copy)
+    backwards = (ranks[1] < ranks[0]) | ((ranks[1] == ranks[0]) & same_copy)
     reachable = (parts[1] == 0) | (parts[0] == parts[1])
     return (torch.where(clean, backwards, same_copy) & reachable & valid) | (columns[0] == columns[1])
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from .families import FAMILIES
+from .families.refused import check_masked
 from .files import check_records
 from .places import check_there
 from .spec import DiffusionSpec, check_spec, family_fields, get_spec, spec_fields
@@ -35,16 +36,17 @@ def load_config(path: str, **options) -> PretrainedConfig:
 
     Raises:
         FileNotFoundError: if there is no such directory, and nothing of this name on the hub.
-        ValueError: if a file of the checkpoint is damaged, or it is of a model type that neither transformers nor this package
-            knows; the message lists what there is.
+        ValueError: if a file of the checkpoint is damaged, it is of a model type that neither transformers nor this package
+            knows (the message lists what there is), or of one that has no mask token.
     """
     check_there(path, **options)
     check_records(path)
     try:  # `False` makes an error of what transformers would ask on the terminal
-        return AutoConfig.from_pretrained(path, **options, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, **options, trust_remote_code=False)
     except ValueError as error:
         values, _ = PretrainedConfig.get_config_dict(path, **options)
         model_type = values.get("model_type")
+        check_masked(model_type)
         if model_type in CONFIG_MAPPING:
             raise
         if model_type is None:
@@ -61,6 +63,8 @@ def load_config(path: str, **options) -> PretrainedConfig:
             "`model_type` and say how it is denoised with DTRPOConfig(diffusion_spec={'mask_token_id': ..., "
             "'block_size': ..., ...})."
         ) from error
+    check_masked(config.model_type)
+    return config
 
 
 def load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
@@ -192,9 +196,10 @@ def resolve_spec(
     (`absent_token_ids`), whatever is stored, and which is the mask token where a family's config does not know it.
 
     Raises:
-        ValueError: if nothing says which token is the mask, the spec names tokens that the model does not have, or the
-            tokenizer has none of the model's tokens.
+        ValueError: if nothing says which token is the mask, the model has none, the spec names tokens that the model does not
+            have, or the tokenizer has none of the model's tokens.
     """
+    check_masked(config.model_type)
     overrides = dict(overrides or {})
     if tokenizer is not None:
         if needs_tokenizer(config, overrides):

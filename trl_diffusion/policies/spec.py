@@ -36,7 +36,8 @@ class DiffusionSpec:
             Whether the logits at position `i` predict the token at `i + 1` (`True`) or the one at `i` (`False`).
         first_token (`str`, *optional*, defaults to `"diffusion"`):
             How the first token of a block is made. `"diffusion"`: as any other. `"autoregressive"`: as a decoding step
-            of its own, from the last position before the block, which is clean by then (needs `token_shift`).
+            of its own, from the last position before the block, which is clean by then (needs `token_shift`, or
+            `clean_attention="causal"`).
         stop_token_ids (`tuple[int, ...]`, *optional*, defaults to `()`):
             Tokens that end a response. The first one counts as part of the response, nothing behind it does.
         predicts_mask_token (`bool`, *optional*, defaults to `False`):
@@ -52,6 +53,10 @@ class DiffusionSpec:
         predicts_visible_tokens (`bool`, *optional*, defaults to `False`):
             Whether the policy was trained to predict visible tokens too, some of which were wrong. What it predicts at a
             visible position then says how likely the token there is. Decoders that write over visible tokens need this.
+        clean_attention (`str`, *optional*, defaults to `"block"`):
+            What a position of the prompt or of a finished block sees, with block attention. `"block"`: as above, its own
+            block and the blocks before it. `"causal"`: itself and the positions before it, as in a causal model. The block
+            that is being denoised sees itself and everything before it either way.
 
     Raises:
         ValueError: if a field has a value that is not listed above, or two fields contradict each other.
@@ -67,18 +72,24 @@ class DiffusionSpec:
     predicts_mask_token: bool = False
     absent_token_ids: tuple[tuple[int, int], ...] | None = None
     predicts_visible_tokens: bool = False
+    clean_attention: Literal["block", "causal"] = "block"
 
     def __post_init__(self):
         if type(self.mask_token_id) is not int or self.mask_token_id < 0:
             raise ValueError(f"`mask_token_id` must be a token id (a non-negative int), got {self.mask_token_id!r}.")
         check_fields(self)
-        if self.first_token == "autoregressive" and not self.token_shift:
+        if self.first_token == "autoregressive" and not (self.token_shift or self.clean_attention == "causal"):
             raise ValueError(
                 "`first_token='autoregressive'` reads the first token of a block from the position before it, which "
-                "needs `token_shift=True`."
+                "needs `token_shift=True` or `clean_attention='causal'`."
             )
         if self.attention == "full" and self.first_token == "autoregressive":
             raise ValueError("With full attention no position is clean before its block: use first_token='diffusion'.")
+        if self.attention == "full" and self.clean_attention == "causal":
+            raise ValueError(
+                "With full attention no block is clean while others are denoised: use clean_attention='block', or "
+                "attention='block'."
+            )
         if self.attention == "block" and self.token_shift and self.first_token == "diffusion":
             raise ValueError(
                 "With block attention and `token_shift=True` the first token of a block can only be read from the "
@@ -126,8 +137,9 @@ class DiffusionSpec:
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain JSON types; without `absent_token_ids` if nobody has said."""
         values = {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
-        if not self.predicts_visible_tokens:  # a config that earlier versions can read
-            del values["predicts_visible_tokens"]
+        for name in ("predicts_visible_tokens", "clean_attention"):  # a config that earlier versions can read
+            if values[name] == getattr(type(self), name):
+                del values[name]
         absent = values.pop("absent_token_ids")
         return values if absent is None else {**values, "absent_token_ids": [list(pair) for pair in absent]}
 
@@ -168,6 +180,16 @@ class DiffusionSpec:
     def block_start(self, block, prompt_length):
         """Position of the first token of a block."""
         return self.head(prompt_length) + block * self.block_size
+
+    def rank(self, position, prompt_length, noisy):
+        """
+        Number that decides who sees whom with block attention. A clean token sees clean tokens of its own rank and of lower
+        ones; a noisy token sees clean tokens of lower ranks, and its own noisy copy. `noisy` (boolean): whether the position is
+        in a noisy copy, or in the block that is being denoised.
+        """
+        if self.clean_attention == "block":
+            return self.block_of(position, prompt_length)
+        return position - noisy * self.place_of(position, prompt_length)
 
     def num_blocks(self, prompt_length, new_tokens):
         """Number of blocks that hold `new_tokens` tokens after the prompt."""
@@ -228,7 +250,7 @@ def get_spec(config: PretrainedConfig, overrides: Mapping[str, Any] | None = Non
 
     Raises:
         TypeError: if the config is something else, such as the model.
-        ValueError: if nothing says which token is the mask.
+        ValueError: if nothing says which token is the mask, or what else differs between checkpoints of the family.
     """
     check_kind("config", config, PretrainedConfig, "the config of a model (model.config)")
     values = {**spec_fields(config), **(overrides or {})}
@@ -246,6 +268,9 @@ def get_spec(config: PretrainedConfig, overrides: Mapping[str, Any] | None = Non
             "`DTRPOConfig(diffusion_spec={'mask_token_id': ...})`; `resolve_mask_token(model.config, tokenizer)` "
             "reads it from the tokenizer."
         )
+    for name, what in getattr(config, "unsaid", {}).items():
+        if name not in values:
+            raise ValueError(f"The config of this `{config.model_type}` model does not say {what}")
     return DiffusionSpec.from_dict(values)
 
 

@@ -63,7 +63,7 @@ def try_policy(model: nn.Module, spec: DiffusionSpec, cached: bool | None = None
     if any(parameter.is_meta for parameter in model.parameters()):
         return  # a model without weights computes nothing
     base = backbone(model)
-    what = (base.config._attn_implementation == "eager", spec.attention)
+    what = (base.config._attn_implementation == "eager", spec.attention, spec.clean_attention)
     done = _tried.setdefault(model, set())
     if any(
         what == others and cached <= with_cache and training <= in_training for others, with_cache, in_training in done
@@ -120,6 +120,7 @@ class _Trial:
         self.model, self.base, self.cached = model, backbone(model), cached
         self.config = self.base.config
         self.full = spec.attention == "full"
+        self.pairs = spec.replace(block_size=2, block_origin="sequence")  # the blocks of the trial
         self.device = next(model.parameters()).device
         self.tolerance = _tolerance(model)
 
@@ -159,9 +160,9 @@ class _Trial:
             ids = [token(0, 1, 2, 3, 4, 5), token(0, 1, 2, 3, 4, 6), token(0, 1, 2, 3, 4, 5), token(0, 1, 2, 3, 4, 6)]
             allowed = [everything, everything, short, short, causal]
         else:
-            blocks = causal | (places // 2 == places[:, None] // 2)
             ids = [token(0, 1, 6, 7, 4, 5), token(0, 1, 6, 8, 4, 5), token(0, 1, 2, 3, 9, 10)]
-            allowed = [blocks, blocks, blocks, causal]
+            ranks = [self.pairs.rank(places, 0, places >= start) for start in (2, 2, 4)]  # what comes before is clean
+            allowed = [*(rank <= rank[:, None] for rank in ranks), causal]
         rows = torch.stack([*ids, ids[0]])
         masks = torch.stack(allowed)[:, None]
         return _Rows(rows, masks, self._eager(rows, masks))
@@ -289,7 +290,7 @@ class _Trial:
         positions = row(places[:4], nothing, places[2:])
         copies = row(nothing[:4], nothing, places[2:] // 2)
         valid = row(places[:4] >= 0, nothing > 0, places[2:] >= 0)
-        plan = PackedMask(positions[None] // 2, copies, valid[None])
+        plan = PackedMask(self.pairs.rank(positions, 0, copies > 0)[None], copies, valid[None])
         ours = self._logits(ids[None], positions[None], plan, valid.nonzero()[:, 0])
         return ours[4:], torch.cat([rows.logits[0, 2:4], rows.logits[last, 4:]])
 

@@ -86,7 +86,8 @@ def pack(
 
         tokens     [ clean: prompt and canvas | noisy: copies of blocks ]
         attention  a clean token sees: clean tokens of its own block
-                                       and of earlier blocks
+                                       and of earlier blocks (with a causal
+                                       clean part: those before it)
                    a noisy token sees: clean tokens of earlier blocks,
                                        and its own noisy copy
 
@@ -196,7 +197,7 @@ def join_rows(layout: PackedLayout, packs: Tensor) -> PackedLayout:
 
     numbers = torch.arange(1, len(mask.valid) + 1, device=lengths.device)[:, None]
     allowed = PackedMask(
-        joined(mask.blocks), joined(mask.copies), joined(mask.valid), documents=joined(numbers.expand_as(mask.valid))
+        joined(mask.ranks), joined(mask.copies), joined(mask.valid), documents=joined(numbers.expand_as(mask.valid))
     )
     return replace(
         layout,
@@ -310,7 +311,7 @@ def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, sh
     rows = responses
     if members is None:
         input_ids, position_ids, valid = part.ids, part.positions, part.valid
-        allowed = PackedMask(part.blocks(spec, starts), part.copies, valid)
+        allowed = PackedMask(part.ranks(spec, starts), part.copies, valid)
     else:
         prefix = _Part(*_shared_prefix(sequence, starts, members))
         input_ids, position_ids, valid, allowed = _join(prefix, part, spec, starts, members)
@@ -370,9 +371,9 @@ class _Part:
     valid: Tensor
     copies: Tensor
 
-    def blocks(self, spec: DiffusionSpec, starts: Tensor) -> Tensor:
-        """Attention block of each token. Blocks of the response are numbered from 0. Blocks of the prompt are negative."""
-        return spec.block_of(self.positions, starts[:, None])
+    def ranks(self, spec: DiffusionSpec, starts: Tensor) -> Tensor:
+        """Rank of each token, see [`DiffusionSpec.rank`]. `starts` (R,): first position of block 0."""
+        return spec.rank(self.positions, starts[:, None], self.copies > 0)
 
 
 def _noisy_part(
@@ -467,11 +468,11 @@ def _join(
         return torch.cat([getattr(prefix, name), values.unflatten(0, members.shape).flatten(1)], 1)
 
     valid = beside("valid")
-    blocks = torch.cat(
-        [prefix.blocks(spec, group_starts), part.blocks(spec, starts)[flat].unflatten(0, members.shape).flatten(1)], 1
+    ranks = torch.cat(
+        [prefix.ranks(spec, group_starts), part.ranks(spec, starts)[flat].unflatten(0, members.shape).flatten(1)], 1
     )
     copies = torch.cat([prefix.copies, part.copies.repeat(members.shape[1])])
-    allowed = PackedMask(blocks, copies, valid, prefix.ids.shape[1], members.shape[1])
+    allowed = PackedMask(ranks, copies, valid, prefix.ids.shape[1], members.shape[1])
     return beside("ids"), beside("positions"), valid, allowed
 
 

@@ -264,7 +264,16 @@ def _check_row(row, number, spec, vocab_size, tokenizer_fingerprint, rewards) ->
         refuse("decoding", f"cannot be read ({error}).")
     if not isinstance(decoding, dict):
         refuse("decoding", f"must be a JSON object, got {row['decoding']!r:.80}.")
-    for name in ("mask_token_id", "attention", "block_size", "block_origin", "token_shift", "first_token"):
+    names = (
+        "mask_token_id",
+        "attention",
+        "clean_attention",
+        "block_size",
+        "block_origin",
+        "token_shift",
+        "first_token",
+    )
+    for name in names:
         if getattr(stored, name) != getattr(spec, name):
             refuse(
                 "spec",

@@ -8,6 +8,7 @@ parallelism are those of transformers. `import trl_diffusion` registers them wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -26,6 +27,9 @@ from .models import (
     SDARForCausalLM,
     SDARModel,
 )
+from .nemotron import NAMES as NEMOTRON_NAMES
+from .nemotron import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
+from .tiny_a2d import A2DQwen2Config, A2DQwen2LMHeadModel, A2DQwen3Config, A2DQwen3LMHeadModel
 
 
 if TYPE_CHECKING:
@@ -45,11 +49,9 @@ FAMILIES: dict[str, tuple[type[FamilyConfig], type[PreTrainedModel], type[PreTra
 
 
 def register() -> None:
-    """Tells transformers' auto classes about the families, and its loading and saving about LLaDA's weight names."""
+    """Tells transformers' auto classes about the families, and its loading and saving about their weight names."""
     for config, model, causal_lm in FAMILIES.values():
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+        _announce(config, model, causal_lm)
     AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)
     names: list[WeightConverter | WeightRenaming] = [
         WeightRenaming(rf"^model\.transformer\.{theirs}", ours) for theirs, ours in LLADA_NAMES.items()
@@ -57,5 +59,35 @@ def register() -> None:
     register_checkpoint_conversion_mapping(LLaDAConfig.model_type, names, overwrite=True)
 
 
+def _announce(config: type[FamilyConfig], model: type[PreTrainedModel], causal_lm: type[PreTrainedModel]) -> None:
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+
+
+def add_family(
+    name: str, config: type[FamilyConfig], model: type[PreTrainedModel], names: Mapping[str, str] | None = None
+) -> None:
+    """
+    Adds a family: its checkpoints then load and save in their own format, and can be trained.
+
+    Args:
+        name (`str`): what the family is called in messages.
+        config (`type[FamilyConfig]`): its config.
+        model (`type[PreTrainedModel]`): its model, made of [`OwnAttention`] and a backbone of transformers. It has the name of the
+            published class, since this name is saved.
+        names (`Mapping[str, str]`, *optional*): for each name of weights that is not the backbone's, as a regular expression,
+            the backbone's.
+    """
+    FAMILIES[name] = (config, model, model)
+    _announce(config, model, model)
+    if names:
+        renamed: list[WeightConverter | WeightRenaming] = [WeightRenaming(*pair) for pair in names.items()]
+        register_checkpoint_conversion_mapping(config.model_type, renamed, overwrite=True)
+
+
 register()
+add_family("Nemotron-Labs-Diffusion", NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel, NEMOTRON_NAMES)
+add_family("dllm A2D Qwen2", A2DQwen2Config, A2DQwen2LMHeadModel)
+add_family("dllm A2D Qwen3", A2DQwen3Config, A2DQwen3LMHeadModel)
 refuse_policies()

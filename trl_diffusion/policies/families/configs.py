@@ -27,19 +27,23 @@ class FamilyConfig(_Backbone):
         published_mask_id (`int`):
             Mask token of the published vocabulary. A config with another one has another vocabulary.
         published_stop_ids (`tuple[int, ...]`):
-            Tokens at which the published models stop.
+            Tokens at which the published models stop; none if the config names them all.
         mask_token (`str`, *optional*):
             How the tokenizer spells the mask token, where the config does not say which id it has.
         denoising (`dict`):
             The facts of [`DiffusionSpec`] that are the same for every checkpoint of the family.
+        unsaid (`dict[str, str]`):
+            Fields of [`DiffusionSpec`] in which its checkpoints differ although their configs do not say so, each with what the
+            user is told.
         backbone_only (`tuple[str, ...]`):
             Entries of the backbone's config that the family's `config.json` does not have.
     """
 
     published_mask_id: ClassVar[int]
-    published_stop_ids: ClassVar[tuple[int, ...]]
+    published_stop_ids: ClassVar[tuple[int, ...]] = ()
     mask_token: ClassVar[str | None] = None
     denoising: ClassVar[dict[str, Any]]
+    unsaid: ClassVar[dict[str, str]] = {}
     backbone_only: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:  # the backbone's
@@ -56,7 +60,7 @@ class FamilyConfig(_Backbone):
     def spec_fields(self) -> dict[str, Any]:
         """What this config says about the fields of [`DiffusionSpec`]; without `mask_token_id` if it does not."""
         mask = self._mask_token_id()
-        stops = self.published_stop_ids if mask == self.published_mask_id else self.eos_token_id
+        stops = (mask == self.published_mask_id and self.published_stop_ids) or self.eos_token_id
         stop_ids = () if stops is None else (stops,) if isinstance(stops, int) else tuple(stops)
         found = {} if mask is None else {"mask_token_id": mask}
         return {**self.denoising, "stop_token_ids": stop_ids, "predicts_mask_token": True, **found}

@@ -36,7 +36,8 @@ def allowed_attention(fields: dict[str, Any], valid: Tensor, queries: int) -> Te
     Who may look at whom in a sequence whose response is not told apart from its prompt.
 
     Args:
-        fields (`dict`): `attention` and `block_size` of the policy; blocks are counted from the first valid token.
+        fields (`dict`): `attention`, `clean_attention` and `block_size` of the policy; blocks are counted from the first
+            valid token.
         valid (boolean `Tensor` of shape `(R, keys)`): False for padding.
         queries (`int`): number of positions that look, the last ones of the sequence.
 
@@ -44,7 +45,9 @@ def allowed_attention(fields: dict[str, Any], valid: Tensor, queries: int) -> Te
         boolean `Tensor` of shape `(R, 1, queries or 1, keys)`. A row that is all padding looks at itself.
     """
     keys = (valid | ~valid.any(1, keepdim=True))[:, None, None]
-    if fields["attention"] == "full":
+    # With a causal clean part, these are the tokens that are being denoised, if there is more than one of them.
+    denoised = fields.get("clean_attention") == "causal" and fields["block_size"] > 1
+    if fields.get("attention", "full") == "full" or denoised:
         return keys
     blocks = sequence_blocks(token_positions(valid), fields["block_size"])
     return keys & (blocks[:, None, None, :] <= blocks[:, None, -queries:, None])
