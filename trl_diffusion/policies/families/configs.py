@@ -225,6 +225,8 @@ class LLaDAConfig(FamilyConfig, LlamaConfig):
         """As in transformers; the config of a LLaDA-MoE, which has the same `model_type`, if it has experts."""
         if config_dict.get("num_experts"):
             values = {name: value for name, value in config_dict.items() if name != "model_type"}
+            if values.get("norm_topk_prob", False) is None:
+                del values["norm_topk_prob"]
             return LLaDAMoEConfig.from_dict(values, **kwargs)
         return super().from_dict(config_dict, **kwargs)
 
@@ -398,7 +400,7 @@ class LLaDAMoEConfig(FamilyConfig, Qwen3MoeConfig):
     published_stop_ids = (156892,)
     denoising = LLaDAConfig.denoising
 
-    norm_topk_prob: bool | None = False
+    norm_topk_prob: bool = False
     mask_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -406,7 +408,6 @@ class LLaDAMoEConfig(FamilyConfig, Qwen3MoeConfig):
             raise ValueError(
                 "This LLaDA-MoE config has `norm_topk_prob=True`; only weights that are not normalised can be loaded."
             )
-        self.norm_topk_prob = False
         if kwargs.get("dense_intermediate_size") is None:  # no layer is dense
             kwargs.pop("dense_intermediate_size", None)
         layers = kwargs.get("moe_layer_freq") or ()
