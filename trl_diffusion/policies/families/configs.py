@@ -224,10 +224,7 @@ class LLaDAConfig(FamilyConfig, LlamaConfig):
     def from_dict(cls, config_dict, **kwargs):
         """As in transformers; the config of a LLaDA-MoE, which has the same `model_type`, if it has experts."""
         if config_dict.get("num_experts"):
-            values = {name: value for name, value in config_dict.items() if name != "model_type"}
-            if values.get("norm_topk_prob", False) is None:
-                del values["norm_topk_prob"]
-            return LLaDAMoEConfig.from_dict(values, **kwargs)
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
@@ -402,6 +399,14 @@ class LLaDAMoEConfig(FamilyConfig, Qwen3MoeConfig):
 
     norm_topk_prob: bool = False
     mask_token_id: int | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; the `model_type` of the file is that of another config here, and one entry may be `null`."""
+        values = {name: value for name, value in config_dict.items() if name != "model_type"}
+        if values.get("norm_topk_prob", False) is None:
+            del values["norm_topk_prob"]
+        return super().from_dict(values, **kwargs)
 
     def __post_init__(self, **kwargs):
         if self.norm_topk_prob:  # the published code does not look at it
