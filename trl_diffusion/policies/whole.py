@@ -15,6 +15,8 @@ from safetensors import safe_open
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from .training import gather_experts_at_once
+
 
 SHOWN = 8  # names in a message
 _ADVICE = (
@@ -55,6 +57,7 @@ def open_whole(load: Callable[..., Any], cls: type[PreTrainedModel], path: Any, 
     if model.get_output_embeddings() is None:  # a backbone by itself
         left_over = [name for name in left_over if not name.startswith("lm_head.")]
     check_report(path, type(model), report["missing_keys"], left_over, shapes if checks_shapes else ())
+    gather_experts_at_once(model)
     return (model, report) if wants_report else model
 
 
