@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Glm4MoeForCausalLM, Qwen3MoeForCausalLM
 
+from tests.checkpoints import CONFIGS, EXPERTS, checkpoint, routes
 from tests.closeness import assert_close
-from tests.experts import CONFIGS, checkpoint, routes
 from trl_diffusion import get_spec
 from trl_diffusion.policies.export import save_backbone
 from trl_diffusion.policies.lora import check_targets, expert_names
@@ -23,7 +23,7 @@ IDS = torch.arange(40)[None]
 FUSED = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=EXPERTS)
 def family(request) -> str:
     return request.param
 

@@ -19,14 +19,16 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tests.checkpoints import CONFIGS as WRITTEN
+from tests.checkpoints import EXPERTS, checkpoint, dense_layers, reference_logits
 from tests.closeness import assert_close
 from tests.conftest import shared
-from tests.experts import CONFIGS as EXPERTS
-from tests.experts import checkpoint, dense_layers, reference_logits
 from trl_diffusion import DiffusionSpec, get_spec, set_spec
 from trl_diffusion.policies.families import (
+    FAMILIES,
     DreamConfig,
     Fast_dLLM_QwenConfig,
+    ILLaDAConfig,
     LLaDA2MoeConfig,
     LLaDAConfig,
     LLaDAMoEConfig,
@@ -35,6 +37,7 @@ from trl_diffusion.policies.families import (
 )
 from trl_diffusion.policies.forward import CACHE
 from trl_diffusion.policies.loading import load_config, resolve_mask_token
+from trl_diffusion.policies.policy import open_policy
 from trl_diffusion.policies.spec import spec_fields
 
 
@@ -53,6 +56,7 @@ FIXTURES = {
     "sdar_moe": "SDARMoeForCausalLM",
     "llada_moe": "LLaDAMoEModelLM",
     "llada2": "LLaDA2MoeModelLM",
+    "illada": "ILLaDAForCausalLM",
 }
 MOE_SHAPE = {**SHAPE, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 CONFIGS = {
@@ -112,7 +116,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_logits_are_those_of_the_published_code(family, implementation):
     model, path = fixture_model(family, attn_implementation=implementation)
-    if family in EXPERTS:
+    if family in WRITTEN:
         ids = torch.randint(0, 320, (2, 70), generator=torch.Generator().manual_seed(0))
         expected = torch.stack([reference_logits(family, row) for row in ids])
         assert (model(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -226,7 +230,12 @@ def test_a_checkpoint_is_saved_as_it_was_published(tmp_path, family, shard_size)
     if published.get("norm_topk_prob", False) is None:
         published["norm_topk_prob"] = False
     assert {name: saved.get(name, "missing") for name in published} == published
-    stock = {"bos_token_id", "sliding_window", "use_sliding_window"}  # of a backbone, and not in the tiny configs
+    stock = {
+        "bos_token_id",
+        "sliding_window",
+        "use_sliding_window",
+        "pretraining_tp",
+    }  # of a backbone, and not in the tiny configs
     assert saved.keys() - published.keys() - stock <= {"transformers_version", "torch_dtype", "clip_qkv"}
 
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -316,10 +325,27 @@ def test_llada_options_that_llama_lacks_are_refused(tmp_path, option):
         load_config(tmp_path)
 
 
+@torch.no_grad()
+def test_a_checkpoint_on_a_stock_backbone_needs_a_spec():
+    """Stable-DiffCoder: a Llama in its files, whose mask token and blocks of four only its own code names."""
+    spec = {"mask_token_id": 300, "block_size": 4, "stop_token_ids": [290]}
+    tokenizer = str(shared("fixtures", "fast_dllm_v2", "tokenizer"))
+    policy = open_policy(str(checkpoint("stable_diffcoder")), tokenizer=tokenizer, diffusion_spec=spec)
+    assert type(policy.model) is LlamaForCausalLM and policy.spec.attention == "block"
+    ids = torch.randint(0, 320, (20,), generator=torch.Generator().manual_seed(0))
+    blocks = torch.arange(20) // 4
+    allowed = (blocks[None, :] <= blocks[:, None])[None, None]
+    expected = reference_logits("stable_diffcoder", ids)
+    assert (
+        policy.model(ids[None], attention_mask=allowed).logits[0] - expected
+    ).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_an_unknown_model_type_gets_a_list_of_the_known(tmp_path):
     remote = {"AutoConfig": "configuration_new.NewConfig"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "new_dlm", "auto_map": remote}))
-    with pytest.raises(ValueError, match=r"'new_dlm'.*`llada`.*`Dream`.*`Fast_dLLM_Qwen`.*`sdar`.*diffusion_spec="):
+    known = ".*".join(f"`{config.model_type}`" for config, *_ in FAMILIES.values())
+    with pytest.raises(ValueError, match=rf"'new_dlm'.*{known}.*docs/howto/family.md.*diffusion_spec="):
         load_config(tmp_path)
 
 
@@ -337,7 +363,7 @@ def test_lora_reaches_every_layer_and_merges_into_the_published_format(tmp_path,
     layers = model.config.num_hidden_layers
     mlps = layers
     if family in EXPERTS:  # the experts are no linear layers; see test_expert_families.py
-        dense = len(dense_layers(EXPERTS[family]))
+        dense = len(dense_layers(WRITTEN[family]))
         mlps = dense + (layers - dense if family == "llada2" else 0)
     assert found == (LORA_NAMES if mlps else LORA_NAMES - {"gate_proj", "up_proj", "down_proj"})
     count = sum(hasattr(module, "lora_A") for module in wrapped.modules())
@@ -376,6 +402,7 @@ def test_specs_of_the_fixtures(family):
         "sdar_moe": DiffusionSpec(300, "block", 4, stop_token_ids=(290,), predicts_mask_token=True),
         "llada_moe": DiffusionSpec(300, "full", 32, "response", stop_token_ids=(290,), predicts_mask_token=True),
         "llada2": DiffusionSpec(300, "block", 32, stop_token_ids=(290,), predicts_mask_token=True),
+        "illada": DiffusionSpec(300, "full", 32, "response", stop_token_ids=(290,), predicts_mask_token=True),
     }[family]
     config = load_config(checkpoint(family))
     if family == "fast_dllm_v2":  # its mask token is in the tokenizer only, and the fixture's is not the real one
@@ -394,6 +421,7 @@ def test_specs_of_the_fixtures(family):
         (Fast_dLLM_QwenConfig(vocab_size=151936, eos_token_id=151645), 151665, (151645,)),
         (SDARConfig(vocab_size=151936, mask_token_id=151669, eos_token_id=151643), 151669, (151643, 151645)),
         (SDARMoeConfig(vocab_size=151936, mask_token_id=151669, eos_token_id=151643), 151669, (151643, 151645)),
+        (ILLaDAConfig(vocab_size=155136, eos_token_id=[2, 3]), 5, (2, 3)),
         (LLaDAMoEConfig(vocab_size=157184, eos_token_id=156892), 156895, (156892,)),
         (LLaDA2MoeConfig(vocab_size=157184, pad_token_id=156892), 156895, (156892,)),
     ],

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from tests.experts import checkpoint
+from tests.checkpoints import checkpoint
 from trl_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, DTRPOConfig, DTRPOTrainer, tiny_policy_path
 from trl_diffusion.policies.loading import load_config
 from trl_diffusion.policies.policy import load_model, open_adapter, open_policy
@@ -30,6 +30,7 @@ WEIGHTS = {
     "sdar_moe": ("model.layers.1.mlp.gate.weight",) * 2,
     "llada_moe": ("model.layers.0.mlp.up_proj.weight",) * 2,
     "llada2": ("model.layers.1.mlp.gate.expert_bias", "model.layers.1.mlp.gate.e_score_correction_bias"),
+    "illada": ("model.layers.0.self_attn.v_proj.weight",) * 2,
 }
 
 

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import trl_diffusion  # noqa: F401  (registers the families)
+from tests.checkpoints import checkpoint
 from tests.closeness import ROUNDING, assert_close
 from tests.conftest import make_prompts, shared
-from tests.experts import checkpoint
 from tests.reference import draw_everything_at, lay_out, plain_forward_logps, writes_that_count
 from trl_diffusion import DecodingConfig, decode, get_spec
 from trl_diffusion.policies.loading import load_config
@@ -31,6 +31,7 @@ FAMILIES = {
     "sdar_moe": {},
     "llada_moe": {"block_size": 8},
     "llada2": {},
+    "illada": {"block_size": 8},
 }
 
 

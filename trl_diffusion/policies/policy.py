@@ -251,8 +251,9 @@ def open_policy(
     options: dict[str, Any] = {**source, "dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    model: nn.Module = load_model(path, device, quantization, config=config, **options)
+    loaded = load_model(path, device, quantization, config=config, **options)
+    model: nn.Module = loaded
     if adapter is not None and adapter_config is not None:
-        model = _adapted(model, adapter, adapter_config)
+        model = _adapted(loaded, adapter, adapter_config)
     check_attention(model)
     return Policy(model.eval(), found, spec, dict(chat_template_kwargs or {}))

@@ -15,13 +15,14 @@ from safetensors import safe_open
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..links import link
 from .training import gather_experts_at_once
 
 
 SHOWN = 8  # names in a message
 _ADVICE = (
     "Is the checkpoint complete, and is its `config.json` its own? A model with other names of weights needs a family of its "
-    "own (docs/howto/family.md)."
+    f"own ({link('docs/howto/family.md')})."
 )
 
 

@@ -18,6 +18,7 @@ from ..left_to_right import refuse_policies
 from .configs import (
     DreamConfig,
     Fast_dLLM_QwenConfig,
+    ILLaDAConfig,
     LLaDA2MoeConfig,
     LLaDAConfig,
     LLaDAMoEConfig,
@@ -31,6 +32,7 @@ from .models import (
     DreamTokenizer,
     Fast_dLLM_QwenForCausalLM,
     Fast_dLLM_QwenModel,
+    ILLaDAForCausalLM,
     LLaDA2MoeModel,
     LLaDA2MoeModelLM,
     LLaDAModelLM,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 # Config, and what `AutoModel` and `AutoModelForCausalLM` give for it (as in the families' own `auto_map`).
 FAMILIES: dict[str, tuple[type[FamilyConfig], type[PreTrainedModel], type[PreTrainedModel]]] = {
     "LLaDA": (LLaDAConfig, LLaDAModelLM, LLaDAModelLM),
+    "iLLaDA": (ILLaDAConfig, ILLaDAForCausalLM, ILLaDAForCausalLM),
     "Dream": (DreamConfig, DreamModel, DreamModel),
     "Fast-dLLM v2": (Fast_dLLM_QwenConfig, Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM),
     "SDAR": (SDARConfig, SDARModel, SDARForCausalLM),

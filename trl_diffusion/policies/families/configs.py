@@ -37,7 +37,7 @@ class FamilyConfig(_Backbone):
         published_mask_id (`int`):
             Mask token of the published vocabulary. A config with another one has another vocabulary.
         published_stop_ids (`tuple[int, ...]`):
-            Tokens at which the published models stop.
+            Tokens at which the published models stop; none if the config names them all.
         mask_token (`str`, *optional*):
             How the tokenizer spells the mask token, where the config does not say which id it has.
         denoising (`dict`):
@@ -119,7 +119,7 @@ class FamilyConfig(_Backbone):
     def spec_fields(self) -> dict[str, Any]:
         """What this config says about the fields of [`DiffusionSpec`]; without `mask_token_id` if it does not."""
         mask = self._mask_token_id()
-        stops = self.published_stop_ids if mask == self.published_mask_id else self.eos_token_id
+        stops = (mask == self.published_mask_id and self.published_stop_ids) or self.eos_token_id
         stop_ids = () if stops is None else (stops,) if isinstance(stops, int) else tuple(stops)
         found = {} if mask is None else {"mask_token_id": mask}
         return {**self.denoising, "stop_token_ids": stop_ids, "predicts_mask_token": True, **found}
@@ -247,6 +247,25 @@ class LLaDAConfig(FamilyConfig, LlamaConfig):
         values = json.loads(super().to_json_string(use_diff=use_diff))
         values["vocab_size"] = values.pop("tokenizer_vocab_size")
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+class ILLaDAConfig(FamilyConfig, LlamaConfig):
+    """iLLaDA on a Llama backbone, under the backbone's names. Its config does not name the mask token."""
+
+    model_type = "illada"
+    published_mask_id = 5
+    published_vocab_size: ClassVar[int] = 155136
+    published_stop_ids = ()
+    backbone_options = {"layer_norm_eps": None}
+    backbone_only = ("head_dim", "pretraining_tp")
+    denoising = LLaDAConfig.denoising
+
+    mask_token_id: int | None = None
+
+    def _mask_token_id(self) -> int | None:
+        if self.mask_token_id is None and self.vocab_size == self.published_vocab_size:
+            return self.published_mask_id
+        return self.mask_token_id
 
 
 class DreamConfig(FamilyConfig, Qwen2Config):

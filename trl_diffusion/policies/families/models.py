@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from ..whole import open_whole
 from .configs import (
     DreamConfig,
     Fast_dLLM_QwenConfig,
+    ILLaDAConfig,
     LLaDA2MoeConfig,
     LLaDAConfig,
     LLaDAMoEConfig,
@@ -107,7 +108,7 @@ class OwnAttention(_Backbone):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        load = super().from_pretrained.__func__
+        load = super().from_pretrained.__func__  # type: ignore[attr-defined]
         return open_whole(load, cls, pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -122,6 +123,10 @@ class OwnAttention(_Backbone):
 
 class LLaDAModelLM(OwnAttention, LlamaForCausalLM):
     config_class = LLaDAConfig
+
+
+class ILLaDAForCausalLM(OwnAttention, LlamaForCausalLM):
+    config_class = ILLaDAConfig
 
 
 class DreamModel(OwnAttention, Qwen2ForCausalLM):
@@ -150,12 +155,12 @@ class SDARForCausalLM(OwnAttention, Qwen3ForCausalLM):
 
 class LLaDA2MoeModel(OwnAttention, Glm4MoeModel):
     config_class = LLaDA2MoeConfig
-    _keys_to_ignore_on_load_unexpected = None  # GLM's are layers that LLaDA 2 has too, or lacks
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = []  # GLM's are layers with other uses here
 
 
 class LLaDA2MoeModelLM(OwnAttention, Glm4MoeForCausalLM):
     config_class = LLaDA2MoeConfig
-    _keys_to_ignore_on_load_unexpected = None
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = []
 
 
 class SDARMoeModel(OwnAttention, Qwen3MoeModel):

@@ -1,6 +1,6 @@
 """
-Tiny checkpoints of the families with experts, in the files and names that these families publish, and what they compute:
-written from the published models, token by token and expert by expert, without transformers.
+Tiny checkpoints in the files and names that families publish, and what they compute: written from the published models, token by
+token and expert by expert, without transformers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "router_num_group": None, "router_topk_group": None, "attention_bias": False, "router_aux_loss_coef": 0.01,
         "auto_map": {"AutoConfig": "configuration_lladamoe.LLaDAConfig"},
     },
+    "illada": {
+        **SIZES, "architectures": ["ILLaDAForCausalLM"], "model_type": "illada", "intermediate_size": 48,
+        "attention_bias": False, "mlp_bias": False, "layer_norm_eps": None, "resid_pdrop": 0.0, "tie_word_embeddings": True,
+        "auto_map": {"AutoConfig": "configuration_illada.ILLaDAConfig"},
+    },
+    "stable_diffcoder": {
+        **SIZES, "architectures": ["StableDiffcoderForCausalLM"], "model_type": "llama", "intermediate_size": 48,
+        "attention_bias": False, "mlp_bias": False, "rope_theta": 500000.0,
+        "auto_map": {"AutoModelForCausalLM": "modeling_stable_diffcoder.StableDiffcoderForCausalLM"},
+    },
 }  # fmt: skip
+EXPERTS = ("llada2", "sdar_moe", "llada_moe")
+for _name in set(CONFIGS) - set(EXPERTS):
+    for _entry in ("num_experts", "num_experts_per_tok", "output_router_logits"):
+        del CONFIGS[_name][_entry]
+del CONFIGS["stable_diffcoder"]["mask_token_id"]  # only its code names it
 
 
 def head_size(config: dict[str, Any]) -> int:
@@ -60,6 +75,8 @@ def head_size(config: dict[str, Any]) -> int:
 def dense_layers(config: dict[str, Any]) -> list[int]:
     if config["model_type"] == "llada2_moe":
         return list(range(config["first_k_dense_replace"]))
+    if "num_experts" not in config:
+        return list(range(config["num_hidden_layers"]))
     return [layer for layer, experts in enumerate(config.get("moe_layer_freq", ())) if not experts]
 
 
@@ -69,7 +86,8 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> Weights:
     width, heads = config["hidden_size"], config["num_attention_heads"]
     pairs, size = config["num_key_value_heads"], head_size(config)
     second = config["model_type"] == "llada2_moe"
-    expert = config.get("moe_intermediate_size") or config["expert_intermediate_size"]
+    expert = config.get("moe_intermediate_size") or config.get("expert_intermediate_size") or 0
+    normed = "num_experts" in config
     dense = config.get("intermediate_size") or config["dense_intermediate_size"]
     weights: Weights = {}
 
@@ -88,7 +106,8 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> Weights:
             put(f"{name}.{part}", *shape)
 
     put("model.word_embeddings" if second else "model.embed_tokens", config["vocab_size"], width)
-    put("lm_head", config["vocab_size"], width)
+    if not config["tie_word_embeddings"]:
+        put("lm_head", config["vocab_size"], width)
     norm("model.norm", width)
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}"
@@ -96,7 +115,7 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> Weights:
         norm(f"{name}.post_attention_layernorm", width)
         attention = f"{name}.attention" if second else f"{name}.self_attn"
         norms = ("query_layernorm", "key_layernorm") if second else ("q_norm", "k_norm")
-        for part in norms:
+        for part in norms * normed:
             norm(f"{attention}.{part}", size)
         if second:
             put(f"{attention}.query_key_value", (heads + 2 * pairs) * size, width)
@@ -135,8 +154,8 @@ def checkpoint(family: str) -> Path:
 
 
 def allowed_pairs(family: str, length: int) -> Tensor:
-    """Who sees whom in a sequence, `(length, length)`: LLaDA-MoE everybody, the others by blocks from position 0."""
-    size = {"llada2": 32, "sdar_moe": 4, "llada_moe": length}[family]
+    """Who sees whom in a sequence, `(length, length)`: everybody, or by blocks from position 0."""
+    size = {"llada2": 32, "sdar_moe": 4, "stable_diffcoder": 4}.get(family, length)
     blocks = torch.arange(length) // size
     return blocks[None, :] <= blocks[:, None]
 
@@ -157,10 +176,13 @@ def reference_logits(family: str, ids: Tensor) -> Tensor:
         hidden = hidden + _attention(own, normed, config, allowed_pairs(family, len(ids)))
         normed = _norm(hidden, own["post_attention_layernorm.weight"], config)
         hidden = hidden + torch.stack([_feed_forward(own, token, config) for token in normed])
-    return _norm(hidden, weights["model.norm.weight"], config) @ weights["lm_head.weight"].T
+    head = weights["model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"]
+    return _norm(hidden, weights["model.norm.weight"], config) @ head.T
 
 
-def _norm(hidden: Tensor, weight: Tensor, config: dict[str, Any]) -> Tensor:
+def _norm(hidden: Tensor, weight: Tensor | None, config: dict[str, Any]) -> Tensor:
+    if weight is None:
+        return hidden
     return weight * hidden / (hidden.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
 
 
@@ -173,7 +195,7 @@ def _attention(own: Weights, hidden: Tensor, config: dict[str, Any], allowed: Te
         output = own["attention.dense.weight"]
     else:
         query, key, value = (hidden @ own[f"self_attn.{name}_proj.weight"].T for name in "qkv")
-        query_norm, key_norm = own["self_attn.q_norm.weight"], own["self_attn.k_norm.weight"]
+        query_norm, key_norm = own.get("self_attn.q_norm.weight"), own.get("self_attn.k_norm.weight")
         output = own["self_attn.o_proj.weight"]
     results = []
     for head in range(heads):
