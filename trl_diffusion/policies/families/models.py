@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -155,12 +155,12 @@ class SDARForCausalLM(OwnAttention, Qwen3ForCausalLM):
 
 class LLaDA2MoeModel(OwnAttention, Glm4MoeModel):
     config_class = LLaDA2MoeConfig
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = []  # GLM's are layers with other uses here
+    _keys_to_ignore_on_load_unexpected: list[str] = []  # noqa: RUF012  (GLM's are layers that have another use here)
 
 
 class LLaDA2MoeModelLM(OwnAttention, Glm4MoeForCausalLM):
     config_class = LLaDA2MoeConfig
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = []
+    _keys_to_ignore_on_load_unexpected: list[str] = []  # noqa: RUF012
 
 
 class SDARMoeModel(OwnAttention, Qwen3MoeModel):
