@@ -118,6 +118,6 @@ def _missing_parts(cls: type[PreTrainedModel], path: Any, config: Any) -> list[s
         return []
     assert cls.config_class is not None
     with torch.device("meta"):
-        model = cls(config or cls.config_class.from_pretrained(path))
+        model = cls(config or cls.config_class.from_pretrained(path, trust_remote_code=False))
     wanted: Mapping[str, Any] = revert_weight_conversion(model, model.state_dict())
     return [name for name in wanted if name not in saved]
