@@ -58,7 +58,7 @@ def test_nothing_but_commands_imports_the_trainer():
 
 
 def test_policies_import_nothing_that_is_built_on_them():
-    below = ("trl_diffusion.policies", "trl_diffusion.fields", "trl_diffusion.utils")
+    below = ("trl_diffusion.policies", "trl_diffusion.fields", "trl_diffusion.links", "trl_diffusion.utils")
     for file in FILES:
         if file.startswith("trl_diffusion/policies/"):
             own = [name for name in imported(file) if name.startswith("trl_diffusion.")]

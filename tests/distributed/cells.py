@@ -44,6 +44,13 @@ LLADA = {
         "beta": 0.1, "max_completion_length": 16, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5,
     },
 }  # fmt: skip
+EXPERTS = {
+    "name": "experts",
+    "rows": 8,
+    "options": {
+        **UNEVEN, "threshold": 0.01, "beta": 0.1, "max_completion_length": 48, "gradient_checkpointing": True, "learning_rate": 1e-2,
+    },
+}  # fmt: skip
 MOVED = {
     "name": "moved",
     "rows": 8,

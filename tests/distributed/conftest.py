@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.checkpoints import checkpoint
 from tests.conftest import SHARED, make_policy, shared
 from tests.distributed import cells, jobs
 from tests.distributed.launching import environment_of, launch
@@ -57,7 +58,13 @@ def llada() -> dict:
 
 
 @pytest.fixture(scope="session")
-def scenarios_of(matrix, request) -> Callable[[str, Path], list[dict]]:
+def experts() -> dict:
+    """A mixture of experts, of which the processes use different ones."""
+    return {**cells.EXPERTS, "model": str(checkpoint("llada2")), "tokenizer": tiny_policy_path()}
+
+
+@pytest.fixture(scope="session")
+def scenarios_of(matrix, experts, request) -> Callable[[str, Path], list[dict]]:
     """What a launch with an engine runs, in a directory."""
 
     def of(engine: str, directory: Path) -> list[dict]:
@@ -73,7 +80,7 @@ def scenarios_of(matrix, request) -> Callable[[str, Path], list[dict]]:
             else ()
         )
         small = [matrix[name] for name in cells.RUNS["zero3"]]
-        small.append(cells.SUPERVISED)
+        small += [cells.SUPERVISED, experts]
         small += [*(cells.zero3_cell(matrix, name) for name in cells.ZERO3), *llada, *cells.faults(cells.INSIDE)]
         engines = {
             name: environment_of(name.removesuffix("-all"), directory, partition_all=name.endswith("-all"))

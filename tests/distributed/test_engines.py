@@ -115,6 +115,13 @@ def test_zero3_saves_in_the_format_of_the_family(engine_runs, llada, tmp_path):
 
 
 @needs_deepspeed
+def test_zero3_trains_a_mixture_of_experts(engine_runs, experts, tmp_path):
+    """The processes use different experts, and DeepSpeed wants the same modules in the same order on all of them."""
+    jobs.run(experts, tmp_path)
+    check_same(tmp_path, engine_runs("zero3") / "experts", Path(experts["model"]), online=True)
+
+
+@needs_deepspeed
 def test_zero3_resumes(engine_runs, llada):
     """A run that goes on from a checkpoint ends where the uninterrupted one does."""
     whole, resumed = (engine_runs("zero3") / name for name in ("llada", "llada-resumed"))

@@ -19,12 +19,25 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tests.checkpoints import CONFIGS as WRITTEN
+from tests.checkpoints import EXPERTS, checkpoint, dense_layers, reference_logits
 from tests.closeness import assert_close
 from tests.conftest import shared
 from trl_diffusion import DiffusionSpec, get_spec, set_spec
-from trl_diffusion.policies.families import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
+from trl_diffusion.policies.families import (
+    FAMILIES,
+    DreamConfig,
+    Fast_dLLM_QwenConfig,
+    ILLaDAConfig,
+    LLaDA2MoeConfig,
+    LLaDAConfig,
+    LLaDAMoEConfig,
+    SDARConfig,
+    SDARMoeConfig,
+)
 from trl_diffusion.policies.forward import CACHE
 from trl_diffusion.policies.loading import load_config, resolve_mask_token
+from trl_diffusion.policies.policy import open_policy
 from trl_diffusion.policies.spec import spec_fields
 
 
@@ -40,7 +53,12 @@ FIXTURES = {
     "dream": "DreamModel",
     "fast_dllm_v2": "Fast_dLLM_QwenForCausalLM",
     "sdar": "SDARForCausalLM",
+    "sdar_moe": "SDARMoeForCausalLM",
+    "llada_moe": "LLaDAMoEModelLM",
+    "llada2": "LLaDA2MoeModelLM",
+    "illada": "ILLaDAForCausalLM",
 }
+MOE_SHAPE = {**SHAPE, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 CONFIGS = {
     "llada": lambda: LLaDAConfig(**LLADA_SHAPE),
     "llada-deep-multi-head": lambda: LLaDAConfig(**{**LLADA_SHAPE, "n_layers": 12, "n_kv_heads": None}),
@@ -53,6 +71,11 @@ CONFIGS = {
     "fast-tied": lambda: Fast_dLLM_QwenConfig(**SHAPE, tie_word_embeddings=True),
     "sdar-blocks-of-16": lambda: SDARConfig(**SHAPE, block_size=16, head_dim=16),
     "sdar-multi-head": lambda: SDARConfig(**{**SHAPE, "num_key_value_heads": 4}, head_dim=8),
+    "sdar-moe-tied": lambda: SDARMoeConfig(**MOE_SHAPE, head_dim=8, tie_word_embeddings=True),
+    "llada-moe": lambda: LLaDAMoEConfig(**MOE_SHAPE, moe_layer_freq=[1, 1]),
+    "llada2-deep": lambda: LLaDA2MoeConfig(
+        **{**MOE_SHAPE, "num_hidden_layers": 11}, head_dim=8, n_group=2, topk_group=1, first_k_dense_replace=2
+    ),
 }
 LORA_NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -70,7 +93,7 @@ def model(request):
 
 
 def fixture_model(family: str, **options):
-    path = shared("fixtures", family)
+    path = checkpoint(family)
     return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options).eval(), path
 
 
@@ -93,6 +116,11 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_logits_are_those_of_the_published_code(family, implementation):
     model, path = fixture_model(family, attn_implementation=implementation)
+    if family in WRITTEN:
+        ids = torch.randint(0, 320, (2, 70), generator=torch.Generator().manual_seed(0))
+        expected = torch.stack([reference_logits(family, row) for row in ids])
+        assert (model(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        return
     golden = load_file(path / "golden.safetensors")
     if "clean_logits" in golden:
         assert_close(model(golden["clean_ids"]).logits, golden["clean_logits"])
@@ -199,8 +227,16 @@ def test_a_checkpoint_is_saved_as_it_was_published(tmp_path, family, shard_size)
 
     published, saved = config_file(path), config_file(tmp_path)
     published.pop("transformers_version", None)
+    if published.get("norm_topk_prob", False) is None:
+        published["norm_topk_prob"] = False
     assert {name: saved.get(name, "missing") for name in published} == published
-    assert saved.keys() - published.keys() <= {"transformers_version", "torch_dtype", "clip_qkv"}
+    stock = {
+        "bos_token_id",
+        "sliding_window",
+        "use_sliding_window",
+        "pretraining_tp",
+    }  # of a backbone, and not in the tiny configs
+    assert saved.keys() - published.keys() - stock <= {"transformers_version", "torch_dtype", "clip_qkv"}
 
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert same(again.state_dict(), model.state_dict())
@@ -223,12 +259,13 @@ def test_any_architecture_survives_saving(tmp_path, model, shard_size):
 
     saved = config_file(tmp_path)
     assert saved["architectures"] == [type(model).__name__]
-    assert saved["model_type"] == model.config.model_type
+    assert saved["model_type"] == model.config.model_type.replace("llada_moe", "llada")
     assert "rope_parameters" not in saved and saved["rope_theta"] == model.config.rope_parameters["rope_theta"]
     names = weights(tmp_path).keys()
-    head = "model.transformer.ff_out.weight" if saved["model_type"] == "llada" else "lm_head.weight"
+    head = "model.transformer.ff_out.weight" if "d_model" in saved else "lm_head.weight"
     assert (head in names) != model.config.tie_word_embeddings
-    if saved["model_type"] == "llada":
+    assert not {"num_local_experts", "n_routed_experts", "num_nextn_predict_layers"} & saved.keys()
+    if "d_model" in saved:
         assert not {"hidden_size", "num_hidden_layers", "head_dim", "attention_bias"} & saved.keys()
         assert (saved["vocab_size"], saved["embedding_size"], saved["block_type"]) == (60, 64, "llama")
         assert all(name.startswith("model.transformer.") for name in names)
@@ -240,14 +277,22 @@ def test_any_architecture_survives_saving(tmp_path, model, shard_size):
 
 def test_trl_opens_the_families(family, tmp_path):
     utils = pytest.importorskip("trl.trainer.utils")
-    model = utils.create_model_from_path(str(shared("fixtures", family)))
+    model = utils.create_model_from_path(str(checkpoint(family)))
     assert type(model).__name__ == FIXTURES[family]
     del model.config.auto_map  # as in a checkpoint that was never on the hub
     model.save_pretrained(tmp_path)
     assert type(utils.create_model_from_path(str(tmp_path))) is type(model)
 
 
-@pytest.mark.parametrize(("family", "name"), [("fast_dllm_v2", "Fast_dLLM_QwenModel"), ("sdar", "SDARModel")])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("fast_dllm_v2", "Fast_dLLM_QwenModel"),
+        ("sdar", "SDARModel"),
+        ("sdar_moe", "SDARMoeModel"),
+        ("llada2", "LLaDA2MoeModel"),
+    ],
+)
 def test_backbones_load_alone(family, name):
     model, path = fixture_model(family)
     backbone = AutoModel.from_pretrained(path)
@@ -280,10 +325,27 @@ def test_llada_options_that_llama_lacks_are_refused(tmp_path, option):
         load_config(tmp_path)
 
 
+@torch.no_grad()
+def test_a_checkpoint_on_a_stock_backbone_needs_a_spec():
+    """Stable-DiffCoder: a Llama in its files, whose mask token and blocks of four only its own code names."""
+    spec = {"mask_token_id": 300, "block_size": 4, "stop_token_ids": [290]}
+    tokenizer = str(shared("fixtures", "fast_dllm_v2", "tokenizer"))
+    policy = open_policy(str(checkpoint("stable_diffcoder")), tokenizer=tokenizer, diffusion_spec=spec)
+    assert type(policy.model) is LlamaForCausalLM and policy.spec.attention == "block"
+    ids = torch.randint(0, 320, (20,), generator=torch.Generator().manual_seed(0))
+    blocks = torch.arange(20) // 4
+    allowed = (blocks[None, :] <= blocks[:, None])[None, None]
+    expected = reference_logits("stable_diffcoder", ids)
+    assert (
+        policy.model(ids[None], attention_mask=allowed).logits[0] - expected
+    ).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_an_unknown_model_type_gets_a_list_of_the_known(tmp_path):
     remote = {"AutoConfig": "configuration_new.NewConfig"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "new_dlm", "auto_map": remote}))
-    with pytest.raises(ValueError, match=r"'new_dlm'.*`llada`.*`Dream`.*`Fast_dLLM_Qwen`.*`sdar`.*diffusion_spec="):
+    known = ".*".join(f"`{config.model_type}`" for config, *_ in FAMILIES.values())
+    with pytest.raises(ValueError, match=rf"'new_dlm'.*{known}.*docs/howto/family.md.*diffusion_spec="):
         load_config(tmp_path)
 
 
@@ -298,9 +360,14 @@ def test_lora_reaches_every_layer_and_merges_into_the_published_format(tmp_path,
         model, peft.LoraConfig(target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     )
     found = {name.split(".")[-1] for name, module in wrapped.named_modules() if hasattr(module, "lora_A")}
-    assert found == LORA_NAMES
+    layers = model.config.num_hidden_layers
+    mlps = layers
+    if family in EXPERTS:  # the experts are no linear layers; see test_expert_families.py
+        dense = len(dense_layers(WRITTEN[family]))
+        mlps = dense + (layers - dense if family == "llada2" else 0)
+    assert found == (LORA_NAMES if mlps else LORA_NAMES - {"gate_proj", "up_proj", "down_proj"})
     count = sum(hasattr(module, "lora_A") for module in wrapped.modules())
-    assert count == len(LORA_NAMES) * model.config.num_hidden_layers
+    assert count == 4 * layers + 3 * mlps
 
     ids = torch.arange(40)[None]
     with torch.no_grad():
@@ -314,7 +381,8 @@ def test_lora_reaches_every_layer_and_merges_into_the_published_format(tmp_path,
     reloaded.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged, published = weights(tmp_path / "merged"), weights(path)
     assert merged.keys() == published.keys()
-    assert not any(torch.equal(merged[name], published[name]) for name in merged if "q_proj.weight" in name)
+    changed = [name for name in merged if "q_proj.weight" in name or "query_key_value.weight" in name]
+    assert changed and not any(torch.equal(merged[name], published[name]) for name in changed)
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits
     torch.testing.assert_close(again, expected, atol=1e-3, rtol=1e-4)
@@ -331,8 +399,12 @@ def test_specs_of_the_fixtures(family):
             300, "block", 32, "sequence", True, "autoregressive", stop_token_ids=(290,), predicts_mask_token=True
         ),
         "sdar": DiffusionSpec(300, "block", 4, stop_token_ids=(290,), predicts_mask_token=True),
+        "sdar_moe": DiffusionSpec(300, "block", 4, stop_token_ids=(290,), predicts_mask_token=True),
+        "llada_moe": DiffusionSpec(300, "full", 32, "response", stop_token_ids=(290,), predicts_mask_token=True),
+        "llada2": DiffusionSpec(300, "block", 32, stop_token_ids=(290,), predicts_mask_token=True),
+        "illada": DiffusionSpec(300, "full", 32, "response", stop_token_ids=(290,), predicts_mask_token=True),
     }[family]
-    config = load_config(shared("fixtures", family))
+    config = load_config(checkpoint(family))
     if family == "fast_dllm_v2":  # its mask token is in the tokenizer only, and the fixture's is not the real one
         with pytest.raises(ValueError, match=r"does not say which token.*diffusion_spec=.*resolve_mask_token"):
             get_spec(config)
@@ -348,6 +420,10 @@ def test_specs_of_the_fixtures(family):
         (DreamConfig(vocab_size=152064, mask_token_id=151666, eos_token_id=151643), 151666, (151643, 151645)),
         (Fast_dLLM_QwenConfig(vocab_size=151936, eos_token_id=151645), 151665, (151645,)),
         (SDARConfig(vocab_size=151936, mask_token_id=151669, eos_token_id=151643), 151669, (151643, 151645)),
+        (SDARMoeConfig(vocab_size=151936, mask_token_id=151669, eos_token_id=151643), 151669, (151643, 151645)),
+        (ILLaDAConfig(vocab_size=155136, eos_token_id=[2, 3]), 5, (2, 3)),
+        (LLaDAMoEConfig(vocab_size=157184, eos_token_id=156892), 156895, (156892,)),
+        (LLaDA2MoeConfig(vocab_size=157184, pad_token_id=156892), 156895, (156892,)),
     ],
 )
 def test_specs_of_the_published_vocabularies(config, mask, stops):

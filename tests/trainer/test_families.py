@@ -11,10 +11,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import trl_diffusion  # noqa: F401  (registers the families)
+from tests.checkpoints import checkpoint
 from tests.closeness import ROUNDING, assert_close
 from tests.conftest import make_prompts, shared
 from tests.reference import draw_everything_at, lay_out, plain_forward_logps, writes_that_count
 from trl_diffusion import DecodingConfig, decode, get_spec
+from trl_diffusion.policies.loading import load_config
+from trl_diffusion.policies.lora import empty_model, expert_names, linear_names
 from trl_diffusion.scoring.score import score
 from trl_diffusion.trajectories.trajectory import token_states
 
@@ -25,13 +28,17 @@ FAMILIES = {
     "dream": {"block_size": 8},
     "fast_dllm_v2": {"mask_token_id": 300},
     "sdar": {},
+    "sdar_moe": {},
+    "llada_moe": {"block_size": 8},
+    "llada2": {},
+    "illada": {"block_size": 8},
 }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_o1_recorded_equals_packed_equals_plain(name):
-    policy = AutoModelForCausalLM.from_pretrained(shared("fixtures", name)).eval()
+    policy = AutoModelForCausalLM.from_pretrained(checkpoint(name)).eval()
     spec = get_spec(policy.config, FAMILIES[name])
     for config in (
         DecodingConfig(20, 1.0, tokens_per_step=2),
@@ -60,14 +67,18 @@ def test_o1_recorded_equals_packed_equals_plain(name):
     ],
 )
 def test_three_steps_from_a_path(make_trainer, tmp_path, name, beta, lora):
-    directory = shared("fixtures", name)
-    seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    directory = checkpoint(name)
+    model = empty_model(load_config(directory))
+    targets = {
+        "target_modules": [part for part in linear_names(model) if part != "lm_head"],
+        "target_parameters": expert_names(model),
+    }
     trainer = make_trainer(
         str(directory),
         beta=beta,
         gradient_checkpointing=True,
         diffusion_spec=FAMILIES[name] or None,
-        kwargs={"peft_config": LoraConfig(r=4, target_modules=seven)} if lora else None,
+        kwargs={"peft_config": LoraConfig(r=4, **targets)} if lora else None,
     )
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()

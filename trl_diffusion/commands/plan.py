@@ -270,8 +270,12 @@ def _row(plan: Plan) -> dict:
 
 
 def _print(full: Footprint, plans: list[Plan], options: argparse.Namespace) -> None:
+    experts = (
+        f", of which a token uses {full.used / 1e9:.2f} billion; {2 * full.experts / GIB:.1f} GiB in bfloat16 are experts, which 4 bits "
+        "leave as they are"
+    )
     print(
-        f"{options.model}: {full.parameters / 1e9:.2f} billion weights. An update packs {full.packed_tokens} tokens for "
+        f"{options.model}: {full.parameters / 1e9:.2f} billion weights{experts if full.experts else ''}. An update packs {full.packed_tokens} tokens for "
         f"{options.batch_size} responses and computes logits at {full.scored_tokens} ({full.logits / GIB:.2f} GiB)."
     )
     names = ("weights", "gradients", "optimizer", "reference", "buffers", "activations", "rollout", "peak")

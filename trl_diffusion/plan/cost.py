@@ -81,6 +81,6 @@ def rollout_cost(
                 keys = spec.block_start(block + 1, prompt)
             passes, logits, tokens, pairs = passes + 1, logits + left, tokens + queries, pairs + queries * keys
             left, first = left - work.tokens_per_step, False
-    flops = 2 * footprint.linear * tokens + 2 * text.hidden_size * text.vocab_size * logits
+    flops = 2 * (footprint.linear + footprint.used_experts) * tokens + 2 * text.hidden_size * text.vocab_size * logits
     flops += 4 * text.num_hidden_layers * heads * head_size * pairs
     return RolloutCost(passes, work.rollout_batch_size * flops, footprint.weights)

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -71,6 +72,7 @@ class Footprint:
     Attributes:
         parameters, trainable (`int`): number of weights, and of those that are trained.
         linear (`int`): number of weights in the linear layers that quantization applies to.
+        experts, used_experts (`int`): number of weights in the experts, and of those that one token uses.
         weights, gradients, optimizer (`int`): what they take.
         activations (`int`): the most that an update needs beside weights and gradients.
         rollout (`int`): the most that a forward pass of a rollout needs beside weights and cache.
@@ -85,6 +87,8 @@ class Footprint:
     parameters: int
     trainable: int
     linear: int
+    experts: int
+    used_experts: int
     weights: int
     gradients: int
     optimizer: int
@@ -97,6 +101,11 @@ class Footprint:
     largest_layer: int
     score_flops: int
     update_flops: int
+
+    @property
+    def used(self) -> int:
+        """Number of weights that one token uses."""
+        return self.parameters - self.experts + self.used_experts
 
 
 class LiveBytes(TorchDispatchMode):
@@ -206,6 +215,10 @@ def simulate(
             parameters=sum(p.numel() for p in model.parameters()),
             trainable=sum(p.numel() for p in trained),
             linear=sum(m.weight.numel() for n, m in model.named_modules() if n.split(".")[-1] in LAYERS and hasattr(m, "weight")),
+            experts=sum(module.gate_up_proj.numel() + module.down_proj.numel() for module in _experts(model)),
+            used_experts=sum(
+                (module.gate_up_proj[0].numel() + module.down_proj[0].numel()) * _chosen(config) for module in _experts(model)
+            ),
             weights=weights,
             gradients=gradients,
             optimizer=2 * gradients,
@@ -228,6 +241,8 @@ def _model(
 ) -> PreTrainedModel:
     model = empty_model(config).to(dtype)  # type: ignore[arg-type]  # transformers' `to` loses its `self`
     enable_plans(model)
+    for module in _experts(model):
+        module.forward = partial(_evenly, module)
     if lora_rank is not None:
         adapted = get_peft_model(model, LoraConfig(r=lora_rank, target_modules=list(LAYERS)))
         model = cast("PreTrainedModel", adapted)  # it passes everything on
@@ -236,6 +251,33 @@ def _model(
         if lora_rank is not None:
             model.enable_input_require_grads()
     return model
+
+
+def _experts(model: nn.Module) -> list[Any]:
+    """The modules that hold the weights of all experts of a layer, as transformers fuses them."""
+    return [module for module in model.modules() if {"gate_up_proj", "down_proj"} <= module._parameters.keys()]
+
+
+def _chosen(config: PretrainedConfig) -> int:
+    """Number of experts that a token uses in a layer."""
+    return getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
+
+
+def _evenly(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """
+    What experts compute if all of them get equally many tokens: shapes do not depend on what the router says, and time and
+    memory are those of a grouped product.
+    """
+    tokens, chosen = top_k_index.shape
+    experts, width = len(module.gate_up_proj), hidden_states.shape[-1]
+    rows = -(-tokens * chosen // experts)
+    sent = nn.functional.pad(hidden_states.repeat_interleave(chosen, 0), (0, 0, 0, experts * rows - tokens * chosen))
+    first, second = module.gate_up_proj, module.down_proj
+    first = first.transpose(1, 2) if first.shape[-1] == width else first  # some backbones store it the other way round
+    second = second.transpose(1, 2) if second.shape[1] == width else second
+    gate, up = torch.bmm(sent.view(experts, rows, width).to(first.dtype), first).chunk(2, -1)
+    made = torch.bmm(nn.functional.silu(gate) * up, second).view(-1, width)[: tokens * chosen]
+    return (made.view(tokens, chosen, width) * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
 
 def _with_shapes(model: PreTrainedModel) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from .spec import get_spec, set_spec
 
 def save_backbone(model: PreTrainedModel, directory: str | Path) -> Path:
     """
-    Saves a family's model as the plain backbone it is built on (Llama, Qwen2 or Qwen3), with the backbone's config and
+    Saves a family's model as the plain backbone it is built on (Llama, Qwen2, Qwen3, Qwen3-MoE or GLM-4-MoE), with the backbone's config and
     weight names, for tools that know backbones but not diffusion families. The diffusion spec goes along. Tools that
     ignore it will run the model from left to right, which is not what it was trained for.
 
@@ -37,7 +37,7 @@ def save_backbone(model: PreTrainedModel, directory: str | Path) -> Path:
         if issubclass(base, PreTrainedModel) and base.__module__.startswith("transformers.models.")
     )
     assert stock.config_class is not None
-    own = set(stock.config_class().to_dict()) - {"architectures", "model_type", "transformers_version"}
+    own = set(stock.config_class().to_dict()) - {"architectures", "model_type", "transformers_version"} | {"head_dim"}
     config = stock.config_class(**{name: value for name, value in vars(model.config).items() if name in own})
     set_spec(config, get_spec(model.config))
     backbone = stock(config).to(model.dtype)  # type: ignore[arg-type]  # transformers' `to` loses its `self`

@@ -19,7 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..links import link
 from .families import FAMILIES
+from .families.configs import HOW_TO
 from .families.refused import check_masked
 from .files import check_records
 from .places import check_there
@@ -58,7 +60,8 @@ def load_config(path: str, **options) -> PretrainedConfig:
         known = ", ".join(f"{name} (`{config.model_type}`)" for name, (config, *_) in FAMILIES.items())
         raise ValueError(
             f"{path} has the model type {model_type!r}, which neither trl_diffusion nor transformers "
-            f"{transformers.__version__} knows. Families that load as they were published: {known}. A checkpoint on "
+            f"{transformers.__version__} knows. Families that load as they were published: {known}. Another family takes two "
+            f"small classes ({link(HOW_TO)}). A checkpoint on "
             "any causal backbone of transformers (Llama, Qwen2, Qwen3, ...) works too: give it that backbone's "
             "`model_type` and say how it is denoised with DTRPOConfig(diffusion_spec={'mask_token_id': ..., "
             "'block_size': ..., ...})."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -52,22 +53,44 @@ def check_adapters(model: nn.Module) -> None:
         check_adapter(peft_config)
 
 
+def expert_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of the parameters that hold the weights of all experts of a layer, sorted."""
+    parameters = {name for name, parameter in model.named_parameters() if parameter.dim() == 3 and ".experts." in name}
+    return sorted({".".join(name.split(".")[-3:]) for name in parameters})
+
+
 def check_targets(model: nn.Module, peft_config: PeftConfig) -> None:
     """
-    Checks that each name in `target_modules` matches a module. PEFT itself is content if one of them does.
+    Checks that each name in `target_modules` matches a module, and each in `target_parameters` a parameter. PEFT itself is
+    content if one of them does.
 
     Raises:
-        ValueError: naming the targets that were not found, and the linear layers that there are.
+        ValueError: naming the targets that were not found, and the linear layers and weights of experts that there are.
     """
+    experts = expert_names(model)
     targets = getattr(peft_config, "target_modules", None)
-    if targets is None or isinstance(targets, str):  # PEFT's own defaults, "all-linear", or a regular expression
-        return
-    names = [name for name, _ in model.named_modules()]
-    missing = sorted(
-        target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)
+    if targets is not None and not isinstance(
+        targets, str
+    ):  # PEFT's own defaults, "all-linear", or a regular expression
+        missing = _unmatched(targets, [name for name, _ in model.named_modules()])
+        if missing:
+            raise ValueError(
+                f"LoRA `target_modules` {missing} match nothing in {type(model).__name__}. Its linear layers are "
+                f"{linear_names(model)}; 'all-linear' takes all of them but the LM head."
+                + (f" Its experts are no modules: `target_parameters={experts}` takes them." if experts else "")
+            )
+    missing = _unmatched(
+        getattr(peft_config, "target_parameters", None) or (), [name for name, _ in model.named_parameters()]
     )
     if missing:
         raise ValueError(
-            f"LoRA `target_modules` {missing} match nothing in {type(model).__name__}. Its linear layers are "
-            f"{linear_names(model)}; 'all-linear' takes all of them but the LM head."
+            f"LoRA `target_parameters` {missing} match nothing in {type(model).__name__}. The weights of its experts are "
+            f"{experts or 'linear layers, if it has any'}."
         )
+
+
+def _unmatched(targets: Iterable[str], names: list[str]) -> list[str]:
+    """The targets that are neither a name nor its last parts."""
+    return sorted(
+        target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)
+    )

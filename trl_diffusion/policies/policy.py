@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ from .quantized import prepare_rounded
 from .spec import DiffusionSpec
 from .tiny import resolve_embedded
 from .trial import try_policy
+from .whole import check_report, only_whole_models
 
 
 if TYPE_CHECKING:
@@ -127,6 +128,16 @@ def _adapter_config(path: str) -> PeftConfig:
     return config
 
 
+def _adapted(model: PreTrainedModel, path: str, config: PeftConfig, trainable: bool = False) -> PeftModel:
+    """An adapter on its model. Raises a `ValueError` that names its weights that are missing or left over."""
+    adapted = PeftModel.from_pretrained(model, path, config=config, is_trainable=trainable)
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    saved = load_peft_weights(path, device="cpu").keys()
+    own = adapted.state_dict().keys()  # embeddings are saved under the model's names
+    check_report(path, PeftModel, wanted - saved, saved - wanted - own)
+    return adapted
+
+
 def load_model(
     path: str, device: str | torch.device, quantization: QuantizationConfigMixin | None = None, **options: Any
 ) -> PreTrainedModel:
@@ -140,14 +151,13 @@ def load_model(
         options (`dict`): passed on to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        ValueError: if the file of the weights is damaged.
+        ValueError: if the file of the weights is damaged, or weights are missing or left over.
     """
     if quantization is not None:  # weights are rounded where they will be: some cannot be moved afterwards
         options.update(quantization_config=quantization, device_map={"": device})
     try:
-        with refusing_code(
-            f"The model {path}", "Use a checkpoint of a known family, or of a backbone of transformers."
-        ):
+        advice = "Use a checkpoint of a known family, or of a backbone of transformers."
+        with refusing_code(f"The model {path}", advice), only_whole_models():
             model = AutoModelForCausalLM.from_pretrained(path, **options, trust_remote_code=False)
     except SafetensorError as error:
         raise ValueError(f"The weights of {path} cannot be read: {error}. Is the file whole?") from error
@@ -177,7 +187,7 @@ def open_adapter(
         )
     check_weights(config.base_model_name_or_path)
     model = load_model(config.base_model_name_or_path, device, quantization, **options)
-    return PeftModel.from_pretrained(model, path, config=config, is_trainable=True)
+    return _adapted(model, path, config, trainable=True)
 
 
 def open_policy(
@@ -241,8 +251,9 @@ def open_policy(
     options: dict[str, Any] = {**source, "dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    model: nn.Module = load_model(path, device, quantization, config=config, **options)
+    loaded = load_model(path, device, quantization, config=config, **options)
+    model: nn.Module = loaded
     if adapter is not None and adapter_config is not None:
-        model = PeftModel.from_pretrained(model, adapter, config=adapter_config)
+        model = _adapted(loaded, adapter, adapter_config)
     check_attention(model)
     return Policy(model.eval(), found, spec, dict(chat_template_kwargs or {}))

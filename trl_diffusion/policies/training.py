@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .attention import backbone
 from .forward import unwrap
@@ -63,6 +64,19 @@ def switch_off_router_loss(model: nn.Module) -> float:
         return 0.0
     config.output_router_logits = False
     return getattr(config, "router_aux_loss_coef", None) or 0.0
+
+
+def gather_experts_at_once(model: nn.Module) -> None:
+    """
+    Under ZeRO-3, has DeepSpeed gather the experts of a layer together. The processes use different experts, and DeepSpeed
+    otherwise stops, since it wants the same order of modules on all of them. Call it before DeepSpeed gets the model.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return
+    for name, module in model.named_modules():
+        shapes = (getattr(weight, "ds_shape", weight.shape) for weight in module.parameters(recurse=False))
+        if name.endswith("experts") and any(len(shape) == 3 for shape in shapes):
+            module._z3_leaf = True  # as deepspeed.utils.set_z3_leaf_modules does for all modules of a class
 
 
 def train_padding_token(model: nn.Module) -> None:

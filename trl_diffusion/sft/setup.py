@@ -22,7 +22,12 @@ from ..policies.loading import config_of, resolve_spec, tokenizer_of, with_absen
 from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
 from ..policies.quantized import prepare_rounded
 from ..policies.spec import DiffusionSpec, set_spec
-from ..policies.training import check_trainable, switch_off_router_loss, train_padding_token
+from ..policies.training import (
+    check_trainable,
+    gather_experts_at_once,
+    switch_off_router_loss,
+    train_padding_token,
+)
 from ..policies.trial import try_policy
 from ..trainer.checks import check_one_device, check_one_gpu, named_datasets
 from .config import DiffusionSFTConfig
@@ -201,6 +206,7 @@ def make_ready(trainer: DiffusionSFTTrainer) -> DocumentCollator:
     switch_off_router_loss(policy)
     trainer.aux_loss_enabled = False
     train_padding_token(policy)
+    gather_experts_at_once(policy)
     whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     check_trainable(policy, trainer.optimizer, run=whole)
     if whole:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from ..policies.forward import policy_logits
+from ..policies.whole import only_whole_models
 from ..scoring.layout import join_rows, pack, rows_to_join
 from ..scoring.score import score_logits
 from ..seeds import SUPERVISED, derive_seed
@@ -122,14 +123,15 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         self.tally = Tally()
         self.trained_tokens: int | None = None  # since `train` was called, `None` before the first batch
         self.evaluation: _Evaluation | None = None
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        with only_whole_models():
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
         self.data_collator = collator = make_ready(self)
         check_documents(self, collator)
 

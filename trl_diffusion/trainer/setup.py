@@ -28,6 +28,7 @@ from ..policies.spec import set_spec
 from ..policies.training import (
     DROPS,
     check_trainable,
+    gather_experts_at_once,
     random_settings,
     switch_off_dropout,
     switch_off_router_loss,
@@ -310,6 +311,7 @@ def _check_policies(trainer: DTRPOTrainer, optimizer: Optimizer | None) -> None:
             switch_off_dropout(policy)
             switch_off_router_loss(policy)
     train_padding_token(trainer.model)
+    gather_experts_at_once(trainer.model)
     check_trainable(trainer.model, optimizer, run=whole)
     if whole:
         trainer.try_policy(trainer.model, training=True)

@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 
 from ..objectives.pairwise import Pairs, Responses, make_pairs, pairwise_loss, same_responses
 from ..policies.forward import unwrap
+from ..policies.whole import only_whole_models
 from ..scoring.diagnostics import ratio_statistics, summarise_ratios
 from ..scoring.estimators import ESTIMATORS
 from ..scoring.score import score
@@ -142,15 +143,16 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
         if self.reference.recorded:
             args.beta = 0.0  # so that no reference is loaded
         try:
-            super().__init__(
-                model=model,
-                reward_funcs=setup.reward_funcs,
-                args=args,
-                train_dataset=setup.datasets[0],
-                eval_dataset=setup.datasets[1],
-                processing_class=setup.processing_class,
-                **kwargs,
-            )
+            with only_whole_models():
+                super().__init__(
+                    model=model,
+                    reward_funcs=setup.reward_funcs,
+                    args=args,
+                    train_dataset=setup.datasets[0],
+                    eval_dataset=setup.datasets[1],
+                    processing_class=setup.processing_class,
+                    **kwargs,
+                )
         finally:
             args.beta = beta
         self.beta = beta

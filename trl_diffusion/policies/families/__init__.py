@@ -12,20 +12,36 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from ..left_to_right import refuse_policies
-from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
+from .configs import (
+    DreamConfig,
+    Fast_dLLM_QwenConfig,
+    ILLaDAConfig,
+    LLaDA2MoeConfig,
+    LLaDAConfig,
+    LLaDAMoEConfig,
+    SDARConfig,
+    SDARMoeConfig,
+)
 from .models import (
+    LLADA2_NAMES,
     LLADA_NAMES,
     DreamModel,
     DreamTokenizer,
     Fast_dLLM_QwenForCausalLM,
     Fast_dLLM_QwenModel,
+    ILLaDAForCausalLM,
+    LLaDA2MoeModel,
+    LLaDA2MoeModelLM,
     LLaDAModelLM,
+    LLaDAMoEModelLM,
     SDARForCausalLM,
     SDARModel,
+    SDARMoeForCausalLM,
+    SDARMoeModel,
 )
 from .nemotron import NAMES as NEMOTRON_NAMES
 from .nemotron import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
@@ -42,9 +58,13 @@ if TYPE_CHECKING:
 # Config, and what `AutoModel` and `AutoModelForCausalLM` give for it (as in the families' own `auto_map`).
 FAMILIES: dict[str, tuple[type[FamilyConfig], type[PreTrainedModel], type[PreTrainedModel]]] = {
     "LLaDA": (LLaDAConfig, LLaDAModelLM, LLaDAModelLM),
+    "iLLaDA": (ILLaDAConfig, ILLaDAForCausalLM, ILLaDAForCausalLM),
     "Dream": (DreamConfig, DreamModel, DreamModel),
     "Fast-dLLM v2": (Fast_dLLM_QwenConfig, Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM),
     "SDAR": (SDARConfig, SDARModel, SDARForCausalLM),
+    "SDAR-MoE": (SDARMoeConfig, SDARMoeModel, SDARMoeForCausalLM),
+    "LLaDA-MoE": (LLaDAMoEConfig, LLaDAMoEModelLM, LLaDAMoEModelLM),
+    "LLaDA 2": (LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM),
 }
 
 
@@ -53,10 +73,19 @@ def register() -> None:
     for config, model, causal_lm in FAMILIES.values():
         _announce(config, model, causal_lm)
     AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)
-    names: list[WeightConverter | WeightRenaming] = [
-        WeightRenaming(rf"^model\.transformer\.{theirs}", ours) for theirs, ours in LLADA_NAMES.items()
-    ]
-    register_checkpoint_conversion_mapping(LLaDAConfig.model_type, names, overwrite=True)
+    experts: list[WeightConverter | WeightRenaming] = get_checkpoint_conversion_mapping(
+        "qwen2_moe"
+    )  # one by one on disk
+    names: dict[str, list[WeightConverter | WeightRenaming]] = {
+        LLaDAConfig.model_type: [
+            WeightRenaming(rf"^model\.transformer\.{theirs}", ours) for theirs, ours in LLADA_NAMES.items()
+        ],
+        SDARMoeConfig.model_type: experts,
+        LLaDAMoEConfig.model_type: experts,
+        LLaDA2MoeConfig.model_type: [*LLADA2_NAMES, *experts],
+    }
+    for model_type, converters in names.items():
+        register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)
 
 
 def _announce(config: type[FamilyConfig], model: type[PreTrainedModel], causal_lm: type[PreTrainedModel]) -> None:

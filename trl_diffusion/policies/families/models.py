@@ -9,18 +9,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import (
+    Glm4MoeForCausalLM,
+    Glm4MoeModel,
     LlamaForCausalLM,
     Qwen2ForCausalLM,
     Qwen2Model,
     Qwen2Tokenizer,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeModel,
 )
+from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 
 from ..forward import CACHE, attention_mask
 from ..spec import sequence_blocks, spec_fields
 from ..training import train_padding_token
-from .configs import DreamConfig, Fast_dLLM_QwenConfig, LLaDAConfig, SDARConfig
+from ..whole import open_whole
+from .configs import (
+    DreamConfig,
+    Fast_dLLM_QwenConfig,
+    ILLaDAConfig,
+    LLaDA2MoeConfig,
+    LLaDAConfig,
+    LLaDAMoEConfig,
+    SDARConfig,
+    SDARMoeConfig,
+)
 
 
 if TYPE_CHECKING:
@@ -84,12 +99,20 @@ def own_attention(backbone: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
 
 
 class OwnAttention(_Backbone):
-    """Mixin for a model of a family: see [`own_attention`] and [`~policies.training.train_padding_token`]."""
+    """
+    Mixin for a model of a family: see [`own_attention`], [`~policies.training.train_padding_token`] and
+    [`~policies.whole.open_whole`].
+    """
 
     def __init__(self, config):
         super().__init__(config)
         self.base_model.register_forward_pre_hook(own_attention, with_kwargs=True)
         train_padding_token(self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        load = super().from_pretrained.__func__  # type: ignore[attr-defined]
+        return open_whole(load, cls, pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code that lies beside a checkpoint goes along, for the family's own tools."""
@@ -103,6 +126,10 @@ class OwnAttention(_Backbone):
 
 class LLaDAModelLM(OwnAttention, LlamaForCausalLM):
     config_class = LLaDAConfig
+
+
+class ILLaDAForCausalLM(OwnAttention, LlamaForCausalLM):
+    config_class = ILLaDAConfig
 
 
 class DreamModel(OwnAttention, Qwen2ForCausalLM):
@@ -128,6 +155,57 @@ class SDARModel(OwnAttention, Qwen3Model):
 class SDARForCausalLM(OwnAttention, Qwen3ForCausalLM):
     config_class = SDARConfig
 
+
+class LLaDA2MoeModel(OwnAttention, Glm4MoeModel):
+    config_class = LLaDA2MoeConfig
+    _keys_to_ignore_on_load_unexpected: list[str] = []  # noqa: RUF012  (GLM's are layers that have another use here)
+
+
+class LLaDA2MoeModelLM(OwnAttention, Glm4MoeForCausalLM):
+    config_class = LLaDA2MoeConfig
+    _keys_to_ignore_on_load_unexpected: list[str] = []  # noqa: RUF012
+
+
+class SDARMoeModel(OwnAttention, Qwen3MoeModel):
+    config_class = SDARMoeConfig
+
+
+class SDARMoeForCausalLM(OwnAttention, Qwen3MoeForCausalLM):
+    config_class = SDARMoeConfig
+
+
+class LLaDAMoEModelLM(OwnAttention, Qwen3MoeForCausalLM):
+    config_class = LLaDAMoEConfig
+
+
+class SplitHeads(ConversionOps):
+    """Makes the weights of queries, keys and values of one matrix, whose rows are those of the queries, keys and values."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
+        found = next(iter(input_dict.values()))
+        heads, pairs = config.num_attention_heads, config.num_key_value_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        rows = torch.split(found[0] if isinstance(found, list) else found, [heads * size, pairs * size, pairs * size])
+        return {name: part.contiguous() for name, part in zip(target_patterns, rows, strict=True)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Concatenate(dim=0)
+
+
+# LLaDA 2's weight names and the backbone's, without those of the experts.
+LLADA2_NAMES: list[WeightConverter | WeightRenaming] = [
+    WeightRenaming("word_embeddings", "embed_tokens"),
+    WeightRenaming("attention.dense", "self_attn.o_proj"),
+    WeightRenaming("attention.query_layernorm", "self_attn.q_norm"),
+    WeightRenaming("attention.key_layernorm", "self_attn.k_norm"),
+    WeightRenaming("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias"),
+    WeightConverter(
+        "attention.query_key_value.weight",
+        ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+        operations=[SplitHeads()],
+    ),
+]
 
 # LLaDA's weight names (behind `model.transformer.`) and the backbone's.
 LLADA_NAMES = {
