@@ -179,6 +179,7 @@ class DiffusionSFTConfig(PolicyOptions, SFTConfig):
     def refused(self) -> dict[str, str]:
         """Options that are set although they do not apply to a diffusion policy, each with the reason."""
         found = self.set_in_spite_of(_REFUSED)
-        if self.loss_type != "nll":
+        plain = {"nll", SFTConfig.__dataclass_fields__["loss_type"].default}  # "chunked_nll" in some versions of TRL
+        if self.loss_type not in plain:
             found["loss_type"] = f"{self.loss_type!r} is causal; `weighting` chooses the loss of masked tokens"
         return found
