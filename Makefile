@@ -40,7 +40,7 @@ test-fast: $(BIN)/.installed ## Runs the tests that take no more than a few seco
 	touch $@
 
 test-lowest: .venv-lowest/.installed ## Runs the contract and trainer tests on the lowest TRL and transformers.
-	.venv-lowest/bin/python -m pytest -n auto --dist worksteal $(addprefix tests/trainer/test_,$(addsuffix .py, \
+	.venv-lowest/bin/python -m pytest -n auto --dist worksteal tests/sft/test_trainer.py $(addprefix tests/trainer/test_,$(addsuffix .py, \
 		trl_contract training old_policy loss rollouts precision config input_checks autoregression throughput)) $(ARGS)
 
 # What moves fastest at the newest version that the index has, whatever pyproject.toml allows. Not kept: the newest is another one soon.

@@ -41,7 +41,7 @@ class Sizes:
     hidden_size: Annotated[int, AtLeast(8)] = 64
     num_layers: Annotated[int, AtLeast(1)] = 3
     corpus_size: Annotated[int, AtLeast(1)] = 12_000
-    pretrain_updates: Annotated[int, AtLeast(1)] = 600
+    pretrain_updates: Annotated[int, AtLeast(1)] = 1000
     pretrain_batch_size: Annotated[int, AtLeast(1)] = 64
     pretrain_learning_rate: Annotated[float, Within("(0, inf)")] = 3e-3
     equal: str = "tokens"
@@ -50,7 +50,7 @@ class Sizes:
     num_generations: Annotated[int, AtLeast(2)] = 16
     num_draws: Annotated[int, AtLeast(1)] = 4
     seconds: Annotated[float, Within("(0, inf)")] = 15.0
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3)
     eval_size: Annotated[int, AtLeast(1)] = 250
     validation_size: Annotated[int, AtLeast(1)] = 150
     num_samples: Annotated[int, AtLeast(1)] = 4

@@ -132,6 +132,8 @@ class DiffusionSFTConfig(PolicyOptions, SFTConfig):
 
     def __post_init__(self):
         settle(self)
+        if self.loss_type is None:  # some versions of TRL would choose a causal loss in chunks
+            self.loss_type = "nll"
         super().__post_init__()
         self.check_refused(SFTConfig)
         check_fields(self, type(self).__dataclass_fields__.keys() - SFTConfig.__dataclass_fields__.keys())
@@ -179,7 +181,6 @@ class DiffusionSFTConfig(PolicyOptions, SFTConfig):
     def refused(self) -> dict[str, str]:
         """Options that are set although they do not apply to a diffusion policy, each with the reason."""
         found = self.set_in_spite_of(_REFUSED)
-        plain = {"nll", SFTConfig.__dataclass_fields__["loss_type"].default}  # "chunked_nll" in some versions of TRL
-        if self.loss_type not in plain:
+        if self.loss_type != "nll":
             found["loss_type"] = f"{self.loss_type!r} is causal; `weighting` chooses the loss of masked tokens"
         return found

@@ -237,6 +237,12 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
             self._total_train_tokens += int(totals["of num_tokens"])
             tally.add("num_tokens", self._total_train_tokens, how="last")
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of a batch of an evaluation. There are no predictions: the logits of most positions are never computed."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
