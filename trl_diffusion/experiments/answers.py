@@ -115,8 +115,11 @@ def points(arm: Arm, length: int) -> list[dict[str, Any]]:
     if arm.is_causal:
         return [{}]
     size = BLOCK if TWINS[arm.twin].attention == "block" else length
-    steps = {1, 2, 3, 4, 6, 8, 12, size, arm.schedule(length)["steps_per_block"]}
-    fixed = [{"steps_per_block": one} for one in sorted(steps) if one <= size and (one > 1 or not arm.revises)]
+    own = arm.schedule(length)["steps_per_block"]
+    steps = {1, 2, 3, 4, 6, 8, 12, size, own}
+    fixed = [
+        {"steps_per_block": one} for one in sorted(steps) if one <= size and (one in (own, size) or one > arm.revises)
+    ]
     if arm.decoding:
         return fixed
     return fixed + [{"strategy": "threshold", "threshold": threshold} for threshold in THRESHOLDS]

@@ -104,6 +104,7 @@ ARMS = {
     "block": Arm("block"),
     "full": Arm("full"),
     "fixed order": Arm("full", {"strategy": "left_to_right"}),
+    "full, corrupted": Arm("full_corrupted"),
     "full, revising": Arm("full_corrupted", REVISION),
     "fixed order, revising": Arm("full_corrupted", {"strategy": "left_to_right", **REVISION}),
     "block, revising": Arm("block_corrupted", REVISION),

@@ -12,6 +12,7 @@ from ..fields import check_one_of
 from ..policies.loading import load_tokenizer
 from ..policies.tiny import tiny_policy_path
 from ..tasks import load_task
+from ..tasks.task import SOLVE_RATE
 from .arms import ARMS
 from .queue import POLICIES, Row, read_row
 from .settings import Sizes
@@ -85,6 +86,11 @@ class Comparison:
         for sizes in self.variants.values():
             if sizes.choice_seed in self.seeds:
                 raise ValueError(f"The seed {sizes.choice_seed} chooses learning rates. Leave it out of `seeds`.")
+        names = [job.name for job in self.jobs()]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"Two runs would have the same name, {repeated[0]!r}. Rename a task, or round the learning rates."
+            )
         if min(self.seeds) < 0:
             raise ValueError(f"`seeds` must be at least 0, got {list(self.seeds)!r}.")
 
@@ -103,6 +109,10 @@ class Comparison:
         tokenizer = load_tokenizer(tiny_policy_path())
         for name in self.tasks:
             task = task_in_text(load_task(name, train_size=FEW, eval_size=1, seed=self.seeds[0]))
+            if task.measured != SOLVE_RATE:
+                raise ValueError(
+                    f"The task {name!r} does not say which answers are right. Give it a function `solved`."
+                )
             row = task.documents(task.train.select(range(1)))[0]
             if not isinstance(row["prompt"], str):
                 raise ValueError(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -81,7 +80,7 @@ def build_trainer(
         max_completion_length=material.length, max_steps=MOST_UPDATES, learning_rate=learning_rate,
         lr_scheduler_type="constant_with_warmup", warmup_steps=WARMUP, beta=0.0, temperature=1.0, seed=seed, bf16=False,
         gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False, use_cpu=True,
     )  # fmt: skip
     arguments: dict[str, Any] = dict(
         model=model,

@@ -139,7 +139,7 @@ def build_trainer(material: Material, twin: str, updates: int, directory: str | 
         output_dir=str(directory), per_device_train_batch_size=sizes.pretrain_batch_size, max_length=None, max_steps=updates,
         learning_rate=sizes.pretrain_learning_rate, lr_scheduler_type="cosine", warmup_steps=updates // 10, weight_decay=0.01,
         seed=material.seed, bf16=False, gradient_checkpointing=False, train_sampling_strategy="sequential", logging_steps=updates,
-        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     arguments = {
         "model": random_model(config, material.seed),

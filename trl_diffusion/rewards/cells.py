@@ -26,6 +26,7 @@ WEIGHTS = (
     1,
 )  # how often 0, 1, 2 and 3 are added. If all were as frequent, one cell alone would say nothing about the next
 MOVES = 3  # of a game
+USUAL = 12_000  # puzzles
 MOST_REPEATS = 10_000  # puzzles in a row that are no new ones
 
 
@@ -106,13 +107,14 @@ def generate(kind: str, num_puzzles: int, seed: int, exclude: Collection[str] = 
         if prompt not in seen:
             seen.add(prompt)
             rows.append({"prompt": prompt, "cells": cells})
+    rng.shuffle(rows)  # frequent puzzles come up first
     return rows
 
 
 @cache
 def evaluation_puzzles(kind: str) -> tuple[dict[str, str], ...]:
-    """The 500 puzzles of a kind that are kept for evaluation."""
-    return tuple(generate(kind, 500, seed=20261127))
+    """The 500 puzzles of a kind that are kept for evaluation, of as many as there usually are to train on."""
+    return tuple(generate(kind, USUAL, seed=20261127)[:500])
 
 
 def cells_solved(completions, cells, **kwargs) -> list[float | None]:
