@@ -17,6 +17,7 @@ from trl_diffusion.experiments.arms import ARMS
 from trl_diffusion.experiments.comparison import CHOOSE, PRETRAIN, REINFORCE, Comparison, Job
 from trl_diffusion.experiments.queue import row_path, run
 from trl_diffusion.experiments.twins import Material
+from trl_diffusion.trainer.checkpoints import only_training_in
 
 
 @pytest.fixture
@@ -116,6 +117,56 @@ def test_a_run_that_is_done_is_never_repeated(comparison, tmp_path, monkeypatch)
         run(other, tmp_path, 1)
 
 
+def test_a_run_that_fails_stops_no_other(comparison, tmp_path, monkeypatch):
+    """All runs that do not need it are done, and the error names it."""
+    monkeypatch.setattr(queue, "ProcessPoolExecutor", Here)
+
+    def do(_, job, directory):
+        if job.what == "full" and job.kind == PRETRAIN:
+            raise FloatingPointError("the loss is NaN")
+        row_path(job, directory).write_text("{}")
+        return "done"
+
+    monkeypatch.setattr(queue, "_do", do)
+    with pytest.raises(
+        ValueError, match=r"2 of 4 runs failed.*pretrain_chain_full_0: failed: FloatingPointError: the loss is NaN"
+    ):
+        run(comparison, tmp_path, 1, lambda line: None)
+    assert sorted(path.stem for path in (tmp_path / "rows").iterdir()) == [
+        "pretrain_chain_autoregressive_0",
+        "reinforce_chain_autoregressive_0",
+    ]
+
+
+def test_rows_from_elsewhere_are_refused(comparison, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"name": "x", "plan": "other"}\n')
+    with pytest.raises(ValueError, match=r"rows of a study, but no study.json"):
+        run(comparison, tmp_path, 1)
+    (tmp_path / "study.json").write_text(json.dumps({"plan": comparison.plan()}))
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1: the row of a study with another plan \(other"):
+        run(comparison, tmp_path, 1)
+
+
+def test_one_command_at_a_time(comparison, tmp_path):
+    with only_training_in(tmp_path), pytest.raises(ValueError, match="Another training is going on"):
+        run(comparison, tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--study", "scaling", "--hidden_size", "128"], "no --hidden_size"),
+        (["--study", "scaling", "--learning_rates", "1e-3", "1e-4"], "Give one"),
+        (["--study", "updates", "--tasks", "chain"], "no --tasks"),
+        (["--study", "updates", "--seeds", "0", "0"], "different"),
+        (["--rows", "rows.jsonl", "--seeds", "0"], "leave --seeds out"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(words, said, tmp_path, capfd):
+    assert compare.main([*words, "--output_dir", str(tmp_path)]) == 2
+    assert said in capfd.readouterr().err
+
+
 def test_prompts_of_one_message_are_asked_as_text(sizes):
     task = Material("word_sums", 0, replace(sizes, corpus_size=20)).whole
     assert all(isinstance(prompt, str) for prompt in (*task.train["prompt"], *task.evaluation["prompt"]))
@@ -139,7 +190,10 @@ class Here:
 
     def submit(self, work, *arguments):
         future = queue.Future()
-        future.set_result(work(*arguments))
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 

@@ -28,7 +28,7 @@ def run(arm, seed, after, before=0.1, task="chain"):
     training = {} if arm == "autoregressive" else {"steps_per_block": 5}
     points = [point(t, training, after, 9.0 if arm == "autoregressive" else 5.0) for t in (0.0, 1.0)]
     return {
-        "kind": "reinforce", "variant": "", "task": task, "what": arm, "seed": seed, "learning_rate": 1e-3, "training": training, "length": 9,
+        "kind": "reinforce", "plan": "p", "variant": "", "task": task, "what": arm, "seed": seed, "learning_rate": 1e-3, "training": training, "length": 9,
         "puzzles": 100, "before": [{**one, "solved": before} for one in points], "updates": {"updates": 2, "points": points},
         "seconds": {"updates": 3, "points": points}, "pass_at_k": {"1": after, "2": after}, "before_pass_at_k": {"1": 0.0, "2": 0.1},
         "rewards": [0.1, 0.2, 0.3], "seconds_after": [1.0, 2.5, 4.0],
@@ -59,6 +59,7 @@ def test_a_difference_whose_interval_includes_0_is_undecided(differences, said):
 
 def test_one_seed_has_an_interval_over_puzzles():
     assert str(estimate([0.5], 100)) == "50.0 ± 9.6"  # Wilson's interval: 40.4 to 59.6
+    assert str(estimate([0.0], 250)) == "0.0 ± 1.5"  # 0 to 1.5
     assert estimate([0.4, 0.6], 100).half == pytest.approx(12.706 * 0.1414 / 2**0.5, rel=1e-3)
 
 
@@ -66,7 +67,9 @@ def test_differences_are_paired_by_seed():
     rows = [run("autoregressive", 0, 0.2), run("autoregressive", 1, 0.6), run("autoregressive", 2, 0.9),
             run("full", 0, 0.3), run("full", 1, 0.7)]  # fmt: skip
     text = report(rows)
-    assert "| full | +10.0 ± 0.0 | +10.0 ± 0.0 |" in text  # not the difference of the means over different seeds
+    assert (
+        "| full | +10.0 ± 0.0 | +10.0 ± 0.0 | +10.0 ± 0.0 | +10.0 ± 0.0 | +10.0 ± 0.0 |" in text
+    )  # not the difference of the means over different seeds
     assert "Seeds: 0, 1, 2." in text
 
 
@@ -74,9 +77,9 @@ def test_the_table_of_solve_rates():
     rows = [run("full", seed, rate, before=0.1) for seed, rate in enumerate((0.3, 0.5))]
     line = next(line for line in report(rows).splitlines() if line.startswith("| full | 5.0 |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[2] == "10.0 ± 0.0"
-    assert cells[4].startswith("40.0 ± ")
-    assert cells[8:] == ["2", "3"]  # seconds after the second update, 2.5, and the updates of the seconds
+    assert cells[2:4] == ["1.0", "10.0 ± 0.0"]
+    assert cells[5].startswith("40.0 ± ")
+    assert cells[9:] == ["2", "3"]  # seconds after the second update, 2.5, and the updates of the seconds
 
 
 def test_thresholds_are_chosen_with_validation_rows():
@@ -130,3 +133,21 @@ def test_damaged_rows_are_named(tmp_path, text, said):
 def test_a_table_is_markdown():
     assert table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"
     assert json.dumps(table(["a"], [])) == json.dumps("| a |\n| --- |")
+
+
+def test_rows_of_two_studies_are_not_reported_together(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    other = {**run("full", 1, 0.4), "plan": "q"}
+    path.write_text(json.dumps(run("full", 0, 0.4)) + "\n" + json.dumps(other) + "\n")
+    with pytest.raises(ValueError, match=r"line 2: a row of another study than those before \(q, not p\)"):
+        read_rows(path)
+
+
+def test_rows_of_the_other_studies_are_reported(tmp_path):
+    curve = [[0, 0.1], [6, 0.5]]
+    row = {"kind": "group", "plan": "p", "seed": 0, "settings": [["beta", 0.0]], "curve": curve, "signs": {}, "puzzles": 100,
+           "diverged": None}  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert write_report(read_rows(path), tmp_path) == ["report.md", "rows.jsonl"]
+    assert "| 0 | 10.0 ± " in (tmp_path / "report.md").read_text()

@@ -8,8 +8,8 @@ import pytest
 
 from trl_diffusion.experiments.scaling import fit, log_odds, scaling, scaling_report
 from trl_diffusion.experiments.settings import Sizes
-from trl_diffusion.experiments.updates import Updates
-from trl_diffusion.experiments.updates_report import Sign, broke, updates_report
+from trl_diffusion.experiments.updates import Updates, _rounded
+from trl_diffusion.experiments.updates_report import Sign, _fall, broke, updates_report
 
 
 def test_a_line_through_points_on_it():
@@ -50,6 +50,7 @@ def scaling_rows():
         rows.append(
             {
                 "kind": "pretrain",
+                "plan": "p",
                 "variant": variant,
                 "task": "chain",
                 "what": "full",
@@ -59,7 +60,7 @@ def scaling_rows():
         )
         for seed in (0, 1):
             points = [{"temperature": 1.0, "settings": {}, "solved": 1 / (1 + math.exp(-number)), "passes": 5.0}]
-            rows.append({"kind": "reinforce", "variant": variant, "task": "chain", "what": "full", "seed": seed, "training": {},
+            rows.append({"kind": "reinforce", "plan": "p", "variant": variant, "task": "chain", "what": "full", "seed": seed, "training": {},
                          "puzzles": 10**9, "before": points, "marks": [], "updates": {"updates": 40, "points": points}})  # fmt: skip
     return rows
 
@@ -80,14 +81,19 @@ def test_there_are_at_least_24_settings():
 
 def update_row(kind, rates, seed=0, **signs):
     curve = [[6 * i, rate] for i, rate in enumerate(rates)]
-    return {"kind": kind, "seed": seed, "settings": [["learning_rate", 1e-3]], "curve": curve,
+    return {"kind": kind, "seed": seed, "settings": [["learning_rate", 1e-3]], "curve": curve, "puzzles": 200, "diverged": None,
             "signs": {name.replace("__", "/"): values for name, values in signs.items()}}  # fmt: skip
 
 
 def test_a_run_that_falls_is_broken():
     assert broke(update_row("group", [0.1, 0.6, 0.4]))
-    assert broke(update_row("group", [0.1, 0.12, 0.05]))
+    assert broke({**update_row("group", [0.1, 0.6, 0.6]), "diverged": "NaN"})
     assert not broke(update_row("group", [0.1, 0.6, 0.55]))
+
+
+def test_a_fall_is_not_a_rate_that_stays():
+    assert _fall(update_row("group", [0.1, 0.6, 0.6, 0.3])) == 18
+    assert _rounded(math.inf) > 1e300 and _rounded(None) is None and _rounded(0.123456) == 0.1235
 
 
 def test_a_sign_counts_if_it_comes_before_the_fall():

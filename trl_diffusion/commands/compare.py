@@ -13,8 +13,8 @@ from left to right, and each of these with revision (tokens may be taken back). 
 same updates and after the same seconds, and at several numbers of forward passes.
 
 Every task needs right answers to learn from. All runs of one seed come before the next seed. A run that is done is kept in `--output_dir`
-and never repeated: the same command goes on where it stopped, and may ask for more tasks, arms or seeds. The report is written again
-after every run. Pretraining, tuning of learning rates and reinforcement are all included.
+and never repeated: the same command goes on where it stopped, and may ask for more tasks, arms or seeds. The report is written
+when all runs are done; `--rows` writes it earlier. Pretraining, tuning of learning rates and reinforcement are all included.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from ..experiments.arms import ARMS
 from ..experiments.comparison import Comparison
-from ..experiments.queue import run, unfinished
+from ..experiments.queue import run
 from ..experiments.report import read_rows, write_report
 from ..experiments.scaling import scaling
 from ..experiments.settings import EQUAL, Sizes
@@ -70,20 +70,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    directory = Path(options.output_dir or f"outputs/{'compare_quick' if options.quick else STUDIES[options.study]}")
+    directory = Path(options.output_dir or f"outputs/{_default_directory(options)}")
     check_writable(directory, "--output_dir")
     if options.rows is None:
         check_at_least("--workers", options.workers)
-        study = study_of(options)
-        every, left = study.jobs(), unfinished(study, directory)
-        print(f"{len(every)} runs, {len(left)} left, {options.workers} at once. Output: {directory}", flush=True)
-        run(study, directory, options.workers, lambda line: print(line, flush=True))
+        run(study_of(options), directory, options.workers, lambda line: print(line, flush=True))
+    elif given := _given(options):
+        raise ValueError(f"`--rows` reports finished runs as they are: leave --{given[0]} out.")
     rows = read_rows(options.rows or directory)
     names = write_report(rows, directory)
     print(Path(directory, "report.md").read_text(encoding="utf-8"))
     print(f"{directory} has {', '.join(names)}.")
     if options.json:
         print(json.dumps({"rows": rows}))
+
+
+def _default_directory(options: argparse.Namespace) -> str:
+    if options.rows is not None:
+        return "report"
+    return "compare_quick" if options.quick else STUDIES[options.study]
+
+
+def _given(options: argparse.Namespace) -> list[str]:
+    """The names of the options that say what to run, and were given."""
+    return [name for name in ("tasks", "arms", "seeds", "learning_rates", *_CHANGED) if getattr(options, name)] + (
+        ["quick"] if options.quick else []
+    )
 
 
 def study_of(options: argparse.Namespace) -> Comparison | Updates:
@@ -98,8 +110,13 @@ def study_of(options: argparse.Namespace) -> Comparison | Updates:
             raise ValueError(f"`--study updates` has no {', '.join(f'--{name}' for name in given or ['quick'])}.")
         return Updates(**{**lists, **sizes})
     if options.study == "scaling":
-        if options.quick:
-            raise ValueError("`--study scaling` has no --quick. Set fewer `--seeds`, or smaller `--updates`.")
+        own = sorted({"hidden_size", "num_layers", "quick"} & set(_given(options)))
+        if own:
+            raise ValueError(
+                f"`--study scaling` has no --{own[0]}: it has sizes of its own. Set fewer `--seeds` or `--updates`."
+            )
+        if len(options.learning_rates or [0]) > 1:
+            raise ValueError("`--study scaling` chooses no learning rate. Give one.")
         return scaling(replace(Sizes(), **sizes), **lists)
     start = QUICK if options.quick else Comparison()
     variants = {name: replace(one, **sizes) for name, one in start.variants.items()}

@@ -157,11 +157,11 @@ class Comparison:
         return [Job(CHOOSE, job.variant, job.task, job.what, sizes.choice_seed, rate) for rate in rates]
 
     def learning_rate(self, job: Job, directory: Path) -> float:
-        """The learning rate with which an arm solved most validation rows of the choice seed."""
+        """The learning rate with which an arm solved most validation rows of the choice seed, the lowest of several."""
         tried = self.choices(job)
         if not tried:
             return self.variants[job.variant].learning_rates[0]
-        best = max(tried, key=lambda one: read_row(one, directory)["validation"])
+        best = max(tried, key=lambda one: (read_row(one, directory)["validation"], -(one.learning_rate or 0)))
         assert best.learning_rate is not None
         return best.learning_rate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -9,10 +10,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..trainer.checkpoints import only_training_in
 from ..utils import read_record, read_text, versions, write_text
 
 
@@ -62,43 +65,75 @@ def unfinished(study: Study, directory: Path) -> list[Job]:
     return [job for job in study.jobs() if not row_path(job, directory).is_file()]
 
 
-def unpack(directory: Path) -> None:
+def digest(plan: dict[str, Any]) -> str:
+    """A short name of a plan. Every row has that of its study, so that rows of different studies are told apart."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def unpack(directory: Path, plan: str) -> None:
     """
-    Writes a file for each row of `rows.jsonl` that has none, so that a study can go on from this file and its plan alone. Policies are
-    trained again where a run that is not done yet needs them.
+    Writes the rows of `rows.jsonl` to files of their own, if there are none, so that a study can go on from this file alone. Policies are
+    pretrained again where a run that is not done yet needs them.
+
+    Args:
+        directory (`Path`): of the study.
+        plan (`str`): digest of its plan.
+
+    Raises:
+        ValueError: for a row of another study, or one that cannot be read.
     """
     path = directory / TABLE
-    if not path.is_file():
+    if (directory / ROWS).is_dir() or not path.is_file():
         return
+    rows = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
-            name = json.loads(line)["name"]
+            row = json.loads(line)
+            name, of = row["name"], row["plan"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not the row of a run ({error!r}).") from error
-        file = directory / ROWS / f"{name}.json"
-        if not file.is_file():
-            file.parent.mkdir(exist_ok=True)
-            write_text(file, line + "\n")
+        if of != plan:
+            raise ValueError(
+                f"{path}, line {number}: the row of a study with another plan ({of}, and this one is {plan}). Give another "
+                "`--output_dir`."
+            )
+        rows[name] = line
+    (directory / ROWS).mkdir()
+    for name, line in rows.items():
+        write_text(directory / ROWS / f"{name}.json", line + "\n")
 
 
 def run(study: Study, directory: Path, workers: int, say: Callable[[str], None] = print) -> None:
     """
-    Does the runs that are not done yet.
+    Does the runs that are not done yet. If one of them fails, those that do not need it are done nevertheless.
 
     Args:
         study ([`Study`]): which runs.
         directory (`Path`): where rows and policies are kept.
         workers (`int`): processes, of one thread each.
-        say (`Callable`): called with a line for each run that is done.
+        say (`Callable`): called with a line at the beginning, and with one for each run that is done.
 
     Raises:
-        ValueError: if `directory` holds a study with another plan, or for what no run could do.
+        ValueError: if `directory` holds a study with another plan, for what no run could do, and at the end if a run has failed.
     """
     study.check()
-    _keep_plan(study.plan(), directory)
-    unpack(directory)
-    left = unfinished(study, directory)
-    total, running = len(left), dict[Future, Job]()
+    directory.mkdir(parents=True, exist_ok=True)
+    with only_training_in(directory):
+        _keep_plan(study.plan(), directory)
+        unpack(directory, digest(study.plan()))
+        (directory / ROWS).mkdir(exist_ok=True)
+        left = unfinished(study, directory)
+        say(f"{len(study.jobs())} runs, {len(left)} left, {workers} at once. Output: {directory}")
+        failed = _do_all(study, left, directory, workers, say)
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(study.jobs())} runs failed or need one that did. The first: {failed[0]}"
+        )
+
+
+def _do_all(study: Study, left: list[Job], directory: Path, workers: int, say: Callable[[str], None]) -> list[str]:
+    """Does runs. Returns what to say about each that failed."""
+    total, running, failed = len(left), dict[Future, Job](), list[str]()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         try:
@@ -106,15 +141,25 @@ def run(study: Study, directory: Path, workers: int, say: Callable[[str], None] 
                 for job in list(_ready(study, left, directory, workers - len(running))):
                     left.remove(job)
                     running[pool.submit(_do, study, job, directory)] = job
+                if not running:  # what is left needs a run that failed, or whose row is gone
+                    return failed + [f"{job.name}: a run that it needs has no row." for job in left]
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     job = running.pop(future)
-                    say(f"{total - len(left) - len(running)} of {total}: {job.name}: {future.result()}")
+                    error = future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        raise ChildProcessError(
+                            f"The process of {job.name} was ended, perhaps for want of memory."
+                        ) from error
+                    text = f"failed: {type(error).__name__}: {error}" if error else future.result()
+                    failed += [f"{job.name}: {text}"] if error else []
+                    say(f"{total - len(left) - len(running)} of {total}: {job.name}: {text}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+    return failed
 
 
 def _ready(study: Study, left: list[Job], directory: Path, most: int) -> Iterator[Job]:
@@ -136,7 +181,8 @@ def _keep_plan(plan: dict[str, Any], directory: Path) -> None:
             said = "; ".join(f"`{name}` was {before.get(name)!r} and is {plan.get(name)!r}" for name in changed)
             raise ValueError(f"{directory} holds a study with another plan: {said}. Give it another `--output_dir`.")
         return
-    (directory / ROWS).mkdir(parents=True, exist_ok=True)
+    if (directory / ROWS).is_dir() or (directory / TABLE).is_file():
+        raise ValueError(f"{directory} holds rows of a study, but no {PLAN}. Give the study another `--output_dir`.")
     write_text(path, json.dumps({"plan": plan, "versions": versions()}, indent=2) + "\n")
 
 
@@ -166,5 +212,6 @@ def _end_with(parent) -> None:
 def _do(study: Study, job: Any, directory: Path) -> str:
     """Does a run and keeps its row. Returns what to say about it."""
     row, text = study.do(job, directory)
-    write_text(row_path(job, directory), json.dumps({"name": job.name, **asdict(job), **row}) + "\n")
+    head = {"name": job.name, "plan": digest(study.plan())}
+    write_text(row_path(job, directory), json.dumps({**head, **asdict(job), **row}) + "\n")
     return text

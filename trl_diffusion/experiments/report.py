@@ -17,7 +17,8 @@ from .queue import ROWS, TABLE, Row
 
 
 MEASURED = ("before", "updates", "seconds")
-_KEYS = ("kind", "task", "what", "seed")
+_KEYS = ("kind", "seed", "plan")
+_OF_COMPARISONS = ("variant", "task", "what")
 AFTERWARDS = ", revising only when measured"
 
 
@@ -36,18 +37,24 @@ def read_rows(path: Path) -> list[Row]:
         lines = [(str(file), read_text(file)) for file in sorted((path / ROWS).glob("*.json"))]
     else:
         lines = [(f"{path}, line {n}", line) for n, line in enumerate(read_text(path).splitlines(), start=1)]
-    rows = []
+    rows: list[Row] = []
     for where, line in lines:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not JSON ({error}).") from error
-        missing = [key for key in _KEYS if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise ValueError(f"{where}: not a row of a comparison, it lacks {missing}.")
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: not a row of a study, got {row!r:.80}.")
+        keys = _KEYS + (_OF_COMPARISONS if row.get("kind") in (PRETRAIN, CHOOSE, REINFORCE) else ())
+        if missing := [key for key in keys if key not in row]:
+            raise ValueError(f"{where}: not a row of a study, it lacks {missing}.")
+        if rows and row["plan"] != rows[0]["plan"]:
+            raise ValueError(
+                f"{where}: a row of another study than those before ({row['plan']}, not {rows[0]['plan']})."
+            )
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path} has no rows of a comparison.")
+        raise ValueError(f"{path} has no rows of a study.")
     return rows
 
 
@@ -58,7 +65,7 @@ class Estimate:
 
     Attributes:
         values (`tuple[float, ...]`): the value of each seed.
-        half (`float`): half of the width of its 95 % interval: over seeds, or over puzzles if there is one seed.
+        half (`float`): largest distance of the mean to an end of its 95 % interval: over seeds, or over puzzles if there is one seed.
     """
 
     values: tuple[float, ...]
@@ -77,7 +84,7 @@ def estimate(shares: Sequence[float], puzzles: int) -> Estimate:
     if len(shares) > 1:
         return Estimate(tuple(shares), half_width(shares))
     low, high = wilson(shares[0], puzzles)
-    return Estimate(tuple(shares), (high - low) / 2)
+    return Estimate(tuple(shares), max(high - shares[0], shares[0] - low))
 
 
 def verdict(differences: Sequence[float]) -> str:
@@ -125,6 +132,20 @@ class Results:
             points = [point for point in points_of(row, when) if point["temperature"] == temperature]
             found[row["seed"]] = at_settings(points, row["training"])
         return found
+
+    def one_token_a_pass(self, task: str, arm: str, temperature: float) -> dict[int, Row]:
+        """By seed, what was measured after equal updates with as many forward passes as tokens."""
+        return {
+            row["seed"]: _slowest(
+                [point for point in points_of(row, "updates") if point["temperature"] == temperature]
+            )
+            for row in self.runs.get((task, arm), [])
+        }
+
+
+def _slowest(points: list[Row]) -> Row:
+    """Of points with fixed numbers of passes, the one with most."""
+    return max((point for point in points if "threshold" not in point["settings"]), key=lambda point: point["passes"])
 
 
 def points_of(row: Row, when: str) -> list[Row]:
@@ -186,11 +207,12 @@ def solve_table(results: Results, task: str) -> str:
         if not rows:
             continue
         cells = [_rate(results.at(task, arm, when, t), rows) for when in MEASURED for t in (0.0, 1.0)]
-        passes = fmean(point["passes"] for point in results.at(task, arm, "updates", 1.0).values())
+        points = results.at(task, arm, "updates", 1.0).values()
+        passes, cost = (fmean(point[key] for point in points) for key in ("passes", "seconds_per_1000"))
         seconds = fmean(_seconds_of_updates(row) for row in rows)
         counts = fmean(row["seconds"]["updates"] for row in rows)
-        lines.append([arm, f"{passes:.1f}", *cells, f"{seconds:.0f}", f"{counts:.0f}"])
-    header = ["arm", "passes"]
+        lines.append([arm, f"{passes:.1f}", f"{cost:.1f}", *cells, f"{seconds:.0f}", f"{counts:.0f}"])
+    header = ["arm", "passes", "core seconds of 1,000 answers"]
     header += [f"{when}, T = {t}" for when in ("before", "equal updates", "equal seconds") for t in (0, 1)]
     return table([*header, "core seconds of the updates", "updates in the seconds"], lines)
 
@@ -204,21 +226,28 @@ def _seconds_of_updates(row: Row) -> float:
 
 
 def differences_table(results: Results, task: str, rival: str) -> str:
-    """Differences to a rival after training, in percentage points, paired by seed."""
+    """
+    Differences to a rival after training, in percentage points, paired by seed: at the settings of training after equal updates and after
+    equal seconds, and after equal updates with one token a forward pass.
+    """
     lines = []
     for arm in results.arms:
         if arm == rival:
             continue
         cells = []
-        for when in ("updates", "seconds"):
+        for found in (
+            lambda name, t: results.at(task, name, "updates", t),
+            lambda name, t: results.at(task, name, "seconds", t),
+            lambda name, t: results.one_token_a_pass(task, name, t),
+        ):
             for temperature in (0.0, 1.0):
-                own, other = (results.at(task, name, when, temperature) for name in (arm, rival))
+                own, other = found(arm, temperature), found(rival, temperature)
                 both = sorted(own.keys() & other.keys())
                 cells.append(verdict([own[seed]["solved"] - other[seed]["solved"] for seed in both]) if both else "")
         if any(cells):
             lines.append([arm, *cells])
     header = [f"arm, minus {rival}"]
-    header += [f"equal {when}, T = {t}" for when in ("updates", "seconds") for t in (0, 1)]
+    header += [f"{when}, T = {t}" for when in ("equal updates", "equal seconds", "one token a pass") for t in (0, 1)]
     return table(header, lines)
 
 
@@ -287,7 +316,7 @@ def learning_rates_table(results: Results) -> str:
     rates = sorted({rate for found in tried.values() for rate in found})
     lines = []
     for (task, arm), found in tried.items():
-        best = max(found, key=lambda rate: found[rate])
+        best = max(found, key=lambda rate: (found[rate], -rate))
         lines.append([task, arm, *((f"**{found[r]:.1%}**" if r == best else f"{found[r]:.1%}") if r in found else "" for r in rates)])  # fmt: skip
     return table(["task", "arm", *(f"{rate:g}" for rate in rates)], lines)
 
@@ -308,7 +337,9 @@ def report(rows: Iterable[Row], pictures: Iterable[str] = ()) -> str:
     parts.append(
         "Solve rates are percentages with 95 % intervals: over seeds by Student's t distribution, or over puzzles if there is one "
         "seed. T is the temperature of the answers. A difference whose interval includes 0 is undecided. The settings of training are "
-        f"{TOKENS_PER_PASS} tokens a forward pass; the autoregressive arm writes one."
+        f"{TOKENS_PER_PASS} tokens a forward pass; the autoregressive arm writes one. Passes do not cost the same: with full attention each "
+        "computes the whole answer and the prompt, and the autoregressive arm has a cache. All seeds are measured on the same puzzles, and "
+        "nothing is corrected for the number of comparisons."
     )
     for task in results.tasks:
         seeds = sorted({seed for arm in results.arms for seed in results.seeds(task, arm)})

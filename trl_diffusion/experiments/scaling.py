@@ -16,7 +16,7 @@ from .settings import Sizes
 
 
 SHAPES = ((32, 2), (64, 3), (128, 4), (256, 5))  # width and layers
-DATA = (0.5, 1.0, 2.0)  # shares of `Sizes.pretrain_updates`
+DATA = (0.5, 1.0, 2.0)  # shares of `Sizes.pretrain_updates` and `Sizes.corpus_size`: documents are seen equally often
 MARKS = (10, 20)  # and `Sizes.updates`
 
 
@@ -37,6 +37,7 @@ def scaling(base: Sizes, tasks: tuple[str, ...] = ("backward_chain",), arms: tup
             rate = base.learning_rates[0] * math.sqrt(64 / width)
             variants[f"{width}x{layers}-{share:g}"] = replace(
                 base, hidden_size=width, num_layers=layers, pretrain_updates=round(base.pretrain_updates * share),
+                corpus_size=round(base.corpus_size * share),
                 pretrain_learning_rate=base.pretrain_learning_rate * math.sqrt(64 / width), learning_rates=(rate,),
                 marks=tuple(mark for mark in MARKS if mark < base.updates),
             )  # fmt: skip

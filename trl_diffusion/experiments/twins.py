@@ -88,6 +88,12 @@ class Material:
         stop = self.tokenizer.eos_token
         answers = self.tokenizer([f"{answer}{stop}" for answer in pairs["completion"]])["input_ids"]
         both = list(zip(prompts, answers, strict=True))
+        for number, (prompt, answer) in enumerate(both):
+            if self.tokenizer.unk_token_id in (*prompt, *answer):
+                raise ValueError(
+                    f"The tokenizer of the twins lacks a character of row {number} of the task {self.task!r}: "
+                    f"{pairs['prompt'][number]!r:.80}, {pairs['completion'][number]!r:.80}."
+                )
         return Dataset.from_dict(
             {
                 "input_ids": [prompt + answer for prompt, answer in both],

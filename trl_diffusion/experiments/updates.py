@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from ..decoding.config import DecodingConfig
+from ..fields import AtLeast, check_fields
 from ..offline.collect import collect
 from ..policies.policy import open_policy
 from ..policies.tiny import tiny_policy_path
@@ -78,15 +80,23 @@ class Updates:
         epochs (`int`): times that a `pairs` run sees its collection.
         eval_size (`int`): puzzles that a policy is measured on, greedily.
         measurements (`int`): times that a run is measured, evenly, the end among them.
+
+    Raises:
+        ValueError: for a value out of range.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    updates: int = 24
-    batch_size: int = 256
-    prompts: int = 160
-    epochs: int = 3
-    eval_size: int = 200
-    measurements: int = 4
+    updates: Annotated[int, AtLeast(1)] = 24
+    batch_size: Annotated[int, AtLeast(2)] = 256
+    prompts: Annotated[int, AtLeast(1)] = 160
+    epochs: Annotated[int, AtLeast(1)] = 3
+    eval_size: Annotated[int, AtLeast(1)] = 200
+    measurements: Annotated[int, AtLeast(1)] = 4
+
+    def __post_init__(self):
+        check_fields(self, set(self.__dataclass_fields__) - {"seeds"})
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"`seeds` must be different whole numbers of at least 0, got {list(self.seeds)!r}.")
 
     def plan(self) -> dict[str, Any]:
         """What must be the same when the study goes on. It may get more seeds."""
@@ -155,10 +165,15 @@ class Updates:
             trainer.remove_callback(PrinterCallback)
             curve = Curve(self.measurements, lambda: _solve_rate(trainer, task))
             trainer.add_callback(curve)
-            trainer.train()
+            diverged = None
+            try:
+                trainer.train()
+            except FloatingPointError as error:  # of the policy: that is what is looked for
+                diverged = str(error)
+                curve.points.append((trainer.state.global_step, 0.0))
         logs = [log for log in trainer.state.log_history if "grad_norm" in log]
         signs = {name: [_rounded(log.get(name)) for log in logs] for name in SIGNS if any(name in log for log in logs)}
-        return {"curve": curve.points, "signs": signs}
+        return {"curve": curve.points, "signs": signs, "puzzles": self.eval_size, "diverged": diverged}
 
 
 class Curve(TrainerCallback):
@@ -186,4 +201,7 @@ def _solve_rate(trainer: DTRPOTrainer, task: Task) -> float:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+    """A value with four digits. One that is not finite is as large as a number can be: it alarms."""
+    if value is None:
+        return None
+    return float(f"{value:.4g}") if math.isfinite(value) else sys.float_info.max

@@ -55,9 +55,9 @@ PAIRS_SIGNS = (
 
 
 def broke(row: Row) -> bool:
-    """Whether a run ended far below its best measurement, or below where it began."""
+    """Whether a run diverged, or ended far below its best measurement."""
     rates = [rate for _, rate in row["curve"]]
-    return rates[-1] < max(rates) - DROP or rates[-1] < rates[0]
+    return row.get("diverged") is not None or rates[-1] < max(rates) - DROP
 
 
 def last_good_update(row: Row) -> int:
@@ -68,9 +68,9 @@ def last_good_update(row: Row) -> int:
 def updates_report(rows: Sequence[Row]) -> str:
     """The report of the study, in Markdown."""
     parts = [
-        "Share of 200 sudokus that are solved greedily: before training, the best measurement on the way, and at the end. "
-        f"A run breaks if it ends more than {100 * DROP:.0f} points below its best measurement, or below its beginning. Intervals of "
-        "95 % over seeds."
+        "Share of sudokus that are solved greedily: before training, the best measurement on the way, and at the end. "
+        f"A run breaks if its numbers are no longer finite, or if it ends more than {100 * DROP:.0f} points below its best measurement. "
+        "Intervals of 95 % over seeds, or over puzzles if there is one seed."
     ]
     for kind, signs in ((GROUP, GROUP_SIGNS), (PAIRS, PAIRS_SIGNS)):
         own = [row for row in rows if row["kind"] == kind]
@@ -89,7 +89,7 @@ def _settings_table(rows: Sequence[Row]) -> str:
     for (_, settings), own in found.items():
         values: dict[str, Any] = dict(settings)
         ends = [[rates[0], max(rates), rates[-1]] for rates in ([rate for _, rate in row["curve"]] for row in own)]
-        cells = [str(estimate([one[i] for one in ends], 200)) for i in range(3)]
+        cells = [str(estimate([one[i] for one in ends], own[0]["puzzles"])) for i in range(3)]
         lines.append([*(f"{values.get(name, ''):g}" for name in names), *cells, f"{sum(map(broke, own))} of {len(own)}",
                       *_extremes(own)])  # fmt: skip
     shown = [
@@ -97,7 +97,8 @@ def _settings_table(rows: Sequence[Row]) -> str:
         "best",
         "end",
         "broke",
-        "largest KL",
+        "largest KL to the reference",
+        "largest KL to the old policy",
         "smallest effective sample size",
         "smallest chosen reward",
     ]
@@ -106,7 +107,8 @@ def _settings_table(rows: Sequence[Row]) -> str:
 
 def _extremes(rows: Sequence[Row]) -> list[str]:
     cells = []
-    for names, worst in ((("kl", "diffusion/kl_to_old"), max), (("diffusion/effective_sample_size",), min),
+    for names, worst in ((("kl",), max),
+        (("diffusion/kl_to_old",), max), (("diffusion/effective_sample_size",), min),
                          (("rewards/chosen",), min)):  # fmt: skip
         values = []
         for row in rows:
@@ -131,6 +133,7 @@ def _signs_table(rows: Sequence[Row], signs: Sequence[Sign]) -> str:
 
 
 def _fall(row: Row) -> int:
-    """The update at which the solve rate of a run was first measured lower than it had been."""
-    best = last_good_update(row)
-    return next((update for update, _ in row["curve"] if update > best), row["curve"][-1][0])
+    """The update at which the solve rate of a run was first measured far below its best."""
+    best, highest = last_good_update(row), max(rate for _, rate in row["curve"])
+    fallen = (update for update, rate in row["curve"] if update > best and rate < highest - DROP)
+    return next(fallen, row["curve"][-1][0])
