@@ -58,10 +58,17 @@ LONG = (
     "test_docs.py::test_python_runs_as_printed[docs/evaluation",
     "test_docs.py::test_python_runs_as_printed[docs/howto/",
     "test_docs.py::test_python_runs_as_printed[docs/quickstart",
+    "test_engine.py::test_processes_keep_pace",
+    "test_evaluate.py::test_three_ways_agree",
+    "test_gold.py::test_code_gold",
     "test_notebooks.py::test_notebooks_give_what_is_stored",
+    "test_plan.py::test_what_grows_with_what",
+    "test_preferences.py::test_gsm8k_pairs_in_every_format",
     "test_recipes.py::test_an_interrupted_run_of_two_processes",
     "test_train.py::test_an_interrupted_run_goes_on",
     "test_train.py::test_gsm8k_preferences_with_the_real_tokenizer",
+    "test_train.py::test_gsm8k_with_the_real_tokenizer",
+    "test_train.py::test_lora_and_a_file_of_puzzles",
 )
 # Files of which it runs the first case of each test only.
 LONG_CASES = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 
@@ -12,10 +13,16 @@ CLOSE = ("assert_close", "allclose", "isclose", "assert_allclose")  # of torch a
 CLOCKS = ("time", "monotonic", "perf_counter", "process_time")
 
 
+@cache
+def tree_of(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file. Three tests look at them."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def nodes() -> Iterator[tuple[str, ast.AST]]:
     """Everything in the source of the tests, each with its place."""
     for path in sorted(TESTS.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in tree_of(path):
             yield f"{path.relative_to(TESTS)}:{getattr(node, 'lineno', 0)}", node
 
 

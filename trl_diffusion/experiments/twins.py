@@ -155,7 +155,7 @@ def build_trainer(material: Material, twin: str, updates: int, directory: str | 
     if kind.attention is None:
         trainer = SFTTrainer(args=SFTConfig(**options, dataloader_pin_memory=False), **arguments)
     else:
-        # Two masks of a document score about as many tokens as the autoregressive twin does: all of its answer.
+        # Two masks of a document: with one, small twins learn far more slowly.
         masks: dict[str, Any] = {"num_masks": 2}
         if kind.corruption:
             masks |= {"weighting": "mean", "max_corruption": kind.corruption}
