@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import HANGS
 from trl_diffusion.commands import compare
 from trl_diffusion.experiments import queue
 from trl_diffusion.experiments.answers import scores_of
@@ -241,6 +242,14 @@ def test_a_whole_comparison(comparison, tmp_path, monkeypatch):
     assert (again / "report.md").read_text() == text
 
 
+def wait_until(happened):
+    end = time.monotonic() + HANGS
+    while not happened():
+        if time.monotonic() > end:
+            raise TimeoutError("it hangs")
+        time.sleep(0.1)
+
+
 @pytest.mark.long
 def test_the_command_is_killed_and_goes_on(tmp_path):
     """In processes of its own: killed after the first row, then run to its end. No row is made twice."""
@@ -248,17 +257,13 @@ def test_the_command_is_killed_and_goes_on(tmp_path):
     script.write_text(_COMMAND)
     words = [sys.executable, str(script), str(tmp_path / "out")]
     first = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 300
-    while not list((tmp_path / "out").glob("rows/*.json")):
-        assert first.poll() is None and time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: list((tmp_path / "out").glob("rows/*.json")) or first.poll() is not None)
+    assert first.poll() is None
     workers = children_of(first.pid)
     first.kill()  # it alone: its workers end by themselves
     first.wait()
     assert workers
-    while any(map(runs, workers)):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: not any(map(runs, workers)))
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("rows/*.json")}
     second = subprocess.run(words, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr

@@ -298,7 +298,7 @@ def test_backbones_load_alone(family, name):
     backbone = AutoModel.from_pretrained(path)
     assert type(backbone).__name__ == name
     ids = torch.arange(40)[None]
-    assert torch.equal(backbone(ids)[0], model.model(ids)[0])
+    assert_close(backbone(ids)[0], model.model(ids)[0])
 
 
 @pytest.mark.parametrize(
@@ -429,6 +429,25 @@ def test_specs_of_the_fixtures(family):
 def test_specs_of_the_published_vocabularies(config, mask, stops):
     spec = get_spec(config)
     assert (spec.mask_token_id, spec.stop_token_ids) == (mask, stops)
+
+
+@pytest.mark.parametrize("kind", [LLaDAMoEConfig, LLaDA2MoeConfig, ILLaDAConfig])
+@pytest.mark.parametrize("vocab_size", [151936, 157440])
+def test_another_vocabulary_has_another_mask_token(kind, vocab_size):
+    """Even if it has an entry with the published number."""
+    with pytest.raises(ValueError, match="does not say which token stands for"):
+        get_spec(kind(vocab_size=vocab_size))
+    assert get_spec(kind(vocab_size=vocab_size, mask_token_id=7)).mask_token_id == 7
+
+
+def test_a_block_size_in_the_config_counts(tmp_path):
+    """The published configs of LLaDA 2 have none."""
+    values = {**config_file(checkpoint("llada2")), "block_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = load_config(tmp_path)
+    assert get_spec(config).block_size == 8
+    config.save_pretrained(tmp_path / "again")
+    assert get_spec(load_config(tmp_path / "again")).block_size == config_file(tmp_path / "again")["block_size"] == 8
 
 
 def test_stored_fields_override_those_of_the_family():

@@ -98,6 +98,19 @@ def test_parts_of_experts_and_of_fused_matrices_are_named(tmp_path, family):
             AutoModelForCausalLM.from_pretrained(path)
 
 
+def test_without_names_the_reason_is_that_of_transformers(tmp_path):
+    """Weights that are not in files of safetensors are not looked through."""
+    weights = load_file(checkpoint("sdar_moe") / "model.safetensors")
+    weights.pop("model.layers.2.mlp.experts.5.up_proj.weight")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    shutil.copy(checkpoint("sdar_moe") / "config.json", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"do not make up those of \w+: .*conversion of the weights.*config.json"
+    ) as found:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "0 missing" not in str(found.value) and "\n" not in str(found.value)
+
+
 def test_a_long_list_is_cut(tmp_path):
     path = rewrite(
         checkpoint("sdar"), tmp_path, lambda weights: [weights.pop(name) for name in list(weights) if ".1." in name]

@@ -434,6 +434,8 @@ def test_what_a_config_does_not_say_is_asked_for(tmp_path):
     ) as refusal:
         resolve_spec(config, tokenizer=tokenizer)
     assert "\n" not in str(refusal.value)
+    with pytest.raises(ValueError, match="does not say where its blocks .*'block_origin': 'response'"):
+        resolve_spec(config, {"attention": "full"}, tokenizer)
     mdlm, bd3lm = (
         resolve_spec(config, given, tokenizer)
         for given in ({"attention": "full", "block_origin": "response"}, {"attention": "block"})

@@ -25,6 +25,7 @@ from trl_diffusion.commands import adapt, collect, evaluate, plan, sft, train
 from trl_diffusion.commands.collect import OPENING
 from trl_diffusion.decoding.options import OLD_NAMES
 from trl_diffusion.sft.config import is_refused as is_refused_for_sft
+from trl_diffusion.tasks.load import TASKS
 from trl_diffusion.trainer.config import is_refused
 
 
@@ -70,7 +71,7 @@ def test_help_names_every_command(capsys):
     text = says(capsys)
     assert text == says(capsys, "--help")
     assert re.findall(r"^    (\w+) +\w", text, re.MULTILINE) == [
-        "train", "sft", "adapt", "collect", "evaluate", "iterate", "generate", "plan", "view", "completion"
+        "train", "sft", "adapt", "collect", "evaluate", "iterate", "compare", "generate", "plan", "view", "completion"
     ]  # fmt: skip
     assert says(capsys, "--version").split() == ["trl-diffusion", __version__]
 
@@ -181,7 +182,7 @@ def test_options_are_not_abbreviated(words, message, capsys):
     ("words", "message"),
     [
         (["adapt", "--config", "lama"], "--config: there is no file lama, .*smollm2_word_sums"),
-        (["train", "--config", "lama"], "--config: there is no file lama, .*llada, llada_24gb"),
+        (["train", "--config", "lama"], "--config: there is no file lama, .*llada, llada2, .*llada_24gb"),
         (["plan", "x", "--config", "lama"], "--config: there is no file lama"),
         (["collect", "--accelerate_config", "zero4"], "--accelerate_config: there is no file zero4, .*zero2, zero3"),
         (["evaluate", "--num_processes", "two"], "--num_processes: must be a whole number of at least 1, got 'two'"),
@@ -232,7 +233,7 @@ def test_names_of_files(started, tmp_path, monkeypatch):
 def test_examples_are_commands(started, monkeypatch, capsys):
     """Those that the help shows and that start a recipe; the others run below."""
     examples = [shlex.split(line)[1:] for line in EXAMPLES.splitlines() if line.startswith("  trl-diffusion")]
-    assert {words[0] for words in examples} == {*OWN, "iterate", "generate", "plan", "view"}
+    assert {words[0] for words in examples} == {*OWN, "iterate", "compare", "generate", "plan", "view"}
     starting = [words for words in examples if words[0] in OWN]
     for words in starting:
         main(words)
@@ -290,14 +291,7 @@ def test_completion(capsys):
     assert {"--use_peft", "--use_cpu"} <= set(complete("train", "--use_")) and "--use_vllm" not in complete(
         "train", "--use_"
     )
-    assert complete("train", "--task", "") == [
-        "countdown",
-        "gsm8k",
-        "sparse_sudoku",
-        "sudoku",
-        "word_sums",
-        "preferences",
-    ]
+    assert complete("train", "--task", "") == [*sorted(TASKS), "preferences"]
     assert complete("plan", "x", "--config", "reci") == ["recipes"]
     assert "completion" in complete("")
 

@@ -265,7 +265,8 @@ def test_missing_files_and_tasks_are_named(tmp_path):
         load_task("sudoku", train_file=str(tmp_path / "nothing.csv"))
     with pytest.raises(
         ValueError,
-        match=r"Unknown task 'chess'; there are \['countdown', 'gsm8k', 'sparse_sudoku', 'sudoku', 'word_sums'\]",
+        match=r"Unknown task 'chess'; there are \['backward_chain', 'chain', 'countdown', 'game_tree', 'gsm8k', 'sparse_sudoku', "
+        r"'sudoku', 'sudoku_12', 'word_sums'\], reasoning_gym:NAME, and FILE.py:FUNCTION\.$",
     ):
         load_task("chess")
     with pytest.raises(ValueError, match="needs `--train_file`"):

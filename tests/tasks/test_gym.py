@@ -77,11 +77,23 @@ def test_a_verifier_that_runs_answers(reasoning_gym, tmp_path):
 
 def test_evaluation_questions_are_dropped(reasoning_gym):
     """A generator of few questions gives some of them for training and for evaluation, with any seeds."""
-    task = load_task("reasoning_gym:coin_flip+min_trials:3+max_trials:6", train_size=500, eval_size=10)
-    assert len(task.train) >= gym._FEWEST and not set(task.train["question"]) & set(task.evaluation["question"])
+    few = "reasoning_gym:coin_flip+min_trials:3+max_trials:6"
+    task = load_task(few, train_size=500, eval_size=10)
+    assert len(task.train) >= gym._FEWEST and len(task.evaluation) == 10
     assert len(set(task.train["question"])) == len(task.train)
-    with pytest.raises(ValueError, match=r"makes too few different questions: \d+ are measured, and \d+ are left"):
-        load_task("reasoning_gym:coin_flip+min_trials:3+max_trials:3", train_size=500, eval_size=500)
+    measured = load_task(few, train_size=16, eval_size=500, seed=1).evaluation["question"]
+    assert len(measured) > 10 and not set(task.train["question"]) & set(measured)
+    with pytest.raises(ValueError, match=r"makes too few different questions: \d+ are kept .*, and \d+ are left"):
+        load_task("reasoning_gym:coin_flip+min_trials:3+max_trials:3", train_size=500, eval_size=5)
+
+
+def test_no_question_that_may_be_measured_is_trained(reasoning_gym):
+    """However many are measured while training, and however many `evaluate` measures later."""
+    name = "reasoning_gym:chain_sum+min_terms:2+max_terms:2+min_digits:1+max_digits:2"
+    trained = load_task(name, train_size=2000, eval_size=5)
+    measured = load_task(name, train_size=16, eval_size=500, seed=1).evaluation["question"]
+    assert len(measured) == 500 and not set(trained.train["question"]) & set(measured)
+    assert trained.evaluation["question"][:] == measured[:5]
 
 
 @pytest.mark.parametrize(

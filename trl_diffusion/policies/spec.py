@@ -268,9 +268,9 @@ def get_spec(config: PretrainedConfig, overrides: Mapping[str, Any] | None = Non
             "`DTRPOConfig(diffusion_spec={'mask_token_id': ...})`; `resolve_mask_token(model.config, tokenizer)` "
             "reads it from the tokenizer."
         )
-    for name, what in getattr(config, "unsaid", {}).items():
-        if name not in values:
-            raise ValueError(f"The config of this `{config.model_type}` model does not say {what}")
+    left_open = config.left_open(values) if hasattr(config, "left_open") else {}
+    for what in left_open.values():
+        raise ValueError(f"The config of this `{config.model_type}` model does not say {what}")
     return DiffusionSpec.from_dict(values)
 
 

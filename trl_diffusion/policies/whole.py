@@ -48,9 +48,8 @@ def open_whole(load: Callable[..., Any], cls: type[PreTrainedModel], path: Any, 
         if "conversion of the weights" not in str(error):
             raise
         missing = _missing_parts(cls, path, options.get("config"))
-        raise ValueError(
-            f"The weights of {path} do not make up those of {cls.__name__}: {_named('missing', missing)}. {_ADVICE}"
-        ) from error
+        what = _named("missing", missing) if missing else " ".join(str(error).split()).rstrip(".!")
+        raise ValueError(f"The weights of {path} do not make up those of {cls.__name__}: {what}. {_ADVICE}") from error
     shapes = (
         f"{name} ({tuple(found)} instead of {tuple(wanted)})" for name, found, wanted in report["mismatched_keys"]
     )
@@ -109,7 +108,7 @@ def _named(what: str, names: Iterable[str]) -> str:
 
 
 def _missing_parts(cls: type[PreTrainedModel], path: Any, config: Any) -> list[str]:
-    """Names in the checkpoint's own format that a directory lacks; empty if there is no directory."""
+    """Names in the checkpoint's own format that a directory lacks; empty if it has no files of safetensors, or is a hub id."""
     saved: set[str] = set()
     for file in Path(path).glob("*.safetensors"):
         with safe_open(file, framework="pt") as content:

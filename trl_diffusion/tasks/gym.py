@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset
@@ -23,6 +24,7 @@ from .task import Task
 PREFIX = "reasoning_gym:"
 _SPELLING = f"{PREFIX}NAME+OPTION:VALUE+OPTION:VALUE"
 _KEPT = 2**31  # the seed of the first evaluation question; those of training are below
+_MOST_KEPT = 500  # questions that are kept for evaluation
 _FEWEST = 16  # training questions
 _OWN = ("seed", "size")  # options that are set here
 # Generators that go through sets of texts: their questions depend on how texts are hashed, which each process does in its own way.
@@ -34,8 +36,9 @@ def make_gym_task(
     text: str, train_file: str | None, eval_file: str | None, train_size: int, eval_size: int, seed: int
 ) -> Task:
     """
-    The questions of a generator, and its verifier. Each question has a seed of its own. The seeds of evaluation questions are always the
-    same ones, and no question for training has one of them. One that is an evaluation question nevertheless is dropped.
+    The questions of a generator, and its verifier. Each question has a seed of its own. The same 500 questions are always kept for
+    evaluation, however many of them are asked; of a generator of fewer, half of those that it makes. Training questions have other seeds. One
+    that is an evaluation question nevertheless is dropped.
 
     Args:
         text (`str`): `"reasoning_gym:NAME"`, perhaps with options, as `+name:value`.
@@ -57,15 +60,18 @@ def make_gym_task(
             "PYTHONHASHSEED to 0."
         )
     maker = _Maker(text, name, options)
-    evaluation = maker.make(eval_size, _KEPT, set())
-    if not evaluation:
+    kept = maker.make(_MOST_KEPT, _KEPT, set())
+    if not kept:
         raise ValueError(f"{text} makes no question. Give it other options.")
-    train = maker.make(train_size, derive_seed(seed, 0) % 2**30, set(evaluation))
+    if len(kept) < _MOST_KEPT:
+        kept = _first(kept, max(1, len(kept) // 2))
+    train = maker.make(train_size, derive_seed(seed, 0) % 2**30, kept)
     if len(train) < min(train_size, _FEWEST):
         raise ValueError(
-            f"{text} makes too few different questions: {len(evaluation)} are measured, and {len(train)} are left to train on. Give it "
-            "other options, or lower `--eval_size`."
+            f"{text} makes too few different questions: {len(kept)} are kept for evaluation, and {len(train)} are left to train on. "
+            "Give it other options."
         )
+    evaluation = _first(kept, eval_size)
     scorer, entries = GymScorer(name, options), {**evaluation, **train}
     reward, solved = GymReward(scorer, entries), GymReward(scorer, entries, whole=True)
 
@@ -73,6 +79,10 @@ def make_gym_task(
         return entries[row["question"]]["answer"]
 
     return Task(text, "questions", _rows(train), _rows(evaluation), [reward], solved, solution)
+
+
+def _first(entries: dict[str, dict[str, Any]], number: int) -> dict[str, dict[str, Any]]:
+    return dict(islice(entries.items(), number))
 
 
 def _rows(entries: dict[str, dict[str, Any]]) -> Dataset:
@@ -185,6 +195,6 @@ class _Maker:
         if not self.is_told and seconds > _SLOW:
             self.is_told = True
             warnings.warn(
-                f"{self.text} has made {done} of {number} questions in {seconds:.0f} seconds. `--train_size` and `--eval_size` say how "
-                "many are made."
+                f"{self.text} has made {done} of {number} questions in {seconds:.0f} seconds. `--train_size` says how many are "
+                f"made, beside the {_MOST_KEPT} that are kept for evaluation."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,6 +37,9 @@ class FamilyConfig(_Backbone):
     Class attributes:
         published_mask_id (`int`):
             Mask token of the published vocabulary. A config with another one has another vocabulary.
+        published_vocab_size (`int`, *optional*):
+            Entries of the published vocabulary, where its mask token is not the config's to say. A config with another number of
+            them has another vocabulary.
         published_stop_ids (`tuple[int, ...]`):
             Tokens at which the published models stop; none if the config names them all.
         mask_token (`str`, *optional*):
@@ -58,6 +62,7 @@ class FamilyConfig(_Backbone):
     """
 
     published_mask_id: ClassVar[int]
+    published_vocab_size: ClassVar[int | None] = None
     published_stop_ids: ClassVar[tuple[int, ...]] = ()
     mask_token: ClassVar[str | None] = None
     denoising: ClassVar[dict[str, Any]]
@@ -128,6 +133,10 @@ class FamilyConfig(_Backbone):
         found = {} if mask is None else {"mask_token_id": mask}
         return {**self.denoising, "stop_token_ids": stop_ids, "predicts_mask_token": True, **found}
 
+    def left_open(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """The entries of `unsaid` that the user has to give, if these fields are known."""
+        return {name: what for name, what in self.unsaid.items() if name not in values}
+
     def _mask_token_id(self) -> int | None:
         return self.mask_token_id
 
@@ -157,9 +166,9 @@ class FamilyConfig(_Backbone):
 
 def _mask_of(config: FamilyConfig) -> int | None:
     """The mask token, for a family whose configs do not name it: that of the published vocabulary."""
-    if config.mask_token_id is None and config.vocab_size > config.published_mask_id:
-        return config.published_mask_id
-    return config.mask_token_id
+    size = config.published_vocab_size
+    is_published = config.vocab_size > config.published_mask_id if size is None else config.vocab_size == size
+    return config.published_mask_id if config.mask_token_id is None and is_published else config.mask_token_id
 
 
 def _stock(config: type) -> str:
@@ -258,7 +267,7 @@ class ILLaDAConfig(FamilyConfig, LlamaConfig):
 
     model_type = "illada"
     published_mask_id = 5
-    published_vocab_size: ClassVar[int] = 155136
+    published_vocab_size = 155136
     published_stop_ids = ()
     backbone_options = {"layer_norm_eps": None}
     backbone_only = ("head_dim", "pretraining_tp")
@@ -267,9 +276,7 @@ class ILLaDAConfig(FamilyConfig, LlamaConfig):
     mask_token_id: int | None = None
 
     def _mask_token_id(self) -> int | None:
-        if self.mask_token_id is None and self.vocab_size == self.published_vocab_size:
-            return self.published_mask_id
-        return self.mask_token_id
+        return _mask_of(self)
 
 
 class DreamConfig(FamilyConfig, Qwen2Config):
@@ -325,7 +332,7 @@ class SDARConfig(FamilyConfig, Qwen3Config):
 
 
 class LLaDA2MoeConfig(FamilyConfig, Glm4MoeConfig):
-    """LLaDA 2.0 and 2.1 on a GLM-4-MoE backbone. Their config names neither the mask token nor the block size."""
+    """LLaDA 2.0 and 2.1 on a GLM-4-MoE backbone. Their published configs name neither the mask token nor the block size."""
 
     model_type = "llada2_moe"
     own_names = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
@@ -343,6 +350,7 @@ class LLaDA2MoeConfig(FamilyConfig, Glm4MoeConfig):
     }
     backbone_only = ("attention_bias", "num_nextn_predict_layers")
     published_mask_id = 156895
+    published_vocab_size = 157184
     published_stop_ids = (156892,)
     denoising = {"attention": "block", "block_size": 32, "block_origin": "sequence"}
 
@@ -360,6 +368,10 @@ class LLaDA2MoeConfig(FamilyConfig, Glm4MoeConfig):
                 f"{self.num_experts_per_tok}`: only the normalised weights of two or more experts can be loaded."
             )
         super().__post_init__(**kwargs)
+
+    def spec_fields(self) -> dict[str, Any]:
+        size = getattr(self, "block_size", None)
+        return {**super().spec_fields(), **({} if size is None else {"block_size": size})}
 
     def _mask_token_id(self) -> int | None:
         return _mask_of(self)
@@ -417,6 +429,7 @@ class LLaDAMoEConfig(FamilyConfig, Qwen3MoeConfig):
     }
     backbone_only = ("decoder_sparse_step", "mlp_only_layers")
     published_mask_id = 156895
+    published_vocab_size = 157184
     published_stop_ids = (156892,)
     denoising = LLaDAConfig.denoising
 
