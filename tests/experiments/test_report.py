@@ -1,6 +1,7 @@
 """What a report says, from rows that were made up."""
 
 import json
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -17,6 +18,9 @@ from trl_diffusion.experiments.report import (
     write_report,
 )
 from trl_diffusion.utils import half_width
+
+
+STUDIES = Path(__file__).resolve().parents[2] / "benchmarks" / "studies"
 
 
 def point(temperature, settings, solved, passes, **more):
@@ -151,3 +155,13 @@ def test_rows_of_the_other_studies_are_reported(tmp_path):
     path.write_text(json.dumps(row) + "\n")
     assert write_report(read_rows(path), tmp_path) == ["report.md", "rows.jsonl"]
     assert "| 0 | 10.0 ± " in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in STUDIES.iterdir() if path.is_dir()))
+def test_the_report_that_is_kept_is_that_of_its_rows(name, tmp_path):
+    """In the repository are the rows of what was run, and what one command makes of them."""
+    pytest.importorskip("matplotlib", reason="needs the extra `viz`")
+    write_report(read_rows(STUDIES / name / "rows.jsonl"), tmp_path)
+    assert (tmp_path / "report.md").read_text() == (STUDIES / name / "report.md").read_text()
+    for picture in tmp_path.glob("*.png"):
+        assert (STUDIES / name / picture.name).is_file()
