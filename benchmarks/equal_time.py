@@ -49,7 +49,7 @@ from trl_diffusion import (
 from trl_diffusion.policies.policy import open_policy
 from trl_diffusion.sft.best import best_responses
 from trl_diffusion.tasks import Task, load_task
-from trl_diffusion.utils import write_text
+from trl_diffusion.utils import half_width, write_text
 from trl_diffusion.viz.colours import CURVES, css
 
 
@@ -70,7 +70,6 @@ RUNS = {
 REJECTION = {"rejection": 1, "rejection_4": 4}  # rounds
 COLLECTING = 0.8  # share of the time
 LEARNING_RATE, BATCH_SIZE = 6e-4, 512
-STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # 97.5 % quantile, by number of seeds
 
 
 class Clock(TrainerCallback):
@@ -210,7 +209,7 @@ def interval(values: list[float]) -> str:
     mean = 100 * statistics.mean(values)
     if len(values) < 2:
         return f"{mean:.1f}"
-    half = 100 * STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    half = 100 * half_width(values)
     return f"{mean:.1f} +- {half:.1f}"
 
 

@@ -34,7 +34,7 @@ from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, tin
 from trl_diffusion.rewards import sudoku
 from trl_diffusion.seeds import derive_seed
 from trl_diffusion.tasks import load_task
-from trl_diffusion.utils import write_text
+from trl_diffusion.utils import half_width, write_text
 
 
 LENGTH = 17
@@ -62,7 +62,6 @@ ARMS = {
     "random": {"revision": "random", "fill_share": 1.0},
     "revising policy that does not revise": {},
 }
-STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile, by number of seeds
 
 
 def policy_of(arm: str) -> str:
@@ -171,7 +170,7 @@ def table(found: dict[str, list[dict]], temperature: float) -> str:
             rates = [row["solved"] for row in rows]
             mean, half = statistics.mean(rates), binomial(rates[0])
             if len(rates) > 1:
-                half = STUDENT[len(rates)] * statistics.stdev(rates) / len(rates) ** 0.5
+                half = half_width(rates)
             needed = statistics.mean(row["passes"] for row in rows)
             cells.append(
                 f"{100 * mean:.1f} +- {100 * half:.1f}" + (f" ({needed:.1f})" if needed < passes - 0.05 else "")

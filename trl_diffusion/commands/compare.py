@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     hush_commands()
-    typed = " ".join([PROG, "compare", *(sys.argv[1:] if arguments is None else arguments)])
+    typed = shlex.join([PROG, "compare", *(sys.argv[1:] if arguments is None else arguments)])
     with ending_in_a_line(lambda: f"The runs that are done are kept. To go on: {typed}"):
         return exit_code(lambda: _run(options))
 

@@ -54,18 +54,16 @@ _COMPUTING = {
     "gradient_checkpointing": "save memory by computing activations twice",
     "seed": "source of randomness",
 }
+_OWN_ROWS = dict.fromkeys(
+    ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "reward_funcs", "system_prompt")
+)
 
 TRAIN: Groups = {
     "task and data": {
         "task": None,
         "train_file": "rows to train on, .csv, .jsonl or .json",
         "eval_file": None,
-        "dataset_name": None,
-        "dataset_config": None,
-        "dataset_train_split": None,
-        "dataset_test_split": None,
-        "reward_funcs": None,
-        "system_prompt": None,
+        **_OWN_ROWS,
         "trajectories": None,
         "train_size": None,
         "eval_size": None,
@@ -182,12 +180,7 @@ COLLECT: Groups = {
         "task": None,
         "train_file": "rows to train on, .csv, .jsonl or .json",
         "eval_file": None,
-        "dataset_name": None,
-        "dataset_config": None,
-        "dataset_train_split": None,
-        "dataset_test_split": None,
-        "reward_funcs": None,
-        "system_prompt": None,
+        **_OWN_ROWS,
         "train_size": None,
         "eval_size": None,
     },
@@ -200,12 +193,7 @@ EVALUATE: Groups = {
     "what is measured": {
         "tasks": None,
         "data_dir": None,
-        "dataset_name": None,
-        "dataset_config": None,
-        "dataset_train_split": None,
-        "dataset_test_split": None,
-        "reward_funcs": None,
-        "system_prompt": None,
+        **_OWN_ROWS,
         "train_file": None,
         "eval_file": None,
         "limit": None,

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ..decoding.decode import decode
+from ..decoding.generate import generate
 from ..metrics.pass_at_k import pass_at_k
 from ..seeds import derive_seed
 from ..tasks import Task
@@ -58,30 +58,26 @@ def answer(model: nn.Module, material: Material, arm: Arm, rows: Dataset, temper
         seed (`int`): of the random numbers. The global random state stays as it was.
         settings: settings of [`DecodingConfig`], over those of the arm.
     """
-    started, tokenizer = time.process_time(), material.tokenizer
-    ids = tokenizer(list(rows["prompt"]))["input_ids"]
-    was_training = model.training
-    model.eval()
+    started, tokenizer, prompts = time.process_time(), material.tokenizer, list(rows["prompt"])
     if arm.is_causal:
-        tokens = _continue(model, tokenizer, ids, material.length, temperature, seed)
-        passes = fmean(map(len, tokens))
+        tokens = _continue(model, tokenizer, tokenizer(prompts)["input_ids"], material.length, temperature, seed)
+        texts, passes = tokenizer.batch_decode(tokens, skip_special_tokens=True), fmean(map(len, tokens))
     else:
         count = [0]
 
         def on_step(loop) -> None:
             count[0] += len(loop.active_lanes())
 
-        seeds = [derive_seed(seed, row) for row in range(len(ids))]
-        batch = decode(model, ids, arm.config(material.length, temperature, **settings), seeds=seeds, on_step=on_step)
-        tokens, passes = batch.completions(), count[0] / len(ids)
-    model.train(was_training)
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        config = arm.config(material.length, temperature, **settings)
+        found = generate(model, tokenizer, prompts, config, seed=seed, streamer=on_step)
+        tokens, texts, passes = found.trajectories.completions(), found.texts, count[0] / len(prompts)
     return Answers(texts, passes, fmean(map(len, tokens)), time.process_time() - started)
 
 
 def _continue(model, tokenizer, ids: list[list[int]], length: int, temperature: float, seed: int) -> list[list[int]]:
     """Completions of an autoregressive model with their stop tokens, in batches and with a key-value cache."""
-    found = []
+    found, was_training = [], model.training
+    model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed))
         for first in range(0, len(ids), ROWS):
@@ -96,6 +92,7 @@ def _continue(model, tokenizer, ids: list[list[int]], length: int, temperature: 
             for row in output[:, batch["input_ids"].shape[1] :].tolist():
                 end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
                 found.append(row[:end])
+    model.train(was_training)
     return found
 
 
@@ -115,11 +112,9 @@ def points(arm: Arm, length: int) -> list[dict[str, Any]]:
     if arm.is_causal:
         return [{}]
     size = BLOCK if TWINS[arm.twin].attention == "block" else length
-    own = arm.schedule(length)["steps_per_block"]
-    steps = {1, 2, 3, 4, 6, 8, 12, size, own}
-    fixed = [
-        {"steps_per_block": one} for one in sorted(steps) if one <= size and (one in (own, size) or one > arm.revises)
-    ]
+    own, fewest = arm.schedule(length)["steps_per_block"], 2 if arm.revises else 1
+    steps = {size, own, *(one for one in (1, 2, 3, 4, 6, 8, 12) if fewest <= one <= size)}
+    fixed = [{"steps_per_block": one} for one in sorted(steps)]
     if arm.decoding:
         return fixed
     return fixed + [{"strategy": "threshold", "threshold": threshold} for threshold in THRESHOLDS]

@@ -128,14 +128,15 @@ def reinforce(material: Material, arm: Arm, directory: Path, learning_rate: floa
         `dict`: what was measured, the reward of each update, and the core seconds after it.
     """
     seed, at = material.seed, [arm.schedule(material.length)]
+    twin = load_small(directory)
     row: dict[str, Any] = {
         "training": at[0],
         "length": material.length,
         "puzzles": len(material.whole.evaluation),
-        "before": measure(load_small(directory), material, arm, seed, at),
+        "before": measure(twin, material, arm, seed, at),
         "marks": [],
     }
-    row["before_pass_at_k"] = sampled(load_small(directory), material, arm, seed)
+    row["before_pass_at_k"] = sampled(twin, material, arm, seed)
 
     def reached(name: str, step: int, trainer: GRPOTrainer) -> None:
         model, whole = cast(PreTrainedModel, trainer.model), name == "updates"

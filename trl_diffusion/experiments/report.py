@@ -297,14 +297,9 @@ def samples_table(results: Results, task: str) -> str:
         rows = results.runs.get((task, arm), [])
         if rows:
             sizes = sorted(rows[0]["pass_at_k"], key=int)
-            lines.append([arm, *(estimate([row[when][k] for row in rows], row_puzzles(rows)) for k in sizes
+            lines.append([arm, *(estimate([row[when][k] for row in rows], rows[0]["puzzles"]) for k in sizes
                                  for when in ("before_pass_at_k", "pass_at_k"))])  # fmt: skip
     return table(["arm", *(f"pass@{k} {when}" for k in sizes for when in ("before", "after"))], lines)
-
-
-def row_puzzles(rows: list[Row]) -> int:
-    """Puzzles that each run was measured on."""
-    return rows[0]["puzzles"]
 
 
 def learning_rates_table(results: Results) -> str:

@@ -186,9 +186,7 @@ def updates_of(material: Material, twin: str) -> int:
     if material.sizes.equal == "tokens" or twin == "autoregressive":
         return updates
     with tempfile.TemporaryDirectory() as directory:
-        costs = [
-            flops_of_update(build_trainer(material, name, updates, directory)) for name in ("autoregressive", twin)
-        ]
+        costs = [flops_of_update(build_trainer(material, name, 1, directory)) for name in ("autoregressive", twin)]
     return max(round(updates * costs[0] / costs[1]), 1)
 
 
@@ -206,7 +204,7 @@ def pretrain(material: Material, twin: str, directory: Path) -> dict[str, Any]:
     """
     updates = updates_of(material, twin)
     with tempfile.TemporaryDirectory() as scratch:
-        flops = flops_of_update(build_trainer(material, twin, updates, scratch))
+        flops = flops_of_update(build_trainer(material, twin, 1, scratch))
         trainer = build_trainer(material, twin, updates, scratch)
         started = time.process_time()
         trainer.train()

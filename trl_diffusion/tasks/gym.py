@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import time
 import warnings
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from itertools import islice
+from types import ModuleType
 from typing import Any
 
 from datasets import Dataset
@@ -138,15 +140,23 @@ def _as(default: Any, value: Any, what: str) -> Any:
     return type(default)(value) if isinstance(default, tuple) else value
 
 
+class _OwnRandom(random.Random):
+    """Stands for the module `random` with a state of its own."""
+
+    Random = random.Random
+
+
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Inside, the random state of Python has this seed, since a few generators use it. Afterwards it is what it was."""
-    state = random.getstate()
-    random.seed(seed)
+def _seeded(modules: list[ModuleType], seed: int) -> Iterator[None]:
+    """Inside, the module `random` of these modules is one with a seed, since a few generators call its functions."""
+    own = _OwnRandom(seed)
     try:
+        for module in modules:
+            vars(module)["random"] = own
         yield
     finally:
-        random.setstate(state)
+        for module in modules:
+            vars(module)["random"] = random
 
 
 class _Maker:
@@ -177,12 +187,14 @@ class _Maker:
     def _entries(self, most: int, seed: int, size: int) -> Iterator[dict[str, Any]]:
         from reasoning_gym import create_dataset
 
+        own = (module for name, module in sys.modules.items() if name.startswith("reasoning_gym."))
+        users = [module for module in own if vars(module).get("random") is random]
         for first in range(0, most, size):
             try:
-                with _seeded(seed + first):
+                with _seeded(users, seed + first):
                     dataset = create_dataset(self.name, seed=seed + first, size=size, **self.options)
                 for number in range(min(size, most - first)):
-                    with _seeded(seed + first + number):
+                    with _seeded(users, seed + first + number):
                         entry = dict(dataset[number])
                     if not isinstance(entry.get("question"), str) or not entry["question"].strip():
                         raise ValueError(f"question {number} is no text")
