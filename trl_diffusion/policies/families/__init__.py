@@ -8,8 +8,8 @@ parallelism are those of transformers. `import trl_diffusion` registers them wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -54,68 +54,53 @@ if TYPE_CHECKING:
 
     from .configs import FamilyConfig
 
+    Conversion: TypeAlias = WeightConverter | WeightRenaming
+
 
 # Config, and what `AutoModel` and `AutoModelForCausalLM` give for it (as in the families' own `auto_map`).
-FAMILIES: dict[str, tuple[type[FamilyConfig], type[PreTrainedModel], type[PreTrainedModel]]] = {
-    "LLaDA": (LLaDAConfig, LLaDAModelLM, LLaDAModelLM),
-    "iLLaDA": (ILLaDAConfig, ILLaDAForCausalLM, ILLaDAForCausalLM),
-    "Dream": (DreamConfig, DreamModel, DreamModel),
-    "Fast-dLLM v2": (Fast_dLLM_QwenConfig, Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM),
-    "SDAR": (SDARConfig, SDARModel, SDARForCausalLM),
-    "SDAR-MoE": (SDARMoeConfig, SDARMoeModel, SDARMoeForCausalLM),
-    "LLaDA-MoE": (LLaDAMoEConfig, LLaDAMoEModelLM, LLaDAMoEModelLM),
-    "LLaDA 2": (LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM),
-}
-
-
-def register() -> None:
-    """Tells transformers' auto classes about the families, and its loading and saving about their weight names."""
-    for config, model, causal_lm in FAMILIES.values():
-        _announce(config, model, causal_lm)
-    AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)
-    experts: list[WeightConverter | WeightRenaming] = get_checkpoint_conversion_mapping(
-        "qwen2_moe"
-    )  # one by one on disk
-    names: dict[str, list[WeightConverter | WeightRenaming]] = {
-        LLaDAConfig.model_type: [
-            WeightRenaming(rf"^model\.transformer\.{theirs}", ours) for theirs, ours in LLADA_NAMES.items()
-        ],
-        SDARMoeConfig.model_type: experts,
-        LLaDAMoEConfig.model_type: experts,
-        LLaDA2MoeConfig.model_type: [*LLADA2_NAMES, *experts],
-    }
-    for model_type, converters in names.items():
-        register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)
-
-
-def _announce(config: type[FamilyConfig], model: type[PreTrainedModel], causal_lm: type[PreTrainedModel]) -> None:
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(config, model, exist_ok=True)
-    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+FAMILIES: dict[str, tuple[type[FamilyConfig], type[PreTrainedModel], type[PreTrainedModel]]] = {}
 
 
 def add_family(
-    name: str, config: type[FamilyConfig], model: type[PreTrainedModel], names: Mapping[str, str] | None = None
+    name: str,
+    config: type[FamilyConfig],
+    model: type[PreTrainedModel],
+    names: Mapping[str, str] | Sequence[Conversion] = (),
+    base_model: type[PreTrainedModel] | None = None,
 ) -> None:
     """
-    Adds a family: its checkpoints then load and save in their own format, and can be trained.
+    Adds a family: transformers' auto classes know it, its checkpoints load and save in their own format, and can be trained.
 
     Args:
         name (`str`): what the family is called in messages.
         config (`type[FamilyConfig]`): its config.
         model (`type[PreTrainedModel]`): its model, made of [`OwnAttention`] and a backbone of transformers. It has the name of the
             published class, since this name is saved.
-        names (`Mapping[str, str]`, *optional*): for each name of weights that is not the backbone's, as a regular expression,
-            the backbone's.
+        names (`Mapping[str, str]` or `Sequence`, *optional*): for each name of weights that is not the backbone's, as a regular
+            expression, the backbone's. Or transformers' conversions, where weights are put together or divided.
+        base_model (`type[PreTrainedModel]`, *optional*): what `AutoModel` gives. Defaults to `model`.
     """
-    FAMILIES[name] = (config, model, model)
-    _announce(config, model, model)
+    FAMILIES[name] = (config, base_model or model, model)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, base_model or model, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
     if names:
-        renamed: list[WeightConverter | WeightRenaming] = [WeightRenaming(*pair) for pair in names.items()]
-        register_checkpoint_conversion_mapping(config.model_type, renamed, overwrite=True)
+        renamed = [WeightRenaming(*pair) for pair in names.items()] if isinstance(names, Mapping) else names
+        register_checkpoint_conversion_mapping(config.model_type, [*renamed], overwrite=True)
 
 
-register()
+EXPERTS: list[Conversion] = get_checkpoint_conversion_mapping("qwen2_moe")  # one by one on disk
+add_family(
+    "LLaDA", LLaDAConfig, LLaDAModelLM, {rf"^model\.transformer\.{theirs}": o for theirs, o in LLADA_NAMES.items()}
+)
+add_family("iLLaDA", ILLaDAConfig, ILLaDAForCausalLM)
+add_family("Dream", DreamConfig, DreamModel)
+AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)
+add_family("Fast-dLLM v2", Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM, base_model=Fast_dLLM_QwenModel)
+add_family("SDAR", SDARConfig, SDARForCausalLM, base_model=SDARModel)
+add_family("SDAR-MoE", SDARMoeConfig, SDARMoeForCausalLM, EXPERTS, SDARMoeModel)
+add_family("LLaDA-MoE", LLaDAMoEConfig, LLaDAMoEModelLM, EXPERTS)
+add_family("LLaDA 2", LLaDA2MoeConfig, LLaDA2MoeModelLM, [*LLADA2_NAMES, *EXPERTS], LLaDA2MoeModel)
 add_family("Nemotron-Labs-Diffusion", NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel, NEMOTRON_NAMES)
 add_family("dllm A2D Qwen2", A2DQwen2Config, A2DQwen2LMHeadModel)
 add_family("dllm A2D Qwen3", A2DQwen3Config, A2DQwen3LMHeadModel)
