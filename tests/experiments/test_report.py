@@ -165,3 +165,13 @@ def test_the_report_that_is_kept_is_that_of_its_rows(name, tmp_path):
     assert (tmp_path / "report.md").read_text() == (STUDIES / name / "report.md").read_text()
     for picture in tmp_path.glob("*.png"):
         assert (STUDIES / name / picture.name).is_file()
+
+
+def test_every_way_of_an_arm_has_its_colour():
+    """Also where the name of one arm begins as that of another: `full, revising only when measured` is the arm `full`."""
+    pictures = pytest.importorskip("trl_diffusion.experiments.pictures", reason="needs the extra `viz`")
+    results = Results([run("full", 0, 0.5), run("full, revising", 0, 0.5)])
+    styles = {name: pictures._style(results, name)["color"] for name in
+              ("full", "full, adaptive", "full, revising only when measured", "full, revising")}  # fmt: skip
+    assert styles["full"] == styles["full, adaptive"] == styles["full, revising only when measured"]
+    assert styles["full"] != styles["full, revising"]

@@ -10,7 +10,7 @@ from typing import Any
 from ..viz.colours import CURVES, css
 from ..viz.plots import MARKERS, new_figure, save
 from .queue import Row
-from .report import AFTERWARDS, Results, curves
+from .report import ADAPTIVE, AFTERWARDS, Results, curves
 from .scaling import collect, fit, log_odds
 
 
@@ -36,9 +36,8 @@ def draw(results: Results, directory: Path) -> list[str]:
 
 def _style(results: Results, name: str) -> dict[str, Any]:
     """Colour and marker of an arm; dashes for adaptive unmasking, dots for revision only when measured."""
-    arm = max((arm for arm in results.arms if name.startswith(arm)), key=len)
-    index = results.arms.index(arm)
-    line = ":" if name.endswith(AFTERWARDS) else "--" if name.endswith(", adaptive") else "-"
+    index = results.arms.index(name.removesuffix(AFTERWARDS).removesuffix(ADAPTIVE))
+    line = ":" if name.endswith(AFTERWARDS) else "--" if name.endswith(ADAPTIVE) else "-"
     return {
         "color": css(CURVES[index % len(CURVES)]),
         "marker": MARKERS[index % len(MARKERS)],
@@ -54,9 +53,13 @@ def _draw_passes(results: Results, path: Path) -> str:
     for task, line in zip(results.tasks, grid, strict=True):
         for temperature, axes in zip((0.0, 1.0), line, strict=True):
             for name, curve in curves(results, task, temperature).items():
-                means, halves = [one.mean for one in curve.values()], [one.half for one in curve.values()]
+                means = [one.mean for one in curve.values()]
+                ends = [
+                    [min(one.half, one.mean) for one in curve.values()],
+                    [min(one.half, 1 - one.mean) for one in curve.values()],
+                ]
                 handles[name] = axes.errorbar(
-                    list(curve), means, halves, capsize=2, ms=4, linewidth=1.3, **_style(results, name)
+                    list(curve), means, ends, capsize=2, ms=4, linewidth=1.3, elinewidth=0.6, **_style(results, name)
                 )
             axes.set_title(f"{task}, temperature {temperature:g}", fontsize=9)
             axes.set_xlabel("forward passes, at most", fontsize=8)
@@ -69,8 +72,10 @@ def _draw_passes(results: Results, path: Path) -> str:
 
 
 def _draw_rewards(results: Results, path: Path) -> str:
-    figure = new_figure(PANEL[0] * 2, PANEL[1] * -(-len(results.tasks) // 2) + 0.8)
-    grid = figure.subplots(-(-len(results.tasks) // 2), 2, squeeze=False)
+    columns = min(2, len(results.tasks))
+    lines = -(-len(results.tasks) // columns)
+    figure = new_figure(PANEL[0] * 2, PANEL[1] * lines + 0.8)
+    grid = figure.subplots(lines, columns, squeeze=False)
     handles: dict[str, Any] = {}
     for axes in grid.flat[len(results.tasks) :]:
         axes.set_visible(False)

@@ -19,7 +19,7 @@ from .queue import ROWS, TABLE, Row
 MEASURED = ("before", "updates", "seconds")
 _KEYS = ("kind", "seed", "plan")
 _OF_COMPARISONS = ("variant", "task", "what")
-AFTERWARDS = ", revising only when measured"
+AFTERWARDS, ADAPTIVE = ", revising only when measured", ", adaptive"
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -261,7 +261,7 @@ def curves(results: Results, task: str, temperature: float) -> dict[str, dict[in
         rows = results.runs.get((task, arm), [])
         if not rows:
             continue
-        for name, when, adaptive in ((arm, "updates", False), (f"{arm}, adaptive", "updates", True),
+        for name, when, adaptive in ((arm, "updates", False), (arm + ADAPTIVE, "updates", True),
                                      (arm + AFTERWARDS, "revision_at_test", False)):  # fmt: skip
             measured = [points_of(row, when) for row in rows if when in row]
             if not measured:
