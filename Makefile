@@ -12,11 +12,12 @@ help: ## Shows this list.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[deepspeed,docs,eval,quantization,test,viz]"
+	@# Warnings of build tools and of other packages' code say nothing about this one.
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[deepspeed,docs,eval,quantization,test,viz]"
 	@# 42 MB. One of the packages is built from C: where there is no compiler, its tests are skipped.
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[tasks]" || echo "reasoning-gym was not installed."
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt reasoning-gym || echo "reasoning-gym was not installed."
 	@# Byte code, on all cores. Some packages ship files that are not for this Python, which counts as a failure there.
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	PYTHONWARNINGS=ignore $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 train: $(BIN)/.installed ## Trains the embedded policy on 4x4 sudoku and shows what it gained. ARGS="..." for options.
