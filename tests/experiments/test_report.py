@@ -6,6 +6,7 @@ from statistics import fmean
 
 import pytest
 
+from trl_diffusion.experiments.comparison import at_training
 from trl_diffusion.experiments.report import (
     Results,
     curves,
@@ -175,3 +176,9 @@ def test_every_way_of_an_arm_has_its_colour():
               ("full", "full, adaptive", "full, revising only when measured", "full, revising")}  # fmt: skip
     assert styles["full"] == styles["full, adaptive"] == styles["full, revising only when measured"]
     assert styles["full"] != styles["full, revising"]
+
+
+def test_what_is_compared_before_and_after_has_the_settings_of_training():
+    points = [point(1.0, {"steps_per_block": 9}, 0.9, 9.0), point(0.0, {"steps_per_block": 5}, 0.3, 5.0),
+              point(1.0, {"steps_per_block": 5}, 0.2, 5.0)]  # fmt: skip
+    assert at_training(points, {"steps_per_block": 5}, 1.0)["solved"] == 0.2

@@ -35,6 +35,7 @@ from ..experiments.scaling import scaling
 from ..experiments.settings import EQUAL, Sizes
 from ..experiments.updates import Updates
 from ..fields import check_at_least
+from ..links import link
 from ..quiet import hush_commands
 from ..utils import check_writable, exit_code
 from .interrupt import ending_in_a_line
@@ -81,7 +82,7 @@ def _run(options: argparse.Namespace) -> None:
     rows = read_rows(options.rows or directory)
     names = write_report(rows, directory)
     print(Path(directory, "report.md").read_text(encoding="utf-8"))
-    print(f"{directory} has {', '.join(names)}.")
+    print(f"{directory} has {', '.join(names)}. What it means: {link('docs/experiments.md')}")
     if options.json:
         print(json.dumps({"rows": rows}))
 

@@ -173,7 +173,7 @@ class Comparison:
         material = Material(job.task, job.seed, self.variants[job.variant])
         if job.kind == PRETRAIN:
             row = pretrain(material, job.what, directory / POLICIES / job.name)
-            return row, f"loss {row['loss']:.3f} after {row['seconds']:.0f} s"
+            return row, f"mean loss {row['loss']:.3f}, {row['seconds']:.0f} s"
         arm = ARMS[job.what]
         twin = directory / POLICIES / self.needs(job)[0].name
         if not twin.is_dir():  # its row came from elsewhere
@@ -184,7 +184,10 @@ class Comparison:
             return row, f"{row['validation']:.1%}"
         rate = self.learning_rate(job, directory)
         row = {**reinforce(material, arm, twin, rate), "learning_rate": rate}
-        return row, f"{_best(row['before'])} -> {_best(row['updates']['points'])}"
+        solved = [
+            at_training(points, row["training"], 1.0)["solved"] for points in (row["before"], row["updates"]["points"])
+        ]
+        return row, "{:.1%} -> {:.1%}".format(*solved)
 
 
 def _pretrain_again(material: Material, twin: str, directory: Path) -> None:
@@ -199,6 +202,6 @@ def _pretrain_again(material: Material, twin: str, directory: Path) -> None:
         shutil.rmtree(own)
 
 
-def _best(points: list[Row]) -> str:
-    """The best solve rate at temperature 1, for a line of the queue."""
-    return f"{max(point['solved'] for point in points if point['temperature'] == 1):.1%}"
+def at_training(points: list[Row], training: dict[str, Any], temperature: float) -> Row:
+    """Of what was measured, the point at a temperature and the settings of training."""
+    return next(point for point in points if point["temperature"] == temperature and point["settings"] == training)

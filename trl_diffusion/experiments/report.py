@@ -12,7 +12,7 @@ from typing import Any
 
 from ..utils import half_width, read_text, wilson, write_text
 from .arms import ARMS, TOKENS_PER_PASS
-from .comparison import CHOOSE, PRETRAIN, REINFORCE
+from .comparison import CHOOSE, PRETRAIN, REINFORCE, at_training
 from .queue import ROWS, TABLE, Row
 
 
@@ -129,8 +129,7 @@ class Results:
         """By seed, what was measured at the settings of training. `when`: one of `MEASURED`."""
         found = {}
         for row in self.runs.get((task, arm), []):
-            points = [point for point in points_of(row, when) if point["temperature"] == temperature]
-            found[row["seed"]] = at_settings(points, row["training"])
+            found[row["seed"]] = at_training(points_of(row, when), row["training"], temperature)
         return found
 
     def one_token_a_pass(self, task: str, arm: str, temperature: float) -> dict[int, Row]:
@@ -151,11 +150,6 @@ def _slowest(points: list[Row]) -> Row:
 def points_of(row: Row, when: str) -> list[Row]:
     """What a run measured at one time."""
     return row[when] if when in ("before", "revision_at_test") else row[when]["points"]
-
-
-def at_settings(points: list[Row], settings: dict[str, Any]) -> Row:
-    """The point with these settings."""
-    return next(point for point in points if point["settings"] == settings)
 
 
 def within(points: list[Row], temperature: float, passes: float, adaptive: bool) -> Row | None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from ..utils import student
-from .comparison import PRETRAIN, REINFORCE, Comparison
+from .comparison import PRETRAIN, REINFORCE, Comparison, at_training
 from .queue import Row
-from .report import at_settings, estimate, table
+from .report import estimate, table
 from .settings import Sizes
 
 
@@ -102,8 +102,7 @@ def collect(rows: Sequence[Row]) -> Curve:
         number = parameters[row["variant"], row["task"]]
         before = {"updates": 0, "points": row["before"]}
         for one in (before, *row["marks"], row["updates"]):
-            points = [point for point in one["points"] if point["temperature"] == 1]
-            solved = at_settings(points, row["training"])["solved"]
+            solved = at_training(one["points"], row["training"], 1.0)["solved"]
             found[row["task"], row["what"], share, one["updates"]].append((number, solved, row["puzzles"]))
     return found
 
