@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import random
+import sys
 
+import numpy as np
 import pytest
 
 from trl_diffusion.rewards.gym import GymLimits, GymReward, GymScorer, runs_answers
@@ -48,15 +50,20 @@ def test_mini_sudoku(reasoning_gym):
     assert task.documents(task.evaluation)[0]["completion"] == [{"role": "assistant", "content": right[0]}]
 
 
-@pytest.mark.parametrize("name", ["chain_sum", "list_functions"])  # which uses the random state of Python
-def test_the_seed_is_that_of_training(reasoning_gym, name):
-    state = random.getstate()
+# list_functions uses the random state of Python, in a module that it imports late; pool_matrix seeds that of NumPy.
+@pytest.mark.parametrize("name", ["chain_sum", "list_functions", "pool_matrix"])
+def test_the_seed_is_that_of_training(reasoning_gym, monkeypatch, name):
+    late = "reasoning_gym.induction.list_functions.generators"
+    monkeypatch.delitem(sys.modules, late, raising=False)
+    monkeypatch.delattr("reasoning_gym.induction.list_functions.generators", raising=False)
+    state, of_numpy = random.getstate(), np.random.get_state()[1].tolist()
     one, same, other = (
         load_task(f"reasoning_gym:{name}", train_size=30, eval_size=5, seed=seed) for seed in (1, 1, 2)
     )
     assert one.train["question"] == same.train["question"] != other.train["question"]
     assert one.evaluation["question"] == other.evaluation["question"]
     assert random.getstate() == state
+    assert np.random.get_state()[1].tolist() == of_numpy
 
 
 def test_a_verifier_that_runs_answers(reasoning_gym, tmp_path):

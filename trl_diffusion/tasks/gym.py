@@ -8,12 +8,15 @@ import sys
 import time
 import warnings
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
+from importlib import import_module
 from itertools import islice
+from pkgutil import walk_packages
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from ..fields import nearest
@@ -146,15 +149,31 @@ class _OwnRandom(random.Random):
     Random = random.Random
 
 
+def _users(generator: type) -> list[ModuleType]:
+    """The modules that may make questions of this class and that call functions of the module `random`."""
+    package = import_module(generator.__module__.rpartition(".")[0])
+    for module in walk_packages(
+        package.__path__, f"{package.__name__}."
+    ):  # some are not imported before they are needed
+        with suppress(ImportError):  # a few are parts of scripts
+            import_module(module.name)
+    own = (module for name, module in sys.modules.items() if name.startswith("reasoning_gym."))
+    return [module for module in own if vars(module).get("random") is random]
+
+
 @contextmanager
 def _seeded(modules: list[ModuleType], seed: int) -> Iterator[None]:
-    """Inside, the module `random` of these modules is one with a seed, since a few generators call its functions."""
-    own = _OwnRandom(seed)
+    """
+    Inside, the module `random` of these modules is one with a seed, since a few generators call its functions. The state of NumPy, which one of
+    them seeds, is afterwards what it was.
+    """
+    own, numpy_state = _OwnRandom(seed), np.random.get_state()
     try:
         for module in modules:
             vars(module)["random"] = own
         yield
     finally:
+        np.random.set_state(numpy_state)
         for module in modules:
             vars(module)["random"] = random
 
@@ -187,8 +206,7 @@ class _Maker:
     def _entries(self, most: int, seed: int, size: int) -> Iterator[dict[str, Any]]:
         from reasoning_gym import create_dataset
 
-        own = (module for name, module in sys.modules.items() if name.startswith("reasoning_gym."))
-        users = [module for module in own if vars(module).get("random") is random]
+        users = _users(generators()[self.name][0])
         for first in range(0, most, size):
             try:
                 with _seeded(users, seed + first):
