@@ -27,10 +27,16 @@ from trl_diffusion import DiffusionSpec, DTRPOConfig, DTRPOTrainer, set_spec, ti
 from trl_diffusion.plan.simulate import Footprint, Workload, simulate
 
 
+PROMPT, COMPLETION, ROWS, GENERATIONS, RANK, BLOCK = 64, 128, 16, 4, 8, 16
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6,
          "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": True}  # fmt: skip
 WIDE = {**SMALL, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12,
         "vocab_size": 32768, "tie_word_embeddings": False}  # fmt: skip
+# LLaDA2.0-mini, scaled down: an eighth of its width, seven layers with experts out of eight, 64 experts.
+EXPERTS = {"family": "llada2_moe", "hidden_size": 256, "intermediate_size": 640, "moe_intermediate_size": 64, "num_hidden_layers": 8,
+           "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 16384, "num_experts": 64,
+           "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "block_size": BLOCK, "mask_token_id": 5,
+           "pad_token_id": 0, "tie_word_embeddings": False}  # fmt: skip
 CASES = {
     "three layers, few rows": {"model": {**SMALL, "num_hidden_layers": 3}, "rows": 8, "completion": 64},
     "small, full": {"model": SMALL},
@@ -42,8 +48,10 @@ CASES = {
     "wide, full": {"model": WIDE},
     "wide, full, accumulation": {"model": WIDE, "accumulation": 2},
     "wide, LoRA, checkpointing": {"model": WIDE, "lora": True, "checkpointing": True},
+    "experts, full": {"model": EXPERTS},
+    "experts, LoRA": {"model": EXPERTS, "lora": True},
+    "experts, LoRA, checkpointing": {"model": EXPERTS, "lora": True, "checkpointing": True},
 }
-PROMPT, COMPLETION, ROWS, GENERATIONS, RANK, BLOCK = 64, 128, 16, 4, 8, 16
 
 
 def policy_config(case: dict):
@@ -53,7 +61,8 @@ def policy_config(case: dict):
         attention=case.get("attention", "block"),
         block_origin="response" if case.get("attention") == "full" else "sequence",
     )
-    config = AutoConfig.for_model("qwen3", max_position_embeddings=512, **case["model"])
+    shape = {"family": "qwen3", **case["model"]}
+    config = AutoConfig.for_model(shape.pop("family"), max_position_embeddings=512, **shape)
     set_spec(config, spec)
     return config, spec
 
@@ -95,7 +104,7 @@ def measure(case: dict) -> int:
     text = "".join(str(i % 4 + 1) for i in range(PROMPT))
     assert len(tokenizer(text).input_ids) == PROMPT
     dataset = Dataset.from_list([{"prompt": text[i % 4 :] + text[: i % 4]} for i in range(64)])
-    tiny = {**case["model"], "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 128,
+    tiny = {**case["model"], "moe_intermediate_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 128,
             "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
     train({**case, "model": tiny}, dataset, tokenizer)  # what libraries, trainer and data take, whatever the model
     gc.collect()

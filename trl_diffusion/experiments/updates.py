@@ -136,8 +136,8 @@ class Updates:
             cast(PreTrainedModel, policy.model), policy.tokenizer, task.train.select(range(self.prompts)), task.reward_funcs, path, decoding,
             num_responses=GENERATIONS, batch_size=512, seed=seed, disable_tqdm=True,
         )  # fmt: skip
-        rewards = load_trajectories(path)["reward"]
-        return {"responses": self.prompts * GENERATIONS}, f"{len(rewards)} rows"
+        count = sum(map(len, load_trajectories(path)["completion_lengths"]))
+        return {"responses": count}, f"{count} responses"
 
     def _train(self, task: Task, job: Job, stored: Path) -> Row:
         given = dict(job.settings)
