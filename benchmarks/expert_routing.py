@@ -247,19 +247,21 @@ def main() -> None:
     puzzles = sudoku.evaluation_puzzles()[: args.answers]
     prompts = [tokenizer(sudoku.prompt(puzzle))["input_ids"] for puzzle in puzzles]
     rows = []
-    for args.seed in args.seeds:
+    for seed in args.seeds:
+        args.seed = seed
         for has_experts in (True, False):
-            model = make_policy(tokenizer, has_experts, args.seed)
+            model = make_policy(tokenizer, has_experts, seed)
             spec = get_spec(model.config)
-            loss = pretrain(model, tokenizer, args.updates, args.seed) if args.updates else None
+            loss = pretrain(model, tokenizer, args.updates, seed) if args.updates else None
             for name, (while_decoding, while_scoring, disturb) in SETTINGS.items():
                 if disturb and not has_experts:
                     continue
                 batch, passes = answers(model.to(while_decoding), prompts, disturb, args)
                 model.to(while_scoring)
-                for args.replays in (False, True) if has_experts else (False,):
+                for replays in (False, True) if has_experts else (False,):
+                    args.replays = replays
                     found = gaps(model, batch, spec, passes, disturb, args)
-                    rows.append({"seed": args.seed, "experts": has_experts, "setting": name, "replay": args.replays,
+                    rows.append({"seed": seed, "experts": has_experts, "setting": name, "replay": replays,
                                  "loss": loss, **found})  # fmt: skip
                     print(json.dumps(rows[-1]), flush=True)
                 model.float()
