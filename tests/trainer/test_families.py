@@ -15,7 +15,8 @@ from tests.checkpoints import checkpoint
 from tests.closeness import ROUNDING, assert_close
 from tests.conftest import make_prompts, shared
 from tests.reference import draw_everything_at, lay_out, plain_forward_logps, writes_that_count
-from trl_diffusion import DecodingConfig, decode, get_spec
+from tests.trainer.conftest import codes, make_dataset
+from trl_diffusion import DecodingConfig, collect, decode, get_spec, load_trajectories
 from trl_diffusion.policies.loading import load_config
 from trl_diffusion.policies.lora import empty_model, expert_names, linear_names
 from trl_diffusion.scoring.score import score
@@ -32,6 +33,7 @@ FAMILIES = {
     "llada_moe": {"block_size": 8},
     "llada2": {},
     "illada": {"block_size": 8},
+    "stable_diffcoder": {"mask_token_id": 300, "block_size": 4, "stop_token_ids": [290]},
 }
 
 
@@ -101,6 +103,29 @@ def test_three_steps_from_a_path(make_trainer, tmp_path, name, beta, lora):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
         assert all(torch.equal(x, y) for x, y in zip(again.parameters(), trainer.model.parameters(), strict=True))
         assert get_spec(again.config) == trainer.spec
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stored_answers_of_every_family(make_trainer, tokenizer, tmp_path, name):
+    """What a family answered trains it offline: the first update finds the log-probabilities that were recorded."""
+    spec = FAMILIES[name] or None
+    policy = AutoModelForCausalLM.from_pretrained(checkpoint(name)).eval()
+    collect(
+        policy, tokenizer, make_dataset(2), codes, tmp_path / "run", DecodingConfig(14, 1.0, tokens_per_step=2),
+        num_responses=4, batch_size=8, seed=0, spec=get_spec(policy.config, spec), disable_tqdm=True,
+    )  # fmt: skip
+    trainer = make_trainer(
+        str(checkpoint(name)),
+        reward_funcs=None,
+        dataset=load_trajectories(tmp_path / "run"),
+        diffusion_spec=spec,
+        max_steps=2,
+    )
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[0]["diffusion/recorded_gap/max"] < ROUNDING and logs[0]["reward_std"] > 0
+    assert not all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
 def test_an_unknown_model_type_is_told_what_there_is(make_trainer, tmp_path):

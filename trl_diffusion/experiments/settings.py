@@ -43,7 +43,7 @@ class Sizes:
     corpus_size: Annotated[int, AtLeast(1)] = 12_000
     pretrain_updates: Annotated[int, AtLeast(1)] = 1000
     pretrain_batch_size: Annotated[int, AtLeast(1)] = 64
-    pretrain_learning_rate: Annotated[float, Within("(0, inf)")] = 3e-3
+    pretrain_learning_rate: Annotated[float, Within("(0, inf)")] = 1.5e-3
     equal: str = "tokens"
     updates: Annotated[int, AtLeast(1)] = 30
     batch_size: Annotated[int, AtLeast(2)] = 256
