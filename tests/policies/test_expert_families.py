@@ -121,3 +121,12 @@ def test_the_class_of_a_config_opens_its_file(model, family, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == CONFIGS[family]["model_type"]
     again = type(model.config).from_pretrained(tmp_path)
     assert (again.model_type, again.num_experts) == (model.config.model_type, 8)
+
+
+@torch.no_grad()
+def test_experts_are_computed_in_one_grouped_product(model):
+    """As those of the stock backbone. One after the other, they give the same."""
+    assert model.config._experts_implementation == "grouped_mm"
+    grouped = model(IDS).logits
+    model.set_experts_implementation("eager")
+    assert_close(model(IDS).logits, grouped)

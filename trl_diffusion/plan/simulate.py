@@ -266,18 +266,20 @@ def _chosen(config: PretrainedConfig) -> int:
 def _evenly(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """
     What experts compute if all of them get equally many tokens: shapes do not depend on what the router says, and time and
-    memory are those of a grouped product.
+    memory are those of a grouped product, for which tokens are sorted by experts and back.
     """
     tokens, chosen = top_k_index.shape
     experts, width = len(module.gate_up_proj), hidden_states.shape[-1]
     rows = -(-tokens * chosen // experts)
-    sent = nn.functional.pad(hidden_states.repeat_interleave(chosen, 0), (0, 0, 0, experts * rows - tokens * chosen))
+    order = top_k_index.reshape(-1).sort().indices
+    sent = nn.functional.pad(hidden_states[order // chosen], (0, 0, 0, experts * rows - tokens * chosen))
     first, second = module.gate_up_proj, module.down_proj
     first = first.transpose(1, 2) if first.shape[-1] == width else first  # some backbones store it the other way round
     second = second.transpose(1, 2) if second.shape[1] == width else second
     gate, up = torch.bmm(sent.view(experts, rows, width).to(first.dtype), first).chunk(2, -1)
     made = torch.bmm(nn.functional.silu(gate) * up, second).view(-1, width)[: tokens * chosen]
-    return (made.view(tokens, chosen, width) * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
+    weighted = (made * top_k_weights.reshape(-1)[order, None])[order]
+    return weighted.view(tokens, chosen, width).sum(1).to(hidden_states.dtype)
 
 
 def _with_shapes(model: PreTrainedModel) -> PreTrainedModel:

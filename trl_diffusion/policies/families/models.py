@@ -110,6 +110,15 @@ class OwnAttention(_Backbone):
         train_padding_token(self)
 
     @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """
+        Whether experts may be computed in one grouped product. Transformers decides this by the file of a class; here, by that of the
+        backbone. Otherwise all experts would be computed one after the other.
+        """
+        backbone = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+        return backbone._can_set_experts_implementation()
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         load = super().from_pretrained.__func__  # type: ignore[attr-defined]
         return open_whole(load, cls, pretrained_model_name_or_path, *args, **kwargs)
