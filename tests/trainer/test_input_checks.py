@@ -144,7 +144,9 @@ def test_lora_targets_that_match_nothing_are_named(make_trainer):
 
 
 def test_objects_of_another_type(make_trainer, tokenizer, tmp_path):
-    with pytest.raises(TypeError, match="`train_dataset` must be a Dataset or an IterableDataset, got list"):
+    with pytest.raises(
+        TypeError, match="`train_dataset` must be a Dataset or an IterableDataset, got list. Make one with"
+    ):
         make_trainer(dataset=[{"prompt": "a"}])
     with pytest.raises(TypeError, match="`model` must be a path, a hub id or a model, got int"):
         make_trainer(7)
