@@ -113,7 +113,7 @@ def reason(command: str, directory: Path, wheel: bool = False) -> str | None:
         if re.search(pattern, command):
             return f"needs {need}"
     for path in re.findall(r"\S+/\S+\.jsonl|(?<=--data_dir )\S+|\bpath/to/\S+", command):
-        if not (directory / path).exists():
+        if not path.startswith("outputs/") and not (directory / path).exists():  # the page has these written
             return f"needs {path}"
     return None
 
@@ -404,7 +404,10 @@ def main() -> int:
             todo = [step for step in steps(page) if step not in seen]
             seen.update(step for step in todo if step.language == "bash")
             if args.list:
-                found = [(step.title, reason(step.text, directory, args.wheel) or "to be run") for step in todo]
+                found = [
+                    (step.title, (step.language == "bash" and reason(step.text, directory, args.wheel)) or "to be run")
+                    for step in todo
+                ]
             else:
                 found = follow(page, todo, directory, environment, args.wheel)
             rows += [(page, *row) for row in found]

@@ -166,6 +166,8 @@ def test_what_a_command_wrote_is_looked_at(follow, tmp_path, monkeypatch):
         ("trl-diffusion train --config llada --train_file x", False, "needs a model from the hub"),
         ("git clone https://x", False, "needs a network"),
         ("trl-diffusion evaluate --tasks sudoku --data_dir data", False, "needs data"),
+        ("trl-diffusion train --train_file data/rows.jsonl", False, "needs data/rows.jsonl"),
+        ("trl-diffusion train --train_file outputs/rows.jsonl", True, None),
     ],
 )
 def test_what_cannot_be_run_here(follow, tmp_path, command, wheel, need):
