@@ -106,6 +106,9 @@ def test_rows_are_collected_and_measured(here, capsys):
     for word in ("--train_file", "--reward_funcs", "./rewards.py:brief", "--eval_size"):
         assert word in following
     assert "--task" not in following
+    assert (
+        following[following.index("--model_name_or_path") + 1] == "embedded:block"
+    )  # which needs no path of this machine
 
     evaluate.main(
         [
