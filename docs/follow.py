@@ -9,7 +9,9 @@ order, in a copy of the checkout, or with the wheel alone in an empty directory.
 
 Each step is checked for what it claims, and not for its exit code alone: a training must have moved the weights, with losses and
 rewards that are finite and not constant; it must solve more than before; `solve rate A% -> B%` on a page must be what a command
-of this page prints, within five points; `outputs/...` on a page must be there afterwards.
+of this page prints, within five points; what a page says that its Python blocks print (prints `...`) must be printed;
+`outputs/...` on a page must be there afterwards. A Python block below `<!-- saved as FILE -->` is also put at the end of this file,
+for the commands after it.
 
 A command that was run before is not run again. Those that need a model from the hub, a login, or a file that is not there are
 named and left out. They find a fresh environment, into which the `pip install` of the README installs: begin with that page.
@@ -20,6 +22,7 @@ Ends with a table, and with code 1 if a step failed.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -31,7 +34,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -39,6 +42,7 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 UNRUNNABLE = "<!-- needs a 7B model -->\n"  # before a Python block that is not run
+SAVED = r"<!-- saved as (\S+) -->\n"  # before a Python block that the page has one save
 # What a machine without a network and a large GPU does not have.
 NEEDS = {
     r"\b(GSAI-ML|Dream-org|Efficient-Large-Model|JetLM|Qwen)/": "a model from the hub",
@@ -57,6 +61,7 @@ class Step(NamedTuple):
 
     language: str
     text: str
+    file: str = ""  # where a Python block is saved, too
 
     @property
     def title(self) -> str:
@@ -67,11 +72,11 @@ def steps(page: str) -> list[Step]:
     """What a page has one do, in order. Python blocks that need a large model are left out."""
     text = (ROOT / page).read_text(encoding="utf-8")
     found = []
-    for mark, language, code in re.findall(
-        rf"({re.escape(UNRUNNABLE)})?^```(bash|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+    for mark, file, language, code in re.findall(
+        rf"({re.escape(UNRUNNABLE)})?(?:{SAVED})?^```(bash|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE
     ):
         if language == "python":
-            found += [] if mark else [Step("python", code)]
+            found += [] if mark else [Step("python", code, file)]
             continue
         lines = (re.sub(r"\s+#.*", "", line).strip() for line in code.replace("\\\n", " ").splitlines())
         found += [Step("bash", re.sub(r"\s+", " ", line)) for line in lines if line and not line.startswith("#")]
@@ -108,7 +113,7 @@ def reason(command: str, directory: Path, wheel: bool = False) -> str | None:
         if re.search(pattern, command):
             return f"needs {need}"
     for path in re.findall(r"\S+/\S+\.jsonl|(?<=--data_dir )\S+|\bpath/to/\S+", command):
-        if not (directory / path).exists():
+        if not path.startswith("outputs/") and not (directory / path).exists():  # the page has these written
             return f"needs {path}"
     return None
 
@@ -190,6 +195,12 @@ def claimed_rates(page: str, printed: str) -> list[str]:
     return wrong
 
 
+def claimed_prints(page: str, printed: str) -> list[str]:
+    """What a page says that its Python blocks print (prints `...`), and they have not printed."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [claim for claim in re.findall(r"\bprints `([^`]+)`", text) if claim not in printed]
+
+
 def claimed_files(page: str, directory: Path, left_out: str) -> list[str]:
     """Paths in `outputs` on a page that are not there, although no command that was left out names them."""
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
@@ -209,13 +220,14 @@ class Python:
             cwd=directory, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def run(self, code: str) -> str:
-        """Runs a block. Returns what was wrong with it, or nothing."""
+    def run(self, code: str) -> tuple[str, str]:
+        """Runs a block. Returns what was wrong with it, or nothing, and what it printed."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(code) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
-        return json.loads(answer) if answer else "the process has ended"
+        wrong, printed = json.loads(answer) if answer else ("the process has ended", "")
+        return wrong, printed
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -223,20 +235,29 @@ class Python:
         self.process.wait()
 
 
+class _Copied(io.StringIO):
+    """What is written here goes to stderr, too."""
+
+    def write(self, text: str) -> int:
+        sys.stderr.write(text)
+        return super().write(text)
+
+
 def serve() -> None:
-    """Runs blocks that come on standard input, each as a line of JSON, and answers with a line. What they print goes to stderr."""
+    """Runs blocks that come on standard input, each as a line of JSON, and answers with a line: what was wrong, and what they
+    printed. This goes to stderr, too."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     names: dict[str, Any] = {}
     for line in sys.stdin:
-        wrong = ""
+        wrong, printed = "", _Copied()
         try:
-            with watched_trainers():
+            with watched_trainers(), redirect_stdout(printed):
                 exec(compile(json.loads(line), "block", "exec"), names)
         except Exception as error:
             traceback.print_exc()
             wrong = f"{type(error).__name__}: {error}"
-        print(json.dumps(wrong), file=answers, flush=True)
+        print(json.dumps([wrong, printed.getvalue()]), file=answers, flush=True)
 
 
 class Shell:
@@ -293,7 +314,7 @@ def follow(
 ) -> list[tuple[str, str]]:
     """Takes the steps of a page as somebody would who types them. Returns each with what became of it."""
     found, shell, python = [], Shell(directory, environment), None
-    all_printed = left_out = ""
+    all_printed = python_printed = left_out = ""
     for step in todo:
         outcome = reason(step.text, directory, wheel) if step.language == "bash" else None
         if outcome is not None:
@@ -306,13 +327,18 @@ def follow(
                 all_printed += printed
             else:
                 python = python or Python(directory, environment)
-                wrong = python.run(step.text)
+                save(step, directory)
+                wrong, printed = python.run(step.text)
+                python_printed += printed
             seconds = round(time.monotonic() - begun)
             outcome = f"FAILED in {seconds} s: {wrong}" if wrong else f"done in {seconds} s"
         found.append((step.title, outcome))
     shell.close()
     if python is not None:
         python.close()
+        found += [
+            ("what the page says", f"FAILED: no block printed `{one}`") for one in claimed_prints(page, python_printed)
+        ]
     if all_printed:
         found += [
             ("what the page says", f"FAILED: no command printed `{one}`") for one in claimed_rates(page, all_printed)
@@ -322,6 +348,13 @@ def follow(
             ("what the page says", f"FAILED: there is no {one}") for one in claimed_files(page, directory, left_out)
         ]
     return found
+
+
+def save(step: Step, directory: Path) -> None:
+    """Puts a block at the end of the file in which the page has one save it."""
+    if step.file:
+        path = directory / step.file
+        path.write_text((path.read_text() if path.exists() else "") + step.text + "\n\n")
 
 
 def prepare(base: Path, wheel: bool, only_list: bool) -> tuple[Path, dict[str, str]]:
@@ -371,7 +404,10 @@ def main() -> int:
             todo = [step for step in steps(page) if step not in seen]
             seen.update(step for step in todo if step.language == "bash")
             if args.list:
-                found = [(step.title, reason(step.text, directory, args.wheel) or "to be run") for step in todo]
+                found = [
+                    (step.title, (step.language == "bash" and reason(step.text, directory, args.wheel)) or "to be run")
+                    for step in todo
+                ]
             else:
                 found = follow(page, todo, directory, environment, args.wheel)
             rows += [(page, *row) for row in found]

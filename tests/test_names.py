@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_diffusion import DecodingConfig, DTRPOConfig, collect, generate, tiny_policy_path
 from trl_diffusion.commands import collect as collect_command
-from trl_diffusion.commands import evaluate, iterate, train
+from trl_diffusion.commands import evaluate, iterate, sft, train
 from trl_diffusion.fields import nearest
 from trl_diffusion.names import SAME, other_names
 
@@ -52,10 +52,14 @@ def test_names_in_python(tmp_path):
 
 
 WORDS = {
-    train: {**TRAINING, "model": "model_name_or_path", "batch_size": "per_device_train_batch_size", "tasks": "task"},
+    train: {
+        **TRAINING, "model": "model_name_or_path", "batch_size": "per_device_train_batch_size", "tasks": "task",
+        "lr": "learning_rate", "epochs": "num_train_epochs",
+    },
+    sft: {"dataset_name": "train_file", "dataset": "train_file"},
     collect_command: {**COLLECTING, "adapter": "adapter_name_or_path", "per_device_train_batch_size": "batch_size"},
     evaluate: {"task": "tasks", "model": "model_name_or_path", "seed": "seeds", "tokenizer": "tokenizer_name_or_path"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", WORDS, ids=lambda module: module.__name__.rpartition(".")[2])

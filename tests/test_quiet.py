@@ -29,6 +29,10 @@ def test_loggers(name, caplog):
 REMARKED = [
     ("DeepSpeed", "Setting accelerator to CPU. If you have GPU", False),
     ("DeepSpeed", "The gradients overflow", True),
+    ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast from torch.float32 to float16", False),
+    ("bitsandbytes.autograd._functions", "Some matrices hidden dimension is not a multiple of 64", True),
+    ("lm_eval.api.task", "gsm8k: Custom kwargs can be passed to `--metadata` in console", False),
+    ("lm_eval.api.task", "gsm8k: no metric is known", True),
     ("torch.distributed.elastic.agent.server.api", "Received 2 death signal, shutting down workers", False),
     ("torch.distributed.elastic.agent.server.api", "Received 15 death signal, shutting down workers", True),
     ("torch.distributed.elastic.multiprocessing.api", "Sending process 12 closing signal SIGTERM", False),
@@ -55,12 +59,18 @@ def test_single_remarks():
             "failed (exitcode: %s)",
         ]
     }
+    if find_spec("bitsandbytes") is not None:
+        sources["bitsandbytes.autograd"] = ["MatMul8bitLt: inputs will be cast"]
+    if find_spec("lm_eval") is not None:
+        sources["lm_eval.api"] = ["Custom kwargs can be passed to `--metadata`"]
     if find_spec("deepspeed") is not None:
         sources["deepspeed.accelerator"] = ["Setting accelerator to CPU."]
     for package, texts in sources.items():
         (folder,) = find_spec(package).submodule_search_locations
         code = "".join(
-            path.read_text() for path in Path(folder).rglob("*.py") if path.stem in ("api", "real_accelerator")
+            path.read_text()
+            for path in Path(folder).rglob("*.py")
+            if path.stem in ("api", "real_accelerator", "task", "_functions")
         )
         assert all(text in code for text in texts)
 

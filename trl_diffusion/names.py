@@ -25,6 +25,11 @@ SAME = (
     ("lora_r", "lora_rank"),
     ("task", "tasks"),
     ("seed", "seeds"),
+    ("learning_rate", "lr"),
+    ("num_train_epochs", "epochs", "num_epochs"),
+    ("dataset_name", "train_file", "dataset"),
+    ("reward_funcs", "reward_func", "rewards"),
+    ("output_dir", "output"),
 )
 
 

@@ -14,10 +14,13 @@ from typing import Any
 LOGGERS = ("bitsandbytes.backends.cpu.ops", "accelerate.commands.launch")
 # They say which names of theirs TRL should use instead of others.
 MODULES = ("transformers.training_args", "transformers.modeling_utils")
-# Single remarks of loggers whose other warnings are shown, as patterns: DeepSpeed says on import that there is no GPU, and the
-# launcher of several processes repeats at their end what Ctrl-C or their own line of error has said.
+# Single remarks of loggers whose other warnings are shown, as patterns: DeepSpeed says on import that there is no GPU, bitsandbytes
+# says at every layer how it computes with weights of 8 bits, the harness names options of its own command, and the launcher of several
+# processes repeats at their end what Ctrl-C or their own line of error has said.
 REMARKS = {
     "DeepSpeed": r"Setting accelerator to CPU\.",
+    "bitsandbytes.autograd._functions": r"MatMul8bitLt: inputs will be cast",
+    "lm_eval.api.task": r"\S+: Custom kwargs can be passed to `--metadata`",
     "torch.distributed.elastic.agent.server.api": r"Received (2|\S*SIGINT) death signal",
     "torch.distributed.elastic.multiprocessing.api": r"Sending process \d+ closing signal|failed \(exitcode: (2|130)\)",
 }

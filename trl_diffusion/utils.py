@@ -23,6 +23,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 
 from . import __version__
+from .errors import note_of, say_error
 from .names import other_names
 
 
@@ -34,15 +35,17 @@ def exit_code(work: Callable[[], object]) -> int:
     """Does the work of a command: 0, or 2 after one line on stderr that says what the user can set right."""
     try:
         work()
-    except USER_ERRORS as error:
+    except Exception as error:
         _say(error)
         return 2
     return 0
 
 
-def _say(error: BaseException) -> None:
-    """The message of an error as one line on stderr."""
-    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+def _say(error: Exception) -> None:
+    """Prints one line on stderr about what a user can set right. Raises other errors again."""
+    if not isinstance(error, USER_ERRORS) and note_of(error) is None:
+        raise error
+    say_error(printable(" ".join((note_of(error) or str(error)).split())))
 
 
 def printable(text: str) -> str:
@@ -66,7 +69,7 @@ def errors_in_a_line() -> Iterator[None]:
     """Inside, what a user can set right ends the program with its message and code 2, without a traceback."""
     try:
         yield
-    except USER_ERRORS as error:
+    except Exception as error:
         _say(error)
         raise SystemExit(2) from None
 

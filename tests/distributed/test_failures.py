@@ -18,7 +18,7 @@ EXPECTED = {
     "raises": ("KeyError: 'no such row'", "The reward function 'raising'"),
     "raises_later": ("KeyError: 'no such row'", "The reward function 'raising_later'"),
     "too_few": ("ValueError: The reward function 'too_few' returned 3 rewards for 4", "The reward function 'too_few'"),
-    "no_numbers": ("ValueError: could not convert string to float", "The reward function 'no_numbers'"),
+    "no_numbers": ("ValueError: The reward function 'no_numbers' returned", "The reward function 'no_numbers'"),
     "nan_loss": ("FloatingPointError: The loss is nan after 0 optimizer steps", "The loss"),
     "decoding": ("MemoryError: rollout of this process", "Decoding"),
 }

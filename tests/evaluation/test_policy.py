@@ -42,6 +42,11 @@ def test_an_adapter_for_other_layers_is_refused(tmp_path):
         open_policy(tiny_policy_path(), adapter=str(tmp_path))
 
 
+def test_a_whole_model_is_no_adapter():
+    with pytest.raises(ValueError, match="holds a whole model and no adapter. Give it as the model."):
+        open_policy(tiny_policy_path(), tiny_policy_path())
+
+
 def test_no_model_is_refused():
     with pytest.raises(ValueError, match="No model was given"):
         open_policy()

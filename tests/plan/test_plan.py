@@ -207,7 +207,7 @@ def test_what_train_refuses_is_refused(capsys, tmp_path, monkeypatch):
         assert main([words[0], *small, *words[1:]]) == 2, words
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and re.search(message, line), line
-    for words in (["causal", *spec], ["family"]):
+    for words in (["causal", *spec], ["family"], ["embedded:block"]):
         assert main([words[0], "--memory", "80", *small, *words[1:]]) == 0
         assert "The first that fits: DDP, full" in capsys.readouterr().out
 

@@ -32,6 +32,15 @@ CASES = {
 }
 
 
+def test_a_tokenizer_without_a_template(make_trainer, tokenizer):  # noqa: F811
+    """It is said in one way, by a trainer as by `generate`."""
+    trainer = make_trainer(tiny_policy_path())
+    message = r"^Prompt 0: .* of \['user'\] \(the tokenizer has none; text needs none\). Use another chat template, or other prompts.$"
+    for ask in (trainer.answer, lambda prompts: generate(trainer.model, trainer.processing_class, prompts)):
+        with pytest.raises(ValueError, match=message):
+            ask([ASKED])
+
+
 @pytest.fixture
 def chatty(tokenizer):  # noqa: F811
     found = copy.deepcopy(tokenizer)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+from contextlib import redirect_stdout
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,14 +110,33 @@ class Session:
     def __init__(self, *_):
         self.names: dict = {}
 
-    def run(self, code: str) -> str:
+    def run(self, code: str) -> tuple[str, str]:
+        printed = io.StringIO()
         try:
-            exec(code, self.names)
+            with redirect_stdout(printed):
+                exec(code, self.names)
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return ""
+            return f"{type(error).__name__}: {error}", ""
+        return "", printed.getvalue()
 
     def close(self) -> None: ...
+
+
+def test_what_blocks_print_and_where_they_are_saved(follow, tmp_path, monkeypatch):
+    """A claim that no block fulfils is a failure; commands find the file of the blocks before them."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        "It prints `one 1` and some more, and then prints `two`.\n\n"
+        "<!-- saved as own.py -->\n```python\nx = 1\nprint('one', x)\n```\n\n"
+        "```bash\ngrep -q 'x = 1' own.py\n```\n\n"
+        "<!-- saved as own.py -->\n```python\ny = x + 1\n```\n\n```python\nassert y == 2\n```\n"
+    )
+    monkeypatch.setattr(follow, "ROOT", tmp_path)
+    monkeypatch.setattr(follow, "Python", Session)
+    todo = follow.steps("page.md")
+    found = [outcome for _, outcome in follow.follow("page.md", todo, tmp_path, dict(os.environ), True)]
+    assert [one.partition(" in ")[0] for one in found] == ["done"] * 4 + ["FAILED: no block printed `two`"]
+    assert (tmp_path / "own.py").read_text().split() == "x = 1 print('one', x) y = x + 1".split()
 
 
 def test_what_a_command_wrote_is_looked_at(follow, tmp_path, monkeypatch):
@@ -145,6 +166,8 @@ def test_what_a_command_wrote_is_looked_at(follow, tmp_path, monkeypatch):
         ("trl-diffusion train --config llada --train_file x", False, "needs a model from the hub"),
         ("git clone https://x", False, "needs a network"),
         ("trl-diffusion evaluate --tasks sudoku --data_dir data", False, "needs data"),
+        ("trl-diffusion train --train_file data/rows.jsonl", False, "needs data/rows.jsonl"),
+        ("trl-diffusion train --train_file outputs/rows.jsonl", True, None),
     ],
 )
 def test_what_cannot_be_run_here(follow, tmp_path, command, wheel, need):

@@ -170,7 +170,9 @@ def test_two_rounds_for_real(tmp_path, monkeypatch, capsys):
         at = command.index("--module")
         module = {"collect": collect, "train": train}[command[at + 1].rsplit(".", 1)[1]]
         monkeypatch.setattr("sys.argv", ["command", *command[at + 2 :]])
-        module.main()
+        with monkeypatch.context() as patch:
+            patch.setenv("TRL_DIFFUSION_COMMAND", env["TRL_DIFFUSION_COMMAND"])
+            module.main()
 
     monkeypatch.setattr(iterate.subprocess, "run", start)
     monkeypatch.setattr(train, "draw", lambda *_: [])  # pictures are half of the time that a small run takes
@@ -178,6 +180,7 @@ def test_two_rounds_for_real(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "round    before     after" in out
+    assert out.count("Settings:") == 1 and f"Settings: {config}. Output: {tmp_path / 'run'}, with 2 rounds." in out
     told = [line.strip() for line in out.splitlines()[-3:]]
     assert (
         told[0] == "Next:" and told[1].startswith("trl-diffusion generate 'sudoku ") and "/round_2/policy " in told[1]

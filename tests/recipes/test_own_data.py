@@ -25,6 +25,9 @@ def right_places(completions, wanted, **kwargs):
 def brief(completions, **kwargs):
     return [-float(len(one)) for one in completions]
 
+def few(completions):
+    return [0.0 for _ in completions]
+
 NOT_A_FUNCTION = 3
 """
 NUMBERS = range(1234, 1264)
@@ -103,6 +106,9 @@ def test_rows_are_collected_and_measured(here, capsys):
     for word in ("--train_file", "--reward_funcs", "./rewards.py:brief", "--eval_size"):
         assert word in following
     assert "--task" not in following
+    assert (
+        following[following.index("--model_name_or_path") + 1] == "embedded:block"
+    )  # which needs no path of this machine
 
     evaluate.main(
         [
@@ -189,6 +195,7 @@ def load(*words: str, train_size: int = 100, eval_size: int = 6):
         ("collections.OrderedDict", "must be a function, got <class"),
         ("math_accuracy", r"math_accuracy needs the columns \['answer'\]; rows.jsonl has \['prompt', 'wanted'\]"),
         ("math.sqrt", r"sqrt needs the columns \['x'\]"),
+        ("rewards.py:few", r"few must take `completions` and `\*\*kwargs`, as those of TRL do"),
     ],
 )
 def test_wrong_rewards(here, reward, message):
@@ -236,6 +243,21 @@ def test_wrong_rows(here, text, message):
     with pytest.raises(ValueError, match=message) as found:
         load("--train_file", "bad.jsonl", "--reward_funcs", "rewards.py:brief")
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("command", [train, collect])
+def test_rows_without_rewards(here, command):
+    """Rows are those of a task then. A row of one's own is none of it, and what is missing is said."""
+    with pytest.raises(
+        ValueError, match=r"it has \['prompt', 'wanted'\]. .* rows of the task sudoku. .* give `--reward_funcs`"
+    ):
+        own("--train_file", "rows.jsonl", command=command).load_task(4, 4, 0)
+
+
+def test_a_file_that_another_option_reads(here):
+    Dataset.from_list([row(1234)]).to_parquet("rows.parquet")
+    with pytest.raises(ValueError, match="must end in .csv, .jsonl or .json. `--dataset_name` reads it"):
+        load("--train_file", "rows.parquet", "--reward_funcs", "rewards.py:brief")
 
 
 def test_sizes(here):

@@ -182,6 +182,7 @@ def test_the_best_responses_of_a_collection(tmp_path, tune, collection, monkeypa
         (["--padding_free", "true"], "`padding_free`: the rows of the forward pass hold noisy copies of blocks"),
         ([*OWN, "one.jsonl"], "one.jsonl has a single document: nothing is left to measure on"),
         ([*OWN, "odd.jsonl"], "odd.jsonl: row 0 has the columns ['question']; documents have `messages`"),
+        (["--train_file", "odd.jsonl"], "odd.jsonl: row 0 has the columns ['question']; documents have `messages`"),
         ([*OWN, "empty.jsonl"], "empty.jsonl, row 1: `completion` must be text or a list of messages, got ''."),
         ([*OWN, "mixed.jsonl"], "mixed.jsonl: some of ['prompt', 'completion'] are text and some are messages"),
         ([*OWN, "same.jsonl", "--eval_file", "same.jsonl"], "Every document of same.jsonl is among those to measure on"),

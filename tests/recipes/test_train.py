@@ -56,7 +56,7 @@ LINES = [
     r"Training: 4 updates, each on 16 responses to 4 prompts\.",
     r"An update takes about \S+ seconds, the 2 that are left about \S+ seconds\.",
     r"solve rate (\d+\.\d%) -> (\d+\.\d%) \(20 puzzles, 95 % interval (\d+\.\d%) to (\d+\.\d%), seed 0\)",
-    r"One of the puzzles that it solves now:|It solves none of the puzzles yet\. The first:",
+    r"One of the puzzles that it solves now( as before)?:|It solves none of the puzzles yet\. The first:",
     r"  prompt sudoku \d{16}",
     r"  before \S*",
     r"  after  \S*",

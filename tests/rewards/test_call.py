@@ -97,7 +97,9 @@ def test_what_is_asynchronous():
     ("reward", "message"),
     [
         (lambda completions, **kwargs: [1.0], "'<lambda>' returned 1 rewards for 3 completions"),
-        (lambda completions, **kwargs: ["good"] * 3, "could not convert string to float: 'good'"),
+        (lambda completions, **kwargs: ["good"] * 3, "'<lambda>' returned 'good', which is no number. Return a list"),
+        (lambda completions, **kwargs: [[1.0]] * 3, r"'<lambda>' returned \[1.0\], which is no number"),
+        (lambda completions, **kwargs: 1.0, "'<lambda>' returned 1.0 for 3 completions. Return a list with a number"),
     ],
 )
 def test_what_are_no_rewards(reward, message):

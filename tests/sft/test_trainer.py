@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -143,6 +144,19 @@ def test_what_changes_nothing(make_trainer, change):
     assert ((weights_of(plain) - weights_of(other)).norm() / step).item() < 1e-4
     losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (plain, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_tied_weights_are_not_missing(make_trainer, monkeypatch):
+    """A head that is the embedding is in a checkpoint under the name of the embedding."""
+    said: list[str] = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", said.append)
+    trainer = make_trainer(model=tiny_policy_path())
+    assert trainer.model.config.tie_word_embeddings
+    weights = trainer.model.state_dict()
+    for missing in (["lm_head.weight"], ["lm_head.weight", "model.norm.weight"]):
+        left = {name: weight for name, weight in weights.items() if name not in missing}
+        trainer._issue_warnings_after_load(trainer.model.load_state_dict(left, strict=False))
+    assert said == ["There were missing keys in the checkpoint model loaded: ['model.norm.weight']."]
 
 
 def test_an_interrupted_run_goes_on_exactly(make_trainer, tmp_path):

@@ -117,3 +117,12 @@ def test_memory_is_pinned_only_for_an_accelerator(monkeypatch, tmp_path):
     for there in (False, True):
         monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
         assert DTRPOConfig(str(tmp_path), bf16=False).dataloader_pin_memory == there
+
+
+def test_bfloat16_without_a_gpu(tmp_path, monkeypatch):
+    """Asked for, it is refused; left open, it is off. A CPU that is asked for computes in it."""
+    monkeypatch.setattr("trl_diffusion.trainer.options.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match="`bf16` is set, and this machine has no GPU with bfloat16. .*`--bf16 false`"):
+        DTRPOConfig(str(tmp_path), bf16=True)
+    assert DTRPOConfig(str(tmp_path)).bf16 is False
+    assert DTRPOConfig(str(tmp_path), bf16=True, use_cpu=True).bf16 is True

@@ -138,10 +138,15 @@ def test_lora_targets_that_match_nothing_are_named(make_trainer):
         make_trainer(kwargs={"peft_config": config})
     with pytest.raises(ValueError, match=message):
         make_trainer(tiny_policy_path(), kwargs={"peft_config": config})
+    pattern = r"\['q_proj'\] match nothing .* A text is a pattern for whole names: give a list of names. Its linear layers are"
+    with pytest.raises(ValueError, match=pattern):
+        make_trainer(kwargs={"peft_config": LoraConfig(r=4, target_modules="q_proj")})
 
 
 def test_objects_of_another_type(make_trainer, tokenizer, tmp_path):
-    with pytest.raises(TypeError, match="`train_dataset` must be a Dataset or an IterableDataset, got list"):
+    with pytest.raises(
+        TypeError, match="`train_dataset` must be a Dataset or an IterableDataset, got list. Make one with"
+    ):
         make_trainer(dataset=[{"prompt": "a"}])
     with pytest.raises(TypeError, match="`model` must be a path, a hub id or a model, got int"):
         make_trainer(7)

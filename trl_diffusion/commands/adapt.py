@@ -35,7 +35,7 @@ from ..sft.config import DiffusionSFTConfig, is_refused
 from ..utils import check_writable, errors_in_a_line, use_all_cores, write_text
 from .groups import ADAPT, INHERITED
 from .lines import TuningLines, start
-from .options import OptionParser
+from .options import DOCUMENTS, OptionParser, without_task
 from .parser import PROG
 from .sft import ScriptArguments, fine_tune, load_data
 
@@ -175,7 +175,8 @@ def parse(arguments: list[str] | None = None) -> tuple[AdaptArguments, Diffusion
     place = 2 if words[:1] == ["--config"] else 0  # where the launcher puts the recipe
     if len(words) > place and not words[place].startswith("-"):
         words[place : place + 1] = ["--model_name_or_path", words[place]]
-    return cast("tuple[AdaptArguments, DiffusionSFTConfig, ModelConfig]", _parser().read(words))
+    found = _parser().read(without_task(words, DOCUMENTS))
+    return cast("tuple[AdaptArguments, DiffusionSFTConfig, ModelConfig]", found)
 
 
 def is_left_out(name: str) -> bool:

@@ -28,7 +28,7 @@ from ..offline.collect import collect
 from ..policies.files import COLLECTION
 from ..policies.policy import open_policy
 from ..policies.prompts import read_chat_template_kwargs
-from ..policies.tiny import tiny_policy_path
+from ..policies.tiny import PREFIX, tiny_policy_path
 from ..quiet import hush_commands
 from ..tasks import OTHERS, TASKS, check_task_name
 from ..utils import check_writable, errors_in_a_line, processes, read_mapping, use_all_cores
@@ -195,7 +195,7 @@ def next_commands(args: CollectArguments, model_args: ModelConfig) -> list[str]:
     elif args.adapter_name_or_path is None:  # `train` begins with a whole model
         given = {one.name: (getattr(args, one.name), one.default) for one in fields(args) if one.name not in _OWN}
         settings = {
-            "model_name_or_path": model_args.model_name_or_path or tiny_policy_path(),
+            "model_name_or_path": model_args.model_name_or_path or f"{PREFIX}block",
             **{name: value for name, (value, default) in given.items() if value != default},
             **{name: getattr(args, name) for name in ("max_completion_length", "tokens_per_step")},
             **({"task": args.task} if args.task else {}),

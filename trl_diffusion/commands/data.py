@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from ..fields import check_at_least
 from ..tasks import Task, load_task
 from ..tasks.data import load_rewards, load_splits, rows_of_file, split_of, task_of_data
+from ..tasks.rows import NoColumn
 from .options import NO_TASK
 
 
@@ -115,7 +116,12 @@ class OwnData:
             ValueError, FileNotFoundError, ImportError: if something is not as it should be.
         """
         if not self.is_own:
-            return load_task(self.task, self.train_file, self.eval_file, train_size, eval_size, seed)
+            try:
+                return load_task(self.task, self.train_file, self.eval_file, train_size, eval_size, seed)
+            except NoColumn as error:
+                raise ValueError(
+                    f"{error} These are read as rows of the task {self.task}. For rows of your own, give `--reward_funcs`, too."
+                ) from None
         for option, size in (("train_size", train_size), ("eval_size", eval_size)):
             check_at_least(option, size)
         rewards = load_rewards(self.reward_funcs)  # before rows are read, which may take long

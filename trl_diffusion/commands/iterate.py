@@ -250,6 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         rounds = _rounds(options)
+        print(f"Settings: {options['config']}. Output: {rounds.output_dir}, with {rounds.rounds} rounds.", flush=True)
         results = run(rounds, start, typed)
         print(table(results))
         print(

@@ -6,8 +6,10 @@ launcher, so that Ctrl-C and its exit code are its own. Several processes end wi
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from argparse import Namespace
 
 from accelerate.commands import launch
@@ -15,10 +17,13 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from ..errors import SAID
+
 
 def become(args: Namespace) -> None:
     """Runs the single process of a launch in place of this one."""
     command, environment = prepare_simple_launcher_cmd_env(args)
+    shutil.rmtree(environment.pop(SAID), ignore_errors=True)  # there is no other process
     sys.stdout.flush()
     os.execvpe(command[0], command, environment)
 
@@ -32,7 +37,9 @@ def main() -> None:
     """
     launch.simple_launcher = become
     try:
-        launch.main()
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as said:
+            os.environ[SAID] = said
+            launch.main()
     except SignalException as error:  # the processes have got the signal, and said what is kept
         raise SystemExit(128 + error.sigval) from None
     except ChildFailedError as error:

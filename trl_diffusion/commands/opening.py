@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..policies.files import policy_in
 from ..policies.loading import load_tokenizer
@@ -18,6 +18,8 @@ from ..utils import read_mapping
 
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     from ..sft.config import DiffusionSFTConfig
     from ..trainer.config import DTRPOConfig
 
@@ -49,6 +51,18 @@ def random_policy(fields: str, tokenizer, directory: Path, seed: int) -> str:
         model.save_pretrained(directory)
     state.wait_for_everyone()
     return str(directory)
+
+
+def new_adapter(model_args: ModelConfig) -> PeftConfig | None:
+    """
+    The new adapter that the options ask for. A single name of a layer stands for all layers of this name, as several names do. TRL
+    makes a pattern of it, which matches whole names only.
+    """
+    found = get_peft_config(model_args)
+    target = getattr(found, "target_modules", None)
+    if isinstance(target, str) and target.isidentifier():
+        setattr(found, "target_modules", {target})  # noqa: B010
+    return found
 
 
 def find_policy(script_args: Start, training_args: DTRPOConfig | DiffusionSFTConfig, model_args: ModelConfig):

@@ -14,14 +14,16 @@ from ..utils import check_config_file
 from .parser import PROG, Groups, Parser, starting_parser
 
 
-NO_TASK = "none"  # as `--task`: rows and rewards of the user's own
-_OWN_DATA = {"dataset_name", "reward_funcs"}
+NO_TASK = "none"  # as `--task`: rows and rewards, or documents, of the user's own
+OWN_DATA = frozenset(("dataset_name", "reward_funcs"))
+DOCUMENTS = frozenset(("train_file",))  # of `sft` and `adapt`
 
 
-def without_task(words: list[str]) -> list[str]:
-    """A command line that names rows or rewards of the user's own takes the place of the task of a YAML file: it says `--task none`."""
+def without_task(words: list[str], own: Collection[str] = OWN_DATA) -> list[str]:
+    """A command line that names data of the user's own, with one of the options `own`, takes the place of the task of a YAML file:
+    it says `--task none`."""
     names = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    return [*words, "--task", NO_TASK] if names & _OWN_DATA and "task" not in names else words
+    return [*words, "--task", NO_TASK] if names & {*own} and "task" not in names else words
 
 
 class OptionParser(Parser, TrlParser):

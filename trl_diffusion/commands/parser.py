@@ -13,6 +13,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..errors import say_error
 from ..fields import nearest
 from . import recipes_path
 
@@ -73,7 +74,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the program with code 2 and one line on stderr."""
         line = " ".join(message.split())
-        self.exit(2, f"error: {''.join(one if one.isprintable() else repr(one)[1:-1] for one in line)}\n")
+        say_error("".join(one if one.isprintable() else repr(one)[1:-1] for one in line))
+        self.exit(2)
 
     def option_names(self) -> list[str]:
         """The names of all options, without hyphens before them."""

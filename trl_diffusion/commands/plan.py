@@ -35,6 +35,7 @@ from ..plan.strategies import Plan, make_plans
 from ..policies.limits import check_layers, context_length
 from ..policies.loading import load_config, needs_tokenizer
 from ..policies.spec import DiffusionSpec, check_spec, get_spec
+from ..policies.tiny import resolve_embedded
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from ..utils import exit_code, load_yaml, read_mapping
 from .interrupt import ending_in_a_line
@@ -89,7 +90,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan], RolloutCost]:
-    config = load_config(options.model)
+    config = load_config(resolve_embedded(options.model))
     spec = _spec(config, read_mapping(options.diffusion_spec, "diffusion_spec"))
     _check_work(config, spec, options)
     work = Workload(

@@ -132,10 +132,11 @@ def report_task(
     prompt = task.evaluation[row]["prompt"]
     write_results(trainer, results, lines, next_command(prompt))
     pictures = draw(trainer, results, after.trajectories, task.evaluation[0]["prompt"])
+    now = "now as before" if after.scores[row] == before.scores[row] else "now"
     if after.name != SOLVE_RATE:
-        print(f"One of the {task.unit}, with a reward of {spell(after.scores[row], after.name)} now:")
+        print(f"One of the {task.unit}, with a reward of {spell(after.scores[row], after.name)} {now}:")
     elif after.scores[row]:
-        print(f"One of the {task.unit} that it solves now:")
+        print(f"One of the {task.unit} that it solves {now}:")
     else:
         print(f"It solves none of the {task.unit} yet. The first:")
     for name, text in (

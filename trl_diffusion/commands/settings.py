@@ -15,7 +15,7 @@ from ..sft.config import DiffusionSFTConfig
 from ..trainer.config import DTRPOConfig
 from ..utils import load_yaml, write_text
 from . import recipes_path
-from .options import OptionParser, without_task
+from .options import DOCUMENTS, OWN_DATA, OptionParser, without_task
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Command:
         recipe (`str`): the recipe of the embedded policy.
         config (`type`): the trainer's settings.
         told (`tuple[str, ...]`): which of their defaults are told.
+        own_data (`Collection[str]`): which options name data of the user's own, in place of a recipe's task.
     """
 
     name: str
     recipe: str
     config: type
     told: tuple[str, ...]
+    own_data: Collection[str] = OWN_DATA
 
     @property
     def file(self) -> str:
@@ -45,7 +47,11 @@ TRAINING = Command(
     "train", "tiny_sudoku", DTRPOConfig, ("learning_rate", "max_completion_length", "num_generations", "beta")
 )
 TUNING = Command(
-    "sft", "tiny_sft", DiffusionSFTConfig, ("learning_rate", "num_train_epochs", "weighting", "max_length")
+    "sft",
+    "tiny_sft",
+    DiffusionSFTConfig,
+    ("learning_rate", "num_train_epochs", "weighting", "max_length"),
+    DOCUMENTS,
 )
 FILE = TRAINING.file
 # Options of one run only: where it begins, where it writes, and what it continues.
@@ -116,7 +122,7 @@ def find_settings(arguments: list[str], command: Command = TRAINING) -> Settings
         before = ["--config", str(config), *before]
     own = [f"--{name}" for name in given if name != "config"]
     line = f"Settings: {source}" + (f"; {', '.join(own)} from the command line." if own else ".")
-    words = without_task(arguments)
+    words = without_task(arguments, command.own_data)
     return Settings([*before, *words], line, _in_file(config) | given_options(words), command)
 
 

@@ -29,7 +29,7 @@ from typing import Annotated, Any, cast
 
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from ..decoding.config import DecodingConfig
 from ..decoding.options import RolloutOptions
@@ -47,8 +47,8 @@ from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import check_writable, errors_in_a_line, use_all_cores
 from .groups import INHERITED, SFT
 from .lines import TuningLines, describe_output, describe_policy, next_command, start
-from .opening import find_policy
-from .options import OptionParser
+from .opening import find_policy, new_adapter
+from .options import NO_TASK, OptionParser
 from .results import draw, measure, report_task, say_next, train_and_save, write_results
 from .settings import TUNING, Settings, read_options
 
@@ -112,6 +112,8 @@ class ScriptArguments(RolloutOptions):
             self.trajectories = [self.trajectories]
         self.take_old_names()
         check_fields(self)
+        if self.task == NO_TASK:
+            self.task = None
         if self.task is not None:
             check_task_name(self.task)
         self.check_rollout_settings()
@@ -234,7 +236,7 @@ def make_trainer(
         eval_dataset=data.held_out,
         processing_class=tokenizer,
         quantization_config=None if opened else get_quantization_config(model_args),
-        peft_config=None if opened else get_peft_config(model_args),
+        peft_config=None if opened else new_adapter(model_args),
     )
     lines.follow(trainer, stored=True)
     if script_args.settings is not None:

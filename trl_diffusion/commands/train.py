@@ -31,7 +31,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset, concatenate_datasets
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from ..fields import Suggestions, check_fields
 from ..tasks import OTHERS, TASKS, check_task_name, preference_rows
@@ -42,8 +42,9 @@ from ..trajectories.dataset import load_trajectories
 from ..utils import check_writable, errors_in_a_line, use_all_cores, wilson
 from .data import DEFAULT, OwnData
 from .groups import INHERITED, TRAIN
+from .interrupt import is_part
 from .lines import RunLines, describe_output, describe_policy, next_command, start
-from .opening import find_policy
+from .opening import find_policy, new_adapter
 from .options import OptionParser
 from .results import draw, measure, most_telling, report_task, say_next, train_and_save, write_results
 from .settings import TRAINING, Settings, read_options
@@ -138,11 +139,11 @@ def make_trainer(
         args=training_args,
         processing_class=tokenizer,
         quantization_config=None if opened else get_quantization_config(model_args),
-        peft_config=None if opened else get_peft_config(model_args),
+        peft_config=None if opened else new_adapter(model_args),
         **data,
     )
     lines.follow(trainer, stored=bool(script_args.trajectories) or script_args.task == PREFERENCES)
-    if script_args.settings is not None:
+    if script_args.settings is not None and not is_part():  # of a round, the whole command has said it
         trainer.accelerator.print(script_args.settings.line)
     trainer.accelerator.print(describe_policy(trainer, str(model_args.model_name_or_path) if opened else model))
     trainer.accelerator.print(describe_output(training_args))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
@@ -12,6 +13,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+ALL_LINEAR = "all-linear"  # PEFT's word for all linear layers but the head
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -69,14 +72,13 @@ def check_targets(model: nn.Module, peft_config: PeftConfig) -> None:
     """
     experts = expert_names(model)
     targets = getattr(peft_config, "target_modules", None)
-    if targets is not None and not isinstance(
-        targets, str
-    ):  # PEFT's own defaults, "all-linear", or a regular expression
+    if targets is not None and targets != ALL_LINEAR:  # None: PEFT's own defaults
         missing = _unmatched(targets, [name for name, _ in model.named_modules()])
         if missing:
+            pattern = " A text is a pattern for whole names: give a list of names." if isinstance(targets, str) else ""
             raise ValueError(
-                f"LoRA `target_modules` {missing} match nothing in {type(model).__name__}. Its linear layers are "
-                f"{linear_names(model)}; 'all-linear' takes all of them but the LM head."
+                f"LoRA `target_modules` {missing} match nothing in {type(model).__name__}.{pattern} Its linear layers are "
+                f"{linear_names(model)}; '{ALL_LINEAR}' takes all of them but the LM head."
                 + (f" Its experts are no modules: `target_parameters={experts}` takes them." if experts else "")
             )
     missing = _unmatched(
@@ -89,8 +91,10 @@ def check_targets(model: nn.Module, peft_config: PeftConfig) -> None:
         )
 
 
-def _unmatched(targets: Iterable[str], names: list[str]) -> list[str]:
-    """The targets that are neither a name nor its last parts."""
+def _unmatched(targets: str | Iterable[str], names: list[str]) -> list[str]:
+    """The targets that are neither a name nor its last parts. A text is a pattern for whole names, as in PEFT."""
+    if isinstance(targets, str):
+        return [] if any(re.fullmatch(targets, name) for name in names) else [targets]
     return sorted(
         target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)
     )

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..fields import check_kind
-from .files import check_records, check_weights
+from .files import check_records, check_weights, policy_in
 from .forward import check_attention, check_implementation, check_model, unwrap
 from .limits import check_layers, context_length
 from .loading import load_config, load_tokenizer, refusing_code, resolve_spec
@@ -115,6 +115,8 @@ class Policy:
 
 def _adapter_config(path: str) -> PeftConfig:
     """The config of an adapter, if its files are whole and it is of a kind that a policy can have."""
+    if [*policy_in(path)] == ["a whole model"]:
+        raise ValueError(f"{path} holds a whole model and no adapter. Give it as the model.")
     check_there(path, "adapter_config.json")
     check_records(path)
     check_weights(path)

@@ -130,7 +130,8 @@ def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list, **templa
                 prompt, **_opening(prompt), tokenize=True, return_dict=True, **template
             )
         except (TemplateError, ValueError) as error:
-            raise TemplateRefusal(row, prompt, error) from error
+            why = error if tokenizer.chat_template else ValueError("the tokenizer has none; text needs none")
+            raise TemplateRefusal(row, prompt, why) from error
         ids.append(cast("BatchEncoding", encoding)["input_ids"])
     return ids
 
@@ -147,7 +148,7 @@ class TemplateRefusal(ValueError):
     def __init__(self, row: int, prompt: list[dict[str, Any]], error: Exception):
         roles = [message.get("role") for message in prompt]
         self.row, self.reason = row, f"the chat template does not take a conversation of {roles} ({error})"
-        super().__init__(f"Prompt {row}: {self.reason}. Use another chat template, or other messages.")
+        super().__init__(f"Prompt {row}: {self.reason}. Use another chat template, or other prompts.")
 
 
 def _texts_of_pair(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, TrainerState
 from trl import apply_chat_template, is_conversational
 
+from ..errors import code_of
 from ..policies.files import check_records, check_weights
 from ..policies.loading import refusing_code
 from ..policies.places import check_there
@@ -34,13 +35,24 @@ def is_asynchronous(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
-def check_rewards(rewards: Sequence[Any], count: int, name: str) -> None:
-    """Raises a `ValueError` or `TypeError` unless there is one number, or `None`, for each of `count` responses."""
-    if len(rewards) != count:
-        raise ValueError(f"The reward function {name!r} returned {len(rewards)} rewards for {count} completions.")
+def check_rewards(rewards: Any, count: int, name: str) -> None:
+    """Raises a `ValueError` unless there is one number, or `None`, for each of `count` responses."""
+    returned, wanted = (
+        f"The reward function {name!r} returned",
+        "Return a list with a number, or None, for each completion.",
+    )
+    try:
+        number = len(rewards)
+    except TypeError:
+        raise ValueError(f"{returned} {rewards!r:.80} for {count} completions. {wanted}") from None
+    if number != count:
+        raise ValueError(f"{returned} {number} rewards for {count} completions. {wanted}")
     for reward in rewards:
-        if reward is not None:
-            float(reward)
+        try:
+            if reward is not None:
+                float(reward)
+        except (TypeError, ValueError):
+            raise ValueError(f"{returned} {reward!r:.80}, which is no number. {wanted}") from None
 
 
 def as_stored(reward: Any, name: str, where: str) -> float | None:
@@ -138,7 +150,7 @@ class RewardCaller:
             `dict[str, list]`: by the name of the reward function, a number or `None` for each response.
 
         Raises:
-            ValueError, TypeError: if a function does not return one number, or `None`, for each response.
+            ValueError: if a function does not return one number, or `None`, for each response.
         """
         arguments = {
             "prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns,
@@ -153,9 +165,11 @@ class RewardCaller:
             elif is_asynchronous(function):
                 waiting[name] = function
             else:
-                rewards[name] = function(**arguments)
+                with code_of(f"The reward function {name!r}"):
+                    rewards[name] = function(**arguments)
         if waiting:
-            rewards.update(asyncio.run(_gather(waiting, arguments)))
+            with code_of(f"One of the reward functions {[*waiting]}"):
+                rewards.update(asyncio.run(_gather(waiting, arguments)))
         for name, values in rewards.items():
             check_rewards(values, len(prompts), name)
         return {name: list(rewards[name]) for name in self.names}

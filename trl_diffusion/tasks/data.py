@@ -89,10 +89,9 @@ def check_columns(function: Callable, names: Iterable[str], where: str) -> None:
     if missing := [one for one in needed if one not in set(names)]:
         name = getattr(function, "__name__", type(function).__name__)
         raise ValueError(f"The reward function {name} needs the columns {missing}; {where} has {sorted(names)}.")
-    if found and not {"completions", "completion_ids"} & set(parameters(function)):
-        if not any(one.kind is one.VAR_KEYWORD for one in found):
-            name = getattr(function, "__name__", type(function).__name__)
-            raise ValueError(f"The reward function {name} must take `completions` and `**kwargs`, as those of TRL do.")
+    if found and not any(one.kind is one.VAR_KEYWORD for one in found):
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ValueError(f"The reward function {name} must take `completions` and `**kwargs`, as those of TRL do.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows

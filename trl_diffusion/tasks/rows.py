@@ -24,7 +24,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if path.is_file() and path.suffix not in (".csv", ".json", ".jsonl"):
-        raise ValueError(f"{path}: a file of rows must end in .csv, .jsonl or .json.")
+        hint = " `--dataset_name` reads it, where there is this option." if path.suffix == ".parquet" else ""
+        raise ValueError(f"{path}: a file of rows must end in .csv, .jsonl or .json.{hint}")
     text = read_text(path)
     check_no_pointer(path)
     try:
@@ -66,12 +67,16 @@ def _parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON ({error}).") from error
 
 
+class NoColumn(ValueError):
+    """A row has no value in any of the columns that a task reads."""
+
+
 def column(row: dict[str, Any], names: tuple[str, ...], path: str, number: int) -> Any:
     """The first of some columns that has a value in a row."""
     for name in names:
         if row.get(name) not in (None, ""):
             return row[name]
-    raise ValueError(f"{path}, row {number}: none of the columns {list(names)} is there; it has {sorted(row)}.")
+    raise NoColumn(f"{path}, row {number}: none of the columns {list(names)} is there; it has {sorted(row)}.")
 
 
 def whole(value: Any, where: str) -> int:

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from ..errors import code_of
 from ..rewards.call import check_rewards, is_asynchronous
 
 
@@ -48,7 +49,8 @@ def failing_together(reward_func: Callable, name: str, accelerator: Accelerator)
     def call(completions, **kwargs):
         rewards, failure = None, None
         try:
-            rewards = reward_func(completions=completions, **kwargs)
+            with code_of(what):
+                rewards = reward_func(completions=completions, **kwargs)
             check_rewards(rewards, len(completions), name)
         except Exception as error:
             failure = error
@@ -58,7 +60,8 @@ def failing_together(reward_func: Callable, name: str, accelerator: Accelerator)
     async def call_async(completions, **kwargs):
         rewards, failure = None, None
         try:
-            rewards = await reward_func(completions=completions, **kwargs)
+            with code_of(what):
+                rewards = await reward_func(completions=completions, **kwargs)
             check_rewards(rewards, len(completions), name)
         except Exception as error:
             failure = error

@@ -249,7 +249,8 @@ def check_columns(name: str, dataset: Any) -> None:
     if dataset is None:
         raise ValueError(f"`{name}` is required.")
     if not isinstance(dataset, Dataset | IterableDataset):
-        raise TypeError(f"`{name}` must be a Dataset or an IterableDataset, got {type(dataset).__name__}.")
+        hint = " Make one with `datasets.Dataset.from_list`." if isinstance(dataset, list) else ""
+        raise TypeError(f"`{name}` must be a Dataset or an IterableDataset, got {type(dataset).__name__}.{hint}")
     columns = dataset.column_names
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")

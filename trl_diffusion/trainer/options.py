@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from ..utils import no_repeated_keys
 
@@ -23,11 +23,17 @@ def settle(args: DTRPOConfig | DiffusionSFTConfig) -> None:
     machine cannot do, or would ask about.
 
     Raises:
-        ValueError: if `diffusion_spec` is no mapping and no JSON object.
+        ValueError: if `diffusion_spec` is no mapping and no JSON object, or `bf16` is set without a GPU that has bfloat16.
     """
     args.diffusion_spec = _mapping(args.diffusion_spec)
-    if args.bf16 is None and (args.use_cpu or not is_torch_bf16_gpu_available()):
+    has_bf16 = is_torch_bf16_gpu_available() or is_torch_xla_available()
+    if args.bf16 is None and (args.use_cpu or not has_bf16):
         args.bf16 = False
+    if args.bf16 and not args.use_cpu and not has_bf16:
+        raise ValueError(
+            "`bf16` is set, and this machine has no GPU with bfloat16. Train on one, or set `bf16` to false (`--bf16 false`): on a "
+            "CPU that is enough for small policies."
+        )
     if not torch.accelerator.is_available():  # torch warns that it cannot be done
         args.dataloader_pin_memory = False
     if args.trust_remote_code is None:  # with `None`, transformers asks on the terminal

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
@@ -22,7 +22,21 @@ else:
     _Trainer = object
 
 
-class PolicyFiles(_Trainer):
+class TiedWeights(_Trainer):
+    """For a [`~transformers.Trainer`]: a weight that a checkpoint holds under the name of another one is not missing from it."""
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warns about weights that a checkpoint lacks. A weight that is tied to one that was loaded is not missing."""
+        names: dict[int, set[str]] = {}
+        for name, weight in unwrap(self.model).named_parameters(remove_duplicate=False):
+            names.setdefault(id(weight), set()).add(name)
+        missing = set(load_result.missing_keys)
+        tied = {name for group in names.values() if group - missing for name in group}
+        left = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=left))
+
+
+class PolicyFiles(TiedWeights):
     """
     For a [`~transformers.Trainer`]: a directory holds one policy, and checkpoints of families with weight names of their own can
     be loaded. Put this class before the trainer in the list of base classes.

@@ -18,10 +18,10 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..policies.forward import unwrap
 from . import checkpoints
 from ._trl import TrainerMixin
 from .agreement import fail_together
+from .policy_files import TiedWeights
 
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Progress:
         return progress
 
 
-class ExactResume(TrainerMixin):
+class ExactResume(TiedWeights, TrainerMixin):
     """
     Makes resuming of a [`~trl.GRPOTrainer`] exact: training from a checkpoint equals, bit for bit, training that was never
     interrupted. This also holds in the middle of a rollout.
@@ -263,16 +263,6 @@ class ExactResume(TrainerMixin):
                     setattr(callback, attribute, value)
             now = [callback.state() for callback in callbacks]
             self.state.stateful_callbacks[name] = now if len(now) > 1 else now[0]
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Warns about weights that a checkpoint lacks. A weight that is tied to one that was loaded is not missing."""
-        names: dict[int, set[str]] = {}
-        for name, weight in unwrap(self.model).named_parameters(remove_duplicate=False):
-            names.setdefault(id(weight), set()).add(name)
-        missing = set(load_result.missing_keys)
-        tied = {name for group in names.values() if group - missing for name in group}
-        left = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=left))
 
     # ------------------------------------------------------------------------------------- the place in a rollout
 

@@ -132,7 +132,7 @@ class DiffusionRollouts(DiffusionScoring):
         template = cast("dict[str, Any]", self.chat_template_kwargs)
         try:
             ids, *others = super()._tokenize_prompts(prompts)
-        except TemplateError:
+        except (TemplateError, ValueError):
             tokenize_prompts(self._tokenizer, prompts, **template)  # its error names the prompt
             raise
         for row, prompt in enumerate(prompts):
