@@ -115,7 +115,7 @@ class OwnAttention(_Backbone):
         Whether experts may be computed in one grouped product. Transformers decides this by the file of a class; here, by that of the
         backbone. Otherwise all experts would be computed one after the other.
         """
-        backbone = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+        backbone: Any = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
         return backbone._can_set_experts_implementation()
 
     @classmethod
