@@ -14,8 +14,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..decoding.config import DecodingConfig
+from ..trajectories.exchange import trajectory_fields
 from ..trajectories.trajectory import TrajectoryBatch
-from .engine import trajectory_fields
 from .requests import Asked
 
 
@@ -141,11 +141,17 @@ class Answer:
 
     asked: Asked
     model: str
+    fingerprint: str  # of the policy and its settings
     choices: list[Choice]
 
     def __post_init__(self):
         kind = ("chatcmpl" if self.asked.chat else "cmpl") + "-" + secrets.token_hex(12)
-        self.head = {"id": kind, "created": int(time.time()), "model": self.model}
+        self.head = {
+            "id": kind,
+            "created": int(time.time()),
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
 
     @property
     def usage(self) -> dict[str, int]:

@@ -143,7 +143,7 @@ class Service:
         stops = stop_tokens(asked.config, self.policy.spec.stop_token_ids)
         choices = [Choice(asked, index, self.policy.tokenizer, stops) for index in range(len(asked.wishes))]
         ticket = Ticket(self.engine, asked)
-        answer = Answer(asked, self.names[0], choices)
+        answer = Answer(asked, self.names[0], self.facts["system_fingerprint"], choices)
         if asked.stream:
             return Stream(self._events(answer, ticket), ticket)
         try:

@@ -16,7 +16,6 @@ from ..decoding.live import LiveLoop
 from ..policies.attention import plans_enabled
 from ..policies.forward import NonFiniteLogits, unwrap
 from ..policies.policy import Policy
-from ..trajectories.trajectory import TrajectoryBatch
 from .errors import ApiError
 
 
@@ -250,22 +249,3 @@ def _report(loop: LiveLoop, row: int, job: Job) -> None:
     if job.watch is not None and lane is not None and lane.block > job.blocks:
         job.blocks = lane.block
         job.listen(loop.settled(row))
-
-
-def trajectory_fields(batch: TrajectoryBatch) -> dict[str, Any]:
-    """
-    How a response, a batch of one, was denoised, for JSON: `token_ids`, `steps` and `log_probs` of each canvas position (see
-    [`TrajectoryBatch`]), `completion_length`, and `revisions`.
-    """
-    length = int(batch.canvas_lengths[0])
-    found = {
-        "token_ids": batch.canvas_ids[0, :length].tolist(),
-        "steps": batch.steps[0, :length].tolist(),
-        "log_probs": batch.logps[0, :length].tolist(),
-        "completion_length": int(batch.completion_lengths[0]),
-        "revisions": None,
-    }
-    if batch.revisions is not None:
-        there = batch.revisions.steps[0] >= 0
-        found["revisions"] = {name: values[0][there].tolist() for name, values in vars(batch.revisions).items()}
-    return found

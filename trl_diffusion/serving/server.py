@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import logging
 import socket
 from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import uvicorn
+import xxhash
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_settings
@@ -89,11 +91,15 @@ def make_service(
     room = LONGEST_PROMPT if policy.context is None else min(LONGEST_PROMPT, spec.longest_prompt(policy.context, 1))
     longest = options.max_prompt_tokens or room
     try_policy(policy.model, spec, cached=spec.attention == "block" or config.approximate_cache is not None)
-    facts = {
+    facts: dict[str, Any] = {
         "policy_fingerprint": fingerprint_policy(policy.model),
         "tokenizer_fingerprint": fingerprint_tokenizer(policy.tokenizer),
         "spec": spec.to_dict(),
         "decoding": config.to_dict(),
+    }
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())
+    facts |= {
+        "system_fingerprint": f"trl_diffusion-{digest}",
         "max_tokens": config.max_new_tokens,
         "max_prompt_tokens": longest,
         "max_responses": options.max_responses,
