@@ -186,6 +186,13 @@ COLLECT: Groups = {
     },
     "policy": {**_POLICY, "adapter_name_or_path": None, "chat_template_kwargs": None, **_ROUNDING},
     "responses": {"num_responses": None, "max_completion_length": None, "temperature": None, **_DECODING},
+    "responses from elsewhere": {
+        "server": "address of an OpenAI-compatible server that answers, such as http://127.0.0.1:8000/v1",
+        "served_model": None,
+        "api_key_env": None,
+        "concurrency": None,
+        "responses": "file of responses that are there already: `prompt`, `responses` or `response`, perhaps rewards",
+    },
     "output": {"output_dir": None, "batch_size": None, "rows_per_shard": None, "seed": None},
 }
 

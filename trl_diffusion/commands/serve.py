@@ -12,7 +12,6 @@ pip install 'trl-diffusion[serve]'.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import fields
 
@@ -20,7 +19,7 @@ from ..decoding.options import add_decoding_options, given_decoding
 from ..quiet import hush_commands
 from ..utils import exit_code, read_mapping, use_all_cores
 from .interrupt import ending_in_a_line
-from .parser import PROG, Parser
+from .parser import PROG, Parser, read_api_key
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,22 +72,6 @@ def _serve(options: argparse.Namespace) -> None:
         server = Server(make_service(policy, config, limits, name, api_key), listener)
         print(f"{name} is served at {server.url}. Ctrl-C ends it.", flush=True)
         server.serve_here()
-
-
-def read_api_key(variable: str | None) -> str | None:
-    """
-    The API key in a variable of the environment.
-
-    Raises:
-        ValueError: if it is not set.
-    """
-    if variable is None:
-        return None
-    if not os.environ.get(variable):
-        raise ValueError(
-            f"`--api_key_env`: the variable {variable} of the environment is not set. Set it, or leave the option out."
-        )
-    return os.environ[variable]
 
 
 def _parser() -> Parser:

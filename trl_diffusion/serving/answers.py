@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -71,7 +71,7 @@ class Choice:
         return self._send(text)
 
     def _decoded(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _send(self, text: str) -> str:
         new = text[len(self.sent) :] if text.startswith(self.sent) else ""
@@ -122,7 +122,7 @@ class Choice:
             sizes = range(len(tokens) + 1)
             size = bisect_left(sizes, len(self.sent), key=lambda size: len(self._decoded(tokens[:size])))
             tokens, values = tokens[:size], values[:size]
-        texts = [self.tokenizer.decode([token]) for token in tokens]
+        texts = [cast(str, self.tokenizer.decode([token])) for token in tokens]
         if self.asked.chat:
             return {
                 "content": [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts
@@ -232,7 +232,7 @@ def _stop(body: dict[str, Any]) -> list[str]:
 
 
 def _config(body: dict[str, Any], config: DecodingConfig) -> DecodingConfig:
-    changes = {}
+    changes: dict[str, Any] = {}
     for name in ("temperature", "top_p"):
         value = body.get(name)
         if value is None:
@@ -279,7 +279,7 @@ def _prompts(body: dict[str, Any], policy: Policy, limits: Limits) -> list[list[
     if all(isinstance(one, str) and one for one in several):
         return _encoded("prompt", lambda: policy.encode(several))
     if all(_are_ids(one) for one in several):
-        return [list(one) for one in several]
+        return cast("list[list[int]]", several)
     raise refused("prompt", f"{what}, none of them empty, got {prompt!r:.80}.")
 
 
