@@ -150,7 +150,6 @@ def test_a_server_of_somebody_else(embedded, tmp_path, caplog):
     assert "does not take token ids" in caplog.text
     stored = load_trajectories(directory)
     check_trajectories(stored, embedded.spec, embedded.model.config.vocab_size)
-    assert set(stored["event_logps"]) == {None} if isinstance(stored["event_logps"], list) else True
     stops = embedded.spec.stop_token_ids
     by_prompt = {prompt: {} for prompt in PROMPTS["prompt"]}
     for body in asked:

@@ -105,7 +105,7 @@ TRAIN: Groups = {
         "estimator_check_size": "most trajectories of such a comparison",
     },
     "stored responses and preferences": {
-        "decoding_order": "order in which responses of a preference dataset count as denoised",
+        "decoding_order": "order in which responses count as denoised of which it is unknown, such as those of a preference dataset",
         "pair_selection": "pairs of a group",
         "dpo_loss_type": "losses of a pair, which are added: sigmoid, robust, hinge, ipo, sft",
         "dpo_loss_weights": None,

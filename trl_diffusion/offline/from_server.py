@@ -146,8 +146,8 @@ def _provenance(
     """
     own, facts = fingerprint_tokenizer(tokenizer), entry.get("denoising")
     if not isinstance(facts, dict):
-        settings = {"decoder": "server", "order": None, "temperature": temperature, "max_new_tokens": max_new_tokens}
-        return Provenance(None, own, spec, settings)
+        unknown = {"decoder": "server", "order": None, "temperature": temperature, "max_new_tokens": max_new_tokens}
+        return Provenance(None, own, spec, unknown)
     if facts.get("tokenizer_fingerprint") != own:
         raise ValueError(
             f"The server's policy {entry['id']!r} has another tokenizer than {tokenizer.name_or_path}. Pass its model with "
@@ -158,7 +158,7 @@ def _provenance(
             f"The server's policy {entry['id']!r} is denoised in another way: its spec is {facts.get('spec')}, here it is "
             f"{spec.to_dict()}. Pass its model with `--model_name_or_path`."
         )
-    settings = {**facts["decoding"], "temperature": temperature, "max_new_tokens": max_new_tokens}
+    settings: dict[str, Any] = {**facts["decoding"], "temperature": temperature, "max_new_tokens": max_new_tokens}
     decoding = DecodingConfig(**{name: value for name, value in settings.items() if value is not None})
     if decoding.approximate_cache is not None:
         raise ValueError(
