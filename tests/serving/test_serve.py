@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import pytest
 import torch
 
 from tests.closeness import assert_close
 from tests.serving.conftest import LIMIT, SETTINGS, serving
 from trl_diffusion import DecodingConfig, decode
-from trl_diffusion.policies.policy import Policy
+from trl_diffusion.decoding.live import LiveLoop
+from trl_diffusion.policies.forward import NonFiniteLogits
+from trl_diffusion.policies.loading import load_tokenizer
+from trl_diffusion.policies.policy import Policy, open_policy
 from trl_diffusion.rewards import sudoku
 from trl_diffusion.seeds import derive_seed
+from trl_diffusion.serving.engine import Engine
 
 
 PROMPTS = [sudoku.prompt(row["puzzle"]) for row in sudoku.generate(8, seed=0)]
@@ -114,8 +118,6 @@ def test_streams(client, embedded):
 
 def test_a_decoder_that_takes_tokens_back():
     """Nothing of the text is sent before its end; the canvas of the steps ends as the response."""
-    from trl_diffusion.policies.policy import open_policy
-
     settings = {"temperature": 1.0, "revision": "random", "revision_rate": 0.5}
     policy = open_policy("embedded:revising", device="cpu")
     prompt = PROMPTS[0]
@@ -158,8 +160,6 @@ def test_chat(client, embedded):
 
 
 def open_tokenizer(policy: Policy):
-    from trl_diffusion.policies.loading import load_tokenizer
-
     return load_tokenizer(policy.tokenizer.name_or_path)
 
 
@@ -173,28 +173,42 @@ def test_a_key_is_asked_for(embedded):
         assert status == 200 and json.dumps(body["data"][0]["denoising"]["decoding"])
 
 
-@pytest.mark.parametrize("spec_fails_at", [1])
-def test_logits_that_are_not_finite_end_one_response(embedded, spec_fails_at):
-    """The others begin again, and get what they would have got."""
-    from trl_diffusion.decoding.live import LiveLoop
-    from trl_diffusion.policies.forward import NonFiniteLogits
-
-    seen = []
-    step = LiveLoop.step
+def test_logits_that_are_not_finite_end_one_response(embedded, monkeypatch):
+    """The other one begins again, and gets what it would have got, in a stream without repetitions."""
+    seen, step, admit = [], LiveLoop.step, Engine._admit
 
     def failing(self):
-        if self.active == 2 and not seen and any(lane.block == spec_fails_at for lane in self.active_lanes()):
-            seen.append(self.active)
-            raise NonFiniteLogits(0, "the policy's logits hold NaN.")
+        if self.active == 2 and not seen and all(lane.block == 1 for lane in self.active_lanes()):
+            seen.append(
+                next(row for row, prompt in enumerate(self.prompts) if prompt == embedded.encode(PROMPTS[1])[0])
+            )
+            raise NonFiniteLogits(seen[0], "the policy's logits hold NaN.")
         return step(self)
 
-    with pytest.MonkeyPatch.context() as patch, serving(embedded) as (client, _), ThreadPoolExecutor(2) as pool:
-        patch.setattr(LiveLoop, "step", failing)
-        fields = {"prompt": PROMPTS[0], "seed": 3, "n": 1, **SAMPLED}
-        found = list(pool.map(lambda path: client.send(path, fields), ["/v1/completions"] * 2))
-        if seen:
-            assert sorted(status for status, _ in found) == [200, 500]
-        patch.undo()
-        (expected,) = client.complete(**fields)
-        for status, body in found:
-            assert body["error"]["code"] == "non_finite_logits" if status == 500 else body["choices"][0] == expected
+    begun = []
+
+    def admit_both(self):
+        begun.extend(self._waiting if len(self._waiting) == 2 else ())
+        admit(self) if begun else time.sleep(0.01)
+
+    monkeypatch.setattr(LiveLoop, "step", failing)
+    monkeypatch.setattr(Engine, "_admit", admit_both)
+    with serving(embedded) as (client, _), ThreadPoolExecutor(2) as pool:
+        stream = pool.submit(client.stream, PROMPTS[0], seed=3, stream_canvas=True, **SAMPLED)
+        status, body = client.send("/v1/completions", {"prompt": PROMPTS[1], **SAMPLED})
+        assert seen and status == 500 and body["error"]["code"] == "non_finite_logits"
+        choices = [event["choices"][0] for event in stream.result()]
+        (expected,) = client.complete(PROMPTS[0], seed=3, **SAMPLED)
+    assert "".join(choice["text"] for choice in choices) == expected["text"]
+    steps = [choice["canvas"]["step"] for choice in choices if "canvas" in choice]
+    assert steps == list(range(len(steps)))
+
+
+def test_settings_are_denoised_at_the_same_time(embedded):
+    """Six temperatures, of which four fit at once, and each response is that of its own."""
+    temperatures = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    with serving(embedded, max_batch=5) as (client, _), ThreadPoolExecutor(6) as pool:
+        fields = {"seed": 3, "max_tokens": 17}
+        found = list(pool.map(lambda one: client.complete(PROMPTS[0], temperature=one, **fields), temperatures))
+    for temperature, (choice,) in zip(temperatures, found, strict=True):
+        assert choice["text"] == embedded.decode(decoded(embedded, PROMPTS[:1], [3], temperature).completions())[0]
