@@ -65,7 +65,7 @@ def collect_from_server(
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
         spec ([`DiffusionSpec`]): facts about the policy.
         config ([`~transformers.PretrainedConfig`]): its config.
-        prompts, reward_funcs, output_dir, num_responses, rows_per_shard, seed, disable_tqdm, chat_template_kwargs:
+        prompts, reward_funcs, output_dir, num_responses, rows_per_shard, seed, disable_tqdm, chat_template_kwargs (*optional*):
             As for [`collect`].
         max_new_tokens (`int`): most tokens of a response.
         temperature (`float`, *optional*, defaults to `1.0`): temperature of sampling.

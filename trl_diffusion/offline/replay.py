@@ -81,7 +81,7 @@ def with_orders(
     Args:
         dataset ([`~datasets.Dataset`]): stored responses.
         spec ([`DiffusionSpec`]): facts about the policy.
-        decoding_order, tokens_per_step, temperature, model, batch_size, seed: as for [`from_preferences`].
+        decoding_order, tokens_per_step, temperature, model, batch_size, seed (*optional*): as for [`from_preferences`].
 
     Raises:
         ValueError: if `"confidence"` has no model to ask.

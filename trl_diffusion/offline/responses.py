@@ -88,7 +88,7 @@ def import_responses(
         max_new_tokens (`int`, *optional*): most tokens of a response. Longer ones are refused.
         rows_per_shard (`int`, *optional*, defaults to `64`): prompts in a shard.
         source (`str`, *optional*): where the rows are from, for errors and the card.
-        disable_tqdm, chat_template_kwargs: as for [`collect`].
+        disable_tqdm, chat_template_kwargs (*optional*): as for [`collect`].
 
     Returns:
         `output_dir` as a `Path`.
