@@ -7,12 +7,13 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
+from tests.processes import HANGS
 from trl_diffusion import DecodingConfig
 from trl_diffusion.policies.policy import Policy, open_policy
 from trl_diffusion.policies.tiny import tiny_policy_path
@@ -25,6 +26,15 @@ LIMIT = 24  # most tokens of a response
 SETTINGS = {"tokens_per_step": 2}
 
 
+def wait_until(condition: Callable[[], Any]) -> None:
+    """Waits for something that another thread or process does."""
+    end = time.monotonic() + HANGS
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError("what was waited for does not happen")
+        time.sleep(0.01)
+
+
 class Client:
     """Sends requests to a server, each on a connection of its own."""
 
@@ -35,7 +45,7 @@ class Client:
 
     def send(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
         """Status and JSON of an answer. A body that is no bytes is sent as JSON."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=HANGS)
         content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         connection.request(
             "GET" if body is None else "POST", path, content, {"Content-Type": "application/json", **(headers or {})}
@@ -53,7 +63,7 @@ class Client:
 
     def stream(self, prompt: Any, **fields: Any) -> list[Any]:
         """The events of a stream."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=HANGS)
         body = json.dumps({"prompt": prompt, "stream": True, **fields})
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         lines = connection.getresponse().read().decode().split("\n\n")
@@ -66,14 +76,11 @@ class Client:
         return self.send("/health")[1]
 
     def wait_until_idle(self) -> None:
-        end = time.monotonic() + 60
-        while self.load()["decoding"] or self.load()["waiting"]:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_until(lambda: not self.load()["decoding"] and not self.load()["waiting"])
 
     def raw(self) -> socket.socket:
         """A connection, on which anything can be sent."""
-        return socket.create_connection((self.host, self.port), timeout=60)
+        return socket.create_connection((self.host, self.port), timeout=HANGS)
 
 
 @contextmanager
@@ -88,9 +95,8 @@ def serving(policy: Policy, port: int = 0, settings: dict[str, Any] | None = Non
     url = server.url
     thread.start()
     try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
+        wait_until(lambda: server.started or not thread.is_alive())
+        assert server.started
         yield Client(url), server
     finally:
         server.should_exit = True

@@ -23,13 +23,15 @@ def foreign(answer: Callable[[dict[str, Any]], Any], models: tuple[str, ...] = (
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             found = answer(body)
-            if isinstance(found, int):
+            if isinstance(found, bytes):
+                self.reply(200, found)
+            elif isinstance(found, int):
                 self.reply(found, {"error": {"message": "not now"}})
             elif found is not None:
                 self.reply(200, {"choices": [found]})
 
         def reply(self, status, body):
-            content = json.dumps(body).encode()
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()

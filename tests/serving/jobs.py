@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.processes import CONTEXT, HANGS
-from tests.serving.conftest import Client
+from tests.processes import CONTEXT
+from tests.serving.conftest import Client, wait_until
 
 
 def run(log: str, words: list[str]) -> None:
@@ -38,10 +37,8 @@ def served(log: Path, words: list[str], port: int | None = None) -> Iterator[tup
     process = CONTEXT.Process(target=run, args=(str(log), ["--port", str(port), *words]))
     process.start()
     try:
-        end = time.monotonic() + HANGS
-        while not log.exists() or f":{port}/v1" not in log.read_text():
-            assert process.is_alive() and time.monotonic() < end
-            time.sleep(0.02)
+        wait_until(lambda: not process.is_alive() or (log.exists() and f":{port}/v1" in log.read_text()))
+        assert process.is_alive(), log.read_text()
         yield process, Client(f"http://127.0.0.1:{port}/v1")
     finally:
         process.kill()

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -15,7 +14,8 @@ import torch
 from datasets import Dataset
 
 from tests.closeness import assert_close
-from tests.serving.conftest import SETTINGS, serving
+from tests.processes import HANGS
+from tests.serving.conftest import SETTINGS, serving, wait_until
 from tests.serving.foreign import foreign
 from tests.serving.jobs import free_port, served
 from trl_diffusion import DecodingConfig, collect, load_trajectories
@@ -32,7 +32,7 @@ SIZES = {"num_responses": 3, "rows_per_shard": 2, "seed": 11, "disable_tqdm": Tr
 
 def from_server(url: str, policy, output_dir, **options):
     return collect_from_server(
-        Endpoint(url, patience=options.pop("patience", 60)), policy.tokenizer, policy.spec, policy.model.config, PROMPTS,
+        Endpoint(url, patience=options.pop("patience", HANGS)), policy.tokenizer, policy.spec, policy.model.config, PROMPTS,
         sudoku.sudoku_units, output_dir, 17, **{**SIZES, "concurrency": 4, **options},
     )  # fmt: skip
 
@@ -78,8 +78,7 @@ def test_a_server_that_is_killed_in_the_middle(embedded, expected, tmp_path):
     with served(tmp_path / "first", words, port) as (process, client):
 
         def kill():
-            while not list((tmp_path / "found" / "data").glob("shard-*")):
-                time.sleep(0.005)
+            wait_until(lambda: list((tmp_path / "found" / "data").glob("shard-*")))
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             killed.set()
@@ -89,15 +88,15 @@ def test_a_server_that_is_killed_in_the_middle(embedded, expected, tmp_path):
         again = []
 
         def restart():
-            assert killed.wait(120)
+            assert killed.wait(HANGS)
             with served(tmp_path / "second", words, port):
                 again.append(True)
-                assert done.wait(600)
+                assert done.wait(HANGS)
 
         done, restarter = threading.Event(), threading.Thread(target=restart)
         restarter.start()
         try:
-            found = from_server(client.url, embedded, tmp_path / "found", patience=1000, concurrency=2)
+            found = from_server(client.url, embedded, tmp_path / "found", concurrency=2)
         finally:
             done.set()
             killer.join()
@@ -189,6 +188,11 @@ def test_what_does_not_pass(embedded, tmp_path):
         from_server(url, embedded, tmp_path / "found")
     with pytest.raises(ConnectionError, match="did not answer for 0.2 seconds .*Give the same command again"):
         from_server(f"http://127.0.0.1:{free_port()}", embedded, tmp_path / "found", patience=0.2)
+    with (
+        foreign(lambda body: b"<html>") as url,
+        pytest.raises(ValueError, match="answers b'<html>', which is no JSON"),
+    ):
+        from_server(url, embedded, tmp_path / "found")
     with pytest.raises(ValueError, match="is like http://"):
         Endpoint("127.0.0.1:8000")
 

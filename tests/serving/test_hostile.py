@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.serving.conftest import LIMIT, serving
+from tests.processes import HANGS
+from tests.serving.conftest import LIMIT, serving, wait_until
 from tests.serving.jobs import served
 from tests.serving.test_serve import PROMPTS
 
@@ -27,6 +28,8 @@ WRONG = {
     "empty": ({"prompt": ""}, 400, "`prompt`: must be a text"),
     "mixed": ({"prompt": ["x", 1]}, 400, "`prompt`: must be a text"),
     "an object": ({"prompt": {"text": "x"}}, 400, "`prompt`: must be a text"),
+    "nested": (b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}", 400, ""),
+    "half a character in a name": ({"\ud800": 1}, 400, "There is no field"),
     "half a character": ({"prompt": "\ud800"}, 400, "`prompt`: cannot be tokenized"),
     "negative token": ({"prompt": [3, -1]}, 400, "holds token -1"),
     "huge token": ({"prompt": [10**30]}, 400, "holds token 1000"),
@@ -159,8 +162,7 @@ def test_a_full_queue(embedded, monkeypatch):
     monkeypatch.setattr(Engine, "_admit", lambda self: admit(self) if full else time.sleep(0.01))
     with serving(embedded, max_batch=1, max_queue=4, max_responses=4) as (client, _), ThreadPoolExecutor(4) as pool:
         taken = [pool.submit(client.send, "/v1/completions", GOOD) for _ in range(4)]
-        while client.load()["waiting"] < 4:
-            time.sleep(0.01)
+        wait_until(lambda: client.load()["waiting"] == 4)
         status, answer = client.send("/v1/completions", GOOD)
         assert status == 429 and answer["error"]["code"] == "queue_full"
         full.append(True)
@@ -175,11 +177,10 @@ def test_a_signal_ends_the_command(number, tmp_path):
     words = ["--max_new_tokens", "24", "--max_batch", "1"]
     with served(tmp_path / "log", words) as (process, client), ThreadPoolExecutor(12) as pool:
         waiting = [pool.submit(client.send, "/v1/completions", {**GOOD, "max_tokens": 24, "n": 4}) for _ in range(12)]
-        while client.load()["decoding"] == 0:
-            time.sleep(0.01)
+        wait_until(lambda: client.load()["decoding"])
         os.kill(process.pid, number)
         statuses = [one.result()[0] for one in waiting]
-        process.join(60)
+        process.join(HANGS)
         assert process.exitcode == (130 if number == signal.SIGINT else -signal.SIGTERM)
     assert 503 in statuses and set(statuses) <= {200, 503}
     log = (tmp_path / "log").read_text()

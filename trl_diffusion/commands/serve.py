@@ -104,7 +104,7 @@ def _parser() -> Parser:
         ("max_batch", "most responses that are denoised at once (default: 64)"),
         ("max_queue", "most responses that wait (default: 256)"),
         ("max_prompt_tokens", "most tokens of a prompt (default: 2048, or less if the policy's context is shorter)"),
-        ("max_responses", "most responses of a request (default: 64)"),
+        ("max_responses", "most responses of a request, its prompts times n (default: 64)"),
         ("max_body_bytes", "most bytes of a request (default: 4000000)"),
     ):
         group.add_argument(f"--{name}", type=int, metavar="N", help=text)

@@ -76,6 +76,7 @@ class Endpoint:
 
         Raises:
             EndpointError: a `ValueError`, if the server refuses the request.
+            ValueError: if it answers something else.
             ConnectionError: if it does not succeed in time.
         """
         content = None if body is None else json.dumps(body).encode()
@@ -85,14 +86,15 @@ class Endpoint:
             pause = None
             try:
                 with self._opener.open(request, timeout=TIMEOUT) as answer:
-                    return _object(answer.read())
+                    content = answer.read()
+                return self._object(content)
             except urllib.error.HTTPError as error:
                 why = f"{error.code}: {_message(error)}"
                 failures += error.code == FAILED
                 if error.code not in (*BUSY, FAILED) or failures == MOST_FAILURES:
                     raise EndpointError(error.code, f"The server {self.url} refuses a request ({why}).") from error
                 pause = error.headers.get("Retry-After")
-            except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+            except (OSError, http.client.HTTPException) as error:
                 why = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
             if time.monotonic() - begun > self.patience or self._stopped.is_set():
                 raise ConnectionError(
@@ -102,6 +104,17 @@ class Endpoint:
             self._say(why, time.monotonic() - begun)
             self._stopped.wait(min(float(pause), LONGEST_WAIT) if pause and pause.isdecimal() else wait)
             wait = min(2 * wait, LONGEST_WAIT)
+
+    def _object(self, content: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(content)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{self.url} answers {content[:80]!r}, which is no JSON object. Is it the address of an OpenAI-compatible server?"
+            )
+        return found
 
     def _say(self, why: str, waited: float) -> None:
         """Says once that something is waited for."""
@@ -132,13 +145,6 @@ class Endpoint:
             wrong = f"has no model {name!r}" if name else "has several models, of which `--served_model` chooses one"
             raise ValueError(f"The server {self.url} {wrong}; there are {names}.")
         return models[names.index(name)]
-
-
-def _object(content: bytes) -> dict[str, Any]:
-    found = json.loads(content)
-    if not isinstance(found, dict):
-        raise ValueError(f"The server answers {found!r:.80}, which is no object: is it one of the OpenAI API?")
-    return found
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,24 +109,9 @@ def collect_from_server(
     )
     groups = _Groups(num_responses, temperature)
     pool = Pool(concurrency)
-
-    def answer(shards: list[Jobs], progress: Progress) -> Iterator[TrajectoryBatch]:
-        waiting: dict[int, list[Future]] = {}
-        for shard in range(len(shards)):
-            for ahead in range(shard, min(shard + 2, len(shards))):  # so that no thread waits for the last of a shard
-                if ahead not in waiting:
-                    waiting[ahead] = [pool.submit(asking.answer, *job) for job in shards[ahead]]
-            found = []
-            for future in waiting.pop(shard):
-                found.append(future.result())
-                progress.add(1, int(found[-1].completion_lengths[0]))
-            groups.look_at([batch.completions()[0] for batch in found])
-            yield TrajectoryBatch.concatenate(found)
-        groups.report()
-
     try:
         collection = Collection(Path(output_dir), plan, prompts, counts, tokenizer, caller, provenance, recorded)
-        return collection.make(answer, disable_tqdm)
+        return collection.make(partial(asking.answer_all, pool, groups), disable_tqdm)
     finally:
         endpoint.stop()
         pool.close()
@@ -185,6 +171,23 @@ class _Asking:
     tokenizing: threading.Lock = field(
         default_factory=threading.Lock, init=False
     )  # tokenizers are not for several threads
+
+    def answer_all(
+        self, pool: Pool, groups: _Groups, shards: list[Jobs], progress: Progress
+    ) -> Iterator[TrajectoryBatch]:
+        """The responses of one shard after the other."""
+        waiting: dict[int, list[Future]] = {}
+        for shard in range(len(shards)):
+            for ahead in range(shard, min(shard + 2, len(shards))):  # so that no thread waits for the last of a shard
+                if ahead not in waiting:
+                    waiting[ahead] = [pool.submit(self.answer, *job) for job in shards[ahead]]
+            found = []
+            for future in waiting.pop(shard):
+                found.append(future.result())
+                progress.add(1, int(found[-1].completion_lengths[0]))
+            groups.look_at([batch.completions()[0] for batch in found])
+            yield TrajectoryBatch.concatenate(found)
+        groups.report()
 
     def answer(self, row: int, response: int) -> TrajectoryBatch:
         """A response to the prompt of a row, as a batch of one."""

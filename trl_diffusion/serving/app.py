@@ -98,6 +98,8 @@ class Service:
                 return JSONResponse(error.body(), error.status, HEADERS.get(error.status))
             except ClientDisconnect:
                 return GONE
+            except RecursionError:
+                return JSONResponse(ApiError(400, "The request is nested too deeply.").body(), 400)
             except Exception as error:
                 logger.exception("A request failed.")
                 return JSONResponse(ApiError(500, f"The server failed ({type(error).__name__}).").body(), 500)

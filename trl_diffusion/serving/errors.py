@@ -26,7 +26,13 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON object that says so."""
         kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _sendable(self.param)
+        return {"error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}}
+
+
+def _sendable(text: str) -> str:
+    """A text without halves of surrogate pairs, which a client may have sent in JSON and UTF-8 does not have."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def refused(param: str, message: str, code: str | None = None) -> ApiError:

@@ -28,6 +28,7 @@ from .requests import Limits
 logger = logging.getLogger(__name__)
 
 LONGEST_PROMPT = 2048  # tokens, if neither the policy nor the user says less or more
+MOST_RESPONSES = 64  # of a request, if the user does not say
 MOST_CONNECTIONS = 2048
 GRACE = 10  # seconds that answers have to be finished after Ctrl-C
 
@@ -41,23 +42,29 @@ class ServerOptions:
         max_batch (`int`): responses that are denoised at once.
         max_queue (`int`): responses that wait. A request for which there is no room is answered with status 429.
         max_prompt_tokens (`int`, *optional*): tokens of a prompt.
-        max_responses (`int`): responses of a request: its prompts times `n`.
+        max_responses (`int`, *optional*): responses of a request: its prompts times `n`. Defaults to 64, or `max_queue` if that
+            is less.
         max_body_bytes (`int`): bytes of a request.
     """
 
     max_batch: Annotated[int, AtLeast(1)] = 64
     max_queue: Annotated[int, AtLeast(1)] = 256
     max_prompt_tokens: Annotated[int, AtLeast(1)] | None = None
-    max_responses: Annotated[int, AtLeast(1)] = 64
+    max_responses: Annotated[int, AtLeast(1)] | None = None
     max_body_bytes: Annotated[int, AtLeast(1)] = 4_000_000
 
     def __post_init__(self):
         check_fields(self)
-        if self.max_responses > self.max_queue:
+        if self.max_responses is not None and self.max_responses > self.max_queue:
             raise ValueError(
-                f"`max_responses={self.max_responses}` of a request are more than `max_queue={self.max_queue}`, which all wait at first. "
-                "Lower the one, or raise the other."
+                f"`max_responses={self.max_responses}` of a request are more than `max_queue={self.max_queue}`, which all wait at "
+                "first. Lower the one, or raise the other."
             )
+
+    @property
+    def responses(self) -> int:
+        """Most responses of a request."""
+        return self.max_responses or min(MOST_RESPONSES, self.max_queue)
 
 
 def make_service(
@@ -102,10 +109,10 @@ def make_service(
         "system_fingerprint": f"trl_diffusion-{digest}",
         "max_tokens": config.max_new_tokens,
         "max_prompt_tokens": longest,
-        "max_responses": options.max_responses,
+        "max_responses": options.responses,
     }
     engine = Engine(policy, config.max_new_tokens, longest, options.max_batch, options.max_queue)
-    limits = Limits(config.max_new_tokens, longest, options.max_responses, options.max_body_bytes)
+    limits = Limits(config.max_new_tokens, longest, options.responses, options.max_body_bytes)
     return Service(policy, engine, config, limits, [name], facts, api_key)
 
 
