@@ -101,6 +101,33 @@ def test_a_wrong_row_is_named(imported, tokenizer, name):
         imported([GOOD, row], max_new_tokens=20)
 
 
+def test_conversations(imported, tokenizer, monkeypatch):
+    """The response is the assistant's message, as the chat template writes it."""
+    template = "{% for message in messages %}{{ '=' + message['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    prompt = [{"role": "user", "content": "1+1"}]
+    stored = imported([{"prompt": prompt, "responses": ["2", "3"]}], by_text)
+    assert stored[0]["prompt_ids"] == tokenizer("=1+1=")["input_ids"] and stored[0]["prompt"] == prompt
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions_of(stored[0])] == ["2", "3"]
+    assert stored[0]["reward_by_text"] == [2.0, 3.0]
+
+
+def by_text(completions, **kwargs) -> list[float]:
+    return [float(message["content"]) for (message,) in completions]
+
+
+def test_a_table(tmp_path):
+    """Numbers are text there, and an empty place is no reward."""
+    file = tmp_path / "own.csv"
+    file.write_text("prompt,response,reward,answer\n1+1=,2,1,2\n1+1=,3,0.5,2\n1+1=,4,,2\n")
+    command.main(["--responses", str(file), "--output_dir", str(tmp_path / "run")])
+    stored = load_trajectories(tmp_path / "run")
+    assert stored["reward_given"][:] == [[1.0, 0.5, None]] and stored["answer"][:] == ["2"]
+    file.write_text("prompt,response,reward\n1+1=,2,good\n")
+    with pytest.raises(SystemExit):
+        command.main(["--responses", str(file), "--output_dir", str(tmp_path / "other")])
+
+
 def test_more_that_is_wrong(imported):
     single = {"prompt": "1+1=", "response": "2", "reward": 1}
     with pytest.raises(ValueError, match="row 1: has the prompt of own.jsonl, row 0, and other columns or rewards"):

@@ -196,7 +196,7 @@ def _rewards(value: Any, name: str, count: int, where: str) -> dict[str, list[fl
     named = value if isinstance(value, dict) else {GIVEN: value}
     found = {}
     for key, values in named.items():
-        values = [values] if name == "reward" else values
+        values = [_number(values)] if name == "reward" else values
         if not isinstance(values, list) or len(values) != count:
             raise ValueError(f"{where}, `{name}`: must be a number for each of {count} responses, got {values!r:.80}.")
         for one in values:
@@ -204,6 +204,14 @@ def _rewards(value: Any, name: str, count: int, where: str) -> dict[str, list[fl
                 raise ValueError(f"{where}, `{name}`: a reward is a finite number or null, got {one!r:.80}.")
         found[str(key)] = [None if one is None else float(one) for one in values]
     return found
+
+
+def _number(value: Any) -> Any:
+    """A number, which is text in a file of comma-separated values."""
+    try:
+        return (float(value) if value.strip() else None) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _reward_names(groups: list[Group], caller: RewardCaller | None, source: str) -> list[str]:
