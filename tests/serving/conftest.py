@@ -19,9 +19,6 @@ from trl_diffusion.policies.policy import Policy, open_policy
 from trl_diffusion.policies.tiny import tiny_policy_path
 
 
-pytest.importorskip("uvicorn")
-pytest.importorskip("starlette")
-
 LIMIT = 24  # most tokens of a response
 SETTINGS = {"tokens_per_step": 2}
 
@@ -101,6 +98,12 @@ def serving(policy: Policy, port: int = 0, settings: dict[str, Any] | None = Non
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def installed() -> None:
+    for name in ("starlette", "uvicorn"):
+        pytest.importorskip(name, reason="needs the extra `serve`")
 
 
 @pytest.fixture(scope="session")

@@ -299,7 +299,9 @@ def next_commands(args: CollectArguments, model_args: ModelConfig) -> list[str]:
     train = [PROG, "train", "--trajectories", args.output_dir]
     if model_args.model_name_or_path is None and args.task == "sudoku":
         commands.append([*train, "--config", "tiny_offline"])
-    elif args.adapter_name_or_path is None:  # `train` begins with a whole model
+    elif (
+        args.adapter_name_or_path is None and args.responses is None
+    ):  # `train` begins with a whole model, and measures on rows
         given = {one.name: (getattr(args, one.name), one.default) for one in fields(args) if one.name not in _OWN}
         settings = {
             "model_name_or_path": model_args.model_name_or_path or tiny_policy_path(),
