@@ -20,6 +20,7 @@ from tests.serving.foreign import foreign
 from tests.serving.jobs import free_port, served
 from trl_diffusion import DecodingConfig, collect, load_trajectories
 from trl_diffusion.commands import collect as command
+from trl_diffusion.commands.iterate import Rounds
 from trl_diffusion.offline.endpoint import Endpoint
 from trl_diffusion.offline.from_server import collect_from_server
 from trl_diffusion.rewards import sudoku
@@ -213,3 +214,9 @@ def test_wrong_options(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         command.main([*words, "--output_dir", str(tmp_path / "found")])
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["server", "responses"])
+def test_rounds_collect_with_their_own_policy(name):
+    with pytest.raises(ValueError, match=f"`collect` has `{name}`: a round trains on responses of its own policy"):
+        Rounds(output_dir="outputs/rounds", collect={name: "x"})
