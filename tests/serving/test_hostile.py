@@ -14,6 +14,8 @@ from tests.processes import HANGS
 from tests.serving.conftest import LIMIT, serving, wait_until
 from tests.serving.jobs import served
 from tests.serving.test_serve import PROMPTS
+from trl_diffusion import DecodingConfig
+from trl_diffusion.serving.errors import ApiError
 
 
 GOOD = {"prompt": PROMPTS[0], "max_tokens": 4}
@@ -151,6 +153,41 @@ def test_a_stream_that_is_cancelled_leaves_the_loop(client):
     client.wait_until_idle()
     for connection in connections[4:]:
         connection.close()
+
+
+def test_what_is_cancelled_takes_no_more_steps(embedded):
+    """Neither in the loop nor in the queue."""
+    from trl_diffusion.serving.engine import Engine, Job
+
+    engine, heard, (prompt,) = Engine(embedded, LIMIT, 40, 1, 4), [], embedded.encode(PROMPTS[0])
+    config = DecodingConfig(LIMIT)
+
+    def listen(event):
+        heard.append(event)
+        engine.cancel(jobs)
+
+    jobs = [Job(prompt, config, LIMIT, 0, listen, "steps"), Job(prompt, config, LIMIT, 0, listen, "steps")]
+    engine.start()
+    engine.submit(jobs)
+    wait_until(lambda: heard and not sum(engine.load().values()))
+    engine.close()
+    steps = [event["step"] for event in heard if isinstance(event, dict)]
+    assert steps == [0] and len(heard) == 2 and not engine.is_alive  # the first step also ends the first block
+    with pytest.raises(ApiError, match="shutting down"):
+        engine.submit(jobs)
+
+
+def test_other_machines_are_warned_of(caplog):
+    from trl_diffusion.serving.server import listen_at
+
+    with listen_at("127.0.0.1", 0) as listener:
+        assert not caplog.records
+        with pytest.raises(
+            ValueError, match="Nothing can listen at 127.0.0.1, port .*Choose another --host or --port"
+        ):
+            listen_at("127.0.0.1", listener.getsockname()[1])
+    listen_at("0.0.0.0", 0).close()
+    assert "Every machine that reaches 0.0.0.0 can use this server" in caplog.text
 
 
 def test_a_full_queue(embedded, monkeypatch):
