@@ -159,7 +159,7 @@ def test_what_is_cancelled_takes_no_more_steps(embedded):
     """Neither in the loop nor in the queue."""
     from trl_diffusion.serving.engine import Engine, Job
 
-    engine, heard, (prompt,) = Engine(embedded, LIMIT, 40, 1, 4), [], embedded.encode(PROMPTS[0])
+    engine, heard, (prompt,) = Engine(embedded, 40, 1, 4), [], embedded.encode(PROMPTS[0])
     config = DecodingConfig(LIMIT)
 
     def listen(event):

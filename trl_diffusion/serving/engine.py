@@ -55,9 +55,7 @@ class Job:
     blocks: int = 0  # finished blocks
     steps: int = 0
     reported: int = 0  # steps that were reported
-    shown: list[tuple[int, bool]] = field(
-        default_factory=list
-    )  # the canvas after the last step, see `DenoisingLoop.canvas`
+    shown: list[tuple[int, bool]] = field(default_factory=list)  # the canvas after the last step
 
     def restart(self) -> None:
         """The response begins again. It will be the same."""
@@ -79,14 +77,13 @@ class Engine:
 
     Args:
         policy ([`Policy`]): the policy.
-        limit (`int`): most tokens that a response may ask for.
         longest_prompt (`int`): most tokens of a prompt.
         max_batch (`int`): most responses that are denoised at once.
         max_queue (`int`): most responses that wait.
     """
 
-    def __init__(self, policy: Policy, limit: int, longest_prompt: int, max_batch: int, max_queue: int):
-        self.policy, self.limit, self.longest_prompt = policy, limit, longest_prompt
+    def __init__(self, policy: Policy, longest_prompt: int, max_batch: int, max_queue: int):
+        self.policy, self.longest_prompt = policy, longest_prompt
         self.max_batch, self.max_queue = max_batch, max_queue
         self._waiting: deque[Job] = deque()
         self._desks: dict[DecodingConfig, _Desk] = {}

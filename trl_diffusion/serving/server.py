@@ -111,7 +111,7 @@ def make_service(
         "max_prompt_tokens": longest,
         "max_responses": options.responses,
     }
-    engine = Engine(policy, config.max_new_tokens, longest, options.max_batch, options.max_queue)
+    engine = Engine(policy, longest, options.max_batch, options.max_queue)
     limits = Limits(config.max_new_tokens, longest, options.responses, options.max_body_bytes)
     return Service(policy, engine, config, limits, [name], facts, api_key)
 
