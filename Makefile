@@ -13,7 +13,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@# Warnings of build tools and of other packages' code say nothing about this one.
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[deepspeed,docs,eval,quantization,test,viz]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[deepspeed,docs,eval,quantization,serve,test,viz]"
 	@# 42 MB. One of the packages is built from C: where there is no compiler, its tests are skipped.
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt reasoning-gym || echo "reasoning-gym was not installed."
 	@# Byte code, on all cores. Some packages ship files that are not for this Python, which counts as a failure there.

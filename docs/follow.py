@@ -374,7 +374,9 @@ def prepare(base: Path, wheel: bool, only_list: bool) -> tuple[Path, dict[str, s
             subprocess.run(build, check=True)
             (built,) = base.glob("*.whl")
             limits = ["-c", str(ROOT / "constraints.txt")]
-            subprocess.run(["pip", "install", "--quiet", *limits, f"{built}[eval,viz]"], check=True, env=environment)
+            subprocess.run(
+                ["pip", "install", "--quiet", *limits, f"{built}[eval,serve,viz]"], check=True, env=environment
+            )
     return directory, environment
 
 

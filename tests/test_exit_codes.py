@@ -21,6 +21,7 @@ MISTAKES = {
     "iterate": (["--round_number", "1"], ["--rounds", "0"], ["--config", "nothing.yaml"]),
     "compare": (["--task", "chain"], ["--arms", "diffusion"], ["--tasks", "chess"]),
     "generate": (["--tokens", "1"], ["x", "--temperature", "-1"], ["x", "--model", "./nothing"]),
+    "serve": (["--tokens", "1"], ["--temperature", "-1"], ["--port", "70000"]),
     "plan": (["m", "--learning_rate", "1"], ["m", "--gpus", "0"], ["./nothing"]),
     "view": (["data", "0", "--page", "1"], ["data", "zero"], ["nothing", "0"]),
 }

@@ -33,6 +33,7 @@ DIRECT = {
     "iterate": "collect and train in rounds, each with the policy of the one before",
     "compare": "compare autoregressive and diffusion policies on equal terms, in a queue of runs that can be interrupted",
     "generate": "answer a prompt, and watch it being denoised",
+    "serve": "answer over HTTP, as the OpenAI API does, and say how each answer was denoised",
     "plan": "say what fits on which GPU, and how long it takes, from the config of a model alone",
     "view": "draw a stored answer being denoised, or how a run went",
     "completion": "print a script that completes commands and options in a shell",

@@ -62,7 +62,7 @@ def test_whatever_changes_the_replay_is_noticed(replay, change, monkeypatch):
     replay()
     changed, passes = replay(**change)
     assert passes > 0
-    monkeypatch.setattr("trl_diffusion.offline.preferences.is_caching_enabled", lambda: False)
+    monkeypatch.setattr("trl_diffusion.offline.replay.is_caching_enabled", lambda: False)
     assert changed == replay(**change)[0]
 
 
@@ -81,7 +81,7 @@ def test_a_damaged_cache_is_made_anew(replay, tmp_path, monkeypatch):
     assert replay() == (first, passes)
     assert file.read_bytes() == whole and list(tmp_path.glob("trl_diffusion/*")) == [file]
     file.unlink()
-    monkeypatch.setattr("trl_diffusion.offline.preferences.is_caching_enabled", lambda: False)
+    monkeypatch.setattr("trl_diffusion.offline.replay.is_caching_enabled", lambda: False)
     assert replay() == (first, passes) and not file.exists()
 
 

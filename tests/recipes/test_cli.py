@@ -71,7 +71,8 @@ def test_help_names_every_command(capsys):
     text = says(capsys)
     assert text == says(capsys, "--help")
     assert re.findall(r"^    (\w+) +\w", text, re.MULTILINE) == [
-        "train", "sft", "adapt", "collect", "evaluate", "iterate", "compare", "generate", "plan", "view", "completion"
+        "train", "sft", "adapt", "collect", "evaluate", "iterate", "compare", "generate", "serve", "plan", "view",
+        "completion",
     ]  # fmt: skip
     assert says(capsys, "--version").split() == ["trl-diffusion", __version__]
 

@@ -39,7 +39,7 @@ PAGES = [
 ]
 UNRUNNABLE = "<!-- needs a 7B model -->\n"  # before a Python block that is compiled only
 # Commands of others, which are not parsed.
-FOREIGN = {"cd", "curl", "done", "for", "git", "hf", "mkdir", "source"}
+FOREIGN = {"cd", "curl", "done", "for", "git", "hf", "kill", "mkdir", "source"}
 SLOW = "<!-- takes minutes -->\n"  # before a Python block that is run with fewer updates
 
 
@@ -71,7 +71,8 @@ def shortened(code: str) -> str:
 
 def commands(page: str) -> list[list[str]]:
     """The commands in the shell blocks of a page, as docs/follow.py would type them, split into words."""
-    return [shlex.split(line) for line in recipe("docs/follow.py")["commands"](page)]
+    lines = recipe("docs/follow.py")["commands"](page)
+    return [shlex.split(line.removesuffix("&")) for line in lines]
 
 
 # ------------------------------------------------------------------------------------------------------- shell commands

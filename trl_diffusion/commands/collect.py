@@ -4,6 +4,8 @@ needs is written to disk.
 
     trl-diffusion collect                                    # embedded policy, 4x4 sudoku
     trl-diffusion collect --task gsm8k --train_file data/gsm8k/train.jsonl --model_name_or_path MODEL
+    trl-diffusion collect --server http://127.0.0.1:8000/v1  # answers of a server, such as `trl-diffusion serve`
+    trl-diffusion collect --responses FILE.jsonl             # answers that are there already
     trl-diffusion train --trajectories outputs/trajectories  # then train, as often as you like
 
 `accelerate launch recipes/collect.py` takes the same options.
@@ -17,26 +19,31 @@ import json
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from trl import ModelConfig, get_quantization_config
 
-from ..decoding.config import DecodingConfig
+from ..decoding.config import DecodingConfig, RolloutSettings
 from ..decoding.options import RolloutOptions
 from ..fields import AtLeast, Suggestions, Within, check_fields, with_default
 from ..offline.collect import collect
+from ..offline.endpoint import Endpoint
+from ..offline.from_server import collect_from_server
+from ..offline.responses import import_responses
 from ..policies.files import COLLECTION
-from ..policies.policy import open_policy
+from ..policies.policy import open_facts, open_policy
 from ..policies.prompts import read_chat_template_kwargs
 from ..policies.tiny import PREFIX, tiny_policy_path
 from ..quiet import hush_commands
 from ..tasks import OTHERS, TASKS, check_task_name
+from ..tasks.data import load_rewards
+from ..tasks.rows import read_rows
 from ..utils import check_writable, errors_in_a_line, processes, read_mapping, use_all_cores
-from .data import DEFAULT, OwnData
+from .data import DATA, DEFAULT, OwnData
 from .groups import COLLECT, INHERITED
 from .interrupt import ending_in_a_line, how_to_go_on, is_part
 from .options import OptionParser
-from .parser import PROG
+from .parser import PROG, read_api_key
 
 
 if TYPE_CHECKING:
@@ -91,15 +98,63 @@ class CollectArguments(OwnData, RolloutOptions):
         default=1.0, metadata={"help": "Temperature of sampling."}
     )
     tokens_per_step: int = with_default(RolloutOptions, "tokens_per_step", 2)
+    server: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of an OpenAI-compatible server that answers, such as http://127.0.0.1:8000/v1. Of the policy, only config "
+            "and tokenizer are needed here."
+        },
+    )
+    served_model: str | None = field(
+        default=None, metadata={"help": "What the server calls the policy, if it has several."}
+    )
+    api_key_env: str | None = field(
+        default=None, metadata={"help": "Variable of the environment with the server's API key.", "metavar": "NAME"}
+    )
+    concurrency: Annotated[int, AtLeast(1)] = field(
+        default=32, metadata={"help": "Requests that a process sends to the server at the same time."}
+    )
+    responses: str | None = field(
+        default=None,
+        metadata={
+            "help": "Responses that are there already: a .jsonl, .json or .csv file with `prompt` and `responses` or `response`, and "
+            "perhaps rewards.",
+            "metavar": "PATH",
+        },
+    )
 
     def __post_init__(self):
         self.take_old_names()
         check_fields(self)
-        self.take_task()
+        self._check_source()
+        if self.responses is None:
+            self.take_task()
         if self.task is not None:
             check_task_name(self.task)
         self.check_rollout_settings()
         self.decoding().check_responses(self.num_responses)  # which checks the decoding settings as well
+
+    def _check_source(self) -> None:
+        """Raises a `ValueError` if it is not clear where the responses come from, or an option has no use."""
+        if self.server is None:
+            for name in ("served_model", "api_key_env", "concurrency"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"`--{name}` is for the answers of a server: give `--server`, too.")
+        elif self.responses is not None:
+            raise ValueError("`--server` and `--responses` are both where responses come from. Give one of them.")
+        else:
+            self._refuse(
+                [one.name for one in fields(RolloutSettings)], "the server decodes. Give it to `trl-diffusion serve`"
+            )
+            self._refuse(["adapter_name_or_path"], "the server has the weights. Give it to `trl-diffusion serve`")
+        if self.responses is not None:
+            rows = [name for name in DATA if name != "reward_funcs"]
+            self._refuse(rows, f"the prompts are in {self.responses}. Leave it out")
+
+    def _refuse(self, names: list[str], why: str) -> None:
+        for name in names:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"`--{name}`: {why}.")
 
     def decoding(self) -> DecodingConfig:
         """Settings of the denoising loop."""
@@ -151,6 +206,19 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
             "`--approximate_cache` is for rollouts: stored responses made with it cannot be trained on, as their recorded "
             "log-probabilities are not the policy's. Leave it out."
         )
+    if args.responses is not None or args.server is not None:
+        directory = _without_weights(args, model_args, template)
+    else:
+        directory = _with_policy(args, model_args, decoding, template)
+    processes().print(f"Trajectories and their card are in {directory}.")
+    if not is_part():
+        processes().print("Next:", *next_commands(args, model_args), sep="\n  ")
+
+
+def _with_policy(
+    args: CollectArguments, model_args: ModelConfig, decoding: DecodingConfig, template: dict[str, Any]
+) -> Path:
+    """Collects what a policy answers here."""
     task = args.load_task(args.train_size, args.eval_size, args.seed)
     policy = open_policy(
         model_args.model_name_or_path or (None if args.adapter_name_or_path else tiny_policy_path()),
@@ -163,7 +231,7 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
         quantization=get_quantization_config(model_args),
         diffusion_spec=read_mapping(args.diffusion_spec, "diffusion_spec"),
     )
-    directory = collect(
+    return collect(
         cast("PreTrainedModel", policy.model),
         policy.tokenizer,
         task.train,
@@ -177,13 +245,52 @@ def run(args: CollectArguments, model_args: ModelConfig) -> None:
         seed=args.seed,
         chat_template_kwargs=template,
     )
-    processes().print(f"Trajectories and their card are in {directory}.")
-    if not is_part():
-        processes().print("Next:", *next_commands(args, model_args), sep="\n  ")
+
+
+def _without_weights(args: CollectArguments, model_args: ModelConfig, template: dict[str, Any]) -> Path:
+    """Collects what a server answers, or imports responses."""
+    path = model_args.model_name_or_path or tiny_policy_path()
+    spec_fields = read_mapping(args.diffusion_spec, "diffusion_spec")
+    config, tokenizer, spec = open_facts(path, args.tokenizer_name_or_path, model_args.model_revision, spec_fields)
+    if args.responses is not None:
+        return import_responses(
+            read_rows(args.responses),
+            tokenizer,
+            spec,
+            config,
+            args.output_dir,
+            load_rewards(args.reward_funcs) if args.reward_funcs else None,
+            args.max_completion_length,
+            args.rows_per_shard,
+            args.responses,
+            chat_template_kwargs=template,
+        )
+    assert args.server is not None
+    task = args.load_task(args.train_size, args.eval_size, args.seed)
+    return collect_from_server(
+        Endpoint(args.server, read_api_key(args.api_key_env)),
+        tokenizer,
+        spec,
+        config,
+        task.train,
+        task.reward_funcs,
+        args.output_dir,
+        args.max_completion_length,
+        args.temperature,
+        args.served_model,
+        num_responses=args.num_responses,
+        rows_per_shard=args.rows_per_shard,
+        concurrency=args.concurrency,
+        seed=args.seed,
+        chat_template_kwargs=template,
+    )
 
 
 # Options of `collect` that `train` does not have, or has with another meaning.
-_OWN = ("output_dir", "train_size", "num_responses", "batch_size", "rows_per_shard", "seed", "adapter_name_or_path")
+_OWN = (
+    "output_dir", "train_size", "num_responses", "batch_size", "rows_per_shard", "seed", "adapter_name_or_path", "server",
+    "served_model", "api_key_env", "concurrency", "responses",
+)  # fmt: skip
 
 
 def next_commands(args: CollectArguments, model_args: ModelConfig) -> list[str]:
@@ -192,7 +299,9 @@ def next_commands(args: CollectArguments, model_args: ModelConfig) -> list[str]:
     train = [PROG, "train", "--trajectories", args.output_dir]
     if model_args.model_name_or_path is None and args.task == "sudoku":
         commands.append([*train, "--config", "tiny_offline"])
-    elif args.adapter_name_or_path is None:  # `train` begins with a whole model
+    elif (
+        args.adapter_name_or_path is None and args.responses is None
+    ):  # `train` begins with a whole model, and measures on rows
         given = {one.name: (getattr(args, one.name), one.default) for one in fields(args) if one.name not in _OWN}
         settings = {
             "model_name_or_path": model_args.model_name_or_path or f"{PREFIX}block",

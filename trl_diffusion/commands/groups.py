@@ -105,7 +105,7 @@ TRAIN: Groups = {
         "estimator_check_size": "most trajectories of such a comparison",
     },
     "stored responses and preferences": {
-        "decoding_order": "order in which responses of a preference dataset count as denoised",
+        "decoding_order": "order in which responses count as denoised of which it is unknown, such as those of a preference dataset",
         "pair_selection": "pairs of a group",
         "dpo_loss_type": "losses of a pair, which are added: sigmoid, robust, hinge, ipo, sft",
         "dpo_loss_weights": None,
@@ -186,6 +186,13 @@ COLLECT: Groups = {
     },
     "policy": {**_POLICY, "adapter_name_or_path": None, "chat_template_kwargs": None, **_ROUNDING},
     "responses": {"num_responses": None, "max_completion_length": None, "temperature": None, **_DECODING},
+    "responses from elsewhere": {
+        "server": "address of an OpenAI-compatible server that answers, such as http://127.0.0.1:8000/v1",
+        "served_model": None,
+        "api_key_env": None,
+        "concurrency": None,
+        "responses": "file of responses that are there already: `prompt`, `responses` or `response`, perhaps rewards",
+    },
     "output": {"output_dir": None, "batch_size": None, "rows_per_shard": None, "seed": None},
 }
 

@@ -103,6 +103,11 @@ class Rounds:
 
     def _check_data(self) -> None:
         """Raises a `ValueError` if the two commands have other data; what one of them says is meant for both."""
+        for name in ("server", "responses"):
+            if self.collect.get(name):
+                raise ValueError(
+                    f"`collect` has `{name}`: a round trains on responses of its own policy. Leave it out."
+                )
         own = [name for name in ("dataset_name", "reward_funcs") if self.collect.get(name)]
         default = None if own else DEFAULT
         if self.train.get("task", default) != self.collect.get("task", default):

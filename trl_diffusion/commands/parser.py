@@ -6,6 +6,7 @@ one line. `--help` is short, and `--help-all` lists and explains all options.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -283,3 +284,19 @@ def file_or_name(folder: Path) -> Callable[[str], str]:
         raise argparse.ArgumentTypeError(f"there is no file {name}, and what comes with the package is {names}")
 
     return find
+
+
+def read_api_key(variable: str | None) -> str | None:
+    """
+    The API key in a variable of the environment.
+
+    Raises:
+        ValueError: if it is not set.
+    """
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ValueError(
+            f"`--api_key_env`: the variable {variable} of the environment is not set. Set it, or leave the option out."
+        )
+    return os.environ[variable]

@@ -31,6 +31,15 @@ class History:
         self._tokens.append(tokens)
         self._logps.append(logps)
 
+    def forget(self, row: int) -> None:
+        """Removes what one row has had, so that it can hold another response."""
+        self.counts[row], self.stops[row] = 0, False
+        if self._places:
+            places, tokens, logps = np.concatenate(self._places, 1), torch.cat(self._tokens), torch.cat(self._logps)
+            kept = np.flatnonzero(places[0] != row)
+            index = torch.from_numpy(kept).to(tokens.device)
+            self._places, self._tokens, self._logps = [places[:, kept]], [tokens[index]], [logps[index]]
+
     def revisions(self, prompt_lengths: np.ndarray, device: torch.device) -> Revisions:
         """All of them, with positions counted in the canvas."""
         if not self._places:

@@ -123,6 +123,8 @@ class Choice:
 class DenoisingLoop:
     """State of one call of [`decode`], with the same arguments."""
 
+    NOWHERE = np.iinfo(np.int64).max  # position of a stop token that is not there
+
     def __init__(
         self,
         model: nn.Module,
@@ -146,6 +148,7 @@ class DenoisingLoop:
         if seeds is not None and (config.is_random or own):
             self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
+        self.new_tokens = np.full(len(prompts), config.max_new_tokens)
         self.lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         self.tails = spec.prompt_tail(self.lengths)
         self.heads = spec.head(self.lengths)  # tokens of the prompt before block 0
@@ -165,7 +168,7 @@ class DenoisingLoop:
         self.steps = np.full(self.masked.shape, NEVER, dtype=np.int64)
         self.history = History(self.masked.shape) if self.revising is not None else None
         self.stops = torch.tensor(spec.stop_token_ids, dtype=torch.long, device=self.device)
-        self.stopped_at = np.full(len(prompts), np.iinfo(np.int64).max)  # position of the leftmost stop token so far
+        self.stopped_at = np.full(len(prompts), self.NOWHERE)  # position of the leftmost stop token so far
         self.reached = np.zeros(len(prompts), dtype=np.int64)  # number of blocks begun
 
         num_lanes = min(len(prompts), batch_size or len(prompts))
@@ -233,7 +236,7 @@ class DenoisingLoop:
                 lane.step += 1
             return left == 0 or lane.step >= steps
         if self.config.stop_rule == "token":
-            end = min(self.stopped_at[lane.row], self.lengths[lane.row] + self.config.max_new_tokens)
+            end = min(self.stopped_at[lane.row], self.lengths[lane.row] + self.new_tokens[lane.row])
             return left == 0 or not self.masked[lane.row, :end].any()
         return left == 0
 
@@ -572,7 +575,7 @@ class DenoisingLoop:
         self.history.stops[own[changed], positions[changed]] = False
         self.history.stops[own[stops], positions[stops]] = True
         found = self.history.stops[rows]
-        self.stopped_at[rows] = np.where(found.any(1), found.argmax(1), np.iinfo(np.int64).max)
+        self.stopped_at[rows] = np.where(found.any(1), found.argmax(1), self.NOWHERE)
         return np.bincount(row_of[changed], minlength=len(lanes))
 
     def _remember(self, lanes, rows, window: Window, row_of, column_of, stops, taken_back) -> None:
@@ -626,7 +629,7 @@ class DenoisingLoop:
         steps = np.where(inside, np.take_along_axis(self.steps, slots, 1), NEVER)
 
         # A completion ends at the first stop token, or at `max_new_tokens`.
-        counted = np.minimum(self.reached * self.spec.block_size - self.tails, self.config.max_new_tokens)
+        counted = np.minimum(self.reached * self.spec.block_size - self.tails, self.new_tokens)
         ends = np.minimum(counted, self.stopped_at - self.lengths + 1)
 
         prompt_width = int(self.lengths.max(initial=0))

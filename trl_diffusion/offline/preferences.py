@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import xxhash
-from datasets import Dataset, IterableDataset, is_caching_enabled
-from datasets import config as datasets_config
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from datasets import Dataset, IterableDataset
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..fields import check_kind, check_one_of
-from ..policies.forward import NonFiniteLogits, unwrap
+from ..policies.forward import unwrap
 from ..policies.loading import with_absent_tokens
 from ..policies.prompts import read_chat_template_kwargs, tokenize_preference
 from ..policies.spec import DiffusionSpec, impossible_token
-from ..seeds import derive_seed
-from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, Provenance, to_rows
-from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
-from ..trajectories.trajectory import TrajectoryBatch
-from ..utils import whole_file
-from .orders import ORDERS, DecodingOrder, finished_batch, given_order, replay_confidence
+from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, to_rows
+from ..trajectories.fingerprint import fingerprint_tokenizer
+from .orders import ORDERS, DecodingOrder, finished_batch
+from .replay import order_batches, order_provenance
 
 
 def is_preference_dataset(dataset: Any) -> bool:
@@ -108,27 +98,19 @@ def from_preferences(
         responses += pair
 
     recorded = decoding_order == "confidence"
-    provenance = Provenance(
-        fingerprint_policy(model) if recorded and model is not None else None,
-        fingerprint_tokenizer(tokenizer),
-        spec,
-        {
-            "order": decoding_order,
-            "tokens_per_step": tokens_per_step,
-            "temperature": temperature if recorded else None,
-            **({"tempered_confidence": False} if recorded else {}),  # which probabilities gave the order
-        },
+    provenance = order_provenance(
+        decoding_order, tokens_per_step, temperature, model, fingerprint_tokenizer(tokenizer), spec
     )
     size = max(batch_size // 2, 1) * 2
     starts = range(0, len(ids), size)
     batches = [finished_batch(ids[start : start + size], responses[start : start + size], spec) for start in starts]
-    if decoding_order == "confidence":
-        assert model is not None  # as checked above
-        batches = _replay(model, batches, spec, provenance)
-    else:
-        for place, start in enumerate(starts):
-            seeds = [derive_seed(seed, start + row) for row in range(len(batches[place]))]
-            batches[place] = given_order(batches[place], spec, decoding_order, tokens_per_step, seeds)
+    batches = order_batches(
+        batches,
+        provenance,
+        model,
+        seed,
+        lambda number: f"Row {number // 2}, column `{('chosen', 'rejected')[number % 2]}`",
+    )
     rows = [row for batch in batches for row in to_rows(batch, spec, 2, provenance, recorded)]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return Dataset.from_dict(
@@ -170,46 +152,3 @@ def _tokens_of(
                 "drop long rows."
             )
     return prompt, prompt_ids, pair
-
-
-def _replay(
-    model: nn.Module, batches: list[TrajectoryBatch], spec: DiffusionSpec, provenance: Provenance
-) -> list[TrajectoryBatch]:
-    """[`replay_confidence`] of every batch, or what the cache has of it."""
-    path = _cache_file(batches, provenance)
-    if path is not None and path.exists():
-        try:
-            found = load_file(path)
-            return [
-                replace(batch, steps=found[f"steps_{number}"], logps=found[f"logps_{number}"])
-                for number, batch in enumerate(batches)
-            ]
-        except (OSError, KeyError, SafetensorError):
-            pass  # damaged: made anew
-    tokens_per_step, temperature = provenance.decoding["tokens_per_step"], provenance.decoding["temperature"]
-    replayed: list[TrajectoryBatch] = []
-    for batch in tqdm(batches, desc="replaying", unit="batch"):
-        try:
-            replayed.append(replay_confidence(model, batch, spec, tokens_per_step, temperature).to("cpu"))
-        except NonFiniteLogits as error:  # under the row of the dataset
-            row, response = divmod(sum(map(len, replayed)) + error.row, 2)
-            column = ("chosen", "rejected")[response]
-            raise FloatingPointError(f"Row {row}, column `{column}`: {error.reason}") from error
-    if path is not None:
-        tensors = {f"steps_{number}": batch.steps for number, batch in enumerate(replayed)}
-        tensors |= {f"logps_{number}": batch.logps for number, batch in enumerate(replayed)}
-        with whole_file(path) as temporary:
-            save_file(tensors, temporary)
-    return replayed
-
-
-def _cache_file(batches: list[TrajectoryBatch], provenance: Provenance) -> Path | None:
-    """Where a replay is kept: a name made of everything that it depends on. `None` if `datasets` is not to cache."""
-    if not is_caching_enabled():
-        return None
-    digest = xxhash.xxh3_128(json.dumps(provenance.columns(), sort_keys=True).encode())
-    for batch in batches:
-        for values in (batch.prompt_ids, batch.prompt_mask, batch.canvas_ids, batch.completion_lengths):
-            digest.update(str(tuple(values.shape)).encode())
-            digest.update(values.contiguous().numpy().data)
-    return Path(datasets_config.HF_DATASETS_CACHE) / "trl_diffusion" / f"replay-{digest.hexdigest()}.safetensors"

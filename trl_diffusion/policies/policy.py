@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..fields import check_kind
 from .files import check_records, check_weights, policy_in
@@ -190,6 +190,29 @@ def open_adapter(
     check_weights(config.base_model_name_or_path)
     model = load_model(config.base_model_name_or_path, device, quantization, **options)
     return _adapted(model, path, config, trainable=True)
+
+
+def open_facts(
+    path: str,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    diffusion_spec: Mapping[str, Any] | None = None,
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, DiffusionSpec]:
+    """
+    What is known of a checkpoint without its weights: its config, its tokenizer and its spec.
+
+    Args:
+        path (`str`): path or hub id of the model, or `embedded:NAME` (see [`tiny_policy_path`]).
+        tokenizer, revision, diffusion_spec: as for [`open_policy`].
+
+    Raises:
+        FileNotFoundError, ValueError: as [`open_policy`].
+    """
+    path, source = resolve_embedded(path), {} if revision is None else {"revision": revision}
+    config = load_config(path, **source)
+    check_layers(config)
+    found = load_tokenizer(tokenizer or path, **({} if tokenizer else source))
+    return config, found, resolve_spec(config, diffusion_spec, found)
 
 
 def open_policy(

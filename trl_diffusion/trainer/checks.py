@@ -18,6 +18,7 @@ from ..fields import check_within, is_number
 from ..objectives.pairwise import LOSSES, NEED_REFERENCE, NORMALIZED, SMOOTHED
 from ..offline.preferences import is_preference_dataset
 from ..policies.forward import unwrap
+from ..trajectories.dataset import has_unordered
 
 
 if TYPE_CHECKING:
@@ -378,12 +379,14 @@ def check_order_is_asked_for(args: DTRPOConfig, datasets: list[Any]) -> None:
     Checks that `decoding_order`, if it is set, is used.
 
     Raises:
-        ValueError: if no dataset holds preference pairs.
+        ValueError: if no dataset holds preference pairs, or stored responses whose order is unknown.
     """
-    if args.decoding_order != "random" and not any(map(is_preference_dataset, datasets)):
+    if args.decoding_order != "random" and not any(
+        is_preference_dataset(one) or has_unordered(one) for one in datasets
+    ):
         raise ValueError(
-            f"`decoding_order={args.decoding_order!r}` is for datasets of preference pairs (`chosen`, `rejected`), of which "
-            "there is none here; leave it at 'random'."
+            f"`decoding_order={args.decoding_order!r}` is for datasets of preference pairs (`chosen`, `rejected`), and for "
+            "stored responses whose order is unknown, of which there is none here; leave it at 'random'."
         )
 
 

@@ -127,8 +127,8 @@ class DTRPOConfig(PolicyOptions, RolloutOptions, GRPOConfig):
         > Parameters that control training on stored responses and preferences
 
         decoding_order (`str`, *optional*, defaults to `"random"`):
-            The assumed order of denoising for responses of a preference dataset, `tokens_per_step` at a time: `"random"`,
-            `"left_to_right"` or `"confidence"`. With `"confidence"`, the reference unmasks first the tokens that it is most
+            The assumed order of denoising for responses of a preference dataset, and for stored responses whose order is unknown,
+            `tokens_per_step` at a time: `"random"`, `"left_to_right"` or `"confidence"`. With `"confidence"`, the reference unmasks first the tokens that it is most
             confident about. It runs once, before training.
         pair_selection (`str`, *optional*, defaults to `"best_worst"`):
             Pairs that `loss_type="dpo"` makes of a group: its best and its worst response, or `"all"` ordered pairs. Responses

@@ -20,6 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..decoding.config import OTHER_DISTRIBUTION, stored_selection
 from ..objectives.pairwise import make_pairs
 from ..offline.preferences import from_preferences, is_preference_dataset
+from ..offline.replay import with_orders
 from ..policies.policy import load_model
 from ..policies.spec import DiffusionSpec
 from ..scoring.estimators import ESTIMATORS
@@ -28,6 +29,7 @@ from ..trajectories.dataset import (
     REWARD_PREFIX,
     check_trajectories,
     completions_of,
+    has_unordered,
     is_trajectory_dataset,
     reward_columns,
 )
@@ -149,6 +151,8 @@ class OfflineData:
             dataset = self._from_preferences(name, dataset)
         try:
             check_trajectories(dataset, self.spec, self.vocab_size, fingerprint_tokenizer(self.tokenizer))
+            if has_unordered(dataset):
+                dataset = self._with_orders(name, dataset)
             self._check_fit(dataset, group_size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
@@ -157,20 +161,7 @@ class OfflineData:
     def _from_preferences(self, name: str, dataset: Dataset) -> Dataset:
         if self.args.num_generations != 2:
             raise ValueError(f"{name} holds pairs, so `num_generations` must be 2, got {self.args.num_generations}.")
-        model: PreTrainedModel | PeftModel | None = None
-        if self.args.decoding_order == "confidence":
-            if name == "train_dataset":
-                check_number_of_rows(dataset, self.args)  # before the responses are replayed
-            if is_deepspeed_zero3_enabled():
-                raise ValueError(
-                    f"{name}: `decoding_order='confidence'` asks the whole reference, which ZeRO-3 shares among processes. "
-                    "Make the trajectories before, with `from_preferences`, and train on them."
-                )
-            if isinstance(self.model, str):
-                model = load_model(self.model, PartialState().device, self.quantization, **_loading(self.args))
-            else:
-                model = self.model
-            model.eval()
+        model = self._asked_for_orders(name, dataset)
         try:
             with PartialState().main_process_first():  # the other processes read its replay from the cache
                 return from_preferences(
@@ -188,6 +179,38 @@ class OfflineData:
                 )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+    def _with_orders(self, name: str, dataset: Dataset) -> Dataset:
+        """Stored responses with an order, where it is unknown."""
+        model = self._asked_for_orders(name, dataset)
+        with PartialState().main_process_first():  # the other processes read its replay from the cache
+            return with_orders(
+                dataset,
+                self.spec,
+                cast("DecodingOrder", self.args.decoding_order),
+                self.args.tokens_per_step,
+                self.args.temperature,
+                model,
+                self.args.per_device_train_batch_size,
+                self.args.seed,
+            )
+
+    def _asked_for_orders(self, name: str, dataset: Dataset) -> PreTrainedModel | PeftModel | None:
+        """The policy that says in which order it would have written responses, if `decoding_order` asks one."""
+        if self.args.decoding_order != "confidence":
+            return None
+        if name == "train_dataset":
+            check_number_of_rows(dataset, self.args)  # before the responses are replayed
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                f"{name}: `decoding_order='confidence'` asks the whole reference, which ZeRO-3 shares among processes. "
+                "Make the trajectories before, with `from_preferences`, and train on them."
+            )
+        model = self.model
+        if isinstance(model, str):
+            model = load_model(model, PartialState().device, self.quantization, **_loading(self.args))
+        model.eval()
+        return model
 
     def _check_fit(self, dataset: Dataset, group_size: int) -> None:
         """Checks that these responses can be trained on with these settings."""

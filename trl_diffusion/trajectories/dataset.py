@@ -17,7 +17,8 @@ erasure; null if it was not recorded |
 | `policy_fingerprint`, `tokenizer_fingerprint` | string | the policy and the tokenizer that made it |
 | `spec`, `decoding` | string | [`DiffusionSpec`] and settings of the decoder, as JSON |
 
-A position without an event was never unmasked. Events are sorted by block, step and position.
+A position without an event was never unmasked. Events are sorted by block, step and position. If nobody knows the order, as of
+text that was written elsewhere, `order` in `decoding` is null and all steps are 0.
 
 Rows of a decoder that takes no token back have version 1: every position has at most one event. Rows of a decoder that
 revises have version 2: a position may be written, erased and written again. With full attention, their steps are counted over
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,31 @@ class Provenance:
 def is_trajectory_dataset(dataset: Dataset | IterableDataset | None) -> bool:
     """Whether a dataset holds trajectories and not prompts."""
     return {"format_version", "event_steps"} <= set(getattr(dataset, "column_names", None) or ())
+
+
+def is_unordered(decoding: Mapping[str, Any]) -> bool:
+    """Whether settings of the decoder, as they are stored, say that the order in which the tokens were written is unknown."""
+    return "order" in decoding and decoding["order"] is None
+
+
+def has_unordered(dataset: Dataset | IterableDataset | None) -> bool:
+    """Whether a dataset holds stored responses whose order is unknown. Their steps are all 0."""
+    if (
+        not isinstance(dataset, Dataset)
+        or not is_trajectory_dataset(dataset)
+        or "decoding" not in dataset.column_names
+    ):
+        return False
+    return any(is_unordered(_mapping(text)) for text in set(dataset["decoding"]))
+
+
+def _mapping(text: Any) -> dict[str, Any]:
+    """A JSON object; an empty one if it is something else, which is said elsewhere."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def reward_columns(dataset: Dataset) -> list[str]:
