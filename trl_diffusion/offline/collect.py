@@ -123,7 +123,7 @@ def collect(
         check_at_least(name, value)
     decoding.check_responses(num_responses)
     check_writable(output_dir, "output_dir")
-    prompt_ids = _check_source(prompts, tokenizer, template, spec, model.config, decoding.max_new_tokens)
+    prompt_ids = check_source(prompts, tokenizer, template, spec, model.config, decoding.max_new_tokens)
     provenance = Provenance(
         fingerprint_policy(model), fingerprint_tokenizer(tokenizer), spec, {"decoder": "loop", **decoding.to_dict()}
     )
@@ -250,8 +250,15 @@ def _with_source(
     ]
 
 
-def _check_source(prompts, tokenizer, template, spec, config, max_new_tokens) -> list[list[int]]:
-    """Token ids of the prompts, if they can be collected on."""
+def check_source(
+    prompts: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    template: dict[str, Any],
+    spec: DiffusionSpec,
+    config: Any,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Token ids of the prompts, if they can be collected on; a `ValueError` says why not."""
     if "prompt" not in prompts.column_names:
         raise ValueError(f"The dataset has no `prompt` column; it has {sorted(prompts.column_names)}.")
     if len(prompts) == 0:
