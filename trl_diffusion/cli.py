@@ -34,6 +34,7 @@ DIRECT = {
     "iterate": "collect and train in rounds, each with the policy of the one before",
     "compare": "compare autoregressive and diffusion policies on equal terms, in a queue of runs that can be interrupted",
     "generate": "answer a prompt, and watch it being denoised",
+    "doctor": "look at this machine, and try a run on random weights of the real shapes, with a few layers",
     "plan": "say what fits on which GPU, and how long it takes, from the config of a model alone",
     "view": "draw a stored answer being denoised, or how a run went",
     "completion": "print a script that completes commands and options in a shell",
