@@ -22,6 +22,7 @@ MISTAKES = {
     "compare": (["--task", "chain"], ["--arms", "diffusion"], ["--tasks", "chess"]),
     "generate": (["--tokens", "1"], ["x", "--temperature", "-1"], ["x", "--model", "./nothing"]),
     "plan": (["m", "--learning_rate", "1"], ["m", "--gpus", "0"], ["./nothing"]),
+    "doctor": (["--layer", "1"], ["--seconds", "many"], ["--config", "nothing.yaml"]),
     "view": (["data", "0", "--page", "1"], ["data", "zero"], ["nothing", "0"]),
 }
 

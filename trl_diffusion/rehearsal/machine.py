@@ -152,5 +152,5 @@ def _difference(kernel: Callable[[PackedMask, Tensor, Tensor, Tensor], Tensor], 
     found = kernel(mask, query, key, value)
     weights = torch.randn(expected.shape, generator=generator).to(device)
     gradients = [torch.autograd.grad((one * weights).sum(), states) for one in (found, expected)]
-    pairs = [(found, expected), *zip(*gradients, strict=True)]
+    pairs = [(found.detach(), expected.detach()), *zip(*gradients, strict=True)]
     return max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import cast
 
 import torch
@@ -47,7 +48,7 @@ def random_policy_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         with torch.device(device), _Repeated():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+            model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, trust_remote_code=False, **options)
     enable_plans(model)
     return model.eval()
 
