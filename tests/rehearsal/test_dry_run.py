@@ -12,13 +12,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.test_wrong_inputs import forbid_computing
+from tests.test_wrong_inputs import forbid_computing, stored
 from trl_diffusion import cli, tiny_policy_path
 from trl_diffusion.commands import collect, iterate, sft, train
+from trl_diffusion.decoding.loop import DenoisingLoop
 from trl_diffusion.plan import fit
 from trl_diffusion.plan.simulate import Footprint
 
 
+RUN = DenoisingLoop.run
 SMALL = ["--train_size", "8", "--eval_size", "4", "--per_device_train_batch_size", "4", "--num_generations", "2"]
 
 SHORT = ["--bf16", "false", "--max_completion_length", "17"]
@@ -167,6 +169,39 @@ def test_batches_of_several_processes(rehearse, capsys):
         "error: options: generation_batch_size (9) must be divisible by num_generations (2)."
         in capsys.readouterr().err
     )
+    assert cli.main([*words, "--accelerate_config", "zero3"]) == 2  # for 8 GPUs
+    out, err = capsys.readouterr()
+    assert "on 8 processes (zero3)" in out and "train_dataset has 8 rows, but a rollout takes 12 prompts" in err
+
+
+def test_stored_responses_and_rewards_of_ones_own(rehearse, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(DenoisingLoop, "run", RUN)
+        stored()(Path())
+    words = [
+        "--trajectories",
+        "data",
+        "--per_device_train_batch_size",
+        "2",
+        "--num_generations",
+        "2",
+        "--eval_size",
+        "4",
+    ]
+    _, out, mistakes = rehearse(train, *words)
+    assert "groups of stored responses to train on" in out and "4 puzzles" not in out.partition("prompts ")[2], (
+        mistakes
+    )
+    Path("rows.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n}+1=", "answer": "2"}) for n in range(9)))
+    Path("rewards.py").write_text(
+        "def right(completions, answer, **_):\n    return [float(a == b) for a, b in zip(answer, completions)]\n"
+    )
+    words = ["--train_file", "rows.jsonl", "--reward_funcs", "./rewards.py:right", "--eval_size", "2"]
+    code, out, mistakes = rehearse(train, *words, *SMALL[4:])
+    assert (code, mistakes) == (
+        0,
+        [],
+    ) and "right: called on an empty answer; there are no right answers to these" in out
 
 
 def test_not_enough_memory_and_no_disk(rehearse, monkeypatch):

@@ -61,6 +61,11 @@ class Target:
         return (None if free is None else free / self.processes), "of main memory that are free"
 
 
+def gib(size: float) -> str:
+    """Bytes in GiB, as a number."""
+    return f"{size / GIB:.1f}" if size >= GIB / 2 else f"{size / GIB:.2g}"
+
+
 def dtype_of(name: str | None, config: PretrainedConfig) -> torch.dtype:
     """The type that weights are loaded in."""
     found = config.dtype if name == "auto" else getattr(torch, str(name or "float32").removeprefix("torch."))
@@ -83,8 +88,8 @@ def check_memory(findings: Findings, plan: Plan, footprint: Footprint, target: T
     need = plan.peak + (CONTEXT if target.on_gpu else 0)
     findings.say(
         "memory",
-        f"about {need / GIB:.1f} GiB {what} ({in_words(footprint.parameters)} weights; update {plan.update_peak / GIB:.1f}, rollout "
-        f"{plan.rollout_peak / GIB:.1f}; plan: {plan.name})",
+        f"about {gib(need)} GiB {what} ({in_words(footprint.parameters)} weights; update {gib(plan.update_peak)}, rollout "
+        f"{gib(plan.rollout_peak)}; plan: {plan.name})",
     )
     memory, which = target.memory()
     if memory is None:
@@ -92,7 +97,7 @@ def check_memory(findings: Findings, plan: Plan, footprint: Footprint, target: T
     elif need > memory:
         findings.mistake(
             "memory",
-            f"The run needs about {need / GIB:.1f} GiB, more than the {memory / GIB:.1f} GiB {which}. Lower "
+            f"The run needs about {gib(need)} GiB, more than the {memory / GIB:.1f} GiB {which}. Lower "
             "`per_device_train_batch_size`, `rollout_batch_size` or `max_completion_length`, set `use_peft` or "
             "`gradient_checkpointing`, or use more GPUs with ZeRO-3; `trl-diffusion plan` compares them.",
         )
@@ -118,7 +123,7 @@ def check_checkpoints(findings: Findings, args: Any, footprint: Footprint, adapt
         saves = max(int(updates // steps), 1) if args.save_strategy == "steps" else math.ceil(args.num_train_epochs)
     saved = saved_bytes(footprint, adapter, saves, args.save_total_limit, args.save_only_model)
     text = (
-        f"{saved.count} checkpoints of {saved.checkpoint / GIB:.2f} GiB and the trained policy"
+        f"{saved.count} checkpoint{'s' * (saved.count > 1)} of {saved.checkpoint / GIB:.2f} GiB and the trained policy"
         if saves
         else "the trained policy"
     )

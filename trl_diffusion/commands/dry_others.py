@@ -85,8 +85,8 @@ def dry_sft(findings: Findings, words: list[str], target: Target) -> None:
 
 def _document_lengths(policy: Outline, data: sft.Data, args: Any) -> list[int]:
     """
-    The number of tokens of each document for training, as a trainer makes and checks them: one of a small policy with the same
-    tokenizer, vocabulary, context and spec.
+    The number of tokens of each document for training, as a trainer makes and checks them. It is that of a small policy with the
+    same tokenizer, vocabulary, context and spec.
     """
     tokenizer, spec, whole = policy.parts()
     config = small_config(tokenizer, 32, 1)

@@ -1,6 +1,6 @@
 """
-`--dry_run`: everything that a command does before it computes, but for the weights. All mistakes are said, each in a line, and what the
-run needs.
+`--dry_run`: everything that a command does before it computes, but for the weights. All mistakes are named, each in a line, and
+what the run needs.
 """
 
 from __future__ import annotations
@@ -122,7 +122,12 @@ def read(
                 check_writable(directory, "--output_dir")
         return None, target
     if (settings := getattr(found[0], "settings", None)) is not None:
-        findings.say("options", settings.line.removeprefix("Settings: "))
+        line = settings.line.removeprefix("Settings: ")
+        if target.for_gpu:  # this option was added above
+            line = line.replace(", --bf16 from the command", " from the command").replace(
+                "; --bf16 from the command line", ""
+            )
+        findings.say("options", line)
     return found, Target(target.engine, target.processes, found[0].gpu_memory, target.for_gpu)
 
 
@@ -135,7 +140,7 @@ def check_output(findings: Findings, args: Any) -> None:
 
 
 def outline_of(findings: Findings, script_args: Any, training_args: Any, model_args: Any) -> Outline:
-    """The policy that a training begins with, without its weights. A new adapter or the one that goes on is noted in `model_args`."""
+    """The policy that a training begins with, without its weights. An adapter that is trained further is noted in `model_args`."""
     fields = training_args.spec_overrides()
     if is_random(script_args, model_args):
         found = Outline("a random policy")
@@ -166,7 +171,8 @@ def setting_up(
     model_args: Any,
 ) -> None:
     """
-    Lets a trainer check its arguments, as it does before it loads weights. A random policy is made for that, in a directory that goes again.
+    Lets a trainer check its arguments, as it does before it loads weights. A random policy is made for that, in a directory that
+    is removed.
 
     Args:
         check (`Callable`): called with the path of the model, the settings and the adapter.
@@ -211,7 +217,10 @@ def dry_train(findings: Findings, words: list[str], target: Target, stored: bool
             check_rewards(findings, task)
     lengths: list[int] = []
     if task is not None and policy.is_whole:
-        for name, rows in (("training rows", task.train), ("rows to measure on", task.evaluation)):
+        rows_by_name = {"training rows": task.train, "rows to measure on": task.evaluation}
+        if script_args.trajectories:  # their prompts were checked when they were read
+            del rows_by_name["training rows"]
+        for name, rows in rows_by_name.items():
             with findings.part("prompts"):
                 template = dict(args.chat_template_kwargs or {})
                 lengths += check_prompt_rows(name, rows, *policy.parts(), args.max_completion_length, template)
@@ -253,12 +262,17 @@ def _check_training(
     with findings.part("batches"):
         check_number_of_rows(data, args)
     rewards = None if task is None or script_args.trajectories else task.reward_funcs
+
+    def check(path: str, args: Any, adapter: Any) -> None:
+        if rewards is None:  # for stored responses and pairs, the trainer would ask the weights
+            args.beta, args.decoding_order = (
+                0.0,
+                "random" if args.decoding_order == "confidence" else args.decoding_order,
+            )
+        set_up(path, rewards, args, (data, None), policy.tokenizer, {"peft_config": adapter})
+
     if policy.is_whole:
-        setting_up(
-            findings,
-            lambda path, args, adapter: set_up(path, rewards, args, (data, None), policy.tokenizer, {"peft_config": adapter}),
-            policy, script_args, args, model_args,
-        )  # fmt: skip
+        setting_up(findings, check, policy, script_args, args, model_args)
 
 
 def _updates(args: Any, rows: int | None) -> int:
