@@ -104,7 +104,8 @@ def test_wrong_tokenizer(rehearse):
     code, _, mistakes = rehearse(train, *SMALL, "--tokenizer_name_or_path", "other")
     assert code == 2
     assert any(
-        "tokenizer: The tokenizer other (100 tokens) has another vocabulary than the one beside" in one
+        "tokenizer: The tokenizer other (100 tokens) has another vocabulary than the one beside the policy (100 tokens): 1 differ, such as '7'."
+        in one
         for one in mistakes
     )
 

@@ -164,7 +164,7 @@ def say_time(
     """
     if not target.on_gpu:
         findings.say(
-            "time", "not known: nothing was measured here. `trl-diffusion doctor` with the same options runs a step."
+            "time", "not known: nothing was measured here. `trl-diffusion doctor --config FILE` measures a step."
         )
         return
     flops = footprint.update_flops + (footprint.score_flops if beta else 0)

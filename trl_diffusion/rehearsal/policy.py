@@ -16,7 +16,6 @@ from ..policies.limits import check_layers
 from ..policies.loading import load_tokenizer, resolve_spec
 from ..policies.policy import adapter_config_of
 from ..policies.spec import DiffusionSpec
-from ..trajectories.fingerprint import fingerprint_tokenizer
 from .findings import Findings
 
 
@@ -119,13 +118,17 @@ def check_vocabulary(
         own (`PreTrainedTokenizerBase`, *optional*): the tokenizer that is beside the model, if this one is from elsewhere.
 
     Raises:
-        ValueError: if its vocabulary differs from that of `own`, or lacks most of the model's tokens.
+        ValueError: if it has other ids for tokens of `own`, or lacks most of the model's tokens. It may have more tokens than `own`.
     """
     vocabulary, size, name = tokenizer.get_vocab(), _size(config), tokenizer.name_or_path
-    if own is not None and fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(own):
+    differing = [
+        token for token, number in (own.get_vocab() if own else {}).items() if vocabulary.get(token) != number
+    ]
+    if own is not None and differing:
         raise ValueError(
             f"The tokenizer {name} ({len(vocabulary)} tokens) has another vocabulary than the one beside the policy "
-            f"({len(own.get_vocab())} tokens). Leave `--tokenizer_name_or_path` out."
+            f"({len(own.get_vocab())} tokens): {len(differing)} differ, such as {min(differing)!r}. Leave "
+            "`--tokenizer_name_or_path` out."
         )
     known = sum(1 for token in set(vocabulary.values()) if token < size)
     if 2 * known < size:
