@@ -23,6 +23,7 @@ MISTAKES = {
     "generate": (["--tokens", "1"], ["x", "--temperature", "-1"], ["x", "--model", "./nothing"]),
     "serve": (["--tokens", "1"], ["--temperature", "-1"], ["--port", "70000"]),
     "plan": (["m", "--learning_rate", "1"], ["m", "--gpus", "0"], ["./nothing"]),
+    "doctor": (["--layer", "1"], ["--seconds", "many"], ["--config", "nothing.yaml"]),
     "view": (["data", "0", "--page", "1"], ["data", "zero"], ["nothing", "0"]),
 }
 

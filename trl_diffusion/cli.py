@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from . import __version__
+from .commands.dry import REHEARSED, is_dry
 from .commands.interrupt import TYPED, ending_in_a_line
 from .commands.parser import PROG, Parser, starting_parser
 from .fields import nearest
@@ -34,6 +35,7 @@ DIRECT = {
     "compare": "compare autoregressive and diffusion policies on equal terms, in a queue of runs that can be interrupted",
     "generate": "answer a prompt, and watch it being denoised",
     "serve": "answer over HTTP, as the OpenAI API does, and say how each answer was denoised",
+    "doctor": "look at this machine, and try a run on random weights of the real shapes, with a few layers",
     "plan": "say what fits on which GPU, and how long it takes, from the config of a model alone",
     "view": "draw a stored answer being denoised, or how a run went",
     "completion": "print a script that completes commands and options in a shell",
@@ -84,6 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
             rest = ["--config", options.config, *rest]
         if {"-h", "--help", "--help-all", "--help_all"} & set(rest):
             import_module(f"{COMMANDS}.{name}").main(rest)
+        if name in REHEARSED and is_dry(rest):  # in this process, whatever would be started
+            rehearse = import_module(f"{COMMANDS}.dry_run").main
+            return rehearse(name, rest, options.accelerate_config, options.num_processes)
         command = launch_command(name, rest, options.accelerate_config, options.num_processes)
         sys.stdout.flush()
         os.execve(command[0], command, {**os.environ, TYPED: shlex.join([PROG, *words])})

@@ -71,7 +71,7 @@ def test_help_names_every_command(capsys):
     text = says(capsys)
     assert text == says(capsys, "--help")
     assert re.findall(r"^    (\w+) +\w", text, re.MULTILINE) == [
-        "train", "sft", "adapt", "collect", "evaluate", "iterate", "compare", "generate", "serve", "plan", "view",
+        "train", "sft", "adapt", "collect", "evaluate", "iterate", "compare", "generate", "serve", "doctor", "plan", "view",
         "completion",
     ]  # fmt: skip
     assert says(capsys, "--version").split() == ["trl-diffusion", __version__]
@@ -120,6 +120,7 @@ def test_help_shows_the_defaults_of_a_recipe(capsys, monkeypatch):
     [
         ("generate", ["--chat", "--adapter", *(f"--{field.name}" for field in dataclasses.fields(DecodingConfig))]),
         ("plan", ["--gpus", "--memory", "--config", "--prompts", "--epochs", "--answer_length", "--tflops", "--bandwidth"]),
+        ("doctor", ["--config", "--layers", "--dtype", "--seconds", "--prompt_length"]),
         ("view", ["--response", "--output", "--tokenizer"]),
         ("iterate", ["--rounds", "--config", "--accelerate_config"]),
     ],

@@ -22,7 +22,8 @@ from accelerate.commands.launch import launch_command_parser
 import trl_diffusion
 from trl_diffusion import DecodingConfig, DTRPOConfig, cli
 from trl_diffusion.commands import adapt, collect, evaluate, recipes_path, sft, train
-from trl_diffusion.commands.parser import file_or_name
+from trl_diffusion.commands.dry import is_dry
+from trl_diffusion.commands.parser import file_or_name, starting_parser
 from trl_diffusion.commands.settings import TRAINING, TUNING, find_settings, given_options, keep_settings
 from trl_diffusion.decoding.options import RolloutOptions
 from trl_diffusion.decoding.strategies import STRATEGIES
@@ -80,7 +81,9 @@ def commands(page: str) -> list[list[str]]:
 
 @cache
 def recipe(script: str) -> dict:
-    return runpy.run_path(str(ROOT / script))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str((ROOT / script).parent))  # as for a script that is started
+        return runpy.run_path(str(ROOT / script))
 
 
 class Parsed(Exception):
@@ -167,6 +170,9 @@ def check_command_line(options: list[str], monkeypatch) -> None:
         patch.setattr(os, "execve", lambda path, words, environment: started.append(words))
         if options[0] in cli.DIRECT:
             options_of(lambda: cli.main(options), monkeypatch)
+        elif is_dry(options):
+            own, rest = starting_parser(options[0]).parse_own_args(options[1:])
+            parse_options(options[0], [*(["--config", own.config] if own.config else []), *rest])
         elif options != ["--help"]:
             cli.main(options)
     for words in started:
@@ -370,6 +376,8 @@ def what_writes(page: str) -> list[tuple[str, str]]:
     """The directories that the examples of a page write, each with what writes it there."""
     found = []
     for words in commands(page):
+        if is_dry(words):  # which writes nothing
+            continue
         scripts = {"recipes/train.py": "train", "recipes/sft.py": "sft", "recipes/collect.py": "collect"}
         name = next(
             (one for at, one in enumerate(words) if one in scripts or (at == 1 and words[0] == "trl-diffusion")), ""

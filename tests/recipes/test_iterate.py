@@ -12,7 +12,7 @@ from trl import ModelConfig
 from trl_diffusion import tiny_policy_path
 from trl_diffusion.commands import recipes_path
 from trl_diffusion.commands.collect import CollectArguments
-from trl_diffusion.commands.iterate import Rounds, _arguments, main, run
+from trl_diffusion.commands.iterate import Rounds, arguments_of, main, run
 from trl_diffusion.commands.train import parse
 from trl_diffusion.utils import load_yaml
 
@@ -103,10 +103,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, fail_at):
 def test_a_round_goes_on_from_a_checkpoint_if_it_was_interrupted(tmp_path):
     """It does not ask for one in a round that begins, which would be answered with a warning."""
     rounds = make(tmp_path)
-    _, training, _ = parse(_arguments(rounds.train_options(2)))
+    _, training, _ = parse(arguments_of(rounds.train_options(2)))
     assert training.resume_from_checkpoint is None
     (rounds.directory(2) / "policy" / "checkpoint-10").mkdir(parents=True)
-    _, training, _ = parse(_arguments(rounds.train_options(2)))
+    _, training, _ = parse(arguments_of(rounds.train_options(2)))
     assert training.resume_from_checkpoint == "true"
 
 
@@ -137,7 +137,7 @@ def test_what_is_refused(tmp_path, changes, message):
 
 
 def test_options_as_words():
-    words = _arguments({"a": 1.5, "b": None, "c": ["x", "y"], "d": {"k": [1]}, "e": False})
+    words = arguments_of({"a": 1.5, "b": None, "c": ["x", "y"], "d": {"k": [1]}, "e": False})
     assert words == ["--a", "1.5", "--c", "x", "y", "--d", '{"k": [1]}', "--e", "false"]
 
 
@@ -147,7 +147,7 @@ def test_the_recipe_is_made_of_options_of_the_two_commands():
     _, online, _ = parse(["--config", str(recipes_path() / "tiny_sudoku.yaml")])
     answers = rounds.rounds * rounds.collect["train_size"] * rounds.collect["num_responses"]
     assert answers <= online.max_steps * online.per_device_train_batch_size
-    script, training, _ = parse(_arguments(rounds.train_options(1)))
+    script, training, _ = parse(arguments_of(rounds.train_options(1)))
     assert script.task == "sudoku" and training.output_dir == str(rounds.directory(1) / "policy")
     names = {field.name for kind in (CollectArguments, ModelConfig) for field in fields(kind)}
     assert set(rounds.collect_options(1)) <= names

@@ -42,7 +42,13 @@ from .sft import ScriptArguments, fine_tune, load_data
 
 FOLDER = "converted"  # below the output directory: the policy before it is trained
 RECORD = "conversion.json"  # in it: what it was made from, and how
-LEFT_OUT = ("diffusion_spec", "trajectories", "random_policy")  # options of `sft` for what is a policy already
+LEFT_OUT = (
+    "diffusion_spec",
+    "trajectories",
+    "random_policy",
+    "dry_run",
+    "gpu_memory",
+)  # options of `sft` for what is a policy
 
 
 @dataclass

@@ -40,6 +40,7 @@ from ..tasks.data import load_rewards
 from ..tasks.rows import read_rows
 from ..utils import check_writable, errors_in_a_line, processes, read_mapping, use_all_cores
 from .data import DATA, DEFAULT, OwnData
+from .dry import DryRun, is_dry
 from .groups import COLLECT, INHERITED
 from .interrupt import ending_in_a_line, how_to_go_on, is_part
 from .options import OptionParser
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class CollectArguments(OwnData, RolloutOptions):
+class CollectArguments(OwnData, RolloutOptions, DryRun):
     """What to collect."""
 
     output_dir: str = field(default="outputs/trajectories", metadata={"help": "Where the trajectories go."})
@@ -195,17 +196,29 @@ def check_model_options(model_args: ModelConfig) -> None:
         raise ValueError("`--load_in_4bit` computes in `--dtype`: give bfloat16, float16 or float32, not auto.")
 
 
-def run(args: CollectArguments, model_args: ModelConfig) -> None:
-    """Collects."""
-    use_all_cores()
-    check_model_options(model_args)
-    check_writable(args.output_dir, "--output_dir")  # before weights are loaded
-    decoding, template = args.decoding(), read_chat_template_kwargs(args.chat_template_kwargs)
+def stored_decoding(args: CollectArguments) -> DecodingConfig:
+    """Settings of the denoising loop. Raises a `ValueError` for some whose responses cannot be trained on."""
+    decoding = args.decoding()
     if decoding.approximate_cache is not None:
         raise ValueError(
             "`--approximate_cache` is for rollouts: stored responses made with it cannot be trained on, as their recorded "
             "log-probabilities are not the policy's. Leave it out."
         )
+    return decoding
+
+
+def policy_path(args: CollectArguments, model_args: ModelConfig) -> str | None:
+    """The path or hub id of the policy, the embedded one by default. `None`: the model that the adapter was made for."""
+    return model_args.model_name_or_path or (None if args.adapter_name_or_path else tiny_policy_path())
+
+
+def run(args: CollectArguments, model_args: ModelConfig) -> None:
+    """Collects."""
+    use_all_cores()
+    args.check_wet()
+    check_model_options(model_args)
+    check_writable(args.output_dir, "--output_dir")  # before weights are loaded
+    decoding, template = stored_decoding(args), read_chat_template_kwargs(args.chat_template_kwargs)
     if args.responses is not None or args.server is not None:
         directory = _without_weights(args, model_args, template)
     else:
@@ -221,7 +234,7 @@ def _with_policy(
     """Collects what a policy answers here."""
     task = args.load_task(args.train_size, args.eval_size, args.seed)
     policy = open_policy(
-        model_args.model_name_or_path or (None if args.adapter_name_or_path else tiny_policy_path()),
+        policy_path(args, model_args),
         args.adapter_name_or_path,
         args.tokenizer_name_or_path,
         revision=model_args.model_revision,
@@ -343,6 +356,10 @@ def _parser() -> OptionParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command, with the options of the command line by default."""
+    if is_dry(arguments):
+        from . import dry_run  # here, since it knows this command
+
+        raise SystemExit(dry_run.main("collect", arguments))
     hush_commands()
     directory = ""
     with ending_in_a_line(lambda: kept(directory)), errors_in_a_line():

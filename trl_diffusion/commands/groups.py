@@ -44,6 +44,7 @@ _OUTPUT = {
     "save_total_limit": "most checkpoints that are kept",
     "resume_from_checkpoint": "true to go on from the newest checkpoint, or the path of one",
 }
+_REHEARSAL = dict.fromkeys(("dry_run", "gpu_memory"))
 _RATE = {
     "learning_rate": "largest learning rate",
     "lr_scheduler_type": "how the learning rate falls, such as linear, cosine or constant_with_warmup",
@@ -114,6 +115,7 @@ TRAIN: Groups = {
         "precompute_ref_log_probs": "let the reference score stored responses once, before training",
     },
     "output": {**_OUTPUT, "log_completions": "print responses at every line of the log"},
+    "rehearsal": _REHEARSAL,
 }
 
 SFT: Groups = {
@@ -152,6 +154,7 @@ SFT: Groups = {
         "per_device_eval_batch_size": "documents, or responses, of a process that are measured at once",
     },
     "output": _OUTPUT,
+    "rehearsal": _REHEARSAL,
 }
 
 ADAPT: Groups = {
@@ -194,6 +197,7 @@ COLLECT: Groups = {
         "responses": "file of responses that are there already: `prompt`, `responses` or `response`, perhaps rewards",
     },
     "output": {"output_dir": None, "batch_size": None, "rows_per_shard": None, "seed": None},
+    "rehearsal": _REHEARSAL,
 }
 
 EVALUATE: Groups = {

@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +42,7 @@ from ..utils import (
     write_text,
 )
 from .data import DATA, DEFAULT
+from .dry import DryRun
 from .interrupt import INTERRUPTED, TYPED, ending_in_a_line, left_to_the_child
 from .parser import PROG, Parser, add_config_option, add_engine_options
 
@@ -183,8 +184,8 @@ def run(rounds: Rounds, start: Callable[[str, list[str]], None], typed: str = ""
     for number in range(1, rounds.rounds + 1):
         path = rounds.directory(number) / "policy" / RESULTS
         if not path.is_file():  # `train` writes it last
-            start("collect", _arguments(rounds.collect_options(number)))
-            start("train", _arguments(rounds.train_options(number)))
+            start("collect", arguments_of(rounds.collect_options(number)))
+            start("train", arguments_of(rounds.train_options(number)))
         found.append({"round": number, **_results_of(path)})
         results = {"rounds": found, "command": typed, "versions": versions()}
         write_text(directory / RESULTS, json.dumps(results, indent=2) + "\n")
@@ -213,7 +214,7 @@ def _keep_plan(rounds: Rounds, path: Path) -> None:
     write_text(path, json.dumps(plan, indent=2) + "\n")
 
 
-def _arguments(options: dict[str, Any]) -> list[str]:
+def arguments_of(options: dict[str, Any]) -> list[str]:
     """Options as words of a command line."""
     words = []
     for name, value in options.items():
@@ -246,6 +247,12 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(_parser().parse_args(words))
     engine = options.pop("accelerate_config"), options.pop("num_processes")
+    if options.pop("dry_run"):
+        from . import dry_run  # here, since it knows this command
+
+        return dry_run.main("iterate", words, *engine)
+    if options.pop("gpu_memory") is not None:
+        _parser().error("`--gpu_memory` is for `--dry_run`. Leave it out.")
     typed = shlex.join([PROG, "iterate", *words])
 
     def start(name: str, arguments: list[str]) -> None:
@@ -254,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
             subprocess.run(command, check=True, env={**os.environ, TYPED: typed})
 
     def work() -> None:
-        rounds = _rounds(options)
+        rounds = rounds_of(options)
         print(f"Settings: {options['config']}. Output: {rounds.output_dir}, with {rounds.rounds} rounds.", flush=True)
         results = run(rounds, start, typed)
         print(table(results))
@@ -288,6 +295,9 @@ def _parser() -> Parser:
     for name, kind in (("output_dir", str), ("rounds", int), ("mix_rounds", int), ("seed", int)):
         parser.add_argument(f"--{name}", type=kind, help="instead of that of the file")
     add_engine_options(parser)
+    for one in fields(DryRun):
+        how: dict[str, Any] = {"action": "store_true"} if one.name == "dry_run" else {"type": float}
+        parser.add_argument(f"--{one.name}", help=one.metadata["help"], **how)
     return parser
 
 
@@ -299,14 +309,14 @@ def _check_sections(rounds: Rounds) -> None:
     from ..trainer.checks import check_given
     from . import collect, train
 
-    collect.parse(_arguments(rounds.collect_options(1)))
+    collect.parse(arguments_of(rounds.collect_options(1)))
     given = rounds.train_options(1)
     check_options("`train`", given, train.KINDS)
     check_given(given)
 
 
-def _rounds(options: dict[str, Any]) -> Rounds:
-    """What the file says, with the options of the command line in front of it."""
+def rounds_of(options: dict[str, Any], check: bool = True) -> Rounds:
+    """What the file says, with the options of the command line in front of it. `check`: whether those of both commands are checked."""
     path = options["config"]
     given = load_yaml(path)
     if not isinstance(given, dict):
@@ -314,7 +324,8 @@ def _rounds(options: dict[str, Any]) -> Rounds:
     check_names(f"options in {path}", given, Rounds)
     mine = {name: value for name, value in options.items() if name != "config" and value is not None}
     rounds = Rounds(**{**given, **mine})
-    _check_sections(rounds)
+    if check:
+        _check_sections(rounds)
     return rounds
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..policies.files import policy_in
@@ -19,6 +19,7 @@ from ..utils import read_mapping
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
 
     from ..sft.config import DiffusionSFTConfig
     from ..trainer.config import DTRPOConfig
@@ -31,17 +32,22 @@ class Start(Protocol):
     random_policy: str | None
 
 
-def random_policy(fields: str, tokenizer, directory: Path, seed: int) -> str:
-    """Makes a small randomly initialised policy for a tokenizer, and saves it: a reference is loaded from there. The
-    global random state is afterwards what it was before."""
+def random_config(fields: str, tokenizer) -> PretrainedConfig:
+    """The config of a randomly initialised policy for a tokenizer."""
     options = read_mapping(fields, "random_policy")
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         options.pop("model_type", "qwen3"),
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         **{"tie_word_embeddings": True, **options},
     )
+
+
+def random_policy(fields: str, tokenizer, directory: Path, seed: int) -> str:
+    """Makes a small randomly initialised policy for a tokenizer, and saves it: a reference is loaded from there. The
+    global random state is afterwards what it was before."""
+    config = random_config(fields, tokenizer)
     state = PartialState()
     if state.is_main_process:
         with torch.random.fork_rng(devices=[]):
@@ -65,22 +71,40 @@ def new_adapter(model_args: ModelConfig) -> PeftConfig | None:
     return found
 
 
-def find_policy(script_args: Start, training_args: DTRPOConfig | DiffusionSFTConfig, model_args: ModelConfig):
-    """The path of the model (made here if it is a random one), or an adapter to train further, and its tokenizer."""
-    if script_args.random_policy and not model_args.model_name_or_path:
-        if not script_args.tokenizer_name_or_path:
-            raise ValueError("`--random_policy` needs `--tokenizer_name_or_path`.")
-        tokenizer = load_tokenizer(script_args.tokenizer_name_or_path)
-        directory = Path(training_args.output_dir) / "random_policy"
-        return random_policy(script_args.random_policy, tokenizer, directory, training_args.seed), tokenizer
-    path = resolve_embedded(model_args.model_name_or_path or tiny_policy_path())
-    tokenizer = load_tokenizer(script_args.tokenizer_name_or_path or path)
-    options = {
+def is_random(script_args: Start, model_args: ModelConfig) -> bool:
+    """Whether the policy is one of random weights."""
+    return bool(script_args.random_policy) and not model_args.model_name_or_path
+
+
+def policy_path(model_args: ModelConfig) -> str:
+    """The path or hub id of the policy, the embedded one by default."""
+    return resolve_embedded(model_args.model_name_or_path or tiny_policy_path())
+
+
+def find_tokenizer(script_args: Start, model_args: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that the options name, or that of the policy."""
+    if is_random(script_args, model_args) and not script_args.tokenizer_name_or_path:
+        raise ValueError("`--random_policy` needs `--tokenizer_name_or_path`.")
+    return load_tokenizer(script_args.tokenizer_name_or_path or policy_path(model_args))
+
+
+def loading_options(training_args: DTRPOConfig | DiffusionSFTConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """How the model is loaded."""
+    return {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **training_args.model_options(),
     }
+
+
+def find_policy(script_args: Start, training_args: DTRPOConfig | DiffusionSFTConfig, model_args: ModelConfig):
+    """The path of the model (made here if it is a random one), or an adapter to train further, and its tokenizer."""
+    tokenizer = find_tokenizer(script_args, model_args)
+    if is_random(script_args, model_args):
+        directory = Path(training_args.output_dir) / "random_policy"
+        return random_policy(str(script_args.random_policy), tokenizer, directory, training_args.seed), tokenizer
+    path, options = policy_path(model_args), loading_options(training_args, model_args)
     if "an adapter" in policy_in(path):
         return open_adapter(path, training_args.device, get_quantization_config(model_args), **options), tokenizer
     training_args.model_init_kwargs = options

@@ -30,10 +30,11 @@ import torch
 from transformers import PretrainedConfig
 
 from ..plan.cost import Machine, RolloutCost, rollout_cost
+from ..plan.published import find_config
 from ..plan.simulate import Footprint, Workload, simulate
 from ..plan.strategies import Plan, make_plans
 from ..policies.limits import check_layers, context_length
-from ..policies.loading import load_config, needs_tokenizer
+from ..policies.loading import needs_tokenizer
 from ..policies.spec import DiffusionSpec, check_spec, get_spec
 from ..policies.tiny import resolve_embedded
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
@@ -90,8 +91,10 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan], RolloutCost]:
-    config = load_config(resolve_embedded(options.model))
-    spec = _spec(config, read_mapping(options.diffusion_spec, "diffusion_spec"))
+    config, is_read = find_config(resolve_embedded(options.model))
+    if not is_read:
+        print(f"{options.model} cannot be read here; its sizes are those that the package knows.", file=sys.stderr)
+    spec = spec_for_plan(config, read_mapping(options.diffusion_spec, "diffusion_spec"))
     _check_work(config, spec, options)
     work = Workload(
         batch_size=options.batch_size,
@@ -115,7 +118,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan]
     return footprints, plans, rollout_cost(config, spec, work, footprints["full"], options.answer_length)
 
 
-def _spec(config: PretrainedConfig, fields: dict[str, Any]) -> DiffusionSpec:
+def spec_for_plan(config: PretrainedConfig, fields: dict[str, Any]) -> DiffusionSpec:
     """The spec of a policy that `train` takes; the mask token that only a family's tokenizer knows is any, as it has no size."""
     check_layers(config)
     if needs_tokenizer(config, fields):

@@ -55,7 +55,9 @@ TUNING = Command(
 )
 FILE = TRAINING.file
 # Options of one run only: where it begins, where it writes, and what it continues.
-_OF_ONE_RUN = ("config", "model_name_or_path", "output_dir", "random_policy", "resume_from_checkpoint")
+_OF_ONE_RUN = (
+    "config", "model_name_or_path", "output_dir", "random_policy", "resume_from_checkpoint", "dry_run", "gpu_memory",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def find_settings(arguments: list[str], command: Command = TRAINING) -> Settings
     own = [f"--{name}" for name in given if name != "config"]
     line = f"Settings: {source}" + (f"; {', '.join(own)} from the command line." if own else ".")
     words = without_task(arguments, command.own_data)
-    return Settings([*before, *words], line, _in_file(config) | given_options(words), command)
+    return Settings([*before, *words], line, options_in(config) | given_options(words), command)
 
 
 def read_options(parser: OptionParser, command: Command, arguments: list[str] | None) -> tuple[Any, ...]:
@@ -139,7 +141,7 @@ def read_options(parser: OptionParser, command: Command, arguments: list[str] | 
     return found
 
 
-def _in_file(config: Any) -> dict[str, Any]:
+def options_in(config: Any) -> dict[str, Any]:
     """The options in a YAML file. What is wrong with the file is for the parser to say."""
     try:
         found = load_yaml(config) if config is not None else None

@@ -45,6 +45,7 @@ from ..trajectories.dataset import load_trajectories
 from ..trajectories.fingerprint import fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import check_writable, errors_in_a_line, use_all_cores
+from .dry import DryRun, is_dry
 from .groups import INHERITED, SFT
 from .lines import TuningLines, describe_output, describe_policy, next_command, start
 from .opening import find_policy, new_adapter
@@ -57,7 +58,7 @@ ROWS = 10_000  # that are made for a task, if nothing is said
 
 
 @dataclass
-class ScriptArguments(RolloutOptions):
+class ScriptArguments(RolloutOptions, DryRun):
     """What to train on, and how a task is measured."""
 
     task: str | None = field(
@@ -277,6 +278,7 @@ def fine_tune(
     lines = lines or TuningLines()
     with errors_in_a_line():
         use_all_cores()
+        script_args.check_wet()
         check_writable(training_args.output_dir, "--output_dir")
         check_start(training_args)
         trainer, data = make_trainer(script_args, training_args, model_args, lines)
@@ -324,6 +326,10 @@ def _parser() -> OptionParser:
 @errors_in_a_line()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command, with the options of the command line by default."""
+    if is_dry(arguments):
+        from . import dry_run  # here, since it knows this command
+
+        raise SystemExit(dry_run.main("sft", arguments))
     start(TuningLines(), parse, fine_tune, arguments)
 
 

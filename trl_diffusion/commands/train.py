@@ -41,6 +41,7 @@ from ..trainer.trainer import DTRPOTrainer
 from ..trajectories.dataset import load_trajectories
 from ..utils import check_writable, errors_in_a_line, use_all_cores, wilson
 from .data import DEFAULT, OwnData
+from .dry import DryRun, is_dry
 from .groups import INHERITED, TRAIN
 from .interrupt import is_part
 from .lines import RunLines, describe_output, describe_policy, next_command, start
@@ -60,7 +61,7 @@ PREFERENCES = "preferences"  # as a task: pairs of a better and a worse response
 
 
 @dataclass
-class ScriptArguments(OwnData):
+class ScriptArguments(OwnData, DryRun):
     """What to train on."""
 
     task: str | None = field(
@@ -163,6 +164,7 @@ def run(
     lines = lines or RunLines()
     with errors_in_a_line():
         use_all_cores()
+        script_args.check_wet()
         check_writable(training_args.output_dir, "--output_dir")
         check_start(training_args)
     if script_args.task == PREFERENCES:
@@ -254,6 +256,10 @@ def _parser() -> OptionParser:
 @errors_in_a_line()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command, with the options of the command line by default."""
+    if is_dry(arguments):
+        from . import dry_run  # here, since it knows this command
+
+        raise SystemExit(dry_run.main("train", arguments))
     start(RunLines(), parse, run, arguments)
 
 

@@ -177,8 +177,15 @@ def _decode(
         raise NonFiniteLogits(jobs[error.row][0], error.reason) from error
 
 
-def check_source(prompts, tokenizer, template, spec, config, max_new_tokens) -> list[list[int]]:
-    """Token ids of the prompts, if they can be collected on."""
+def check_source(
+    prompts: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    template: dict[str, Any],
+    spec: DiffusionSpec,
+    config: Any,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Token ids of the prompts, if they can be collected on; a `ValueError` says why not."""
     if "prompt" not in prompts.column_names:
         raise ValueError(f"The dataset has no `prompt` column; it has {sorted(prompts.column_names)}.")
     if len(prompts) == 0:

@@ -113,7 +113,7 @@ class Policy:
         return self.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
 
-def _adapter_config(path: str) -> PeftConfig:
+def adapter_config_of(path: str) -> PeftConfig:
     """The config of an adapter, if its files are whole and it is of a kind that a policy can have."""
     if [*policy_in(path)] == ["a whole model"]:
         raise ValueError(f"{path} holds a whole model and no adapter. Give it as the model.")
@@ -182,7 +182,7 @@ def open_adapter(
     Raises:
         ValueError: if the adapter does not name its model, is damaged, or is of a kind that a diffusion policy cannot have.
     """
-    config = _adapter_config(path)
+    config = adapter_config_of(path)
     if not config.base_model_name_or_path:
         raise ValueError(
             f"The adapter {path} does not name the model that it was made for (`base_model_name_or_path`)."
@@ -252,7 +252,7 @@ def open_policy(
             [`check_layers`] and [`try_policy`]).
     """
     check_kind("path", path, str | Path | None, "a path or a hub id")
-    adapter_config = None if adapter is None else _adapter_config(adapter)
+    adapter_config = None if adapter is None else adapter_config_of(adapter)
     if not path and adapter_config is not None:
         path = adapter_config.base_model_name_or_path
     if not path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -54,6 +56,19 @@ def _mapping(value: Any) -> dict[str, Any] | None:
     return found
 
 
+_REHEARSED: ContextVar[int | None] = ContextVar("rehearsed", default=None)
+
+
+@contextmanager
+def rehearsing(processes: int) -> Iterator[None]:
+    """Inside, settings are those of a run of so many processes with a GPU each, although this process is alone."""
+    token = _REHEARSED.set(processes)
+    try:
+        yield
+    finally:
+        _REHEARSED.reset(token)
+
+
 NO_REMOTE_CODE = "the families load without their hub code, which hides its attention masks from this library"
 
 
@@ -63,6 +78,17 @@ class PolicyOptions:
     if TYPE_CHECKING:
         diffusion_spec: dict[str, Any] | str | None
         model_init_kwargs: dict[str, Any] | str | None
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes; those of the run that is rehearsed."""
+        return _REHEARSED.get() or cast(Any, super()).world_size
+
+    @property
+    def n_gpu(self) -> int:
+        """Number of GPUs of this process; in a rehearsal at most one, as for each process of the run."""
+        found = cast(Any, super()).n_gpu
+        return found if _REHEARSED.get() is None else min(found, 1)
 
     def spec_overrides(self) -> dict[str, Any] | None:
         """`diffusion_spec` as a mapping, after `__post_init__` has parsed it."""

@@ -22,7 +22,7 @@ from ..policies.limits import check_layers
 from ..policies.loading import config_of, resolve_spec, tokenizer_of
 from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
 from ..policies.places import check_there
-from ..policies.prompts import TemplateRefusal, check_form, check_visible
+from ..policies.prompts import TemplateRefusal, check_form, check_visible, tokenize_prompts
 from ..policies.quantized import prepare_rounded
 from ..policies.spec import set_spec
 from ..policies.training import (
@@ -321,16 +321,57 @@ def _check_policies(trainer: DTRPOTrainer, optimizer: Optimizer | None) -> None:
 
 def _check_prompts(trainer: DTRPOTrainer, name: str, dataset: Dataset | IterableDataset) -> None:
     """Checks before training that the policy can take all prompts. A stream is not checked here, but as it is read."""
-    if isinstance(dataset, IterableDataset):
-        return
+    if not isinstance(dataset, IterableDataset):
+        check_prompt_rows(
+            name,
+            dataset,
+            trainer._tokenizer,
+            trainer.spec,
+            trainer.model.config,
+            trainer.max_completion_length,
+            cast(dict, trainer.chat_template_kwargs),
+            lambda prompts: trainer._tokenize_prompts(prompts)[0],
+        )
+
+
+def check_prompt_rows(
+    name: str,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: DiffusionSpec,
+    config: PretrainedConfig,
+    new_tokens: int,
+    template: dict[str, Any],
+    tokenize: Callable[[list], list[list[int]]] | None = None,
+) -> list[int]:
+    """
+    Checks that a policy can take all prompts of a dataset.
+
+    Args:
+        name (`str`): what the dataset is called, for messages.
+        dataset ([`~datasets.Dataset`]): rows with a `prompt`.
+        tokenizer (`PreTrainedTokenizerBase`): the policy's.
+        spec ([`DiffusionSpec`]): facts about the policy.
+        config ([`~transformers.PretrainedConfig`]): its config.
+        new_tokens (`int`): most tokens of a response.
+        template (`dict`): variables of the chat template.
+        tokenize (`Callable`, *optional*): makes token ids of prompts. Defaults to [`~policies.prompts.tokenize_prompts`].
+
+    Returns:
+        `list[int]`: the number of tokens of each prompt.
+
+    Raises:
+        ValueError: naming the dataset and the row, if the policy cannot take a prompt.
+    """
+    tokenize = tokenize or (lambda prompts: tokenize_prompts(tokenizer, prompts, **template))
     forms: set = set()
-    options = cast(dict, trainer.chat_template_kwargs)
+    lengths: list[int] = []
     for begin in range(0, len(dataset), 1000):
         prompts = dataset[begin : begin + 1000]["prompt"]
         for row, prompt in enumerate(prompts, start=begin):
             check_form(f"{name}: row {row}", prompt)
         try:
-            prompt_ids = trainer._tokenize_prompts(prompts)[0]
+            prompt_ids = tokenize(prompts)
         except TemplateRefusal as error:
             raise ValueError(
                 f"{name}: Prompt {begin + error.row}: {error.reason}. Use another chat template."
@@ -341,7 +382,9 @@ def _check_prompts(trainer: DTRPOTrainer, name: str, dataset: Dataset | Iterable
                 "tokenizer if the model's directory has none. Pass the right tokenizer as `processing_class`."
             )
         try:
-            check_prompts(prompt_ids, trainer.spec, trainer.model.config, trainer.max_completion_length, begin)
-            check_visible(trainer._tokenizer, prompts, prompt_ids, begin, forms, **options)
+            check_prompts(prompt_ids, spec, config, new_tokens, begin)
+            check_visible(tokenizer, prompts, prompt_ids, begin, forms, **template)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        lengths += map(len, prompt_ids)
+    return lengths
