@@ -12,7 +12,7 @@ Settings, while decoding and while scoring:
 
 - `float32`, `bfloat16`: both in this precision. Only the shapes of the products differ.
 - `bfloat16, scored in float32`: as with an engine whose arithmetic is another one.
-- `noisy router`: float32, and normal noise of `--noise` standard deviations of the router's logits is added to them while decoding.
+- `noisy router`: float32, and while decoding normal noise of `--noise` standard deviations is added to what the router sees.
 - `capacity`: float32, and while decoding an expert takes at most `--capacity` times the tokens of an even share. Where there are more, those
   that it has the smallest weight for are dropped. Replay drops them too.
 """
@@ -110,9 +110,6 @@ def watched(model: nn.Module, disturb: str | None, args, experts: Experts) -> It
 
     def hook(layer: int, gate: nn.Module, inputs, output):
         logits, weights, chosen = output
-        if disturb == "noise":
-            logits = logits + args.noise * logits.std() * torch.randn(logits.shape, generator=noise)
-            chosen = logits.topk(chosen.shape[-1]).indices
         if experts.given is not None:
             given = experts.given[layer]
             decided = given[:, :1] != -2
@@ -128,10 +125,17 @@ def watched(model: nn.Module, disturb: str | None, args, experts: Experts) -> It
         experts.chosen.append(chosen)
         return logits, weights, chosen.clamp(min=0)
 
+    def disturbed(gate: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        if disturb != "noise":
+            return None
+        (hidden,) = inputs
+        return (hidden + args.noise * hidden.std() * torch.randn(hidden.shape, generator=noise),)
+
     gates = [module for module in model.modules() if type(module).__name__ == "Glm4MoeTopkRouter"]
     handles = [
         gate.register_forward_hook(lambda *parts, layer=layer: hook(layer, *parts)) for layer, gate in enumerate(gates)
     ]
+    handles += [gate.register_forward_pre_hook(disturbed) for gate in gates]
     try:
         yield
     finally:
@@ -238,7 +242,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each is another policy")
     parser.add_argument("--updates", type=int, default=600, help="of pretraining")
     parser.add_argument("--answers", type=int, default=64)
-    parser.add_argument("--noise", type=float, default=0.05)
+    parser.add_argument("--noise", type=float, default=0.02)
     parser.add_argument("--capacity", type=float, default=2.0)
     parser.add_argument("--json", action="store_true", help="print all results as one JSON object on the last line")
     args = parser.parse_args()
