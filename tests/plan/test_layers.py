@@ -40,6 +40,8 @@ def test_what_is_left_out_is_added(monkeypatch):
     config = make_policy(SPECS["full"], num_hidden_layers=40).config
     found = simulate_layers(config, SPECS["full"], Workload())
     assert (found.weights, found.update_flops, found.largest_layer, found.activations) == (500, 500, 7, 170)
+    whole = simulate_layers(config, SPECS["full"], Workload(), torch.float32, autocast=True)
+    assert whole.activations == -200  # of all layers, one by one
     config.num_hidden_layers = 5
     assert simulate_layers(config, SPECS["full"], Workload()).activations == 150
 

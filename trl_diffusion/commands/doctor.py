@@ -33,7 +33,7 @@ from ..policies.lora import empty_model
 from ..quiet import hush_commands
 from ..rehearsal.findings import Findings
 from ..rehearsal.machine import GIB, check_deepspeed, check_devices, check_kernels, check_packages
-from ..rehearsal.smoke import Result, Trial, try_out
+from ..rehearsal.smoke import Result, Trial, end_weights, try_out
 from ..scoring.estimators import EstimatorConfig
 from ..trainer.options import rehearsing
 from ..utils import use_all_cores
@@ -137,7 +137,7 @@ def _trial(
     if adapter is not None and adapter.target_modules is None:
         adapter.target_modules = list(LAYERS)
     wanted = dtype_of(options.dtype or (model_args.dtype if device == "cuda" else None), config)
-    dtype = _fitting(findings, config, wanted, adapter is not None, options.layers, device)
+    dtype, frozen = _fitting(findings, config, wanted, adapter is not None, options.layers, device)
     if device == "cpu" and dtype != dtype_of(model_args.dtype, config):
         findings.say(
             "trial", f"weights are {str(dtype).removeprefix('torch.')} on this CPU, and {model_args.dtype} in the run"
@@ -145,7 +145,8 @@ def _trial(
     if model_args.load_in_4bit or model_args.load_in_8bit:
         findings.say("trial", "weights are not rounded here, as they are in the run: not known is what that costs")
     return Trial(
-        config, spec, work, _plain(decoding), dtype, adapter, bool(args.bf16) and device == "cuda", model_args.attn_implementation, device
+        config, spec, work, _plain(decoding), dtype, adapter, bool(args.bf16) and device == "cuda",
+        model_args.attn_implementation, device, frozen,
     )  # fmt: skip
 
 
@@ -156,18 +157,24 @@ def _plain(decoding: DecodingConfig) -> DecodingConfig:
 
 def _fitting(
     findings: Findings, config: Any, dtype: torch.dtype, adapter: bool, layers: int, device: str
-) -> torch.dtype:
-    """The type in which the weights of these layers fit, with gradients and AdamW's state if all of them are trained."""
+) -> tuple[torch.dtype, bool]:
+    """The type of the weights, and whether embeddings and head are frozen, since their gradients and AdamW's state do not fit."""
     free = gpu_memory() if device == "cuda" else free_memory()
     least = min(layers, config.get_text_config().num_hidden_layers)
-    count = sum(weight.numel() for weight in empty_model(cut(config, least)).parameters())
-    for one in dict.fromkeys((dtype, torch.bfloat16)):
-        need = count * one.itemsize * (1.2 if adapter else 4.2)
+    model = empty_model(cut(config, least))
+    count, ends = (sum(one.numel() for one in weights) for weights in (model.parameters(), end_weights(model)))
+    for frozen in (False, True):
+        trained = 0.05 * count if adapter else count - ends * frozen
+        need = (count + 3 * trained) * dtype.itemsize * 1.1
         if free is None or need < SPARE * free:
-            return one
+            if frozen:
+                findings.say(
+                    "trial", "embeddings and head are not trained here: their gradients and AdamW's state do not fit"
+                )
+            return dtype, frozen
     raise ValueError(
         f"{least} layers with {in_words(count)} weights need {need / GIB:.1f} GiB, and {(free or 0) / GIB:.1f} GiB are free. Lower "
-        "`--layers`, set `use_peft`, or try it on a larger machine."
+        "`--layers`, set `use_peft`, give `--dtype bfloat16`, or try it on a larger machine."
     )
 
 

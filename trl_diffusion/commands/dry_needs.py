@@ -75,10 +75,11 @@ def dtype_of(name: str | None, config: PretrainedConfig) -> torch.dtype:
 def footprint_of(
     config: PretrainedConfig, spec: DiffusionSpec, work: Workload, model_args: Any, autocast: bool
 ) -> Footprint:
-    """What a step of this run needs on one GPU that holds everything."""
+    """What a step of this run needs on one GPU that holds everything. Autocast matters where weights are float32."""
+    dtype = dtype_of(model_args.dtype, config)
     return simulate_layers(
-        config, spec, work, dtype_of(model_args.dtype, config),
-        autocast=autocast, lora_rank=model_args.lora_r if model_args.use_peft else None,
+        config, spec, work, dtype,
+        autocast=autocast and dtype == torch.float32, lora_rank=model_args.lora_r if model_args.use_peft else None,
     )  # fmt: skip
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import fields
-from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from ..policies.spec import DiffusionSpec
@@ -33,17 +33,26 @@ def uniform_from(config: PretrainedConfig) -> int:
 
 
 def simulate_layers(
-    config: PretrainedConfig, spec: DiffusionSpec, work: Workload, *args: Any, **options: Any
+    config: PretrainedConfig,
+    spec: DiffusionSpec,
+    work: Workload,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+    lora_rank: int | None = None,
 ) -> Footprint:
     """
-    As [`~plan.simulate.simulate`], in seconds for a model of any depth: two and three layers are simulated, and what one more layer needs
-    is added for each that was left out. It never takes less than three layers need.
+    As [`~plan.simulate.simulate`], in seconds for a deep model: two and three layers are simulated, and what one more layer needs is
+    added for each that was left out. It never takes less than three layers need. Where every weight is trained under autocast,
+    copies of the weights overtake the activations of the first layers, so all layers are simulated.
+
+    Args:
+        config, spec, work, dtype, autocast, lora_rank: as for [`~plan.simulate.simulate`].
     """
     layers = config.get_text_config().num_hidden_layers
     least = uniform_from(config) + 1
-    if layers <= max(FEW, least + 1):
-        return simulate(config, spec, work, *args, **options)
-    low, high = (simulate(cut(config, count), spec, work, *args, **options) for count in (least, least + 1))
+    if layers <= max(FEW, least + 1) or (autocast and lora_rank is None):
+        return simulate(config, spec, work, dtype, autocast, lora_rank)
+    low, high = (simulate(cut(config, count), spec, work, dtype, autocast, lora_rank) for count in (least, least + 1))
     values = {}
     for one in fields(Footprint):
         before, after = getattr(low, one.name), getattr(high, one.name)

@@ -44,6 +44,7 @@ class Trial:
         autocast (`bool`): whether updates compute in bfloat16.
         attention (`str`, *optional*): attention implementation.
         device (`str`): where.
+        frozen (`bool`): whether embeddings and head are not trained.
     """
 
     config: PretrainedConfig
@@ -55,6 +56,13 @@ class Trial:
     autocast: bool = False
     attention: str | None = None
     device: str = "cpu"
+    frozen: bool = False
+
+
+def end_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of embeddings and head, each once."""
+    ends = (cast(PreTrainedModel, model).get_input_embeddings(), cast(PreTrainedModel, model).get_output_embeddings())
+    return list({id(one): one for module in ends if module is not None for one in module.parameters()}.values())
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,10 @@ def try_out(trial: Trial, layers: int, seconds: float) -> Result:
     config = cut(trial.config, layers)
     memory = _Peak(trial.device)
     model = random_policy_model(config, trial.dtype, trial.device, trial.attention)
+    frozen = end_weights(model) if trial.frozen else []
+    for one in frozen:
+        one.requires_grad_(False)
+    left_out = 3 * sum(one.numel() * one.itemsize for one in frozen)  # gradients and AdamW's state
     if trial.adapter is not None:
         model = get_peft_model(cast(PreTrainedModel, model), trial.adapter)
     if trial.work.checkpointing:
@@ -134,7 +146,7 @@ def try_out(trial: Trial, layers: int, seconds: float) -> Result:
     gc.collect()
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-6)
     few = _measure(trial, model, optimizer, work, least)
-    return Result(few, more, work, planned_bytes(trial, config, work), peak)
+    return Result(few, more, work, planned_bytes(trial, config, work) - left_out, peak)
 
 
 def planned_bytes(trial: Trial, config: PretrainedConfig, work: Workload) -> int:
