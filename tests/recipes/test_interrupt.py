@@ -193,7 +193,13 @@ def test_iterate_leaves_the_line_to_its_command(code, capsys, monkeypatch, tmp_p
 
     monkeypatch.setattr(iterate.subprocess, "run", run)
     assert iterate.main(["--rounds", "2", "--output_dir", "my runs"]) == 130
-    assert capsys.readouterr() == ("", "")
+    out, err = capsys.readouterr()
+    assert (
+        out.startswith("Settings: ")
+        and out.endswith("Output: my runs, with 2 rounds.\n")
+        and out.count("\n") == 1
+        and not err
+    )
     monkeypatch.setattr(os, "environ", environments[0])
     assert interrupt.is_part()
     expected = "To go on: trl-diffusion iterate --rounds 2 --output_dir 'my runs'"
@@ -201,7 +207,7 @@ def test_iterate_leaves_the_line_to_its_command(code, capsys, monkeypatch, tmp_p
 
 
 def test_iterate_between_its_commands(capsys, monkeypatch):
-    monkeypatch.setattr(iterate, "_rounds", stop)
+    monkeypatch.setattr(iterate, "rounds_of", stop)
     assert line_of(lambda: iterate.main(["--rounds", "2"]), capsys).endswith(
         "To go on: trl-diffusion iterate --rounds 2"
     )

@@ -278,7 +278,7 @@ def _evenly(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     second = second.transpose(1, 2) if second.shape[1] == width else second
     gate, up = torch.bmm(sent.view(experts, rows, width).to(first.dtype), first).chunk(2, -1)
     made = torch.bmm(nn.functional.silu(gate) * up, second).view(-1, width)[: tokens * chosen]
-    weighted = (made * top_k_weights.reshape(-1)[order, None])[order]
+    weighted = (made * top_k_weights.reshape(-1)[order, None])[order.argsort()]
     return weighted.view(tokens, chosen, width).sum(1).to(hidden_states.dtype)
 
 
