@@ -55,6 +55,14 @@ def pytest_collection_finish():
 
 # Tests that take so long that `make test` leaves them to `make test-long`.
 LONG = (
+    "distributed/test_evaluation.py::test_rows_that_fill_up_do_not_count",
+    "offline/test_kills.py::test_killed_trainings",
+    "offline/test_kills.py::test_two_processes",
+    "plan/test_plan.py::test_what_train_refuses_is_refused",
+    "policies/test_registration.py::test_families_are_registered_whatever_is_imported_first",
+    "rehearsal/test_gpu_table.py",
+    "serving/test_from_server.py::test_a_server_that_is_killed_in_the_middle",
+    "trainer/test_families.py::test_stored_answers_of_every_family",
     "test_docs.py::test_python_runs_as_printed[docs/evaluation",
     "test_docs.py::test_python_runs_as_printed[docs/howto/",
     "test_docs.py::test_python_runs_as_printed[docs/quickstart",
@@ -75,7 +83,8 @@ LONG_CASES = (
     "decoding/test_revising.py", "decoding/test_short_responses.py", "offline/test_revised_rows.py", "scoring/test_revision.py",
     "scoring/test_revision_gradients.py", "trainer/test_revision.py", "viz/test_page.py", "viz/test_streamer.py",
     "viz/test_runs.py", "viz/test_colours.py", "recipes/test_lines.py", "test_names.py", "policies/test_places.py",
-    "policies/test_left_to_right.py", "policies/test_registration.py", "recipes/test_evaluate.py",
+    "policies/test_left_to_right.py", "policies/test_registration.py", "recipes/test_evaluate.py", "policies/test_backbones.py",
+    "rewards/test_weaker_sandbox.py", "trainer/test_evaluation.py", "trainer/test_resume_changes.py",
 )  # fmt: skip
 
 
