@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.client
 import json
 import socket
@@ -82,11 +83,11 @@ class Client:
 
 @contextmanager
 def serving(policy: Policy, port: int = 0, settings: dict[str, Any] | None = None, api_key=None, **options: Any):
-    """A server in a thread of this process."""
+    """A server in a thread of this process, with a copy of the policy: a model is not for several threads."""
     from trl_diffusion.serving.server import Server, ServerOptions, listen_at, make_service
 
     config = DecodingConfig(LIMIT, **(SETTINGS if settings is None else settings))
-    service = make_service(policy, config, ServerOptions(**options), "tiny", api_key)
+    service = make_service(copy.deepcopy(policy), config, ServerOptions(**options), "tiny", api_key)
     server = Server(service, listen_at("127.0.0.1", port))
     thread = threading.Thread(target=server.serve_here)
     url = server.url

@@ -15,6 +15,7 @@ from tests.serving.conftest import LIMIT, serving, wait_until
 from tests.serving.jobs import served
 from tests.serving.test_serve import PROMPTS
 from trl_diffusion import DecodingConfig
+from trl_diffusion.decoding.live import LiveLoop
 from trl_diffusion.serving.errors import ApiError
 
 
@@ -222,3 +223,23 @@ def test_a_signal_ends_the_command(number, tmp_path):
     assert 503 in statuses and set(statuses) <= {200, 503}
     log = (tmp_path / "log").read_text()
     assert f"embedded is served at {client.url}" in log and "Traceback" not in log and len(log.splitlines()) <= 2, log
+
+
+def test_a_step_that_fails(embedded, monkeypatch):
+    """Those that it was for are told, with the kind of error, and the next request is answered."""
+    step, failures = LiveLoop.step, [IndexError("out of bounds " * 100)]
+
+    def sometimes(self):
+        if failures:
+            raise failures.pop()
+        return step(self)
+
+    monkeypatch.setattr(LiveLoop, "step", sometimes)
+    with serving(embedded) as (client, _):
+        status, found = client.send("/v1/completions", {"prompt": PROMPTS[0]})
+        assert status == 500 and found["error"]["code"] == "decoding_failed"
+        assert (
+            "Decoding failed (IndexError: out of bounds" in found["error"]["message"]
+            and len(found["error"]["message"]) < 300
+        )
+        assert client.complete(PROMPTS[0])[0]["text"]

@@ -73,7 +73,7 @@ class _Desk:
 class Engine:
     """
     Denoises responses in a thread of its own. A response that is asked for joins those that are being denoised at their next
-    step, and does not depend on them.
+    step, and does not depend on them. Nothing else may use the model meanwhile.
 
     Args:
         policy ([`Policy`]): the policy.
@@ -226,7 +226,7 @@ class Engine:
 
 
 def _unexpected(error: Exception) -> ApiError:
-    return ApiError(500, f"Decoding failed ({type(error).__name__}: {error:.200}).", code="decoding_failed")
+    return ApiError(500, f"Decoding failed ({type(error).__name__}: {error!s:.200}).", code="decoding_failed")
 
 
 def _report(loop: LiveLoop, row: int, job: Job) -> None:
