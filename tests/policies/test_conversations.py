@@ -14,7 +14,7 @@ from tests.trainer.conftest import char_spec, make_trainer, tokenizer  # noqa: F
 from trl_diffusion import DecodingConfig, DTRPOConfig, collect, from_preferences, generate, tiny_policy_path
 from trl_diffusion.commands import generate as command
 from trl_diffusion.policies.policy import Policy
-from trl_diffusion.policies.prompts import check_visible, tokenize_preference, tokenize_prompts
+from trl_diffusion.policies.prompts import check_visible, tokenize_prompts, tokenize_responses
 
 
 # A header and a mark at the end of each message; without thoughts, a new answer begins behind an empty one.
@@ -128,7 +128,7 @@ def test_a_template_that_changes_a_started_answer(chatty, char_spec):  # noqa: F
         "prompt": STARTED, "chosen": [{"role": "assistant", "content": "2"}, USER], "rejected": [{"role": "assistant", "content": "3"}],
     }  # fmt: skip
     with pytest.raises(ValueError, match="column `chosen`: the chat template does not keep the beginning.*'It is '"):
-        tokenize_preference(chatty, row, char_spec)
+        tokenize_responses(chatty, row, char_spec)
 
 
 def test_the_command_takes_them(monkeypatch, chatty, capsys):

@@ -24,7 +24,7 @@ from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, Provenance
 from ..trajectories.fingerprint import fingerprint_policy, fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import check_writable
-from .collection import Collection, Jobs, Progress, make_plan
+from .collection import Collection, Jobs, Progress
 
 
 if TYPE_CHECKING:
@@ -100,10 +100,7 @@ def collect(
     """
     prompts = _check_arguments(model, tokenizer, prompts, reward_funcs, output_dir, decoding)
     template = read_chat_template_kwargs(chat_template_kwargs)
-    caller = reward_funcs
-    if not isinstance(caller, RewardCaller):
-        caller = RewardCaller(reward_funcs, chat_template_kwargs=template)
-    output_dir = Path(output_dir)
+    caller = RewardCaller.of(reward_funcs, template)
     spec = resolve_spec(model.config, None, tokenizer) if spec is None else spec
     spec = with_absent_tokens(spec, model.config, tokenizer)
     if decoding.allow_mask_token:
@@ -116,18 +113,10 @@ def collect(
     provenance = Provenance(
         fingerprint_policy(model), fingerprint_tokenizer(tokenizer), spec, {"decoder": "loop", **decoding.to_dict()}
     )
-    counts = [num_responses] * len(prompts)
-    plan = make_plan(
-        provenance,
-        caller.names,
-        counts,
-        prompt_ids,
-        rows_per_shard,
-        seed,
-        template,
-        _name(model),
-        tokenizer.name_or_path,
-    )
+    collection = Collection(
+        Path(output_dir), prompts, prompt_ids, [num_responses] * len(prompts), tokenizer, caller, provenance, _name(model),
+        rows_per_shard, seed, template,
+    )  # fmt: skip
 
     def answer(shards: list[Jobs], progress: Progress) -> Iterator[TrajectoryBatch]:
         for jobs in shards:
@@ -141,7 +130,6 @@ def collect(
     was_training = model.training
     model.eval()
     try:
-        collection = Collection(output_dir, plan, prompts, counts, tokenizer, caller, provenance)
         return collection.make(answer, disable_tqdm)
     finally:
         model.train(was_training)

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +39,56 @@ class Collection:
 
     Attributes:
         output_dir (`Path`): its directory.
-        plan (`dict`): what it is made of. One that goes on must have the same plan.
         prompts ([`~datasets.Dataset`]): the prompts.
+        prompt_ids (`list[list[int]]`): their token ids.
         counts (`list[int]`): number of responses to each prompt.
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
         caller ([`~rewards.call.RewardCaller`], *optional*): the reward functions, if there are any.
-        provenance ([`Provenance`]): where the responses come from.
-        recorded (`bool`): whether log-probabilities were recorded.
+        provenance ([`Provenance`]): where the responses come from. If they come from a policy that is known, log-probabilities were
+            recorded.
+        policy (`str`): what the policy is called.
+        rows_per_shard (`int`): prompts in a shard.
+        seed (`int`): source of randomness.
+        template (`dict`): variables of the chat template.
         given (`dict[str, list[list]]`): rewards that are known: by name, for each prompt, those of its responses.
+        more (`dict`): what else must be the same when it goes on.
     """
 
     output_dir: Path
-    plan: dict[str, Any]
     prompts: Dataset
+    prompt_ids: list[list[int]]
     counts: list[int]
     tokenizer: PreTrainedTokenizerBase
     caller: RewardCaller | None
     provenance: Provenance
-    recorded: bool = True
+    policy: str
+    rows_per_shard: int
+    seed: int = 0
+    template: dict[str, Any] = field(default_factory=dict)
     given: dict[str, list[list[float | None]]] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        """What it is made of: what has to be the same when it goes on, and how policy and tokenizer are called."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "policy_fingerprint": self.provenance.policy_fingerprint,
+            "tokenizer_fingerprint": self.provenance.tokenizer_fingerprint,
+            "spec": self.provenance.spec.to_dict(),
+            "decoding": self.provenance.decoding,
+            "rewards": [*self.given, *(self.caller.names if self.caller else [])],
+            "num_responses": self.counts[0] if len(set(self.counts)) == 1 else sorted(set(self.counts)),
+            "num_prompts": len(self.prompt_ids),
+            "prompts_fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(self.prompt_ids).encode()),
+            "rows_per_shard": self.rows_per_shard,
+            "num_shards": -(-len(self.prompt_ids) // self.rows_per_shard),
+            "seed": self.seed,
+            **({"chat_template_kwargs": self.template} if self.template else {}),
+            **self.more,
+            "policy": self.policy,
+            "tokenizer": self.tokenizer.name_or_path,
+        }
 
     def make(
         self, answer: Callable[[list[Jobs], Progress], Iterator[TrajectoryBatch]], disable_tqdm: bool = False
@@ -100,7 +132,7 @@ class Collection:
 
     def _rows_of(self, shard: int) -> range:
         """The prompts of a shard."""
-        size = self.plan["rows_per_shard"]
+        size = self.rows_per_shard
         return range(shard * size, min((shard + 1) * size, len(self.prompts)))
 
     def _write_shard(self, shard: int, jobs: Jobs, batch: TrajectoryBatch) -> None:
@@ -122,47 +154,15 @@ class Collection:
     def _table(self, batch: TrajectoryBatch, counts: list[int]) -> list[dict[str, Any]]:
         """Rows of trajectories, one for each prompt."""
         spec, ends = self.provenance.spec, torch.tensor(counts).cumsum(0).tolist()
+        recorded = self.provenance.policy_fingerprint is not None
         if len(set(counts)) == 1:
-            return to_rows(batch, spec, counts[0], self.provenance, self.recorded)
+            return to_rows(batch, spec, counts[0], self.provenance, recorded)
         parts = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
         return [
             row
             for part, count in zip(parts, counts, strict=True)
-            for row in to_rows(batch.select(part), spec, count, self.provenance, self.recorded)
+            for row in to_rows(batch.select(part), spec, count, self.provenance, recorded)
         ]
-
-
-def make_plan(
-    provenance: Provenance,
-    rewards: list[str],
-    counts: list[int],
-    prompt_ids: list[list[int]],
-    rows_per_shard: int,
-    seed: int,
-    template: dict[str, Any],
-    policy: str,
-    tokenizer: str,
-    **more: Any,
-) -> dict[str, Any]:
-    """What a collection is made of: what has to be the same when it goes on."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "policy_fingerprint": provenance.policy_fingerprint,
-        "tokenizer_fingerprint": provenance.tokenizer_fingerprint,
-        "spec": provenance.spec.to_dict(),
-        "decoding": provenance.decoding,
-        "rewards": rewards,
-        "num_responses": counts[0] if len(set(counts)) == 1 else sorted(set(counts)),
-        "num_prompts": len(prompt_ids),
-        "prompts_fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(prompt_ids).encode()),
-        "rows_per_shard": rows_per_shard,
-        "num_shards": -(-len(prompt_ids) // rows_per_shard),
-        "seed": seed,
-        **({"chat_template_kwargs": template} if template else {}),
-        **more,
-        "policy": policy,
-        "tokenizer": tokenizer,
-    }
 
 
 class Progress:

@@ -26,7 +26,7 @@ from ..trajectories.fingerprint import fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import check_writable
 from .collect import check_source
-from .collection import Collection, Jobs, Progress, make_plan
+from .collection import Collection, Jobs, Progress
 from .endpoint import Endpoint, EndpointError, Pool
 from .orders import finished_batch
 
@@ -82,35 +82,23 @@ def collect_from_server(
         ConnectionError: if the server does not answer. The same call goes on.
     """
     template = read_chat_template_kwargs(chat_template_kwargs)
-    caller = reward_funcs
-    if not isinstance(caller, RewardCaller):
-        caller = RewardCaller(reward_funcs, chat_template_kwargs=template)
+    caller = RewardCaller.of(reward_funcs, template)
     for name, value in dict(num_responses=num_responses, rows_per_shard=rows_per_shard).items():
         check_at_least(name, value)
     check_writable(output_dir, "output_dir")
     prompt_ids = check_source(prompts, tokenizer, template, spec, config, max_new_tokens)
     entry = endpoint.find_model(model)
     provenance = _provenance(entry, tokenizer, spec, temperature, max_new_tokens)
-    recorded = provenance.policy_fingerprint is not None
-    counts = [num_responses] * len(prompts)
-    plan = make_plan(
-        provenance,
-        caller.names,
-        counts,
-        prompt_ids,
-        rows_per_shard,
-        seed,
-        template,
-        f"{entry['id']} at {endpoint.url}",
-        tokenizer.name_or_path,
-    )
+    collection = Collection(
+        Path(output_dir), prompts, prompt_ids, [num_responses] * len(prompts), tokenizer, caller, provenance,
+        f"{entry['id']} at {endpoint.url}", rows_per_shard, seed, template,
+    )  # fmt: skip
     asking = _Asking(
         endpoint, entry, prompts, prompt_ids, tokenizer, spec, max_new_tokens, temperature, seed, template
     )
     groups = _Groups(num_responses, temperature)
     pool = Pool(concurrency)
     try:
-        collection = Collection(Path(output_dir), plan, prompts, counts, tokenizer, caller, provenance, recorded)
         return collection.make(partial(asking.answer_all, pool, groups), disable_tqdm)
     finally:
         endpoint.stop()

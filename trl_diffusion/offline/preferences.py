@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..fields import check_kind, check_one_of
 from ..policies.forward import unwrap
 from ..policies.loading import with_absent_tokens
-from ..policies.prompts import read_chat_template_kwargs, tokenize_preference
+from ..policies.prompts import read_chat_template_kwargs, tokenize_responses
 from ..policies.spec import DiffusionSpec, impossible_token
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, to_rows
 from ..trajectories.fingerprint import fingerprint_tokenizer
@@ -136,7 +136,7 @@ def _tokens_of(
     for column in ("chosen", "rejected"):
         if not example[column]:
             raise ValueError(f", column `{column}` is empty.")
-    prompt, prompt_ids, pair = tokenize_preference(tokenizer, example, spec, **template)
+    prompt, prompt_ids, pair = tokenize_responses(tokenizer, example, spec, **template)
     if not prompt_ids:
         raise ValueError(" has an empty prompt.")
     found = impossible_token(prompt_ids, spec, vocab_size)

@@ -19,7 +19,7 @@ from ..policies.prompts import (
     check_form,
     check_visible,
     read_chat_template_kwargs,
-    tokenize_preference,
+    tokenize_responses,
 )
 from ..policies.spec import DiffusionSpec, impossible_token
 from ..rewards.call import RewardCaller, RewardFunc
@@ -27,7 +27,7 @@ from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, Provenance
 from ..trajectories.fingerprint import fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import check_writable
-from .collection import Collection, Jobs, Progress, make_plan
+from .collection import Collection, Jobs, Progress
 from .orders import finished_batch
 
 
@@ -107,20 +107,8 @@ def import_responses(
     for group in groups:
         _tokenize(group, tokenizer, spec, config, max_new_tokens, template)
     provenance = Provenance(None, fingerprint_tokenizer(tokenizer), spec, {"decoder": "file", "order": None})
-    counts, prompt_ids = [len(group.texts) for group in groups], [group.prompt_ids for group in groups]
+    prompt_ids = [group.prompt_ids for group in groups]
     digest = xxhash.xxh3_128_hexdigest(repr([(group.ids, group.rewards) for group in groups]).encode())
-    plan = make_plan(
-        provenance,
-        [*names, *(caller.names if caller else [])],
-        counts,
-        prompt_ids,
-        rows_per_shard,
-        0,
-        template,
-        f"unknown: the responses are from {source}",
-        tokenizer.name_or_path,
-        responses_fingerprint=digest,
-    )
 
     def answer(shards: list[Jobs], progress: Progress) -> Iterator[TrajectoryBatch]:
         for jobs in shards:
@@ -129,8 +117,11 @@ def import_responses(
             yield finished_batch([prompt_ids[row] for row, _ in jobs], found, spec)
 
     prompts = Dataset.from_list([{"prompt": group.prompt, **group.columns} for group in groups])
-    given = {name: [group.rewards[name] for group in groups] for name in names}
-    collection = Collection(Path(output_dir), plan, prompts, counts, tokenizer, caller, provenance, False, given)
+    collection = Collection(
+        Path(output_dir), prompts, prompt_ids, [len(group.texts) for group in groups], tokenizer, caller, provenance,
+        f"unknown: the responses are from {source}", rows_per_shard, template=template,
+        given={name: [group.rewards[name] for group in groups] for name in names}, more={"responses_fingerprint": digest},
+    )  # fmt: skip
     return collection.make(answer, disable_tqdm)
 
 
@@ -246,9 +237,9 @@ def _tokenize(
     vocab_size = config.get_text_config().vocab_size
     for number, text in enumerate(group.texts):
         response = [{"role": "assistant", "content": text}] if conversational else text
-        pair = {"prompt": group.prompt, "chosen": response, "rejected": response}
+        example = {"prompt": group.prompt, "completion": response}
         try:
-            _, group.prompt_ids, (ids, _) = tokenize_preference(tokenizer, pair, spec, **template)
+            _, group.prompt_ids, (ids,) = tokenize_responses(tokenizer, example, spec, **template)
         except TemplateRefusal as error:
             raise ValueError(f"{group.where}: {error.reason}.") from error
         except ValueError as error:

@@ -151,15 +151,13 @@ class TemplateRefusal(ValueError):
         super().__init__(f"Prompt {row}: {self.reason}. Use another chat template, or other prompts.")
 
 
-def _texts_of_pair(
-    tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], template: dict[str, Any]
-) -> dict[str, str]:
-    """Text of the prompt and of both responses of a conversational pair. The responses continue an answer that was begun."""
+def _texts_of(tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], template: dict[str, Any]) -> dict[str, str]:
+    """Text of the prompt and of each response of a conversational row. The responses continue an answer that was begun."""
     prompt = example["prompt"]
     if not is_started(prompt):
         return apply_chat_template(dict(example), tokenizer, **template)
     texts = {"prompt": render_prompt(tokenizer, prompt, **template)}
-    for name in ("chosen", "rejected"):
+    for name in _responses_in(example):
         first, *others = example[name]
         if not isinstance(prompt[-1]["content"], str) or not isinstance(first.get("content"), str):
             raise ValueError(
@@ -175,28 +173,36 @@ def _texts_of_pair(
     return texts
 
 
-def tokenize_preference(
+def _responses_in(example: dict[str, Any]) -> tuple[str, ...]:
+    """The columns with responses, in TRL's formats of preferences, and of prompts with a completion."""
+    return ("chosen", "rejected") if "chosen" in example else ("completion",)
+
+
+def tokenize_responses(
     tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], spec: DiffusionSpec, **template: Any
 ) -> tuple[Any, list[int], list[list[int]]]:
     """
-    A row of a preference dataset (https://huggingface.co/docs/trl/dataset_formats#preference) as token ids.
+    A row of a preference dataset (https://huggingface.co/docs/trl/dataset_formats#preference), or a prompt with a completion, as token
+    ids.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
-        example (`dict`): `chosen` and `rejected`, standard or conversational, with or without an explicit `prompt`.
+        example (`dict`): `chosen` and `rejected`, standard or conversational, with or without an explicit `prompt`; or `prompt` and
+            `completion`.
         spec ([`DiffusionSpec`]): a response that does not end with one of its stop tokens gets the first one.
         template (`dict`): variables of the chat template.
 
     Returns:
-        The prompt as it is in a prompt dataset, its token ids, and those of the chosen and the rejected response.
+        The prompt as it is in a prompt dataset, its token ids, and those of each response (the chosen one first).
     """
-    example = maybe_extract_prompt({key: example[key] for key in ("prompt", "chosen", "rejected") if key in example})
+    names = ("prompt", *_responses_in(example))
+    example = maybe_extract_prompt({key: example[key] for key in names if key in example})
     prompt = example["prompt"]
     prompt_ids = tokenize_prompts(tokenizer, [prompt], **template)[0]
     conversational = is_conversational(example)
-    texts: dict[str, Any] = _texts_of_pair(tokenizer, example, template) if conversational else example
+    texts: dict[str, Any] = _texts_of(tokenizer, example, template) if conversational else example
     responses = []
-    for name in ("chosen", "rejected"):
+    for name in _responses_in(example):
         whole = tokenizer(text=texts["prompt"] + texts[name], add_special_tokens=not conversational)["input_ids"]
         if whole[: len(prompt_ids)] == prompt_ids:
             ids = whole[len(prompt_ids) :]

@@ -127,6 +127,13 @@ class RewardCaller:
         model.config.pad_token_id = tokenizer.pad_token_id
         return tokenizer
 
+    @classmethod
+    def of(cls, reward_funcs: Any, chat_template_kwargs: dict[str, Any]) -> RewardCaller:
+        """What calls reward functions, which may be a caller already."""
+        if isinstance(reward_funcs, cls):
+            return reward_funcs
+        return cls(reward_funcs, chat_template_kwargs=chat_template_kwargs)
+
     def to(self, device: torch.device) -> RewardCaller:
         """Moves reward models to a device, in evaluation mode."""
         for function in self.reward_funcs:
