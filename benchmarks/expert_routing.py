@@ -41,6 +41,7 @@ from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import PackedLayout, pack
 from trl_diffusion.scoring.score import score
 from trl_diffusion.trajectories.trajectory import TrajectoryBatch
+from trl_diffusion.utils import seeded
 
 
 LENGTH, BLOCK, TOGETHER = 17, 8, 16
@@ -62,8 +63,7 @@ def make_policy(tokenizer, has_experts: bool, seed: int) -> PreTrainedModel:
         first_k_dense_replace=1 if has_experts else layers, max_position_embeddings=128, block_size=BLOCK,
         mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
@@ -93,20 +93,22 @@ class Experts:
 
     Attributes:
         chosen (`list[Tensor]`): for each layer with experts, the experts of each token of the present pass, `(N, k)`.
-        given (`list[Tensor]`, *optional*): the experts that tokens must go to, likewise. A row of -2 leaves the choice to the router.
+        given (`list[Tensor]`, *optional*): the experts that tokens went to before, likewise. A row of -2 leaves the choice to the router.
+        is_replayed (`bool`): whether tokens must go to these experts.
         changed, all (`int`): tokens, in all layers, that were given other experts than the router would have chosen, and tokens.
     """
 
     chosen: list[Tensor] = field(default_factory=list)
     given: list[Tensor] | None = None
+    is_replayed: bool = False
     changed: int = 0
     all: int = 0
 
 
 @contextmanager
-def watched(model: nn.Module, disturb: str | None, args, experts: Experts) -> Iterator[None]:
+def watched(model: nn.Module, disturb: str | None, args, experts: Experts, seed: int = 0) -> Iterator[None]:
     """Inside, `experts` knows and decides where tokens go. `disturb` changes the choice: `"noise"` or `"capacity"`."""
-    noise = torch.Generator().manual_seed(args.seed)
+    noise = torch.Generator().manual_seed(seed)
 
     def hook(layer: int, gate: nn.Module, inputs, output):
         logits, weights, chosen = output
@@ -116,7 +118,7 @@ def watched(model: nn.Module, disturb: str | None, args, experts: Experts) -> It
             differs = (given.sort(1).values != chosen.sort(1).values).any(1) & decided[:, 0]
             experts.changed += int(differs.sum())
             experts.all += int(decided.sum())
-            if args.replays:
+            if experts.is_replayed:
                 chosen = torch.where(decided, given, chosen)
         weights = gate_weights(gate, logits, chosen)
         if disturb == "capacity":
@@ -162,7 +164,9 @@ def over_capacity(weights: Tensor, chosen: Tensor, num_experts: int, factor: flo
 
 
 @torch.no_grad()
-def answers(model, prompts: list[list[int]], disturb: str | None, args) -> tuple[TrajectoryBatch, list[list]]:
+def answers(
+    model, prompts: list[list[int]], disturb: str | None, args, seed: int
+) -> tuple[TrajectoryBatch, list[list]]:
     """Answers prompts one at a time. Beside the answers: for each pass, the positions that it ran and their experts."""
     experts, batches, passes = Experts(), [], []
     settings = DecodingConfig(LENGTH, 1.0, tokens_per_step=2, strategy="entropy")
@@ -174,9 +178,9 @@ def answers(model, prompts: list[list[int]], disturb: str | None, args) -> tuple
         experts.chosen.clear()
 
     handle = model.register_forward_hook(after, with_kwargs=True)
-    with watched(model, disturb, args, experts):
+    with watched(model, disturb, args, experts, seed):
         for number, prompt in enumerate(prompts):
-            batches.append(decode(model, [prompt], settings, seeds=[1000 * args.seed + number]))
+            batches.append(decode(model, [prompt], settings, seeds=[1000 * seed + number]))
             passes.append(list(own))
             own.clear()
     handle.remove()
@@ -216,9 +220,11 @@ def recorded_experts(
 
 
 @torch.no_grad()
-def gaps(model, batch: TrajectoryBatch, spec: DiffusionSpec, passes: list[list], disturb, args) -> dict[str, float]:
+def gaps(
+    model, batch: TrajectoryBatch, spec: DiffusionSpec, passes: list[list], args, replay: bool
+) -> dict[str, float]:
     """Differences between recorded and re-scored log-probabilities, of counted tokens."""
-    found, experts = [], Experts()
+    found, experts = [], Experts(is_replayed=replay)
     for first in range(0, len(batch), TOGETHER):
         part = batch.select(torch.arange(first, min(first + TOGETHER, len(batch))))
         states = ESTIMATORS["exact"].states(part, spec, [0] * len(part), EstimatorConfig("exact"))
@@ -252,7 +258,6 @@ def main() -> None:
     prompts = [tokenizer(sudoku.prompt(puzzle))["input_ids"] for puzzle in puzzles]
     rows = []
     for seed in args.seeds:
-        args.seed = seed
         for has_experts in (True, False):
             model = make_policy(tokenizer, has_experts, seed)
             spec = get_spec(model.config)
@@ -260,12 +265,11 @@ def main() -> None:
             for name, (while_decoding, while_scoring, disturb) in SETTINGS.items():
                 if disturb and not has_experts:
                     continue
-                batch, passes = answers(model.to(while_decoding), prompts, disturb, args)
+                batch, passes = answers(model.to(while_decoding), prompts, disturb, args, seed)
                 model.to(while_scoring)
-                for replays in (False, True) if has_experts else (False,):
-                    args.replays = replays
-                    found = gaps(model, batch, spec, passes, disturb, args)
-                    rows.append({"seed": seed, "experts": has_experts, "setting": name, "replay": replays,
+                for replay in (False, True) if has_experts else (False,):
+                    found = gaps(model, batch, spec, passes, args, replay)
+                    rows.append({"seed": seed, "experts": has_experts, "setting": name, "replay": replay,
                                  "loss": loss, **found})  # fmt: skip
                     print(json.dumps(rows[-1]), flush=True)
                 model.float()

@@ -93,7 +93,7 @@ def test_a_division_would_be_found(code):
 def test_an_import_would_be_found():
     names = set(imported("trl_diffusion/commands/evaluate.py"))
     assert {"trl_diffusion.evaluation.run.Evaluation", "trl_diffusion.policies.tiny.tiny_policy_path"} <= names
-    assert "trl_diffusion.policies.tiny.tiny_policy_path" in set(imported("trl_diffusion/commands/generate.py"))
+    assert "trl_diffusion.policies.tiny.tiny_policy_path" in set(imported("trl_diffusion/commands/direct.py"))
 
 
 SCRIPTS = sorted(path for folder in ("benchmarks", "recipes", "docs") for path in (ROOT / folder).glob("*.py"))

@@ -31,6 +31,14 @@ from .names import other_names
 USER_ERRORS = (FloatingPointError, ImportError, OSError, OverflowError, SafetensorError, ValueError, yaml.YAMLError)
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch draws on the CPU from this seed. The global random state is afterwards what it was before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 def exit_code(work: Callable[[], object]) -> int:
     """Does the work of a command: 0, or 2 after one line on stderr that says what the user can set right."""
     try:

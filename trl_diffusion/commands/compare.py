@@ -37,8 +37,8 @@ from ..experiments.updates import Updates
 from ..fields import check_at_least
 from ..links import link
 from ..quiet import hush_commands
-from ..utils import check_writable, exit_code
-from .interrupt import ending_in_a_line
+from ..utils import check_writable
+from .direct import run_directly
 from .parser import PROG, Parser
 
 
@@ -55,23 +55,13 @@ _CHANGED = ("pretrain_updates", "updates", "seconds", "hidden_size", "num_layers
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """
-    Runs the command.
-
-    Args:
-        arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
-
-    Returns:
-        `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
-    """
-    options = _parser().parse_args(arguments)
-    hush_commands()
+    """Runs the command, with the options of the command line by default; see [`run_directly`]."""
     typed = shlex.join([PROG, "compare", *(sys.argv[1:] if arguments is None else arguments)])
-    with ending_in_a_line(lambda: f"The runs that are done are kept. To go on: {typed}"):
-        return exit_code(lambda: _run(options))
+    return run_directly(_parser(), arguments, _run, lambda: f"The runs that are done are kept. To go on: {typed}")
 
 
 def _run(options: argparse.Namespace) -> None:
+    hush_commands()
     directory = Path(options.output_dir or f"outputs/{_default_directory(options)}")
     check_writable(directory, "--output_dir")
     if options.rows is None:

@@ -17,25 +17,14 @@ from importlib import import_module
 from typing import Any, cast
 
 from ..cli import COMMANDS, DIRECT, LAUNCHED
-from ..utils import exit_code
-from .interrupt import ending_in_a_line
+from .direct import run_directly
 from .options import OptionParser
 from .parser import PROG, Parser, kind_of, without_twins
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """
-    Runs the command.
-
-    Args:
-        arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
-
-    Returns:
-        `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
-    """
-    options = _parser().parse_args(arguments)
-    with ending_in_a_line():
-        return exit_code(lambda: print(script(options.shell)))
+    """Runs the command, with the options of the command line by default; see [`run_directly`]."""
+    return run_directly(_parser(), arguments, lambda options: print(script(options.shell)))
 
 
 def script(shell: str) -> str:

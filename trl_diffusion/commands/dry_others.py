@@ -37,7 +37,7 @@ from .dry_needs import (
     plan_for,
     say_time,
 )
-from .dry_run import USUAL_PROMPT, check_output, dry_train, outline_of, read, say_prompts, setting_up
+from .dry_run import USUAL_PROMPT, begin, dry_train, read, say_prompts, setting_up
 from .settings import TUNING
 
 
@@ -46,13 +46,10 @@ from .settings import TUNING
 
 def dry_sft(findings: Findings, words: list[str], target: Target) -> None:
     """Rehearses `sft`."""
-    found, target = read(findings, sft.parse, words, target, TUNING)
-    if found is None:
+    begun = begin(findings, sft.parse, words, target, TUNING)
+    if begun is None:
         return
-    script_args, args, model_args = found
-    check_packages(findings, model_args, target)
-    check_output(findings, args)
-    policy = outline_of(findings, script_args, args, model_args)
+    (script_args, args, model_args), policy, target = begun
     data, lengths = None, []
     if policy.tokenizer is not None or not script_args.trajectories:
         with findings.part("data"):

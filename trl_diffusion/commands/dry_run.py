@@ -162,6 +162,23 @@ def outline_of(findings: Findings, script_args: Any, training_args: Any, model_a
     return found
 
 
+def begin(
+    findings: Findings,
+    parse: Callable[[list[str]], tuple[Any, ...]],
+    words: list[str],
+    target: Target,
+    command: Command,
+) -> tuple[tuple[Any, ...], Outline, Target] | None:
+    """The options of a training, its policy without its weights, and the target. `None` if the options cannot be read."""
+    found, target = read(findings, parse, words, target, command)
+    if found is None:
+        return None
+    _, args, model_args = found
+    check_packages(findings, model_args, target)
+    check_output(findings, args)
+    return found, outline_of(findings, *found), target
+
+
 def setting_up(
     findings: Findings,
     check: Callable[[str, Any, Any], object],
@@ -201,13 +218,10 @@ def say_prompts(findings: Findings, lengths: list[int], policy: Outline, new_tok
 
 def dry_train(findings: Findings, words: list[str], target: Target, stored: bool = True) -> None:
     """Rehearses `train`. `stored`: whether stored responses that are named are there already."""
-    found, target = read(findings, train.parse, words, target, TRAINING)
-    if found is None:
+    begun = begin(findings, train.parse, words, target, TRAINING)
+    if begun is None:
         return
-    script_args, args, model_args = found
-    check_packages(findings, model_args, target)
-    check_output(findings, args)
-    policy = outline_of(findings, script_args, args, model_args)
+    (script_args, args, model_args), policy, target = begun
     data, task = _training_data(findings, script_args, args)
     if data is not None:
         _check_training(findings, policy, data, task, script_args, args, model_args)

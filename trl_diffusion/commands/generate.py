@@ -17,52 +17,33 @@ import sys
 
 from ..decoding.options import add_decoding_options, given_decoding
 from ..quiet import hush_commands
-from ..utils import exit_code, printable, read_mapping
-from .interrupt import ending_in_a_line
+from ..utils import printable
+from .direct import add_policy_options, open_given, run_directly
 from .parser import PROG, Parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """
-    Runs the command.
+    """Runs the command, with the options of the command line by default; see [`run_directly`]."""
+    return run_directly(_parser(), arguments, _print)
 
-    Args:
-        arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
 
-    Returns:
-        `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
-    """
-    options = _parser().parse_args(arguments)
+def _print(options: argparse.Namespace) -> None:
+    """Prints the answer: on a terminal without what would control it, elsewhere as it is."""
     hush_commands()
-    with ending_in_a_line():
-        return exit_code(lambda: _print(_answer(options)))
-
-
-def _print(answer: str) -> None:
-    """Prints an answer: on a terminal without what would control it, elsewhere as it is."""
+    answer = _answer(options)
     print(printable(answer) if sys.stdout.isatty() else answer)
 
 
 def _answer(options: argparse.Namespace) -> str:
     from ..decoding.generate import generate
-    from ..policies.policy import open_policy
     from ..policies.prompts import read_chat_template_kwargs
-    from ..policies.quantized import rounding
-    from ..policies.tiny import tiny_policy_path
 
     config = given_decoding(options)
     template = read_chat_template_kwargs(options.chat_template_kwargs)
     if template and not options.chat:
         raise ValueError("--chat_template_kwargs is for conversations: add --chat, or leave it out.")
     prompt = _prompt(options.prompt)
-    policy = open_policy(
-        options.model or (None if options.adapter else tiny_policy_path()),
-        options.adapter,
-        options.tokenizer,
-        dtype=options.dtype,
-        quantization=rounding(options.load_in_4bit, options.load_in_8bit, options.dtype),
-        diffusion_spec=read_mapping(options.diffusion_spec, "diffusion_spec"),
-    )
+    policy = open_given(options)
     if options.chat and not policy.tokenizer.chat_template:
         raise ValueError("--chat: the tokenizer has no chat template. Leave --chat out, or pass another --tokenizer.")
     answers = generate(
@@ -101,15 +82,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--chat_template_kwargs", help="variables of the chat template, like enable_thinking:false, or JSON"
     )
-    parser.add_argument("--model", help="path or hub id (default: the adapter's, or else the embedded policy)")
-    parser.add_argument("--adapter", help="path or hub id of a LoRA adapter")
-    parser.add_argument("--tokenizer", help="path or hub id, if it is not where the model is")
-    parser.add_argument("--dtype", default="auto", help="type of the weights, such as bfloat16")
-    for bits in (8, 4):
-        parser.add_argument(f"--load_in_{bits}bit", action="store_true", help=f"round the weights to {bits} bits")
-    parser.add_argument(
-        "--diffusion_spec", help="fields of DiffusionSpec that the model lacks, like block_size:32, or JSON"
-    )
+    add_policy_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="source of randomness at a temperature (default: 0)")
     parser.add_argument(
         "--stream",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -14,7 +13,7 @@ from ..policies.files import policy_in
 from ..policies.loading import load_tokenizer
 from ..policies.policy import open_adapter
 from ..policies.tiny import resolve_embedded, tiny_policy_path
-from ..utils import read_mapping
+from ..utils import read_mapping, seeded
 
 
 if TYPE_CHECKING:
@@ -50,8 +49,7 @@ def random_policy(fields: str, tokenizer, directory: Path, seed: int) -> str:
     config = random_config(fields, tokenizer)
     state = PartialState()
     if state.is_main_process:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.generation_config = GenerationConfig.from_model_config(config)
         model.save_pretrained(directory)

@@ -38,8 +38,8 @@ from ..policies.loading import needs_tokenizer
 from ..policies.spec import DiffusionSpec, check_spec, get_spec
 from ..policies.tiny import resolve_embedded
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
-from ..utils import exit_code, load_yaml, read_mapping
-from .interrupt import ending_in_a_line
+from ..utils import load_yaml, read_mapping
+from .direct import run_directly
 from .parser import PROG, Parser, add_config_option
 
 
@@ -62,18 +62,8 @@ FROM_RECIPE = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """
-    Runs the command.
-
-    Args:
-        arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
-
-    Returns:
-        `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
-    """
-    options = _parser().parse_args(arguments)
-    with ending_in_a_line():
-        return exit_code(lambda: _run(options))
+    """Runs the command, with the options of the command line by default; see [`run_directly`]."""
+    return run_directly(_parser(), arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -17,32 +17,19 @@ from dataclasses import fields
 
 from ..decoding.options import add_decoding_options, given_decoding
 from ..quiet import hush_commands
-from ..utils import exit_code, read_mapping, use_all_cores
-from .interrupt import ending_in_a_line
+from ..utils import use_all_cores
+from .direct import add_policy_options, open_given, run_directly
 from .parser import PROG, Parser, read_api_key
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """
-    Runs the command.
-
-    Args:
-        arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
-
-    Returns:
-        `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
-    """
-    options = _parser().parse_args(arguments)
-    hush_commands()
-    with ending_in_a_line():
-        return exit_code(lambda: _serve(options))
+    """Runs the command, with the options of the command line by default; see [`run_directly`]."""
+    return run_directly(_parser(), arguments, _serve)
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from ..policies.policy import open_policy
+    hush_commands()
     from ..policies.prompts import read_chat_template_kwargs
-    from ..policies.quantized import rounding
-    from ..policies.tiny import tiny_policy_path
 
     try:
         from ..serving.server import Server, ServerOptions, listen_at, make_service
@@ -58,17 +45,10 @@ def _serve(options: argparse.Namespace) -> None:
     listener = listen_at(options.host, options.port)
     with listener:
         use_all_cores()
-        path = options.model_name_or_path
-        policy = open_policy(
-            path or (None if options.adapter_name_or_path else tiny_policy_path()),
-            options.adapter_name_or_path,
-            options.tokenizer_name_or_path,
-            dtype=options.dtype,
-            quantization=rounding(options.load_in_4bit, options.load_in_8bit, options.dtype),
-            diffusion_spec=read_mapping(options.diffusion_spec, "diffusion_spec"),
-            chat_template_kwargs=read_chat_template_kwargs(options.chat_template_kwargs),
+        policy = open_given(
+            options, "_name_or_path", chat_template_kwargs=read_chat_template_kwargs(options.chat_template_kwargs)
         )
-        name = options.served_model_name or options.adapter_name_or_path or path or "embedded"
+        name = options.served_model_name or options.adapter_name_or_path or options.model_name_or_path or "embedded"
         server = Server(make_service(policy, config, limits, name, api_key), listener)
         print(f"{name} is served at {server.url}. Ctrl-C ends it.", flush=True)
         server.serve_here()
@@ -77,17 +57,7 @@ def _serve(options: argparse.Namespace) -> None:
 def _parser() -> Parser:
     parser = Parser(f"{PROG} serve", description=__doc__)
     group = parser.add_argument_group("policy")
-    group.add_argument(
-        "--model_name_or_path", help="path or hub id (default: the adapter's, or else the embedded policy)"
-    )
-    group.add_argument("--adapter_name_or_path", help="path or hub id of a LoRA adapter")
-    group.add_argument("--tokenizer_name_or_path", help="path or hub id, if it is not where the model is")
-    group.add_argument("--dtype", default="auto", help="type of the weights, such as bfloat16")
-    for bits in (8, 4):
-        group.add_argument(f"--load_in_{bits}bit", action="store_true", help=f"round the weights to {bits} bits")
-    group.add_argument(
-        "--diffusion_spec", help="fields of DiffusionSpec that the model lacks, like block_size:32, or JSON"
-    )
+    add_policy_options(group, "_name_or_path")
     group.add_argument(
         "--chat_template_kwargs", help="variables of the chat template, like enable_thinking:false, or JSON"
     )

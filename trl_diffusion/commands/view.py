@@ -35,12 +35,12 @@ from ..policies.spec import DiffusionSpec
 from ..trajectories.dataset import FORMAT_VERSION, OWN_COLUMNS, REWARD_PREFIX, from_rows, load_row
 from ..trajectories.fingerprint import fingerprint_tokenizer
 from ..trajectories.trajectory import TrajectoryBatch
-from ..utils import check_writable, exit_code, printable, read_record
+from ..utils import check_writable, printable, read_record
 from ..viz.html import trajectory_html
 from ..viz.plots import MOST_CELLS, num_cells, plot_runs, plot_trajectory
 from ..viz.runs import STATE, describe, read_run, state_file
 from ..viz.stays import response_stays
-from .interrupt import ending_in_a_line
+from .direct import run_directly
 from .parser import PROG, Parser
 
 
@@ -48,18 +48,8 @@ SUFFIXES = (".png", ".html")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """
-    Runs the command.
-
-    Args:
-        arguments (`list[str]`, *optional*): what follows the name of the command. Defaults to `sys.argv`.
-
-    Returns:
-        `int`: exit code, 0, or 2 after one line on stderr that says what is wrong.
-    """
-    options = _parser().parse_args(arguments)
-    with ending_in_a_line():
-        return exit_code(lambda: print(printable(_show(options))))
+    """Runs the command, with the options of the command line by default; see [`run_directly`]."""
+    return run_directly(_parser(), arguments, lambda options: print(printable(_show(options))))
 
 
 def _parser() -> Parser:

@@ -16,6 +16,7 @@ from ..decoding.generate import generate
 from ..metrics.pass_at_k import pass_at_k
 from ..seeds import derive_seed
 from ..tasks import Task
+from ..utils import seeded
 from .arms import BLOCK, REVISION, TWINS, Arm
 from .twins import Material
 
@@ -78,8 +79,7 @@ def _continue(model, tokenizer, ids: list[list[int]], length: int, temperature: 
     """Completions of an autoregressive model with their stop tokens, in batches and with a key-value cache."""
     found, was_training = [], model.training
     model.eval()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(seed))
+    with seeded(derive_seed(seed)):
         for first in range(0, len(ids), ROWS):
             batch = tokenizer.pad({"input_ids": ids[first : first + ROWS]}, padding_side="left", return_tensors="pt")
             sampling = (

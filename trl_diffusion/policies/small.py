@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
+from ..utils import seeded
 from .spec import DiffusionSpec, set_spec
 
 
@@ -52,6 +53,5 @@ def load_small(path: str | Path) -> Qwen3ForCausalLM:
 
 def random_model(config: Qwen3Config, seed: int) -> Qwen3ForCausalLM:
     """A randomly initialised model. Equal seeds and shapes give equal weights. The global random state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return Qwen3ForCausalLM(config)

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..policies.attention import enable_plans
+from ..utils import seeded
 
 
 PERIOD = 1_000_003  # numbers that are drawn; a prime, so that no two rows of a matrix are the same
@@ -45,10 +46,8 @@ def random_policy_model(
         attention (`str`, *optional*): attention implementation.
     """
     options = {} if attention is None else {"attn_implementation": attention}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        with torch.device(device), _Repeated():
-            model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, trust_remote_code=False, **options)
+    with seeded(0), torch.device(device), _Repeated():
+        model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, trust_remote_code=False, **options)
     enable_plans(model)
     return model.eval()
 
