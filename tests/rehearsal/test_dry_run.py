@@ -271,3 +271,15 @@ def test_collect_and_iterate(rehearse, capsys):
     error = capsys.readouterr().err
     assert "error: train, options: " in error and "`top_k`" in error and "compares 4 responses to a prompt" in error
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("option", ["server", "responses"])
+def test_responses_from_elsewhere_are_not_rehearsed(rehearse, option):
+    """What a policy would need here says nothing about them."""
+    code, out, mistakes = rehearse(collect, "--output_dir", "out", f"--{option}", "x")
+    assert code == 2
+    assert any(
+        f"`--dry_run` rehearses what a policy answers here, and `--{option}` has the responses from" in one
+        for one in mistakes
+    )
+    assert not Path("out").exists()

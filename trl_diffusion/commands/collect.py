@@ -137,6 +137,12 @@ class CollectArguments(OwnData, RolloutOptions, DryRun):
 
     def _check_source(self) -> None:
         """Raises a `ValueError` if it is not clear where the responses come from, or an option has no use."""
+        elsewhere = "server" if self.server is not None else "responses"
+        if self.dry_run and getattr(self, elsewhere) is not None:
+            raise ValueError(
+                f"`--dry_run` rehearses what a policy answers here, and `--{elsewhere}` has the responses from elsewhere. Leave one of "
+                "them out. Prompts and rows are checked before anything is written."
+            )
         if self.server is None:
             for name in ("served_model", "api_key_env", "concurrency"):
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:
