@@ -1,10 +1,13 @@
 """Twins have the same weights to begin with, read the same documents in the same order, and learn from the same number of tokens."""
 
+import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from trl.scripts import grpo
 
 from trl_diffusion.experiments.arms import ARMS, TWINS
 from trl_diffusion.experiments.reinforce import Budgets
@@ -140,6 +143,38 @@ def test_the_autoregressive_rollout_is_batched_and_has_a_cache(material, tmp_pat
     trainer.train()
     assert shapes[0] == ((8, 9), True)  # all prompts at once
     assert shapes[1:] and set(shapes[1:]) == {((8, 1), True)}  # then one token a pass
+
+
+def test_the_autoregressive_arm_learns_what_the_script_of_trl_teaches(material, tmp_path, monkeypatch):
+    """The same weights to begin with, rows, reward and hyperparameters give the same weights after three updates, to the bit."""
+    pretrain(material, "autoregressive", tmp_path / "twin")
+    before = load_small(tmp_path / "twin").state_dict()
+    trainer = build_rl_trainer(
+        load_small(tmp_path / "twin"), material, ARMS["autoregressive"], 1e-3, 3, tmp_path / "rl"
+    )
+    trainer.add_callback(Budgets(3, None, lambda name, step: None))
+    trainer.train()
+
+    (tmp_path / "rows").mkdir()
+    material.prompts.to_json(tmp_path / "rows" / "train.jsonl")
+    material.tokenizer.save_pretrained(tmp_path / "twin")
+    rewards = {function.__name__: function for function in material.whole.reward_funcs}
+    monkeypatch.setitem(sys.modules, "rewards.of_the_task", SimpleNamespace(**rewards))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script adds to it
+    given = {name: getattr(trainer.args, name) for name in (
+        "per_device_train_batch_size", "num_generations", "max_completion_length", "learning_rate", "lr_scheduler_type",
+        "warmup_steps", "beta", "temperature", "seed",
+    )}  # fmt: skip
+    config = dict(
+        given, output_dir=str(tmp_path / "script"), max_steps=3, bf16=False, gradient_checkpointing=False, use_cpu=True,
+        report_to="none", save_strategy="no", disable_tqdm=True, dataset_name=str(tmp_path / "rows"),
+        reward_funcs=[f"rewards.of_the_task.{name}" for name in rewards], model_name_or_path=str(tmp_path / "twin"),
+    )  # fmt: skip
+    grpo.main(*grpo.make_parser().parse_dict(config))
+
+    after, arm = load_small(tmp_path / "script").state_dict(), trainer.model.state_dict()
+    assert all(torch.equal(after[name], arm[name]) for name in arm)
+    assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
 def test_the_budgets_of_a_run():
