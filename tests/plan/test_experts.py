@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import CONFIGS, checkpoint
 from tests.closeness import assert_close
 from trl_diffusion import get_spec
+from trl_diffusion.commands.plan import main
 from trl_diffusion.plan.cost import rollout_cost
 from trl_diffusion.plan.simulate import Workload, _evenly, simulate
 from trl_diffusion.policies.loading import load_config
@@ -48,3 +52,33 @@ def test_the_stand_in_computes_what_experts_compute():
     hidden, weights = torch.randn(8, 32, generator=generator), torch.rand(8, 3, generator=generator)
     chosen = (torch.randperm(24, generator=generator) // 3).reshape(8, 3)
     assert_close(_evenly(module, hidden, chosen, weights), module(hidden, chosen, weights))
+
+
+@pytest.mark.long
+def test_the_plan_of_a_published_checkpoint(capsys, monkeypatch):
+    """
+    LLaDA2.0-mini by its published shape. An expert has 3 x 2048 x 512 weights; there are 256 in each of 19 layers, and a token uses 8
+    and a shared one. LoRA keeps all weights in bfloat16 on one GPU. Eight GPUs share weights, gradients and the three copies of AdamW.
+    """
+    experts, gib = 19 * 256 * 3 * 2048 * 512, 2.0**30
+    model = ["inclusionAI/LLaDA2.0-mini", "--memory", "80"]
+    assert main([*model, "--config", "llada2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    footprint = found["footprints"]["full"]
+    assert footprint["experts"] == experts and footprint["used_experts"] == experts / 32
+    plans = {plan["name"]: plan for plan in found["plans"]}
+    whole, lora, qlora = plans["DDP, full"], plans["DDP, LoRA"], plans["DDP, QLoRA"]
+    assert not whole["fits"] and lora["fits"] and qlora["fits"]
+    weights = 2 * (footprint["parameters"] + found["footprints"]["lora"]["trainable"])
+    assert lora["weights"] == pytest.approx(weights, rel=0.01)
+    assert weights < lora["peak"] < 80 * gib / 2
+    # Fused experts are no linear layers, which 4 bits leave as they are.
+    assert qlora["weights"] > 2 * experts
+
+    assert main([*model, "--config", "llada2_8gpu", "--gpus", "8", "--json"]) == 0
+    plans = {plan["name"]: plan for plan in json.loads(capsys.readouterr().out)["plans"]}
+    assert not plans["DDP, full"]["fits"] and not plans["ZeRO-2, full"]["fits"] and plans["ZeRO-3, full"]["fits"]
+    shared = plans["ZeRO-3, full"]
+    assert shared["weights"] == pytest.approx(2 * footprint["parameters"] / 8, rel=0.01)
+    assert shared["optimizer"] == pytest.approx(12 * footprint["parameters"] / 8, rel=0.01)
+    assert shared["rollout"] > 2 * footprint["parameters"]  # gathered

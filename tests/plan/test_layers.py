@@ -66,6 +66,7 @@ WEIGHTS = {
     "Dream-org/Dream-v0-Instruct-7B": 7.62,
     "Efficient-Large-Model/Fast_dLLM_v2_7B": 7.62,
     "JetLM/SDAR-8B-Chat": 8.19,
+    "inclusionAI/LLaDA2.0-mini": 16.26,
 }
 
 

@@ -221,7 +221,7 @@ def test_command(capsys, tmp_path, monkeypatch):
         found[key] = found.get(key) or simulate(*given, **options)
         return found[key]
 
-    monkeypatch.setattr("trl_diffusion.commands.plan.simulate", simulate_once)
+    monkeypatch.setattr("trl_diffusion.commands.plan.simulate_layers", simulate_once)
     small = ["--batch_size", "2", "--num_generations", "2", "--rollout_batch_size", "2", "--prompt_length", "16",
              "--completion_length", "16", "--lora_rank", "4"]  # fmt: skip
     model = str(tmp_path / "model")

@@ -12,7 +12,7 @@ from tests.conftest import disturb, make_policy
 from tests.offline.conftest import collection, start  # noqa: F401
 from tests.trainer.conftest import blocks_of_one, make_dataset
 from trl_diffusion import DTRPOConfig, load_trajectories
-from trl_diffusion.trainer.metrics import WINDOW, chosen_sinks
+from trl_diffusion.trainer.health import WINDOW, chosen_sinks
 
 
 BETA = 0.3

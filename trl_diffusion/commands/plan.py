@@ -30,8 +30,9 @@ import torch
 from transformers import PretrainedConfig
 
 from ..plan.cost import Machine, RolloutCost, rollout_cost
+from ..plan.layers import simulate_layers
 from ..plan.published import find_config
-from ..plan.simulate import Footprint, Workload, simulate
+from ..plan.simulate import Footprint, Workload
 from ..plan.strategies import Plan, make_plans
 from ..policies.limits import check_layers, context_length
 from ..policies.loading import needs_tokenizer
@@ -98,9 +99,9 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan]
         accumulation=options.accumulation,
     )
     footprints = {
-        "mixed": simulate(config, spec, work, torch.float32, autocast=True),
-        "full": simulate(config, spec, work, torch.bfloat16),
-        "lora": simulate(config, spec, work, torch.bfloat16, lora_rank=options.lora_rank),
+        "mixed": simulate_layers(config, spec, work, torch.float32, autocast=True),
+        "full": simulate_layers(config, spec, work, torch.bfloat16),
+        "lora": simulate_layers(config, spec, work, torch.bfloat16, lora_rank=options.lora_rank),
     }
     plans = make_plans(
         footprints["mixed"], footprints["full"], footprints["lora"], options.gpus, options.beta, not options.no_gather

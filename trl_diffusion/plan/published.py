@@ -36,6 +36,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32_768, "rope_theta": 1e6, "tie_word_embeddings": False, "block_size": 4,
         "mask_token_id": 151_669, "eos_token_id": 151_643, "pad_token_id": 151_643,
     },
+    "inclusionAI/LLaDA2.0-mini": {
+        "model_type": "llada2_moe", "hidden_size": 2048, "intermediate_size": 5120, "moe_intermediate_size": 512,
+        "num_hidden_layers": 20, "first_k_dense_replace": 1, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts": 256, "num_experts_per_tok": 8, "num_shared_experts": 1, "n_group": 8, "topk_group": 4,
+        "partial_rotary_factor": 0.5, "rope_theta": 6e5, "vocab_size": 157_184, "max_position_embeddings": 32_768,
+        "tie_word_embeddings": False, "eos_token_id": 156_892, "pad_token_id": 156_892,
+    },
 }  # fmt: skip
 
 

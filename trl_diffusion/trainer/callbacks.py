@@ -15,7 +15,6 @@ from ..decoding.config import DecodingConfig
 from ..fields import check_at_least
 from ..policies.prompts import as_prompts
 from ..viz.plots import fitting_positions, plot_trajectory
-from .metrics import SUNK, chosen_sinks
 
 
 if TYPE_CHECKING:  # not at run time: a recipe named `evaluate` may be in the same folder as the script
@@ -71,26 +70,6 @@ def show_rewards(trainer: DTRPOTrainer) -> None:
         trainer.remove_callback(one)
     if plain and not any(isinstance(one, RewardProgressCallback) for one in callbacks):
         trainer.add_callback(RewardProgressCallback())
-
-
-class SinkingRewardCallback(TrainerCallback):
-    """
-    Warns once if the pairwise loss makes the better responses less likely while more pairs are in the right order (see
-    [`~trainer.metrics.chosen_sinks`]). [`DTRPOTrainer`] adds it for `loss_type="dpo"`.
-    """
-
-    def __init__(self):
-        self.warned = False
-
-    def on_log(self, args, state, control, **kwargs):
-        if self.warned or not chosen_sinks(state.log_history):
-            return
-        self.warned = True
-        logger.warning(
-            f"At optimizer step {state.global_step}, `rewards/chosen` is below {SUNK:g} and falls while `rewards/accuracies` is "
-            "higher than at first: the better responses become less likely, too, and the policy may forget how to answer. "
-            "Give 'sft' in `dpo_loss_type` a larger weight (`dpo_loss_weights`), or lower `learning_rate` or `beta`."
-        )
 
 
 class TrajectoryCallback(TrainerCallback):

@@ -148,32 +148,3 @@ def length_figures(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
         found[f"completions/min_{kind}"] = values.min().item()
         found[f"completions/max_{kind}"] = values.max().item()
     return found
-
-
-WINDOW = 5  # logs whose means are compared
-SUNK = -3.0  # implicit reward of the chosen responses, `beta` times log-ratio; good runs may reach -2
-
-
-def chosen_sinks(history: list[dict[str, float]]) -> bool:
-    """
-    Whether the better responses become less likely while more pairs are in the right order. The loss then falls only because
-    the worse responses become unlikely faster, and the policy forgets both.
-
-    Args:
-        history (`list[dict[str, float]]`): the log so far. Entries without metrics of pairs do not count.
-
-    Returns:
-        `bool`: whether all of these hold for the mean over the last [`WINDOW`] logs. The reward of the chosen responses is
-        below [`SUNK`]. It is lower than in the logs before. More pairs are in the right order than in the first logs.
-    """
-    known = [log for log in history if "rewards/chosen" in log and log["rewards/chosen"] is not None]
-    if len(known) < 2 * WINDOW:
-        return False
-
-    def mean(name: str, logs: list[dict[str, float]]) -> float:
-        return sum(log[name] for log in logs) / len(logs)
-
-    first, before, last = known[:WINDOW], known[-2 * WINDOW : -WINDOW], known[-WINDOW:]
-    reward = mean("rewards/chosen", last)
-    sinks = reward < SUNK and reward < mean("rewards/chosen", before)
-    return sinks and mean("rewards/accuracies", last) > mean("rewards/accuracies", first)

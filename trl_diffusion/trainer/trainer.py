@@ -24,10 +24,10 @@ from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import write_text
 from .agreement import fail_together
 from .batches import is_rows, trajectories_of, ungroup
-from .callbacks import SinkingRewardCallback
 from .card import PAPER, model_card
 from .checks import check_callback, check_steps_made
 from .config import DTRPOConfig
+from .health import HealthCallback, signs_of
 from .learning import Learning
 from .metrics import How, Tally, add_over_processes
 from .policy_files import PolicyFiles
@@ -158,8 +158,7 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
         self.beta = beta
         self._throughput = ThroughputCallback(self)
         self.add_callback(self._throughput)
-        if args.loss_type == "dpo":
-            self.add_callback(SinkingRewardCallback())
+        self.add_callback(HealthCallback(signs_of(args.loss_type, online=setup.store is None)))
         make_ready(self, setup, kwargs.get("optimizers", (None, None))[0])
 
     def _set_signature_columns_if_needed(self):
