@@ -9,7 +9,8 @@ import pytest
 from trl_diffusion.experiments.scaling import fit, log_odds, scaling, scaling_report
 from trl_diffusion.experiments.settings import Sizes
 from trl_diffusion.experiments.updates import Updates, _rounded
-from trl_diffusion.experiments.updates_report import Sign, _fall, broke, updates_report
+from trl_diffusion.experiments.updates_report import Sign, TrainerWarning, _fall, broke, updates_report
+from trl_diffusion.trainer.health import FAR, reward_fell, signs_of
 
 
 def test_a_line_through_points_on_it():
@@ -88,12 +89,24 @@ def update_row(kind, rates, seed=0, **signs):
 def test_a_run_that_falls_is_broken():
     assert broke(update_row("group", [0.1, 0.6, 0.4]))
     assert broke({**update_row("group", [0.1, 0.6, 0.6]), "diverged": "NaN"})
-    assert not broke(update_row("group", [0.1, 0.6, 0.55]))
+    assert broke(update_row("group", [0.08, 0.0, 0.0]))  # 16 of 200 puzzles, and none
+    assert not broke(update_row("group", [0.1, 0.6, 0.5]))  # by a sixth
+    assert not broke(update_row("group", [0.02, 0.01]))  # four puzzles and two
 
 
 def test_a_fall_is_not_a_rate_that_stays():
     assert _fall(update_row("group", [0.1, 0.6, 0.6, 0.3])) == 18
     assert _rounded(math.inf) > 1e300 and _rounded(None) is None and _rounded(0.123456) == 0.1235
+
+
+def test_what_the_trainer_would_have_said_is_a_sign():
+    far = update_row(
+        "group", [0.1, 0.0], diffusion__kl_to_old=[0.0, 0.1, FAR + 0.1, 0.0], reward=[1.0, None, None, None]
+    )
+    warnings = {str(sign): sign.first(far) for sign in map(TrainerWarning, signs_of("grpo", online=True))}
+    assert warnings == {"the trainer warns: `moved_far`": 3, "the trainer warns: `reward_fell`": None}
+    fallen = update_row("group", [0.6, 0.0], reward=[1.0, 1.1, 0.9, 1.0, 1.1, 0.0, 0.0, 0.0, 0.0, 0.0])
+    assert TrainerWarning(reward_fell).first(fallen) == 10
 
 
 def test_a_sign_counts_if_it_comes_before_the_fall():
@@ -105,5 +118,5 @@ def test_a_sign_counts_if_it_comes_before_the_fall():
     late = update_row("pairs", [0.1, 0.6, 0.2, 0.1], rewards__chosen=[0.0] * 12 + [-2.0] * 6)
     fine = update_row("pairs", [0.1, 0.6, 0.6], rewards__chosen=[-2.0] * 12)
     text = updates_report([early, late, fine])
-    assert "| `rewards/chosen` below -1 | 1 of 2 | 1 of 1 |" in text
+    assert "| `rewards/chosen` below -1 | 1 of 2 | 2 of 2 | 1 of 1 |" in text
     assert "| 0.001 | 10.0 ± 0.0 |" in text and "| 2 of 3 |" in text

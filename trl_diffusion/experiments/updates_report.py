@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from ..trainer.health import signs_of
 from .queue import Row
 from .report import estimate, table
 from .updates import GROUP, PAIRS
 
 
-DROP = 0.1  # a run breaks if it ends this far below its best measurement
+DROP = 0.25  # a run breaks if it ends this share below its best measurement, and by more than chance
 Key = tuple[str, tuple[tuple[str, float], ...]]
 
 
@@ -43,21 +44,48 @@ class Sign:
         return f"`{self.name}` {'above' if self.above else 'below'} {self.limit:g}"
 
 
+@dataclass(frozen=True)
+class TrainerWarning:
+    """
+    A warning of the trainer.
+
+    Attributes:
+        sign (`Callable`): what it looks for in the log, one of [`~trainer.health.signs_of`].
+    """
+
+    sign: Callable[[Sequence[dict[str, Any]]], bool]
+
+    def first(self, row: Row) -> int | None:
+        """The first update at which the trainer warned, counted from 1; `None` if it never did."""
+        names, values = row["signs"].keys(), zip(*row["signs"].values(), strict=True)
+        logs = [dict(zip(names, one, strict=True)) for one in values]
+        return next((update for update in range(1, len(logs) + 1) if self.sign(logs[:update])), None)
+
+    def __str__(self) -> str:
+        return f"the trainer warns: `{self.sign.__name__}`"
+
+
 GROUP_SIGNS = (
     Sign("diffusion/effective_sample_size", 0.9, False), Sign("diffusion/effective_sample_size", 0.5, False),
     Sign("diffusion/kl_to_old", 0.05, True), Sign("diffusion/kl_to_old", 0.5, True), Sign("grad_norm", 5.0, True),
-    Sign("kl", 1.0, True),
+    Sign("kl", 1.0, True), *map(TrainerWarning, signs_of("grpo", online=True)),
 )  # fmt: skip
 PAIRS_SIGNS = (
     Sign("rewards/chosen", 0.0, False), Sign("rewards/chosen", -1.0, False), Sign("rewards/chosen", -3.0, False),
-    Sign("kl", 1.0, True), Sign("kl", 10.0, True), Sign("grad_norm", 20.0, True),
+    Sign("kl", 1.0, True), Sign("kl", 10.0, True), Sign("grad_norm", 20.0, True), *map(TrainerWarning, signs_of("dpo", online=False)),
 )  # fmt: skip
 
 
 def broke(row: Row) -> bool:
     """Whether a run diverged, or ended far below its best measurement."""
-    rates = [rate for _, rate in row["curve"]]
-    return row.get("diverged") is not None or rates[-1] < max(rates) - DROP
+    return row.get("diverged") is not None or _is_far_below(row["curve"][-1][1], row)
+
+
+def _is_far_below(rate: float, row: Row) -> bool:
+    """Whether a solve rate is below the best one of a run by more than [`DROP`] of it, and by more than chance."""
+    best = max(rate for _, rate in row["curve"])
+    chance = 1.96 * ((best * (1 - best) + rate * (1 - rate)) / row["puzzles"]) ** 0.5
+    return best - rate > max(DROP * best, chance)
 
 
 def last_good_update(row: Row) -> int:
@@ -69,7 +97,8 @@ def updates_report(rows: Sequence[Row]) -> str:
     """The report of the study, in Markdown."""
     parts = [
         "Share of sudokus that are solved greedily: before training, the best measurement on the way, and at the end. "
-        f"A run breaks if its numbers are no longer finite, or if it ends more than {100 * DROP:.0f} points below its best measurement. "
+        f"A run breaks if its numbers are no longer finite, or if it ends below its best measurement by more than {DROP:.0%} of it, and by "
+        "more than the 95 % interval of the difference. "
         "Intervals of 95 % over seeds, or over puzzles if there is one seed."
     ]
     for kind, signs in ((GROUP, GROUP_SIGNS), (PAIRS, PAIRS_SIGNS)):
@@ -121,19 +150,29 @@ def _extremes(rows: Sequence[Row]) -> list[str]:
     return cells
 
 
-def _signs_table(rows: Sequence[Row], signs: Sequence[Sign]) -> str:
-    """For each sign, how many of the runs that broke showed it before their solve rate fell, and how many of the others showed it at all."""
+def _signs_table(rows: Sequence[Row], signs: Sequence[Sign | TrainerWarning]) -> str:
+    """For each sign, how many of the runs that broke showed it, before their solve rate fell or at all, and how many of the others."""
     broken, whole = [row for row in rows if broke(row)], [row for row in rows if not broke(row)]
     lines = []
     for sign in signs:
-        warned = [first for row in broken if (first := sign.first(row)) is not None and first <= _fall(row)]
+        firsts = [(sign.first(row), _fall(row)) for row in broken]
+        shown = [(first, fall) for first, fall in firsts if first is not None]
+        warned = sum(first <= fall for first, fall in shown)
         alarms = sum(sign.first(row) is not None for row in whole)
-        lines.append([sign, f"{len(warned)} of {len(broken)}", f"{alarms} of {len(whole)}"])
-    return table(["sign", "runs that broke, shown before the fall was measured", "other runs, shown at all"], lines)
+        lines.append(
+            [sign, *(f"{count} of {len(broken)}" for count in (warned, len(shown))), f"{alarms} of {len(whole)}"]
+        )
+    names = [
+        "sign",
+        "runs that broke, shown before the fall was measured",
+        "runs that broke, shown at all",
+        "other runs, shown at all",
+    ]
+    return table(names, lines)
 
 
 def _fall(row: Row) -> int:
     """The update at which the solve rate of a run was first measured far below its best."""
-    best, highest = last_good_update(row), max(rate for _, rate in row["curve"])
-    fallen = (update for update, rate in row["curve"] if update > best and rate < highest - DROP)
+    best = last_good_update(row)
+    fallen = (update for update, rate in row["curve"] if update > best and _is_far_below(rate, row))
     return next(fallen, row["curve"][-1][0])
