@@ -65,12 +65,12 @@ class TrainerWarning:
         return f"the trainer warns: `{self.sign.__name__}`"
 
 
-GROUP_SIGNS = (
+GROUP_SIGNS: tuple[Sign | TrainerWarning, ...] = (
     Sign("diffusion/effective_sample_size", 0.9, False), Sign("diffusion/effective_sample_size", 0.5, False),
     Sign("diffusion/kl_to_old", 0.05, True), Sign("diffusion/kl_to_old", 0.5, True), Sign("grad_norm", 5.0, True),
     Sign("kl", 1.0, True), *map(TrainerWarning, signs_of("grpo", online=True)),
 )  # fmt: skip
-PAIRS_SIGNS = (
+PAIRS_SIGNS: tuple[Sign | TrainerWarning, ...] = (
     Sign("rewards/chosen", 0.0, False), Sign("rewards/chosen", -1.0, False), Sign("rewards/chosen", -3.0, False),
     Sign("kl", 1.0, True), Sign("kl", 10.0, True), Sign("grad_norm", 20.0, True), *map(TrainerWarning, signs_of("dpo", online=False)),
 )  # fmt: skip
