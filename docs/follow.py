@@ -50,7 +50,7 @@ NEEDS = {
         "a model from the hub"
     ),
     r"\b(llm-)?smollm2": "a package from the index",
-    r"^(hf|curl|for|done|git|cd)\b": "a network",
+    r"^(hf|for|done|git|cd)\b|^curl (?!http://127\.0\.0\.1)": "a network",
 }
 A_CHECKOUT = r"^(make|git|cd)\b|\brecipes/|constraints\.txt|\bbenchmarks/"
 SOLVE_RATE = r"solve rate ([\d.]+)% -> ([\d.]+)%"

@@ -51,6 +51,12 @@ EXPERTS = {
         **UNEVEN, "threshold": 0.01, "beta": 0.1, "max_completion_length": 48, "gradient_checkpointing": True, "learning_rate": 1e-2,
     },
 }  # fmt: skip
+EXPERTS_LORA = {
+    **EXPERTS,
+    "name": "experts-lora",
+    "options": {**EXPERTS["options"], "max_steps": 3},
+    "lora": {"target_modules": ["q_proj", "o_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+}  # fmt: skip
 MOVED = {
     "name": "moved",
     "rows": 8,

@@ -58,9 +58,10 @@ def llada() -> dict:
 
 
 @pytest.fixture(scope="session")
-def experts() -> dict:
-    """A mixture of experts, of which the processes use different ones."""
-    return {**cells.EXPERTS, "model": str(checkpoint("llada2")), "tokenizer": tiny_policy_path()}
+def experts() -> dict[str, dict]:
+    """A mixture of experts, of which the processes use different ones: all of it is trained, or an adapter on attention and experts."""
+    files = {"model": str(checkpoint("llada2")), "tokenizer": tiny_policy_path()}
+    return {cell["name"]: {**cell, **files} for cell in (cells.EXPERTS, cells.EXPERTS_LORA)}
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +81,7 @@ def scenarios_of(matrix, experts, request) -> Callable[[str, Path], list[dict]]:
             else ()
         )
         small = [matrix[name] for name in cells.RUNS["zero3"]]
-        small += [cells.SUPERVISED, experts]
+        small += [cells.SUPERVISED, *experts.values()]
         small += [*(cells.zero3_cell(matrix, name) for name in cells.ZERO3), *llada, *cells.faults(cells.INSIDE)]
         engines = {
             name: environment_of(name.removesuffix("-all"), directory, partition_all=name.endswith("-all"))

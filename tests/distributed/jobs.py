@@ -2,7 +2,7 @@
 What the processes of a distributed test run: a trainer for each cell, one after another, with what it did left on disk.
 
 A cell is a mapping: `name`; `rows`, responses in the global batch, whatever the number of processes; `options` of
-`DTRPOConfig`, or of `DiffusionSFTConfig` for a cell that is `supervised`; and optionally `lora`, `trajectories`, `model`, `tokenizer`, `resume`, a
+`DTRPOConfig`, or of `DiffusionSFTConfig` for a cell that is `supervised`; and optionally `lora` (`True`, or options of `LoraConfig`), `trajectories`, `model`, `tokenizer`, `resume`, a
 checkpoint, and `disturb`, whether a decoding fails after the first step.
 """
 
@@ -66,7 +66,10 @@ def make_trainer(cell: dict[str, Any], directory: Path, reward=None, **changes) 
     assert not rest, f"{cell['rows']} rows do not divide among {processes} processes"
     offline = cell.get("trajectories")
     model = cell.get("model") or tiny_policy_path()
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian") if cell.get("lora") else None
+    lora = cell.get("lora") or None
+    if lora is not None:
+        options = {"target_modules": "all-linear", "init_lora_weights": "gaussian"} if lora is True else lora
+        lora = LoraConfig(r=4, **options)
     torch.manual_seed(0)  # what an adapter starts from
     options = {
         "output_dir": str(directory),

@@ -115,10 +115,14 @@ def test_zero3_saves_in_the_format_of_the_family(engine_runs, llada, tmp_path):
 
 
 @needs_deepspeed
-def test_zero3_trains_a_mixture_of_experts(engine_runs, experts, tmp_path):
+@pytest.mark.parametrize("name", ["experts", "experts-lora"])
+def test_zero3_trains_a_mixture_of_experts(engine_runs, experts, tmp_path, name):
     """The processes use different experts, and DeepSpeed wants the same modules in the same order on all of them."""
-    jobs.run(experts, tmp_path)
-    check_same(tmp_path, engine_runs("zero3") / "experts", Path(experts["model"]), online=True)
+    jobs.run(experts[name], tmp_path)
+    check_same(tmp_path, engine_runs("zero3") / name, Path(experts[name]["model"]), online=True)
+    if name == "experts-lora":
+        trained = [weight for key, weight in weights_of(tmp_path).items() if ".experts." in key and "lora_B" in key]
+        assert len(trained) == 4 and all(weight.any() for weight in trained)
 
 
 @needs_deepspeed

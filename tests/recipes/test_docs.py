@@ -40,7 +40,7 @@ PAGES = [
 ]
 UNRUNNABLE = "<!-- needs a 7B model -->\n"  # before a Python block that is compiled only
 # Commands of others, which are not parsed.
-FOREIGN = {"cd", "curl", "done", "for", "git", "hf", "kill", "mkdir", "source"}
+FOREIGN = {"cd", "curl", "done", "echo", "for", "git", "hf", "kill", "mkdir", "source"}
 SLOW = "<!-- takes minutes -->\n"  # before a Python block that is run with fewer updates
 
 
