@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +22,17 @@ import trl_diffusion  # noqa: F401  (registers the families)
 from tests.closeness import ROUNDING, assert_close
 from tests.conftest import make_prompts
 from tests.reference import draw_everything_at, lay_out, plain_forward_logps, who_sees_whom
-from trl_diffusion import DecodingConfig, DTRPOConfig, DTRPOTrainer, decode, get_spec, set_spec, tiny_policy_path
+from trl_diffusion import (
+    DecodingConfig,
+    DTRPOConfig,
+    DTRPOTrainer,
+    collect,
+    decode,
+    get_spec,
+    load_trajectories,
+    set_spec,
+    tiny_policy_path,
+)
 from trl_diffusion.policies.export import save_backbone
 from trl_diffusion.policies.families.nemotron import NemotronLabsDiffusionConfig
 from trl_diffusion.policies.loading import load_config, resolve_spec
@@ -370,6 +381,37 @@ def test_a_path_is_all_that_the_trainer_needs(family, checkpoint, tmp_path, beta
     assert before.keys() == after.keys()
     same = [name for name in before if torch.equal(before[name], after[name])]
     assert not same, same
+
+
+@pytest.mark.parametrize("name", ["nemotron", "a2d-qwen3-mdlm", "a2d-qwen2-bd3lm"])
+def test_an_adapter_learns_from_stored_answers(name, tmp_path):
+    """Three updates against the reference, with gradient checkpointing. The first finds the log-probabilities that were recorded."""
+    family, path = FAMILIES[name], write(FAMILIES[name], tmp_path / "published")
+    policy = AutoModelForCausalLM.from_pretrained(path).eval()
+    rows = Dataset.from_list([{"prompt": "sudoku 12"}, {"prompt": "countdown 3,4"}])
+
+    def reward(completions, **kwargs):
+        return [float(sum(map(ord, text))) for text in completions]
+
+    collect(
+        policy, AutoTokenizer.from_pretrained(path), rows, reward, tmp_path / "stored", DecodingConfig(9, 1.0), num_responses=4,
+        seed=0, spec=get_spec(policy.config, {**(family.given or {}), "mask_token_id": MASK}), disable_tqdm=True,
+    )  # fmt: skip
+    trainer = DTRPOTrainer(
+        model=str(path),
+        args=DTRPOConfig(
+            str(tmp_path / "run"), per_device_train_batch_size=4, num_generations=4, max_completion_length=9, max_steps=3,
+            learning_rate=1e-2, beta=0.1, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+            logging_steps=1, diffusion_spec=family.given, gradient_checkpointing=True,
+        ),
+        train_dataset=load_trajectories(tmp_path / "stored"),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "down_proj"]),
+    )  # fmt: skip
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 3 and logs[0]["diffusion/recorded_gap/max"] < ROUNDING and logs[0]["kl"] < 1e-6 < logs[2]["kl"]
+    moved = {name: bool(p.any()) for name, p in trainer.model.named_parameters() if "lora_B" in name}
+    assert moved and all(moved.values())
 
 
 @torch.no_grad()
