@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, Glm4MoeForCausalLM, Qwen3MoeForCa
 
 from tests.checkpoints import CONFIGS, EXPERTS, checkpoint, routes
 from tests.closeness import assert_close
+from tests.conftest import SPECS, make_policy
 from trl_diffusion import get_spec
+from trl_diffusion.policies.experts import counted_tokens, expert_layers
 from trl_diffusion.policies.export import save_backbone
 from trl_diffusion.policies.lora import check_targets, expert_names
 from trl_diffusion.policies.policy import load_model, open_adapter
@@ -130,3 +132,39 @@ def test_experts_are_computed_in_one_grouped_product(model):
     grouped = model(IDS).logits
     model.set_experts_implementation("eager")
     assert_close(model(IDS).logits, grouped)
+
+
+@torch.no_grad()
+def test_tokens_of_experts_are_counted():
+    """By hand: the three experts with the largest products of a token and the rows of the router."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("sdar_moe")).eval()
+    ids = torch.randint(8, 200, (2, 11), generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([0, 3, 12, 21])
+    seen = []
+    hooks = [layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in model.model.layers]
+    with counted_tokens(model, places) as found:
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    expected = [
+        torch.zeros(8, dtype=torch.long).index_add(0, (hidden.flatten(0, 1)[places] @ layer.mlp.gate.weight.T).topk(3).indices.flatten(),
+                                                   torch.ones(12, dtype=torch.long))
+        for hidden, layer in zip(seen, model.model.layers, strict=True)
+    ]  # fmt: skip
+    assert len(found) == len(expected) == model.config.num_hidden_layers
+    assert all(torch.equal(count, other) for count, other in zip(found, expected, strict=True))
+    model(ids)
+    assert len(found) == len(expected)  # no longer
+    with counted_tokens(make_policy(SPECS["full"]), places) as none:
+        pass
+    assert none == []
+
+
+def test_an_adapter_on_experts_does_not_hide_them():
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("sdar_moe"))
+    layers = expert_layers(model)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_parameters=FUSED))
+    assert expert_layers(wrapped) == layers and len(layers) == model.config.num_hidden_layers
+    with counted_tokens(wrapped, torch.arange(5)) as found:
+        wrapped(torch.arange(20, 28)[None])
+    assert [int(count.sum()) for count in found] == [15] * len(layers)

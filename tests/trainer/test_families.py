@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import trl_diffusion  # noqa: F401  (registers the families)
-from tests.checkpoints import checkpoint
+from tests.checkpoints import EXPERTS, checkpoint
 from tests.closeness import ROUNDING, assert_close
 from tests.conftest import make_prompts, shared
 from tests.reference import draw_everything_at, lay_out, plain_forward_logps, writes_that_count
@@ -91,6 +91,10 @@ def test_three_steps_from_a_path(make_trainer, tmp_path, name, beta, lora):
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert max(entry["diffusion/recorded_gap/max"] for entry in logs) < ROUNDING
     assert all(entry["diffusion/scored_tokens"] > 0 for entry in logs)
+    assert ["experts/largest_load" in entry for entry in logs] == [name in EXPERTS] * 3
+    if name in EXPERTS:
+        evenly = model.config.num_experts / model.config.num_experts_per_tok
+        assert all(1 < entry["experts/largest_load"] <= evenly and 0 <= entry["experts/unused"] < 1 for entry in logs)
     if beta:
         assert logs[0]["kl"] < 1e-6 < logs[-1]["kl"]
     trainer.save_model(tmp_path / "trained")

@@ -82,3 +82,12 @@ def test_lengths_of_all_rows():
 
 def test_sums_of_one_process():
     assert add_over_processes(Accelerator(cpu=True), torch.tensor(2), 0.5, torch.tensor(1.5)) == [2.0, 0.5, 1.5]
+
+
+def test_loads_of_experts_are_summed_before_they_are_compared():
+    """Two layers of four experts: of 12 tokens, the expert that got most has 6 where an even share is 3, and 4."""
+    tally = Tally()
+    tally.add_loads(torch.tensor([[6, 0, 0, 0], [1, 1, 2, 2]]))
+    tally.add_loads(torch.tensor([[0, 5, 1, 0], [1, 2, 1, 2]]))
+    assert tally.results() == {"experts/largest_load": pytest.approx((2 + 4 / 3) / 2), "experts/unused": 1 / 8}
+    assert Tally(**vars(tally)).results() == tally.results()

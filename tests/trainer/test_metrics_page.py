@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FIRST, ALL = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("\n## Rewards\n")
 # Of TRL, by options that `DTRPOConfig` refuses: tools, vLLM and the load balance of experts.
 REFUSED = r"tools/.*|sampling/.*|aux_loss"
-GROUPS = {"diffusion", "losses", "memory", "pairs", "throughput", "time"}  # of what this package logs
+GROUPS = {"diffusion", "experts", "losses", "memory", "pairs", "throughput", "time"}  # of what this package logs
 # What transformers logs, apart from what it computes at the end of an evaluation.
 OF_TRANSFORMERS = {"loss", "grad_norm", "learning_rate", "epoch", "step", "total_flos"}
 

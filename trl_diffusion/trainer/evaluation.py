@@ -324,6 +324,13 @@ class RowwiseEvaluation(TrainerMixin):
         elif self.model.training:
             self.tally.add_ratios(sums)
 
+    def _record_loads(self, counts: Tensor) -> None:
+        """Records the tokens of each expert in a batch, shape `(L, E)`, summed over processes."""
+        if self.evaluation is not None:
+            self.evaluation.tally.add_loads(counts)
+        elif self.model.training:
+            self.tally.add_loads(counts)
+
     # ------------------------------------------------------------------------------------------- what is shown
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -42,10 +42,12 @@ class Tally:
     Attributes:
         figures (`dict[str, list]`): for each name, how values are combined, the value so far, and its weight.
         ratios (`list[float]`): sums of [`~scoring.diagnostics.ratio_statistics`]. Empty if there are none.
+        loads (`list[list[float]]`): for each layer with experts, the scored tokens that each expert got.
     """
 
     figures: dict[str, list] = field(default_factory=dict)
     ratios: list[float] = field(default_factory=list)
+    loads: list[list[float]] = field(default_factory=list)
 
     def add(self, name: str, value: float, weight: float = 1.0, how: How = "mean") -> None:
         """
@@ -77,6 +79,11 @@ class Tally:
         values = sums.double().tolist()
         self.ratios = [a + b for a, b in zip(self.ratios, values, strict=True)] if self.ratios else values
 
+    def add_loads(self, counts: Tensor) -> None:
+        """Adds the tokens of each expert in a batch, shape `(L, E)` for `L` layers of `E` experts, summed over processes."""
+        before = torch.tensor(self.loads, dtype=torch.float64) if self.loads else 0.0
+        self.loads = (counts.double().cpu() + before).tolist()
+
     def results(self) -> dict[str, float | None]:
         """The metrics. A metric without a value is `None`."""
         found: dict[str, float | None] = {}
@@ -85,6 +92,11 @@ class Tally:
         if self.ratios:
             ratios = summarise_ratios(torch.tensor(self.ratios, dtype=torch.float64))
             found.update({f"diffusion/{name}": value for name, value in ratios.items()})
+        if self.loads:
+            loads = torch.tensor(self.loads, dtype=torch.float64)
+            even = loads.mean(1).clamp(min=1e-9)
+            found["experts/largest_load"] = (loads.amax(1) / even).mean().item()
+            found["experts/unused"] = (loads == 0).double().mean().item()
         return found
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..policies.experts import counted_tokens
 from ..policies.trial import try_policy
 from ..scoring.diagnostics import estimate_quality, ratio_statistics
 from ..scoring.layout import PackedLayout, pack
@@ -119,6 +120,18 @@ class DiffusionScoring(RowwiseEvaluation):
             estimates.append(torch.stack(passes, 1))
         return torch.cat(estimates)
 
+    def score_policy(self, model: nn.Module, *options: bool) -> tuple[Tensor, Tensor | None]:
+        """Scores the policy inside `scoring`, and records metrics of the pass. `options` are those of [`~scoring.score.score`]."""
+        assert self.scored is not None
+        layout = self.scored.layout
+        places = (layout.rows * layout.input_ids.shape[1] + layout.columns)[layout.coefficients != 0]
+        with counted_tokens(model, places) as loads:
+            logps, entropies = score(model, layout, self.spec, self.temperature, *options)
+        self.log_scores(logps.detach())
+        if loads:
+            self._record_loads(self.accelerator.reduce(torch.stack(loads), reduction="sum"))
+        return logps, entropies
+
     # ---------------------------------------------------------------------------------------------- TRL's hooks
 
     def _get_per_token_logps_and_entropies(
@@ -137,10 +150,9 @@ class DiffusionScoring(RowwiseEvaluation):
                 )
             return fit(self.rollout.trajectories.logps, logits_to_keep), None, None
         gradient = self.args.entropy_coef != 0.0 or self.args.use_adaptive_entropy
-        logps, entropies = score(model, self.scored.layout, self.spec, self.temperature, compute_entropy, gradient)
-        if compute_entropy:  # the pass of the policy, not of the reference
-            self.log_scores(logps.detach())
-        return logps, entropies, None
+        if not compute_entropy:  # of the reference
+            return *score(model, self.scored.layout, self.spec, self.temperature), None
+        return *self.score_policy(model, True, gradient), None
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """

@@ -18,7 +18,6 @@ from ..policies.forward import unwrap
 from ..policies.whole import only_whole_models
 from ..scoring.diagnostics import ratio_statistics, summarise_ratios
 from ..scoring.estimators import ESTIMATORS
-from ..scoring.score import score
 from ..scoring.states import states_to_draw
 from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import write_text
@@ -201,7 +200,7 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
             inputs = {key: value[used] if is_rows(value) else value for key, value in inputs.items()}
         with self.scoring(inputs, iteration) as scored:
             weights = scored.layout.weights
-            logps, _ = score(model, scored.layout, self.spec, self.temperature)
+            logps, _ = self.score_policy(model)
             log_ratios = None
             if self.beta != 0.0:
                 reference = self.reference.of_batch(inputs, scored.layout, iteration)
@@ -209,7 +208,6 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
                 ratios = ratio_statistics(reference - logps.detach(), weights)
                 kl = self.accelerator.reduce(ratios, reduction="sum")
                 self._record("kl", summarise_ratios(kl)["kl_to_old"], kl[0].item())
-            self.log_scores(logps.detach())
         lengths = states_to_draw(trajectories_of(inputs), self.spec, self.scoring_config.selection).counted.sum(1)
         responses = Responses((logps * weights).sum(1), log_ratios, lengths)
         loss, sums = pairwise_loss(responses, pairs, self.args.pairwise())
