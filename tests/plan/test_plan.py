@@ -214,12 +214,12 @@ def test_what_train_refuses_is_refused(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_command(capsys, tmp_path, monkeypatch):
-    found = {}
+    simulated = {}
 
     def simulate_once(*given, **options):  # what is asked for twice below
         key = repr((given[0].to_json_string(), given[1:], options))
-        found[key] = found.get(key) or simulate(*given, **options)
-        return found[key]
+        simulated[key] = simulated.get(key) or simulate(*given, **options)
+        return simulated[key]
 
     monkeypatch.setattr("trl_diffusion.commands.plan.simulate_layers", simulate_once)
     small = ["--batch_size", "2", "--num_generations", "2", "--rollout_batch_size", "2", "--prompt_length", "16",
@@ -258,6 +258,7 @@ def test_command(capsys, tmp_path, monkeypatch):
     # 300 prompts with 2 responses each, 2 at once on each of 2 GPUs
     assert time["rollout_hours"] == pytest.approx(150 * time["rollout_seconds"] / 3600)
     assert time["update_hours_lora"] == pytest.approx(150 * time["update_seconds_lora"] / 3600)
+    assert len(simulated) == 6  # two workloads, three policies
     assert main([model, "--answer_length", "17", *small]) == 2
     assert "`--answer_length` is 17, but responses have 16" in capsys.readouterr().err
     assert main([model, "--tflops", "0", *small]) == 2

@@ -193,7 +193,7 @@ def test_what_a_sinking_reward_is():
 def test_the_log_warns_of_a_sinking_reward(pairwise, caplog, sinks):
     """Pushing the worse responses down takes the better ones along, unless something holds them."""
     losses = {"dpo_loss_type": ["sigmoid"]} if sinks else {"dpo_loss_weights": [1.0, 20.0]}
-    trainer = pairwise(max_steps=24, beta=2.0, learning_rate=2e-2, num_draws=8, **losses)
+    trainer = pairwise(max_steps=14, beta=2.0, learning_rate=2e-2, num_draws=8, **losses)
     trainer.train()
     assert caplog.text.count("the better responses become less likely, too") == int(sinks), [
         (log["rewards/chosen"], log["rewards/accuracies"]) for log in logs_of(trainer)
