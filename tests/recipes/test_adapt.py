@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.policies.backbones import tiny_backbone
 from tests.policies.test_conversion import WORDS, tokenizer_of
+from tests.rehearsal.test_dry_run import FOOTPRINT
 from trl_diffusion import DiffusionSpec, generate
 from trl_diffusion.commands.adapt import main, parse
 from trl_diffusion.policies.policy import open_policy
@@ -141,6 +143,49 @@ def test_mistakes(checkpoint, tmp_path, capsys, change, message):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert not list((tmp_path / "policy").rglob("*.safetensors"))
+
+
+def rehearse(capsys, *words: str) -> tuple[int, str, list[str]]:
+    """The exit code of a dry run, what it prints, and its mistakes."""
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--dry_run", "--bf16", "false"])
+    out, err = capsys.readouterr()
+    return end.value.code, out, [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+def test_a_dry_run_says_what_the_policy_will_be(checkpoint, rows, tmp_path, capsys, monkeypatch):
+    """The mask token, blocks and stop tokens that the command chooses. No weights are read, and nothing is written."""
+    monkeypatch.setattr(
+        "trl_diffusion.policies.conversion.load_model", lambda *_, **__: pytest.fail("weights are read")
+    )
+    monkeypatch.setattr("trl_diffusion.commands.dry_needs.simulate_layers", lambda *_, **__: FOOTPRINT)
+    output = str(tmp_path / "policy")
+    words = [str(checkpoint), "--output_dir", output, "--block_size", "2"]
+    code, out, mistakes = rehearse(capsys, *words)
+    assert (code, mistakes) == (0, []) and not Path(output).exists()
+    monkeypatch.undo()
+    main(words)
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line.startswith(("Mask token", "Blocks"))] and len(said) >= 3
+    assert all(line in out for line in said if line.startswith(("Mask token", "Blocks")))
+    shutil.rmtree(output)
+
+    monkeypatch.setattr("trl_diffusion.commands.dry_needs.simulate_layers", lambda *_, **__: FOOTPRINT)
+    code, out, mistakes = rehearse(capsys, *words, "--train_file", rows[0], "--eval_file", rows[1], "--max_steps", "3")
+    assert (code, mistakes) == (0, []) and "10 documents to train on" in out and "3 updates" in out
+    assert not Path(output).exists()
+    for change, message in (
+        (["--mask_token", "w3"], "the tokenizer also uses for ordinary text"),
+        (["--diffusion_spec", '{"block_size": 2}'], "`diffusion_spec` is written by this command"),
+        (["--train_file", "nothing.jsonl"], "nothing.jsonl"),
+        (["--gguf_file", "model.gguf"], "gguf"),
+    ):
+        code, _, mistakes = rehearse(capsys, *words, *change)
+        assert code == 2 and any(message in one for one in mistakes), mistakes
+    code, _, mistakes = rehearse(capsys, *words, "--mask_token", "w3", "--train_file", "nothing.jsonl")
+    assert len(mistakes) == 2  # both at once
+    code, _, mistakes = rehearse(capsys, "--output_dir", output)
+    assert code == 2 and "There is no model" in mistakes[0]
 
 
 def test_rows_of_another_kind(checkpoint, tmp_path, capsys):

@@ -27,12 +27,14 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from accelerate import PartialState
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from ..fields import AtLeast
-from ..policies.conversion import convert_checkpoint, describe
+from ..policies.conversion import convert_checkpoint, describe, gguf_file, outline_causal
 from ..sft.config import DiffusionSFTConfig, is_refused
 from ..utils import check_writable, errors_in_a_line, use_all_cores, write_text
+from .dry import is_dry
 from .groups import ADAPT, INHERITED
 from .lines import TuningLines, start
 from .options import DOCUMENTS, OptionParser, without_task
@@ -42,13 +44,7 @@ from .sft import ScriptArguments, fine_tune, load_data
 
 FOLDER = "converted"  # below the output directory: the policy before it is trained
 RECORD = "conversion.json"  # in it: what it was made from, and how
-LEFT_OUT = (
-    "diffusion_spec",
-    "trajectories",
-    "random_policy",
-    "dry_run",
-    "gpu_memory",
-)  # options of `sft` for what is a policy
+LEFT_OUT = ("diffusion_spec", "trajectories", "random_policy")  # options of `sft` for what is a policy
 
 
 @dataclass
@@ -108,6 +104,37 @@ class AdaptArguments(ScriptArguments):
 # ------------------------------------------------------------------------------------------------------- converting
 
 
+def check_options(training_args: DiffusionSFTConfig, model_args: ModelConfig) -> None:
+    """Raises a `ValueError` if there is no model, or a spec is given."""
+    if not model_args.model_name_or_path:
+        raise ValueError(f"There is no model. Give its path or hub id: {PROG} adapt MODEL --output_dir DIR.")
+    if training_args.diffusion_spec:
+        raise ValueError(
+            "`diffusion_spec` is written by this command. Set `--block_size`, `--mask_token`, `--token_shift`, `--attention` or "
+            "`--block_origin` instead."
+        )
+
+
+def _source(script_args: AdaptArguments, model_args: ModelConfig) -> dict[str, Any]:
+    """Where the model and its tokenizer are, besides the path."""
+    revision = {"revision": model_args.model_revision} if model_args.model_revision not in (None, "main") else {}
+    return {"tokenizer": script_args.tokenizer_name_or_path, "gguf": script_args.gguf_file, **revision}
+
+
+def outline(script_args: AdaptArguments, model_args: ModelConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The config and the tokenizer of the model. No weights are read."""
+    return outline_causal(str(model_args.model_name_or_path), **_source(script_args, model_args))
+
+
+def generation_config(script_args: AdaptArguments, model_args: ModelConfig) -> GenerationConfig | None:
+    """The generation config of the model, if it has one in a file."""
+    place, _ = gguf_file(str(model_args.model_name_or_path), script_args.gguf_file)
+    try:
+        return GenerationConfig.from_pretrained(place, revision=model_args.model_revision or "main")
+    except OSError:
+        return None
+
+
 def make_policy(script_args: AdaptArguments, model_args: ModelConfig, directory: Path) -> list[str]:
     """
     Converts the model and saves it, unless the directory has it from an earlier run with the same options. The first process
@@ -121,15 +148,8 @@ def make_policy(script_args: AdaptArguments, model_args: ModelConfig, directory:
     state, record = PartialState(), directory / RECORD
     with state.main_process_first():
         if state.is_main_process and not (record.is_file() and json.loads(record.read_text()).get("options") == told):
-            revision = model_args.model_revision
-            spec, mask = convert_checkpoint(
-                source,
-                directory,
-                tokenizer=script_args.tokenizer_name_or_path,
-                gguf=script_args.gguf_file,
-                revision=None if revision == "main" else revision,
-                **script_args.options(),
-            )
+            where = _source(script_args, model_args)
+            spec, mask = convert_checkpoint(source, directory, **where, **script_args.options())
             lines = list(describe(spec, mask))
             write_text(record, json.dumps({"options": told, "lines": lines}, indent=2) + "\n")
     return json.loads(record.read_text())["lines"]
@@ -148,13 +168,8 @@ def run(
     output = str(training_args.output_dir)
     with errors_in_a_line():
         use_all_cores()
-        if not model_args.model_name_or_path:
-            raise ValueError(f"There is no model. Give its path or hub id: {PROG} adapt MODEL --output_dir DIR.")
-        if training_args.diffusion_spec:
-            raise ValueError(
-                "`diffusion_spec` is written by this command. Set `--block_size`, `--mask_token`, `--token_shift`, `--attention` or "
-                "`--block_origin` instead."
-            )
+        script_args.check_wet()
+        check_options(training_args, model_args)
         check_writable(output, "--output_dir")
         if script_args.trains:
             load_data(script_args, training_args.seed)  # a mistake is said before weights are loaded
@@ -200,6 +215,10 @@ def _parser() -> OptionParser:
 @errors_in_a_line()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command, with the options of the command line by default."""
+    if is_dry(arguments):
+        from . import dry_run  # here, since it knows this command
+
+        raise SystemExit(dry_run.main("adapt", arguments))
     start(TuningLines(), parse, run, arguments)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from ..fields import Within
 
 
-REHEARSED = ("train", "sft", "collect")  # the commands with these options that `accelerate launch` starts
+REHEARSED = ("train", "sft", "adapt", "collect")  # the commands with these options that `accelerate launch` starts
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The dry runs of `sft`, `collect` and `iterate`."""
+"""The dry runs of `sft`, `adapt`, `collect` and `iterate`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any, cast
 
 import datasets
 from datasets import Dataset
+from transformers import GenerationConfig
 
 from ..offline.collect import check_source
 from ..plan.simulate import Workload
+from ..policies.conversion import describe, plan_policy
 from ..policies.limits import context_length
 from ..policies.prompts import read_chat_template_kwargs
 from ..policies.small import random_model, small_config
+from ..policies.spec import set_spec
 from ..rehearsal.findings import Findings
 from ..rehearsal.gold import check_rewards
 from ..rehearsal.policy import Outline, outline
@@ -25,7 +28,7 @@ from ..sft.trainer import DiffusionSFTTrainer
 from ..tasks import Task
 from ..trainer.setup import check_prompt_rows
 from ..utils import check_writable, read_mapping
-from . import collect, iterate, sft
+from . import adapt, collect, iterate, sft
 from .dry_needs import (
     TRAJECTORY,
     Target,
@@ -37,7 +40,7 @@ from .dry_needs import (
     plan_for,
     say_time,
 )
-from .dry_run import USUAL_PROMPT, begin, dry_train, read, say_prompts, setting_up
+from .dry_run import USUAL_PROMPT, begin, check_output, dry_train, read, say_prompts, setting_up
 from .settings import TUNING
 
 
@@ -47,9 +50,51 @@ from .settings import TUNING
 def dry_sft(findings: Findings, words: list[str], target: Target) -> None:
     """Rehearses `sft`."""
     begun = begin(findings, sft.parse, words, target, TUNING)
-    if begun is None:
+    if begun is not None:
+        (script_args, args, model_args), policy, target = begun
+        _tune(findings, script_args, args, model_args, policy, target)
+
+
+def dry_adapt(findings: Findings, words: list[str], target: Target) -> None:
+    """Rehearses `adapt`: what the policy will be, and its training if there is one."""
+    found, target = read(findings, adapt.parse, words, target, None)
+    if found is None:
         return
-    (script_args, args, model_args), policy, target = begun
+    script_args, args, model_args = found
+    check_packages(findings, model_args, target)
+    check_output(findings, args)
+    with tempfile.TemporaryDirectory() as folder:
+        policy = Outline(folder)
+        with findings.part("options"):
+            adapt.check_options(args, model_args)
+        with findings.part("policy"):
+            policy.config, policy.tokenizer = adapt.outline(script_args, model_args)
+        if policy.config is not None and policy.tokenizer is not None:
+            with findings.part("spec"):
+                _convert(findings, policy, adapt.generation_config(script_args, model_args), script_args.options())
+        if script_args.trains:
+            _tune(findings, script_args, args, model_args, policy, target)
+
+
+def _convert(
+    findings: Findings, policy: Outline, generation_config: GenerationConfig | None, options: dict[str, Any]
+) -> None:
+    """Makes the config and the tokenizer of a causal model those of a policy, and saves them where the policy is taken to be."""
+    assert policy.config is not None and policy.tokenizer is not None
+    spec, mask = plan_policy(policy.config, policy.tokenizer, generation_config, **options)
+    findings.say("spec", " ".join(describe(spec, mask)))
+    text = policy.config.get_text_config()
+    if mask.token_id >= text.vocab_size:
+        findings.say("spec", f"the embeddings get a row for it, and have {mask.token_id + 1:,} then")
+        text.vocab_size = mask.token_id + 1
+    set_spec(policy.config, spec)
+    policy.config.save_pretrained(policy.path)
+    policy.tokenizer.save_pretrained(policy.path)
+    policy.spec = spec
+
+
+def _tune(findings: Findings, script_args: Any, args: Any, model_args: Any, policy: Outline, target: Target) -> None:
+    """What comes before a policy is tuned."""
     data, lengths = None, []
     if policy.tokenizer is not None or not script_args.trajectories:
         with findings.part("data"):

@@ -56,7 +56,7 @@ def main(
     Rehearses a command.
 
     Args:
-        name (`str`): `train`, `sft`, `collect` or `iterate`.
+        name (`str`): `train`, `sft`, `adapt`, `collect` or `iterate`.
         arguments (`list[str]`, *optional*): its options. Defaults to those of the command line.
         accelerate_config (`str`, *optional*): path of the config of accelerate that the run will start with.
         processes (`int`, *optional*): number of its processes.
@@ -69,6 +69,7 @@ def main(
     checks: dict[str, Callable[[Findings, list[str], Target], object]] = {
         "train": dry_train,
         "sft": dry_others.dry_sft,
+        "adapt": dry_others.dry_adapt,
         "collect": dry_others.dry_collect,
         "iterate": dry_others.dry_iterate,
     }

@@ -176,6 +176,7 @@ ADAPT: Groups = {
     "updates": SFT["updates"],
     "responses, when a task is measured": SFT["responses, when a task is measured"],
     "output": _OUTPUT,
+    "rehearsal": _REHEARSAL,
 }
 
 COLLECT: Groups = {

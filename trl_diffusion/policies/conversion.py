@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -158,7 +160,9 @@ def _check_free(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
 # -------------------------------------------------------------------------------------------------------- stop tokens
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_tokens(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
+) -> tuple[int, ...]:
     """
     The tokens that end an answer of a causal model: those of the tokenizer, of the generation config and of the config.
 
@@ -167,11 +171,11 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
     """
     given = [
         tokenizer.eos_token_id,
-        getattr(model.generation_config, "eos_token_id", None),
-        model.config.get_text_config().eos_token_id,
+        getattr(generation_config, "eos_token_id", None),
+        config.get_text_config().eos_token_id,
     ]
     found = [token for one in given if one is not None for token in (one if isinstance(one, list | tuple) else [one])]
-    size = model.config.get_text_config().vocab_size
+    size = config.get_text_config().vocab_size
     stops = tuple(dict.fromkeys(int(token) for token in found if 0 <= int(token) < size))
     if not stops:
         raise ValueError(
@@ -234,15 +238,57 @@ def check_looks_back(model: PreTrainedModel) -> None:
         )
 
 
-def convert(
-    model: PreTrainedModel,
+def plan_policy(
+    config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig | None = None,
     *,
     mask_token: str | None = None,
     block_size: int = 4,
     token_shift: bool = True,
     attention: Literal["block", "full"] = "block",
     block_origin: Literal["sequence", "response"] = "sequence",
+) -> tuple[DiffusionSpec, MaskToken]:
+    """
+    What becomes of a causal model, without its weights.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]): config of the model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer, which gets the mask token.
+        generation_config ([`~transformers.GenerationConfig`], *optional*): may name further stop tokens.
+        mask_token, block_size, token_shift, attention, block_origin: as for [`convert`].
+
+    Returns:
+        The policy's [`DiffusionSpec`], and the [`MaskToken`]. A mask token beyond the vocabulary of the config needs one more row of
+        the embeddings.
+
+    Raises:
+        ValueError: if the model cannot be a policy (see [`check_causal`]), or there is something wrong with the mask token (see
+            [`choose_mask_token`]).
+    """
+    check_causal(config)
+    mask = choose_mask_token(config, tokenizer, mask_token)
+    spec = DiffusionSpec(
+        mask_token_id=mask.token_id,
+        attention=attention,
+        block_size=block_size,
+        block_origin=block_origin,
+        token_shift=token_shift,
+        first_token="autoregressive" if token_shift and attention == "block" else "diffusion",
+        stop_token_ids=stop_tokens(config, tokenizer, generation_config),
+    )
+    if mask.text is not None:
+        tokenizer.add_special_tokens({"mask_token": mask.text})
+    enlarged = deepcopy(config)
+    text = enlarged.get_text_config()
+    text.vocab_size = max(text.vocab_size, mask.token_id + 1)
+    spec = with_absent_tokens(spec, enlarged, tokenizer)
+    check_spec(spec, enlarged)
+    return spec, mask
+
+
+def convert(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> tuple[DiffusionSpec, MaskToken]:
     """
     Makes a policy of a causal model, in place. Its weights stay as they are, so it has yet to learn to fill in masked tokens
@@ -272,22 +318,9 @@ def convert(
     check_causal(model.config)
     check_attention(model)
     check_looks_back(model)
-    mask = choose_mask_token(model.config, tokenizer, mask_token)
-    spec = DiffusionSpec(
-        mask_token_id=mask.token_id,
-        attention=attention,
-        block_size=block_size,
-        block_origin=block_origin,
-        token_shift=token_shift,
-        first_token="autoregressive" if token_shift and attention == "block" else "diffusion",
-        stop_token_ids=stop_tokens(model, tokenizer),
-    )
-    if mask.text is not None:
-        tokenizer.add_special_tokens({"mask_token": mask.text})
+    spec, mask = plan_policy(model.config, tokenizer, model.generation_config, **options)
     if mask.token_id >= model.config.get_text_config().vocab_size:
         _add_row(model, mask.token_id + 1)
-    spec = with_absent_tokens(spec, model.config, tokenizer)
-    check_spec(spec, model.config)
     try_policy(model, spec)
     set_spec(model.config, spec)
     return spec, mask
@@ -347,6 +380,32 @@ def _package(name: str) -> str:
     return str(places[0])
 
 
+def outline_causal(
+    path: str | Path, *, tokenizer: str | None = None, gguf: str | None = None, **options: Any
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """
+    The config and the tokenizer of a causal model, if it can become a policy as far as they tell. No weights are read.
+
+    Args:
+        path, tokenizer, gguf, options: as for [`load_causal`].
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as [`load_causal`].
+    """
+    place, file = gguf_file(path, gguf)
+    if file is None:
+        config = load_config(place, **options)
+        check_causal(config)
+        check_weights(place)
+        return config, load_tokenizer(tokenizer or place, **({} if tokenizer else options))
+    if find_spec("gguf") is None:
+        raise ImportError("GGUF files are read by gguf, which is missing: pip install 'trl-diffusion[gguf]'.")
+    check_there(place, file, **options)
+    config = load_config(place, gguf_file=file, **options)
+    check_causal(config)
+    return config, load_tokenizer(tokenizer) if tokenizer else load_tokenizer(place, gguf_file=file, **options)
+
+
 def load_causal(
     path: str | Path,
     *,
@@ -372,19 +431,10 @@ def load_causal(
         ImportError: if it is a GGUF file and `gguf` is missing.
         ValueError: if the model cannot be a policy (see [`check_causal`]), or a file is damaged.
     """
+    config, words = outline_causal(path, tokenizer=tokenizer, gguf=gguf, **options)
     place, file = gguf_file(path, gguf)
     if file is None:
-        config = load_config(place, **options)
-        check_causal(config)
-        check_weights(place)
-        found = load_tokenizer(tokenizer or place, **({} if tokenizer else options))
-        return load_model(place, "cpu", dtype=dtype, **options), found
-    if find_spec("gguf") is None:
-        raise ImportError("GGUF files are read by gguf, which is missing: pip install 'trl-diffusion[gguf]'.")
-    check_there(place, file, **options)
-    config = load_config(place, gguf_file=file, **options)
-    check_causal(config)
-    words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(place, gguf_file=file, **options)
+        return load_model(place, "cpu", dtype=dtype, **options), words
     loaded = load_model(place, "cpu", gguf_file=file, dtype=torch.float32 if dtype == "auto" else dtype, **options)
     return _fresh(loaded, config), words
 
