@@ -6,7 +6,8 @@ Is decoding as fast as it was, and does it give the same tokens? Times this chec
 
 Each turn is a fresh process, which decodes with one thread and counts its own core seconds: the embedded policy (block attention) and a random
 policy with full attention, each `--repeats` times after a first one, of which the median counts. The ratio of a round is this checkout's
-time over the other one's; the interval of 95 % is over rounds (Student's t).
+time over the other one's; the interval of 95 % is over rounds (Student's t). Beside it stand the tensor operations and the calls of Python
+functions in one decoding, which do not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ import hashlib, json, sys, time
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl_diffusion import DecodingConfig, DiffusionSpec, decode, set_spec, tiny_policy_path
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl_diffusion.rewards import sudoku
+
+class Operations(TorchDispatchMode):
+    count = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
 
 torch.set_num_threads(1)
 count, repeats = int(sys.argv[1]), int(sys.argv[2])
@@ -51,9 +59,15 @@ for name, model, settings in (
         started = time.process_time()
         batch = decode(model, prompts, settings, seeds=list(range(count)))
         times.append(time.process_time() - started)
+    with Operations() as operations:
+        decode(model, prompts, settings, seeds=list(range(count)))
+    calls = [0]
+    sys.setprofile(lambda frame, event, arg: calls.__setitem__(0, calls[0] + (event == "call")))
+    decode(model, prompts, settings, seeds=list(range(count)))
+    sys.setprofile(None)
     kept = (batch.canvas_ids, batch.steps, batch.logps)
     digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in kept)).hexdigest()
-    found[name] = {"times": times[1:], "digest": digest}
+    found[name] = {"times": times[1:], "digest": digest, "operations": operations.count, "calls": calls[0]}
 print(json.dumps(found))
 """
 
@@ -88,7 +102,11 @@ def main() -> None:
         ratios = [statistics.median(a[name]["times"]) / statistics.median(b[name]["times"]) for a, b in pairs]
         same = len({one[name]["digest"] for pair in pairs for one in pair}) == 1
         rows[name] = {"ratio": statistics.mean(ratios), "half": half_width(ratios), "ratios": ratios, "same": same}
+        for kind in ("operations", "calls"):
+            rows[name][kind] = [pairs[0][which][name][kind] for which in (0, 1)]
+        shares = {kind: rows[name][kind][0] / rows[name][kind][1] for kind in ("operations", "calls")}
         print(f"{name}: {rows[name]['ratio']:.3f} +- {rows[name]['half']:.3f} of the time, "
+              f"{shares['operations']:.4f} of the operations, {shares['calls']:.4f} of the calls, "
               f"{'the same' if same else 'OTHER'} tokens, steps and log-probabilities")  # fmt: skip
     if args.json:
         print(json.dumps({"rounds": args.rounds, "prompts": args.prompts, **rows}))
