@@ -122,3 +122,11 @@ def test_names_and_numbers_are_checked():
         RewardCaller([lengths, lengths])
     with pytest.raises(ValueError, match="2 reward functions but 1 tokenizers"):
         RewardCaller([lengths, slowly], tokenizers=[None])
+
+
+@pytest.mark.parametrize("names", ["math_accuracy", ["math_accuracy"]])
+def test_the_name_of_a_function_is_no_model(names):
+    with pytest.raises(
+        ValueError, match=r"Pass the function itself: from trl_diffusion\.rewards\.math import math_accuracy"
+    ):
+        RewardCaller(names)

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from ..errors import code_of
 from ..policies.files import check_records, check_weights
 from ..policies.loading import refusing_code
 from ..policies.places import check_there
+from .named import REWARDS
 
 
 if TYPE_CHECKING:
@@ -70,6 +72,23 @@ def as_stored(reward: Any, name: str, where: str) -> float | None:
     return None if math.isnan(value) else value
 
 
+def check_reward_model(path: str) -> None:
+    """
+    Checks that there is a reward model at a path or on the hub.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the text is the name of a reward function of this package, which has to be passed itself.
+    """
+    if path in REWARDS and not Path(path).exists():
+        module = REWARDS[path].__module__
+        raise ValueError(
+            f"`reward_funcs` has the text {path!r}, and a text is the path of a reward model. Pass the function itself: "
+            f"from {module} import {path}."
+        )
+    check_there(path)
+
+
 @dataclass
 class RewardCaller:
     """
@@ -105,7 +124,7 @@ class RewardCaller:
             raise ValueError(f"Reward functions need different names, got {self.names}.")
         for place, function in enumerate(self.reward_funcs):
             if isinstance(function, str):
-                check_there(function)
+                check_reward_model(function)
                 check_records(function)
                 check_weights(function)
                 with refusing_code(f"The reward model {function}", _OTHER_MODEL):

@@ -12,26 +12,12 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..fields import nearest
 from ..policies.files import check_no_pointer
-from ..rewards import countdown, math, sudoku, word_sums
+from ..rewards.named import REWARDS
 from .code import is_named_object, named_object
 from .rows import read_rows
 from .task import Task, is_prompt, parameters, prompt_key
 
 
-# Reward functions that need no module.
-REWARDS: dict[str, Callable] = {
-    function.__name__: function
-    for function in (
-        math.math_accuracy,
-        math.answer_format,
-        sudoku.sudoku_solved,
-        sudoku.sudoku_units,
-        countdown.countdown_solved,
-        countdown.countdown_numbers,
-        word_sums.word_sums_solved,
-        word_sums.word_sums_digits,
-    )
-}
 # Those that TRL's own script knows by these names.
 OF_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
 # What a trainer hands to a reward function beside the columns.

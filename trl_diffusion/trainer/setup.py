@@ -21,7 +21,6 @@ from ..policies.forward import check_attention, unwrap
 from ..policies.limits import check_layers
 from ..policies.loading import config_of, resolve_spec, tokenizer_of
 from ..policies.lora import check_adapter, check_adapters, check_targets, empty_model
-from ..policies.places import check_there
 from ..policies.prompts import TemplateRefusal, check_form, check_visible, tokenize_prompts
 from ..policies.quantized import prepare_rounded
 from ..policies.spec import set_spec
@@ -34,6 +33,7 @@ from ..policies.training import (
     switch_off_router_loss,
     train_padding_token,
 )
+from ..rewards.call import check_reward_model
 from ..trajectories.dataset import is_trajectory_dataset
 from .agreement import failing_together
 from .callbacks import show_rewards
@@ -180,7 +180,7 @@ def _check_kinds(reward_funcs: Any, tokenizer: Any) -> None:
     """Checks that reward functions and tokenizer are such, and that there are reward models where paths lead."""
     for reward in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
         if isinstance(reward, str):
-            check_there(reward)
+            check_reward_model(reward)
         elif reward is not None and not callable(reward):
             what = "a function, a reward model, its path, or a list of these"
             raise TypeError(f"`reward_funcs` must be {what}, got {reward!r:.80} ({type(reward).__name__}).")
