@@ -23,7 +23,7 @@ import trl_diffusion
 from trl_diffusion import DecodingConfig, DTRPOConfig, cli
 from trl_diffusion.commands import adapt, collect, evaluate, recipes_path, sft, train
 from trl_diffusion.commands.dry import is_dry
-from trl_diffusion.commands.parser import file_or_name, starting_parser
+from trl_diffusion.commands.parser import MACHINES, file_or_name, starting_parser
 from trl_diffusion.commands.settings import TRAINING, TUNING, find_settings, given_options, keep_settings
 from trl_diffusion.decoding.options import RolloutOptions
 from trl_diffusion.decoding.strategies import STRATEGIES
@@ -40,7 +40,7 @@ PAGES = [
 ]
 UNRUNNABLE = "<!-- needs a 7B model -->\n"  # before a Python block that is compiled only
 # Commands of others, which are not parsed.
-FOREIGN = {"cd", "curl", "done", "for", "git", "hf", "kill", "mkdir", "source"}
+FOREIGN = {"cd", "cp", "curl", "done", "for", "git", "hf", "kill", "mkdir", "sbatch", "source"}
 SLOW = "<!-- takes minutes -->\n"  # before a Python block that is run with fewer updates
 
 
@@ -385,7 +385,7 @@ def what_writes(page: str) -> list[tuple[str, str]]:
         options = words[words.index(name) + 1 :] if name else []
         name = scripts.get(name, name)
         if name in ("train", "sft"):
-            options = without(options, "--accelerate_config", "--num_processes")
+            options = without(options, "--accelerate_config", "--num_processes", *(f"--{name}" for name in MACHINES))
             if "--config" in options:
                 at = options.index("--config") + 1
                 options[at] = file_or_name(recipes_path())(options[at])

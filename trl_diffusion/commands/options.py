@@ -11,7 +11,7 @@ from trl import TrlParser
 
 from ..decoding.options import OLD_NAMES
 from ..utils import check_config_file
-from .parser import PROG, Groups, Parser, starting_parser
+from .parser import MACHINES, PROG, Groups, Parser, starting_parser
 
 
 NO_TASK = "none"  # as `--task`: rows and rewards, or documents, of the user's own
@@ -62,7 +62,11 @@ class OptionParser(Parser, TrlParser):
                 action.help = argparse.SUPPRESS
 
     def _sections(self, full: bool) -> list[tuple[str | None, list[argparse.Action]]]:
-        return [("start", self.starting), *super()._sections(full)]
+        listed = [action for action in self.starting if full or action.dest not in MACHINES]
+        return [("start", listed), *super()._sections(full)]
+
+    def names_left_out(self) -> set[str]:
+        return {*super().names_left_out(), *MACHINES}
 
     def read(self, arguments: list[str] | None = None) -> tuple[Any, ...]:
         """
