@@ -46,6 +46,8 @@ _REFUSED = {
     "data_seed": "the order of the prompts is drawn from `seed`",
     "train_sampling_strategy": "TRL's own sampler is needed, which repeats prompts for their groups",
     "label_smoothing_factor": "there are no labels",
+    "enable_jit_checkpoint": "it saves in the middle of an update, after which a run cannot be resumed exactly. `save_steps` says how "
+    "often a checkpoint is written",
 }
 
 
