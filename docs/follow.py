@@ -50,6 +50,7 @@ NEEDS = {
         "a model from the hub"
     ),
     r"\b(llm-)?smollm2": "a package from the index",
+    r"^(sbatch|srun|scontrol|squeue)\b": "a Slurm cluster",
     r"^(hf|curl|for|done|git|cd)\b": "a network",
 }
 A_CHECKOUT = r"^(make|git|cd)\b|\brecipes/|constraints\.txt|\bbenchmarks/"
