@@ -105,7 +105,8 @@ class Job:
     def _wait(self, process: subprocess.Popen, when: Callable[[], bool]) -> None:
         limit = time.monotonic() + HANGS
         while not when():
-            assert process.poll() is None and time.monotonic() < limit, self.log()
+            hangs = time.monotonic() > limit
+            assert process.poll() is None and not hangs, self.log()
             time.sleep(0.1)
 
     def calls(self) -> list[str]:

@@ -24,7 +24,6 @@ from trl_diffusion.cli import EXAMPLES, main
 from trl_diffusion.commands import adapt, collect, evaluate, plan, sft, train
 from trl_diffusion.commands.collect import OPENING
 from trl_diffusion.commands.parser import MACHINES
-from trl_diffusion.decoding.options import OLD_NAMES
 from trl_diffusion.sft.config import is_refused as is_refused_for_sft
 from trl_diffusion.tasks.load import TASKS
 from trl_diffusion.trainer.config import is_refused
@@ -103,9 +102,9 @@ def test_help_of_a_recipe(name, capsys, monkeypatch):
     refused = model & known - set(OPENING)
     if name in REFUSED:
         refused = {option for option in known if REFUSED[name](option)}
-    taken = {"config", "accelerate_config", "num_processes", *MACHINES, *known} - {*OLD_NAMES, *refused}
+    taken = {"config", "accelerate_config", "num_processes", *MACHINES, *known} - refused
     assert taken - inherited - {*MACHINES} <= listed(short) <= taken - {*MACHINES}
-    assert taken <= listed(full) and not listed(full) & {*OLD_NAMES, *refused}
+    assert taken <= listed(full) and not listed(full) & refused
     assert len(short.splitlines()) < 170
     left_out = re.search(r"--help-all lists (\d+) more options", short)
     assert (int(left_out[1]) if left_out else 0) == len(taken - listed(short))

@@ -25,7 +25,7 @@ from trl_diffusion.commands import adapt, collect, evaluate, recipes_path, sft, 
 from trl_diffusion.commands.dry import is_dry
 from trl_diffusion.commands.parser import MACHINES, file_or_name, starting_parser
 from trl_diffusion.commands.settings import TRAINING, TUNING, find_settings, given_options, keep_settings
-from trl_diffusion.decoding.options import RolloutOptions
+from trl_diffusion.decoding.config import RolloutSettings
 from trl_diffusion.decoding.strategies import STRATEGIES
 from trl_diffusion.evaluation.run import TASK_NAMES, check_tasks
 from trl_diffusion.rewards import countdown
@@ -454,7 +454,7 @@ def test_options_in_the_table_exist_and_none_is_missing():
     """The table of what `DTRPOConfig` adds to TRL's config."""
     from trl import GRPOConfig
 
-    shared = {*GRPOConfig.__dataclass_fields__, *RolloutOptions.__dataclass_fields__}  # these are on the API page
+    shared = {*GRPOConfig.__dataclass_fields__, *RolloutSettings.__dataclass_fields__}  # these are on the API page
     own = set(DTRPOConfig.__dataclass_fields__) - shared
     table = text_of("docs/howto/grpo.md").split("| option |")[1]
     named = set(re.findall(r"`([a-z_]+)`", "".join(line.split("|")[1] for line in re.findall(r"^\|.*", table, re.M))))

@@ -9,7 +9,6 @@ from typing import Any
 
 from trl import TrlParser
 
-from ..decoding.options import OLD_NAMES
 from ..utils import check_config_file
 from .parser import MACHINES, PROG, Groups, Parser, starting_parser
 
@@ -58,7 +57,7 @@ class OptionParser(Parser, TrlParser):
             elsewhere=[action.dest for action in self.starting],
         )
         for action in self._actions:
-            if action.dest in {*hidden, *OLD_NAMES}:
+            if action.dest in hidden:
                 action.help = argparse.SUPPRESS
 
     def _sections(self, full: bool) -> list[tuple[str | None, list[argparse.Action]]]:

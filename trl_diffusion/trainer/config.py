@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from trl import GRPOConfig
 
-from ..decoding.config import DecodingConfig
-from ..decoding.options import RolloutOptions
+from ..decoding.config import DecodingConfig, RolloutSettings
 from ..fields import AtLeast, check_fields, check_one_of
 from ..names import knows_names
 from ..objectives.pairwise import PairwiseConfig
@@ -65,7 +64,7 @@ _CHOICES = {
 
 @knows_names
 @dataclass
-class DTRPOConfig(PolicyOptions, RolloutOptions, GRPOConfig):
+class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
     r"""
     Configuration class for the [`DTRPOTrainer`].
 
@@ -305,7 +304,6 @@ class DTRPOConfig(PolicyOptions, RolloutOptions, GRPOConfig):
         settle(self)
         if self.max_completion_length is None:
             raise ValueError("`max_completion_length` is needed: it is the length of the canvas.")
-        self.take_old_names()
         check_whole_numbers(self)
         super().__post_init__()
         check_numbers(self)
