@@ -50,6 +50,7 @@ NEEDS = {
         "a model from the hub"
     ),
     r"\b(llm-)?smollm2": "a package from the index",
+    r"^(sbatch|srun|scontrol|squeue)\b": "a Slurm cluster",
     r"^(hf|for|done|git|cd)\b|^curl (?!http://127\.0\.0\.1)": "a network",
 }
 A_CHECKOUT = r"^(make|git|cd)\b|\brecipes/|constraints\.txt|\bbenchmarks/"

@@ -56,6 +56,7 @@ def pytest_collection_finish():
 # Tests that take so long that `make test` leaves them to `make test-long`.
 LONG = (
     "distributed/test_evaluation.py::test_rows_that_fill_up_do_not_count",
+    "distributed/test_slurm.py::test_a_requeued_training_is_the_uninterrupted_one",
     "offline/test_kills.py::test_killed_trainings",
     "offline/test_kills.py::test_two_processes",
     "plan/test_plan.py::test_what_train_refuses_is_refused",

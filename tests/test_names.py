@@ -17,10 +17,8 @@ from trl_diffusion.names import SAME, other_names
 
 TRAINING = {"num_responses": "num_generations", "max_new_tokens": "max_completion_length"}
 COLLECTING = {"num_generations": "num_responses", "max_new_tokens": "max_completion_length"}
-DECODING = {
-    "max_completion_length": "max_new_tokens", "decoding_strategy": "strategy", "step_schedule": "schedule",
-    "confidence_threshold": "threshold",
-}  # fmt: skip
+EARLIER = {"decoding_strategy": "strategy", "step_schedule": "schedule", "confidence_threshold": "threshold"}
+DECODING = {"max_completion_length": "max_new_tokens", **EARLIER}
 
 
 def test_names_in_python(tmp_path):
@@ -37,7 +35,7 @@ def test_names_in_python(tmp_path):
         return generate(model, tokenizer, "1+1=", **options)
 
     for call, names in (
-        (lambda **options: DTRPOConfig("out", bf16=False, **options), TRAINING),
+        (lambda **options: DTRPOConfig("out", bf16=False, **options), {**TRAINING, **EARLIER}),
         (collecting, {"num_generations": "num_responses", "rollout_batch_size": "batch_size"}),
         (DecodingConfig, DECODING),
         (generating, DECODING),
@@ -53,11 +51,11 @@ def test_names_in_python(tmp_path):
 
 WORDS = {
     train: {
-        **TRAINING, "model": "model_name_or_path", "batch_size": "per_device_train_batch_size", "tasks": "task",
+        **TRAINING, **EARLIER, "model": "model_name_or_path", "batch_size": "per_device_train_batch_size", "tasks": "task",
         "lr": "learning_rate", "epochs": "num_train_epochs",
     },
     sft: {"dataset_name": "train_file", "dataset": "train_file"},
-    collect_command: {**COLLECTING, "adapter": "adapter_name_or_path", "per_device_train_batch_size": "batch_size"},
+    collect_command: {**COLLECTING, **EARLIER, "adapter": "adapter_name_or_path", "per_device_train_batch_size": "batch_size"},
     evaluate: {"task": "tasks", "model": "model_name_or_path", "seed": "seeds", "tokenizer": "tokenizer_name_or_path"},
 }  # fmt: skip
 

@@ -86,7 +86,8 @@ def test_wheel_and_sdist_hold_the_package(built):
     assert {name for name in names if not name.startswith(meta)} == shipped().keys()
     assert "trl-diffusion = trl_diffusion.cli:main" in entry_points
     for name in ("py.typed", "policies/tiny_policy/model.safetensors", "evaluation/tasks/sudoku_local.yaml",
-                 "commands/train.py", "recipes/llada.yaml", "recipes/accelerate/zero3.yaml"):  # fmt: skip
+                 "commands/train.py", "recipes/llada.yaml", "recipes/accelerate/zero3.yaml",
+                 "recipes/slurm/train.sbatch"):  # fmt: skip
         assert f"trl_diffusion/{name}" in names
     # What the README links to can be read without the repository.
     assert (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .policies.registration import register_families
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 register_families()  # with transformers' auto classes
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 from . import __version__
 from .commands.dry import REHEARSED, is_dry
 from .commands.interrupt import TYPED, ending_in_a_line
-from .commands.parser import PROG, Parser, starting_parser
+from .commands.parser import MACHINES, PROG, Parser, check_machines, starting_parser
 from .fields import nearest
 
 
@@ -81,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
             return import_module(f"{COMMANDS}.{name}").main(rest)
         if name not in LAUNCHED:
             _without_a_command(words)
-        options, rest = starting_parser(name).parse_own_args(rest)
+        starting = starting_parser(name)
+        options, rest = starting.parse_own_args(rest)
         if options.config:
             rest = ["--config", options.config, *rest]
         if {"-h", "--help", "--help-all", "--help_all"} & set(rest):
@@ -89,20 +90,27 @@ def main(arguments: list[str] | None = None) -> int:
         if name in REHEARSED and is_dry(rest):  # in this process, whatever would be started
             rehearse = import_module(f"{COMMANDS}.dry_run").main
             return rehearse(name, rest, options.accelerate_config, options.num_processes)
-        command = launch_command(name, rest, options.accelerate_config, options.num_processes)
+        check_machines(starting, options)
+        machines = {one: getattr(options, one) for one in MACHINES}
+        command = launch_command(name, rest, options.accelerate_config, options.num_processes, **machines)
         sys.stdout.flush()
         os.execve(command[0], command, {**os.environ, TYPED: shlex.join([PROG, *words])})
 
 
 def launch_command(
-    name: str, arguments: list[str], accelerate_config: str | None = None, num_processes: int | None = None
+    name: str,
+    arguments: list[str],
+    accelerate_config: str | None = None,
+    num_processes: int | None = None,
+    **machines: int | str | None,
 ) -> list[str]:
-    """The words of an `accelerate launch` that starts a command."""
+    """The words of an `accelerate launch` that starts a command. `machines`: the options of `MACHINES`."""
     words = [sys.executable, "-m", f"{COMMANDS}.launch"]
     if accelerate_config is not None:
         words += ["--config_file", accelerate_config]
-    if num_processes is not None:
-        words += ["--num_processes", str(num_processes)]
+    for option, value in {"num_processes": num_processes, **machines}.items():
+        if value is not None:
+            words += [f"--{option}", str(value)]
     return [*words, "--module", f"{COMMANDS}.{name}", *arguments]
 
 

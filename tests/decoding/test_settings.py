@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from dataclasses import Field, FrozenInstanceError, fields, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from trl_diffusion.cli import main
 from trl_diffusion.commands import collect, generate, train
 from trl_diffusion.commands.collect import CollectArguments
 from trl_diffusion.decoding.config import RolloutSettings
-from trl_diffusion.decoding.options import OLD_NAMES, given_decoding
+from trl_diffusion.decoding.options import given_decoding
 
 
 def another(setting: Field) -> Any:
@@ -147,46 +146,6 @@ def test_help_of_evaluate_names_every_setting(capsys):
         raise SystemExit(main(["evaluate", "--help-all"]))
     text = " ".join(capsys.readouterr().out.split())
     assert all(f" {setting.name}" in text for setting in fields(DecodingConfig))
-
-
-# ------------------------------------------------------------------------------------------------------------ old names
-
-
-@pytest.mark.parametrize(("old", "name"), OLD_NAMES.items())
-@pytest.mark.parametrize("make", [training, CollectArguments], ids=["train", "collect"])
-def test_old_names_are_understood(make, old, name):
-    needed = {"strategy": {}, "threshold": {"strategy": "threshold"}, "schedule": {"steps_per_block": 5}}[name]
-    with pytest.warns(FutureWarning, match=f"`{old}` is called `{name}` now"):
-        config = make(**needed, **{old: EVERY[name]})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".* is called", category=FutureWarning)
-        assert config.decoding() == make(**needed, **{name: EVERY[name]}).decoding()
-        assert getattr(config, old) is None  # a copy is not told twice
-
-
-@pytest.mark.parametrize(("old", "name"), OLD_NAMES.items())
-@pytest.mark.parametrize("make", [training, CollectArguments], ids=["train", "collect"])
-def test_both_names_at_once_are_refused(make, old, name):
-    with pytest.raises(ValueError, match=f"`{old}` is the old name of `{name}`: give `{name}` alone, got both"):
-        make(**{old: EVERY[name], name: EVERY[name]})
-
-
-def test_old_names_on_a_command_line_and_in_a_recipe(tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"output_dir: {tmp_path}\nbf16: false\ndecoding_strategy: threshold\nstep_schedule: linear\nsteps_per_block: 4\n"
-    )
-    with pytest.warns(FutureWarning):
-        _, args, _ = train.parse(["--config", str(recipe), "--confidence_threshold", "0.5"])
-    assert (args.strategy, args.schedule, args.threshold) == ("threshold", "linear", 0.5)
-    with pytest.warns(FutureWarning):
-        args, _ = collect.parse(["--decoding_strategy", "threshold"])
-    assert args.decoding().strategy == "threshold"
-
-
-def test_values_under_old_names_are_checked():
-    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="`threshold` must be a number"):
-        training(confidence_threshold=2.0)
 
 
 # -------------------------------------------------------------------------------------------------------- DecodingConfig

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
@@ -23,7 +23,7 @@ from trl_diffusion import DecodingConfig, __version__, generate, tiny_policy_pat
 from trl_diffusion.cli import EXAMPLES, main
 from trl_diffusion.commands import adapt, collect, evaluate, plan, sft, train
 from trl_diffusion.commands.collect import OPENING
-from trl_diffusion.decoding.options import OLD_NAMES
+from trl_diffusion.commands.parser import MACHINES
 from trl_diffusion.sft.config import is_refused as is_refused_for_sft
 from trl_diffusion.tasks.load import TASKS
 from trl_diffusion.trainer.config import is_refused
@@ -91,7 +91,8 @@ def listed(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_help_of_a_recipe(name, capsys, monkeypatch):
-    """`--help` lists all options of ours and the most needed of the inherited ones, `--help-all` all that are not refused."""
+    """`--help` lists all options of ours and the most needed of the inherited ones, `--help-all` all that are not refused, and those of
+    several machines."""
     monkeypatch.setenv("COLUMNS", "120")
     short, full = says(capsys, name, "--help"), says(capsys, name, "--help-all")
     assert f"    trl-diffusion {name}" in short
@@ -101,9 +102,9 @@ def test_help_of_a_recipe(name, capsys, monkeypatch):
     refused = model & known - set(OPENING)
     if name in REFUSED:
         refused = {option for option in known if REFUSED[name](option)}
-    taken = {"config", "accelerate_config", "num_processes", *known} - {*OLD_NAMES, *refused}
-    assert taken - inherited <= listed(short) <= taken
-    assert taken <= listed(full) and not listed(full) & {*OLD_NAMES, *refused}
+    taken = {"config", "accelerate_config", "num_processes", *MACHINES, *known} - refused
+    assert taken - inherited - {*MACHINES} <= listed(short) <= taken - {*MACHINES}
+    assert taken <= listed(full) and not listed(full) & refused
     assert len(short.splitlines()) < 170
     left_out = re.search(r"--help-all lists (\d+) more options", short)
     assert (int(left_out[1]) if left_out else 0) == len(taken - listed(short))
@@ -180,6 +181,9 @@ def test_options_are_not_abbreviated(words, message, capsys):
     assert len(line.splitlines()) == 1 and re.match(f"error: {message.replace('?', '[?]')}", line), line
 
 
+TWO, FIRST = ("--accelerate_config", "zero3_2x8"), ("--main_process_ip", "first")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -189,6 +193,20 @@ def test_options_are_not_abbreviated(words, message, capsys):
         (["collect", "--accelerate_config", "zero4"], "--accelerate_config: there is no file zero4, .*zero2, zero3"),
         (["evaluate", "--num_processes", "two"], "--num_processes: must be a whole number of at least 1, got 'two'"),
         (["collect", "--num_processes", "0"], "--num_processes: must be a whole number of at least 1, got '0'"),
+        (["train", "--accelerate_config", "zero3_2x8"], "2 machines train together: .*; --machine_rank is missing"),
+        (["train", *TWO, "--machine_rank", "1"], "2 machines train together: .*; --main_process_ip is missing"),
+        (
+            ["train", *TWO, *FIRST, "--machine_rank", "2"],
+            "--machine_rank must be below the number of machines, 2, got 2",
+        ),
+        (["train", *TWO, "--machine_rank", "-1"], "--machine_rank: must be a whole number of at least 0, got '-1'"),
+        (
+            ["train", *TWO, *FIRST, "--machine_rank", "0", "--num_processes", "3"],
+            "--num_processes must be a multiple .* 2, got 3",
+        ),
+        (["train", "--accelerate_config", "zero3", *FIRST], "--main_process_ip is for several machines"),
+        (["collect", "--num_machines", "2"], "several machines need an engine: add --accelerate_config"),
+        (["iterate", *TWO], "zero3_2x8.yaml is for 2 machines, and `trl-diffusion iterate` runs on one"),
         (["view", "x"], "error: There is no directory x"),
         (["plan", "x", "--gpus", "two\x1b[2J"], r"error: argument --gpus: invalid int value: 'two\\x1b\[2J'"),
         (["generate", ""], "error: The prompt is empty"),
@@ -219,6 +237,25 @@ def test_a_recipe_is_started(started, tmp_path, monkeypatch):
         assert launch.training_script == f"trl_diffusion.commands.{name}" and find_spec(launch.training_script)
         assert Path(launch.config_file).samefile(ROOT / "recipes" / "accelerate" / "zero3.yaml")
         assert launch.num_processes == 4 and launch.training_script_args == ["--seed", "-1"]
+
+
+def test_several_machines(started, tmp_path):
+    """Each machine has its rank. A config of accelerate's own may name rank and first machine, and options the number of machines."""
+    main(["train", *TWO, *FIRST, "--machine_rank", "1", "--main_process_port", "29501", "--seed", "3"])
+    own = tmp_path / "own.yaml"
+    config = (ROOT / "recipes" / "accelerate" / "fsdp2_2x8.yaml").read_text()
+    own.write_text(config.replace("machine_rank: 0", "machine_rank: 1\nmain_process_ip: first"))
+    main(["train", "--accelerate_config", str(own)])
+    four = ["--num_machines", "4", "--num_processes", "32", "--machine_rank", "3"]
+    main(["sft", "--accelerate_config", "zero3", *four, *FIRST])
+    found = [_validate_launch_command(launch)[0] for launch in started]
+    assert [(one.num_machines, one.num_processes, one.machine_rank) for one in found] == [
+        (2, 16, 1),
+        (2, 16, 1),
+        (4, 32, 3),
+    ]
+    assert {one.main_process_ip for one in found} == {"first"}
+    assert started[0].main_process_port == 29501 and started[0].training_script_args == ["--seed", "3"]
 
 
 def test_names_of_files(started, tmp_path, monkeypatch):

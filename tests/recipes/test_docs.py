@@ -23,9 +23,9 @@ import trl_diffusion
 from trl_diffusion import DecodingConfig, DTRPOConfig, cli
 from trl_diffusion.commands import adapt, collect, evaluate, recipes_path, sft, train
 from trl_diffusion.commands.dry import is_dry
-from trl_diffusion.commands.parser import file_or_name, starting_parser
+from trl_diffusion.commands.parser import MACHINES, file_or_name, starting_parser
 from trl_diffusion.commands.settings import TRAINING, TUNING, find_settings, given_options, keep_settings
-from trl_diffusion.decoding.options import RolloutOptions
+from trl_diffusion.decoding.config import RolloutSettings
 from trl_diffusion.decoding.strategies import STRATEGIES
 from trl_diffusion.evaluation.run import TASK_NAMES, check_tasks
 from trl_diffusion.rewards import countdown
@@ -40,7 +40,7 @@ PAGES = [
 ]
 UNRUNNABLE = "<!-- needs a 7B model -->\n"  # before a Python block that is compiled only
 # Commands of others, which are not parsed.
-FOREIGN = {"cd", "curl", "done", "echo", "for", "git", "hf", "kill", "mkdir", "source"}
+FOREIGN = {"cd", "cp", "curl", "done", "echo", "for", "git", "hf", "kill", "mkdir", "sbatch", "source"}
 SLOW = "<!-- takes minutes -->\n"  # before a Python block that is run with fewer updates
 
 
@@ -385,7 +385,7 @@ def what_writes(page: str) -> list[tuple[str, str]]:
         options = words[words.index(name) + 1 :] if name else []
         name = scripts.get(name, name)
         if name in ("train", "sft"):
-            options = without(options, "--accelerate_config", "--num_processes")
+            options = without(options, "--accelerate_config", "--num_processes", *(f"--{name}" for name in MACHINES))
             if "--config" in options:
                 at = options.index("--config") + 1
                 options[at] = file_or_name(recipes_path())(options[at])
@@ -454,7 +454,7 @@ def test_options_in_the_table_exist_and_none_is_missing():
     """The table of what `DTRPOConfig` adds to TRL's config."""
     from trl import GRPOConfig
 
-    shared = {*GRPOConfig.__dataclass_fields__, *RolloutOptions.__dataclass_fields__}  # these are on the API page
+    shared = {*GRPOConfig.__dataclass_fields__, *RolloutSettings.__dataclass_fields__}  # these are on the API page
     own = set(DTRPOConfig.__dataclass_fields__) - shared
     table = text_of("docs/howto/grpo.md").split("| option |")[1]
     named = set(re.findall(r"`([a-z_]+)`", "".join(line.split("|")[1] for line in re.findall(r"^\|.*", table, re.M))))

@@ -13,6 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from trl import get_peft_config
 
 from trl_diffusion.commands import sft, train
+from trl_diffusion.utils import load_yaml
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,14 +99,25 @@ def test_headers_say_how_to_launch(path):
 @pytest.mark.parametrize("path", ENGINES, ids=lambda path: path.stem)
 def test_engines_load(path):
     config = load_config_from_file(str(path))
+    engine = path.stem.removesuffix("_2x8")
+    machines = 2 if path.stem.endswith("_2x8") else 1
     kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
-    assert config.distributed_type == kinds.get(path.stem, "DEEPSPEED")
-    assert config.num_processes == 8 and config.mixed_precision == "bf16"
-    stage = {"zero2": 2, "zero3": 3, "zero3_offload": 3}.get(path.stem)
+    assert config.distributed_type == kinds.get(engine, "DEEPSPEED")
+    assert config.num_processes == 8 * machines and config.mixed_precision == "bf16"
+    assert config.num_machines == machines
+    stage = {"zero2": 2, "zero3": 3, "zero3_offload": 3}.get(engine)
     assert config.deepspeed_config.get("zero_stage") == stage
     offload = "cpu" if path.stem == "zero3_offload" else ("none" if stage else None)
     assert config.deepspeed_config.get("offload_param_device") == offload
-    assert config.fsdp_config.get("fsdp_version") == (2 if path.stem == "fsdp2" else None)
+    assert config.fsdp_config.get("fsdp_version") == (2 if engine == "fsdp2" else None)
     args = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
     args, *_ = _validate_launch_command(args)
-    assert args.num_processes == 8
+    assert args.num_processes == 8 * machines
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_two_machines_divide_as_one_does(engine):
+    """The config of two machines is that of one in everything else."""
+    one, two = (load_yaml(ROOT / "recipes" / "accelerate" / f"{engine}{machines}.yaml") for machines in ("", "_2x8"))
+    added = {"main_process_port": 29500, "rdzv_backend": "static", "same_network": True}  # how they find each other
+    assert two == {**one, **added, "num_machines": 2, "num_processes": 16}

@@ -11,7 +11,6 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 
 from trl_diffusion import DTRPOConfig
 from trl_diffusion.decoding.config import RolloutSettings
-from trl_diffusion.decoding.options import OLD_NAMES
 
 
 @pytest.mark.parametrize(
@@ -96,11 +95,11 @@ def test_bad_options_are_refused(tmp_path, option):
 def test_every_option_has_a_help_text_and_a_line_in_the_docstring():
     own = set(DTRPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
     settings = set(RolloutSettings.__dataclass_fields__)
-    assert len(own - settings - set(OLD_NAMES)) == 19 and settings < own
+    assert len(own - settings) == 19 and settings < own
     for name in own:
         assert DTRPOConfig.__dataclass_fields__[name].metadata["help"]
         texts = RolloutSettings.__doc__ if name in settings else DTRPOConfig.__doc__
-        assert f"\n        {name} (" in texts or name in OLD_NAMES
+        assert f"\n        {name} (" in texts
 
 
 def test_parser_reads_yaml_and_the_command_line(tmp_path):

@@ -101,6 +101,7 @@ def test_values_inside_their_range(tmp_path, options):
         ({"entropy_target": 0.5}, "`entropy_target` is for `use_adaptive_entropy=True`"),
         ({"data_seed": 3}, "`data_seed`: the order of the prompts is drawn from `seed`"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor`: there are no labels"),
+        ({"enable_jit_checkpoint": True}, "`enable_jit_checkpoint`: it saves in the middle of an update"),
         ({"train_sampling_strategy": "sequential"}, "`train_sampling_strategy`: TRL's own sampler"),
         ({"diffusion_spec": '{"block_size": 4, "block_size": 8}'}, "The key 'block_size' is given twice"),
     ],

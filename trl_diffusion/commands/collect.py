@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from trl import ModelConfig, get_quantization_config
 
 from ..decoding.config import DecodingConfig, RolloutSettings
-from ..decoding.options import RolloutOptions
 from ..fields import AtLeast, Suggestions, Within, check_fields, with_default
 from ..offline.collect import collect
 from ..offline.endpoint import Endpoint
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class CollectArguments(OwnData, RolloutOptions, DryRun):
+class CollectArguments(OwnData, RolloutSettings, DryRun):
     """What to collect."""
 
     output_dir: str = field(default="outputs/trajectories", metadata={"help": "Where the trajectories go."})
@@ -98,7 +97,7 @@ class CollectArguments(OwnData, RolloutOptions, DryRun):
     temperature: Annotated[float, Within("[0, inf)")] = field(
         default=1.0, metadata={"help": "Temperature of sampling."}
     )
-    tokens_per_step: int = with_default(RolloutOptions, "tokens_per_step", 2)
+    tokens_per_step: int = with_default(RolloutSettings, "tokens_per_step", 2)
     server: str | None = field(
         default=None,
         metadata={
@@ -125,7 +124,6 @@ class CollectArguments(OwnData, RolloutOptions, DryRun):
     )
 
     def __post_init__(self):
-        self.take_old_names()
         check_fields(self)
         self._check_source()
         if self.responses is None:

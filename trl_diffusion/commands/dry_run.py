@@ -91,9 +91,20 @@ def _target(accelerate_config: str | None, processes: int | None) -> Target:
     """What the launcher would start."""
     engine = "ddp"
     if accelerate_config is not None:
-        engine = Path(accelerate_config).stem
-        processes = processes or (load_yaml(accelerate_config) or {}).get("num_processes")
+        config = load_yaml(accelerate_config) or {}
+        engine = _engine_of(config) or Path(accelerate_config).stem
+        processes = processes or config.get("num_processes")
     return Target(engine, processes or int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _engine_of(config: dict[str, Any]) -> str | None:
+    """The engine of a config of accelerate, as the plan names it, whatever the name of its file."""
+    if config.get("distributed_type") != "DEEPSPEED":
+        return {"FSDP": "fsdp2", "MULTI_GPU": "ddp"}.get(str(config.get("distributed_type")))
+    settings = config.get("deepspeed_config") or {}
+    if "zero_stage" not in settings:  # in a file of DeepSpeed's
+        return None
+    return f"zero{settings['zero_stage']}" + "_offload" * (settings.get("offload_param_device") in ("cpu", "nvme"))
 
 
 # -------------------------------------------------------------------------------------------------------- the parts

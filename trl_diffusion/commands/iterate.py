@@ -44,7 +44,7 @@ from ..utils import (
 from .data import DATA, DEFAULT
 from .dry import DryRun
 from .interrupt import INTERRUPTED, TYPED, ending_in_a_line, left_to_the_child
-from .parser import PROG, Parser, add_config_option, add_engine_options
+from .parser import PROG, Parser, add_config_option, add_engine_options, check_one_machine
 
 
 # Options of the two commands that each round sets itself.
@@ -247,6 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(_parser().parse_args(words))
     engine = options.pop("accelerate_config"), options.pop("num_processes")
+    check_one_machine(_parser(), engine[0])
     if options.pop("dry_run"):
         from . import dry_run  # here, since it knows this command
 

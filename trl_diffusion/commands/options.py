@@ -9,9 +9,8 @@ from typing import Any
 
 from trl import TrlParser
 
-from ..decoding.options import OLD_NAMES
 from ..utils import check_config_file
-from .parser import PROG, Groups, Parser, starting_parser
+from .parser import MACHINES, PROG, Groups, Parser, starting_parser
 
 
 NO_TASK = "none"  # as `--task`: rows and rewards, or documents, of the user's own
@@ -58,11 +57,15 @@ class OptionParser(Parser, TrlParser):
             elsewhere=[action.dest for action in self.starting],
         )
         for action in self._actions:
-            if action.dest in {*hidden, *OLD_NAMES}:
+            if action.dest in hidden:
                 action.help = argparse.SUPPRESS
 
     def _sections(self, full: bool) -> list[tuple[str | None, list[argparse.Action]]]:
-        return [("start", self.starting), *super()._sections(full)]
+        listed = [action for action in self.starting if full or action.dest not in MACHINES]
+        return [("start", listed), *super()._sections(full)]
+
+    def names_left_out(self) -> set[str]:
+        return {*super().names_left_out(), *MACHINES}
 
     def read(self, arguments: list[str] | None = None) -> tuple[Any, ...]:
         """

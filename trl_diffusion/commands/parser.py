@@ -23,6 +23,12 @@ PROG = "trl-diffusion"
 Groups = Mapping[str, Mapping[str, str | None]]
 HELP = {"help": {"help": "shows this list", "help_all": "lists and explains all options"}}
 WIDTH, COLUMN = 120, 36  # most columns of the help, and where its texts begin
+MACHINES = (
+    "num_machines",
+    "machine_rank",
+    "main_process_ip",
+    "main_process_port",
+)  # options, as accelerate names them
 MANY = 8  # choices that are still listed beside their option
 
 
@@ -115,7 +121,7 @@ class Parser(argparse.ArgumentParser):
             formatter.start_section(heading)
             formatter.add_arguments(actions)
             formatter.end_section()
-        left_out = len({action.dest for action in self._left_out()})
+        left_out = len(self.names_left_out())
         if left_out and not full:
             formatter.add_text(f"{self.prog} --help-all lists {left_out} more options, and explains all of them.")
         formatter.add_text(self.epilog)
@@ -136,6 +142,10 @@ class Parser(argparse.ArgumentParser):
             (title, [_short(by_name[name][0], text) for name, text in names.items()])
             for title, names in self.groups.items()
         ]
+
+    def names_left_out(self) -> set[str]:
+        """The names of the options that only `--help-all` lists."""
+        return {action.dest for action in self._left_out()}
 
     def _left_out(self) -> list[argparse.Action]:
         """The options that only `--help-all` lists."""
@@ -226,6 +236,7 @@ def starting_parser(name: str) -> Parser:
     else:
         parser.add_argument("--config", metavar="PATH", help="options from a YAML file")
     add_engine_options(parser)
+    add_machine_options(parser)
     return parser
 
 
@@ -247,30 +258,95 @@ def add_engine_options(parser: Parser) -> None:
         "--accelerate_config",
         type=engine,
         metavar="NAME_OR_PATH",
-        help="engine: ddp, zero2, zero3, zero3_offload or fsdp2, for 8 GPUs, or a config file of accelerate's",
+        help="engine: ddp, zero2, zero3, zero3_offload or fsdp2, for 8 GPUs; zero3_2x8 or fsdp2_2x8, for 2 machines with 8 each; or "
+        "a config file of accelerate's",
     )
     parser.add_argument(
         "--num_processes", type=_count, metavar="N", help="number of processes, instead of one for each GPU"
     )
 
 
+def add_machine_options(parser: Parser) -> None:
+    """Adds the options that say on which of several machines a command is given."""
+    parser.add_argument(
+        "--num_machines", type=_count, metavar="N", help="number of machines, each of which gets this command"
+    )
+    parser.add_argument("--machine_rank", type=_rank, metavar="N", help="number of this machine, from 0")
+    parser.add_argument("--main_process_ip", metavar="HOST", help="name or address of machine 0")
+    parser.add_argument(
+        "--main_process_port", type=_count, metavar="N", help="a free port of machine 0, such as 29500"
+    )
+
+
+def check_machines(parser: Parser, options: argparse.Namespace) -> None:
+    """
+    Ends the program with a line on stderr if options and config do not say how many machines there are, which one this is, or where
+    the first one is. accelerate would wait for the others, or end in an assertion.
+    """
+    if options.accelerate_config is None:
+        if any(getattr(options, name) is not None for name in MACHINES):
+            parser.error("several machines need an engine: add --accelerate_config, such as zero3_2x8.")
+        return
+    config = _load_engine(options.accelerate_config)
+    machines = options.num_machines or config.num_machines
+    given = [name for name in MACHINES[1:] if getattr(options, name) is not None]
+    if machines == 1:
+        if given:
+            parser.error(
+                f"--{given[0]} is for several machines, and this is for one. Add --num_machines, or leave it out."
+            )
+        return
+    own = config.main_process_ip is not None  # a config for each machine, which names its rank, too
+    missing = [name for name in MACHINES[1:3] if name not in given]
+    if missing and not own:
+        parser.error(
+            f"{machines} machines train together: give the same command on each of them, with --machine_rank (0 to {machines - 1}) "
+            f"and --main_process_ip (of machine 0); --{missing[0]} is missing."
+        )
+    if options.machine_rank is not None and options.machine_rank >= machines:
+        parser.error(f"--machine_rank must be below the number of machines, {machines}, got {options.machine_rank}.")
+    processes = options.num_processes or config.num_processes
+    if processes % machines:
+        parser.error(f"--num_processes must be a multiple of the number of machines, {machines}, got {processes}.")
+
+
+def check_one_machine(parser: Parser, accelerate_config: str | None) -> None:
+    """Ends the program with a line on stderr if a config is for several machines."""
+    if accelerate_config is not None and (machines := _load_engine(accelerate_config).num_machines) > 1:
+        parser.error(
+            f"{accelerate_config} is for {machines} machines, and `{parser.prog}` runs on one. Choose another engine."
+        )
+
+
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return _whole(text, 1)
+
+
+def _rank(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
     return int(text)
 
 
 def engine(name: str) -> str:
     """Type of an option for argparse: as [`file_or_name`], for a file that accelerate can start from."""
     path = file_or_name(recipes_path() / "accelerate")(name)
-    from accelerate.commands.config.config_args import load_config_from_file  # imports torch
-
     try:
-        load_config_from_file(path)
+        _load_engine(path)
     except Exception as error:  # of YAML, of names that it does not know, or because it is no mapping
         reason = " ".join(str(error).split())
         raise argparse.ArgumentTypeError(f"{path} is no config of accelerate's ({reason})") from error
     return path
+
+
+def _load_engine(path: str) -> Any:
+    from accelerate.commands.config.config_args import load_config_from_file  # imports torch
+
+    return load_config_from_file(path)
 
 
 def file_or_name(folder: Path) -> Callable[[str], str]:

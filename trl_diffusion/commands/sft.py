@@ -31,8 +31,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
-from ..decoding.config import DecodingConfig
-from ..decoding.options import RolloutOptions
+from ..decoding.config import DecodingConfig, RolloutSettings
 from ..fields import AtLeast, Suggestions, check_fields
 from ..policies.prompts import as_prompts, tokenize_prompts
 from ..sft.best import best_responses
@@ -58,7 +57,7 @@ ROWS = 10_000  # that are made for a task, if nothing is said
 
 
 @dataclass
-class ScriptArguments(RolloutOptions, DryRun):
+class ScriptArguments(RolloutSettings, DryRun):
     """What to train on, and how a task is measured."""
 
     task: str | None = field(
@@ -111,7 +110,6 @@ class ScriptArguments(RolloutOptions, DryRun):
     def __post_init__(self):
         if isinstance(self.trajectories, str):  # a YAML file may name a single one
             self.trajectories = [self.trajectories]
-        self.take_old_names()
         check_fields(self)
         if self.task == NO_TASK:
             self.task = None

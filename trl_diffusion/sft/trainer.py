@@ -19,10 +19,12 @@ from ..policies.whole import only_whole_models
 from ..scoring.layout import join_rows, pack, rows_to_join
 from ..scoring.score import score_logits
 from ..seeds import SUPERVISED, derive_seed
+from ..trainer.agreement import check_shared
 from ..trainer.card import tuning_card
 from ..trainer.checks import named_datasets
 from ..trainer.metrics import Tally, add_over_processes
 from ..trainer.policy_files import PolicyFiles
+from ..trainer.resume import find_checkpoint
 from ..utils import write_text
 from .config import DiffusionSFTConfig
 from .documents import Documents
@@ -143,10 +145,19 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         stage = min(step * len(sizes) // self.state.max_steps, len(sizes) - 1)
         return self.spec.replace(block_size=sizes[stage])
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As [`~transformers.Trainer.train`]. Raises a `ValueError` if there was no token to train, as in a stream without any."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        As [`~transformers.Trainer.train`]. With `resume_from_checkpoint=True` it starts from the beginning if there is no checkpoint yet.
+
+        Raises:
+            ValueError: if there was no token to train, as in a stream without any, the processes do not share `output_dir`, or
+                training can continue from no checkpoint that is there.
+        """
         self.trained_tokens = None
-        output = super().train(*args, **kwargs)
+        if not self.args.save_on_each_node:
+            check_shared(self.accelerator, str(self.args.output_dir))
+        checkpoint = find_checkpoint(self, True) if resume_from_checkpoint is True else resume_from_checkpoint
+        output = super().train(checkpoint, *args, **kwargs)
         if self.trained_tokens == 0:
             raise ValueError(
                 f"Nothing was trained: the {self.state.global_step} steps had no token to train. Look at the labels of the stream, at "

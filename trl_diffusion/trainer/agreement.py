@@ -1,15 +1,19 @@
-"""If one process fails, all processes raise an error instead of waiting for it."""
+"""If one process fails, all processes raise an error instead of waiting for it. All must share the directory that they write to."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ..errors import code_of
 from ..rewards.call import check_rewards, is_asynchronous
+from ..utils import TEMPORARY
 
 
 def fail_together(accelerator: Accelerator, error: Exception | None, what: str) -> None:
@@ -33,6 +37,39 @@ def fail_together(accelerator: Accelerator, error: Exception | None, what: str) 
     if accelerator.num_processes > 1 and failed.any():
         reasons = "; ".join(f"process {rank}: {texts[rank]}" for rank in failed.nonzero().flatten().tolist())
         raise RuntimeError(f"{what} failed on another process, so this one stops too. {reasons}")
+
+
+def check_shared(accelerator: Accelerator, directory: str | Path) -> None:
+    """
+    Checks that all processes, on whichever machines, write to the same directory, which is made if it is not there. Every process must
+    call it.
+
+    Raises:
+        ValueError: on a process that does not see what the main process writes there.
+        RuntimeError: on the other processes.
+    """
+    if accelerator.num_processes == 1:
+        return
+    name = [""]
+    failure: Exception | None = None
+    if accelerator.is_main_process:
+        name = [f"{TEMPORARY}{uuid4().hex}"]  # a new name, of which no file system remembers that it is missing
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            Path(directory, name[0]).touch()
+        except OSError as error:
+            name, failure = [""], error
+    broadcast_object_list(name)
+    if not Path(directory, name[0]).exists() and failure is None:
+        failure = ValueError(
+            f"{Path(directory).absolute()} on {socket.gethostname()} is not the directory that the first process writes to. Every "
+            "process writes a part of a checkpoint: choose an `output_dir` on a disk that all machines share."
+        )
+    try:
+        fail_together(accelerator, failure, "Looking for `output_dir`")
+    finally:
+        if accelerator.is_main_process and name[0]:
+            Path(directory, name[0]).unlink(missing_ok=True)
 
 
 def failing_together(reward_func: Callable, name: str, accelerator: Accelerator) -> Callable:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from trl import GRPOConfig
 
-from ..decoding.config import DecodingConfig
-from ..decoding.options import RolloutOptions
+from ..decoding.config import DecodingConfig, RolloutSettings
 from ..fields import AtLeast, check_fields, check_one_of
 from ..names import knows_names
 from ..objectives.pairwise import PairwiseConfig
@@ -46,6 +45,8 @@ _REFUSED = {
     "data_seed": "the order of the prompts is drawn from `seed`",
     "train_sampling_strategy": "TRL's own sampler is needed, which repeats prompts for their groups",
     "label_smoothing_factor": "there are no labels",
+    "enable_jit_checkpoint": "it saves in the middle of an update, after which a run cannot be resumed exactly. `save_steps` says how "
+    "often a checkpoint is written",
 }
 
 
@@ -63,7 +64,7 @@ _CHOICES = {
 
 @knows_names
 @dataclass
-class DTRPOConfig(PolicyOptions, RolloutOptions, GRPOConfig):
+class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
     r"""
     Configuration class for the [`DTRPOTrainer`].
 
@@ -303,7 +304,6 @@ class DTRPOConfig(PolicyOptions, RolloutOptions, GRPOConfig):
         settle(self)
         if self.max_completion_length is None:
             raise ValueError("`max_completion_length` is needed: it is the length of the canvas.")
-        self.take_old_names()
         check_whole_numbers(self)
         super().__post_init__()
         check_numbers(self)

@@ -15,12 +15,12 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from . import checkpoints
 from ._trl import TrainerMixin
-from .agreement import fail_together
+from .agreement import check_shared, fail_together
 from .policy_files import TiedWeights
 
 
@@ -41,6 +41,43 @@ _HARMLESS = frozenset(
     precompute_ref_log_probs ds3_gather_for_generation
     """.split()
 )
+
+
+def find_checkpoint(trainer: Trainer, wanted: str | bool | None) -> str | None:
+    """
+    The checkpoint to continue from: the same on all processes, and without a fault on any of them. Every process must call it.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): the trainer.
+        wanted (`str` or `bool`, *optional*): a checkpoint, or `True` for the newest complete one, if there is one.
+    """
+    accelerator, directory = trainer.accelerator, str(trainer.args.output_dir)
+    failure: Exception | None = None
+    engine: checkpoints.Engine = "fsdp" if trainer.is_fsdp_enabled else "plain"
+    engine = "deepspeed" if trainer.is_deepspeed_enabled else engine
+    if wanted is True:
+        newest: list[str | None] = [None]
+        if accelerator.is_main_process:
+            try:
+                found = checkpoints.last_usable_checkpoint(directory, engine)
+                newest = [None if found is None else str(found)]
+            except (OSError, ValueError) as error:
+                failure = error
+        fail_together(accelerator, failure, "Looking for a checkpoint")
+        broadcast_object_list(newest)
+        wanted = newest[0]
+        if wanted is None:
+            logger.warning(f"There is no complete checkpoint in {directory}: training starts anew.")
+    if not wanted:
+        return None
+    fault = checkpoints.find_fault(str(wanted), engine)
+    if fault is not None:
+        failure = ValueError(
+            f"{wanted} cannot be resumed: {fault}. Restore it, go on from another checkpoint, or start a new run from "
+            "its weights, with its path as `model`."
+        )
+    fail_together(accelerator, failure, "Resuming")
+    return str(wanted)
 
 
 @dataclass
@@ -162,7 +199,8 @@ class ExactResume(TiedWeights, TrainerMixin):
         again unchanged. The other arguments are those of [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: if another training uses `output_dir`, or the checkpoint is damaged or incomplete.
+            ValueError: if another training uses `output_dir`, the processes do not share it, or the checkpoint is damaged or
+                incomplete.
         """
         failure = None
         with ExitStack() as held:
@@ -172,42 +210,11 @@ class ExactResume(TiedWeights, TrainerMixin):
                 except (OSError, ValueError) as error:
                     failure = error
             fail_together(self.accelerator, failure, "Training")
-            checkpoint = self._find_checkpoint(resume_from_checkpoint or None)
+            if not self.args.save_on_each_node:
+                check_shared(self.accelerator, str(self.args.output_dir))
+            checkpoint = find_checkpoint(self, resume_from_checkpoint or None)
             self.prepare_run()
             return super().train(checkpoint, *args, **kwargs)
-
-    def _find_checkpoint(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint to continue from: the same on all processes, and without a fault on any of them."""
-        failure: Exception | None = None
-        engine = self._engine()
-        if wanted is True:
-            newest: list[str | None] = [None]
-            if self.accelerator.is_main_process:
-                try:
-                    found = checkpoints.last_usable_checkpoint(self.args.output_dir, engine)
-                    newest = [None if found is None else str(found)]
-                except (OSError, ValueError) as error:
-                    failure = error
-            fail_together(self.accelerator, failure, "Looking for a checkpoint")
-            broadcast_object_list(newest)
-            wanted = newest[0]
-            if wanted is None:
-                logger.warning(f"There is no complete checkpoint in {self.args.output_dir}: training starts anew.")
-        if wanted is None:
-            return None
-        fault = checkpoints.find_fault(str(wanted), engine)
-        if fault is not None:
-            failure = ValueError(
-                f"{wanted} cannot be resumed: {fault}. Restore it, go on from another checkpoint, or start a new run from "
-                "its weights, with its path as `model`."
-            )
-        fail_together(self.accelerator, failure, "Resuming")
-        return str(wanted)
-
-    def _engine(self) -> checkpoints.Engine:
-        if self.is_deepspeed_enabled:
-            return "deepspeed"
-        return "fsdp" if self.is_fsdp_enabled else "plain"
 
     def _get_train_sampler(self, *args, **kwargs):
         self.train_sampler = super()._get_train_sampler(*args, **kwargs)
