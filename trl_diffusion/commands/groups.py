@@ -38,7 +38,9 @@ _RANDOM = "instead of a model: fields of a config, as JSON, for a policy with ra
 _OUTPUT = {
     "output_dir": "where the trained policy, checkpoints and figures go",
     "logging_steps": "updates between two lines of the log",
-    "report_to": "trackers, such as wandb or tensorboard, or none",
+    "report_to": "trackers, such as wandb, trackio and tensorboard, or none",
+    "project": "project of the run in trackio; that of wandb is the variable WANDB_PROJECT",
+    "run_name": "name of the run in wandb and trackio",
     "save_strategy": "when checkpoints are saved: steps, epoch or no",
     "save_steps": "updates between two checkpoints",
     "save_total_limit": "most checkpoints that are kept",
@@ -114,7 +116,11 @@ TRAIN: Groups = {
         "label_smoothing": None,
         "precompute_ref_log_probs": "let the reference score stored responses once, before training",
     },
-    "output": {**_OUTPUT, "log_completions": "print responses at every line of the log"},
+    "output": {
+        **_OUTPUT,
+        "log_completions": "print responses at every line of the log, and send them to wandb and trackio",
+        "log_trajectories": "responses whose denoising is logged as a table",
+    },
     "rehearsal": _REHEARSAL,
 }
 

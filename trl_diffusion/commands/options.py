@@ -60,6 +60,8 @@ class OptionParser(Parser, TrlParser):
         for action in self._actions:
             if action.dest in {*hidden, *OLD_NAMES}:
                 action.help = argparse.SUPPRESS
+            if action.dest == "report_to":  # transformers takes several, its parser only one
+                action.nargs = "+"
 
     def _sections(self, full: bool) -> list[tuple[str | None, list[argparse.Action]]]:
         return [("start", self.starting), *super()._sections(full)]

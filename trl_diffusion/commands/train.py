@@ -220,9 +220,15 @@ def train_on_task(
             stored = concatenate_datasets([load_trajectories(path) for path in script_args.trajectories])
             train_dataset = stored.select(range(min(len(stored), script_args.train_size)))
             reward_funcs = None  # the stored rewards
-        trainer = make_trainer(
-            script_args, training_args, model_args, lines, reward_funcs=reward_funcs, train_dataset=train_dataset
-        )
+        data = {"train_dataset": train_dataset, "reward_funcs": reward_funcs}
+        if training_args.eval_strategy != "no":
+            if script_args.trajectories:
+                raise ValueError(
+                    f"`eval_strategy={str(training_args.eval_strategy.value)!r}` has the policy answer during training, and with "
+                    "`trajectories` it only answers before and after it. Set `eval_strategy` to 'no'."
+                )
+            data["eval_dataset"] = task.evaluation
+        trainer = make_trainer(script_args, training_args, model_args, lines, **data)
     say = trainer.accelerator.print
 
     say(f"Measuring the policy on {len(task.evaluation)} {task.unit} that training never sees ...")
