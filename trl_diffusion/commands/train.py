@@ -20,7 +20,8 @@ is saved beside it, in DIRECTORY_continued. An adapter is trained further. The f
 
 The policy is measured before and after training, greedily, on rows that training never sees. In the output directory
 it leaves the trained model with its card, `run.png` (the run in six panels), `denoising.png` (one answer, positions against
-steps), `results.json`, and every metric of the run in `trainer_state.json`. With preference pairs (`task: preferences`) nothing is
+steps), `results.json`, and every metric of the run in `trainer_state.json`. `--eval_strategy steps` also evaluates during training, on
+the same rows. With preference pairs (`task: preferences`) nothing is
 generated; the policy is measured on pairs that training never sees.
 """
 
@@ -213,6 +214,11 @@ def train_on_task(
     script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig, lines: RunLines
 ) -> None:
     with errors_in_a_line():
+        if script_args.trajectories and training_args.eval_strategy != "no":
+            raise ValueError(
+                "`eval_strategy` has the policy answer during training, and with `trajectories` it only answers before and after it. "
+                "Set `eval_strategy` to 'no'."
+            )
         task = script_args.load_task(script_args.train_size, script_args.eval_size, training_args.seed)
         train_dataset = task.train
         reward_funcs: list[Callable] | None = task.reward_funcs
@@ -222,11 +228,6 @@ def train_on_task(
             reward_funcs = None  # the stored rewards
         data = {"train_dataset": train_dataset, "reward_funcs": reward_funcs}
         if training_args.eval_strategy != "no":
-            if script_args.trajectories:
-                raise ValueError(
-                    f"`eval_strategy={str(training_args.eval_strategy.value)!r}` has the policy answer during training, and with "
-                    "`trajectories` it only answers before and after it. Set `eval_strategy` to 'no'."
-                )
             data["eval_dataset"] = task.evaluation
         trainer = make_trainer(script_args, training_args, model_args, lines, **data)
     say = trainer.accelerator.print
