@@ -39,8 +39,6 @@ _OUTPUT = {
     "output_dir": "where the trained policy, checkpoints and figures go",
     "logging_steps": "updates between two lines of the log",
     "report_to": "trackers, such as wandb, trackio and tensorboard, or none",
-    "project": "project of the run in trackio; that of wandb is the variable WANDB_PROJECT",
-    "run_name": "name of the run in wandb and trackio",
     "save_strategy": "when checkpoints are saved: steps, epoch or no",
     "save_steps": "updates between two checkpoints",
     "save_total_limit": "most checkpoints that are kept",
@@ -118,7 +116,7 @@ TRAIN: Groups = {
     },
     "output": {
         **_OUTPUT,
-        "log_completions": "print responses at every line of the log, and send them to wandb and trackio",
+        "log_completions": "print responses at every line of the log; wandb and trackio get them",
         "log_trajectories": "responses whose denoising is logged as a table",
     },
     "rehearsal": _REHEARSAL,

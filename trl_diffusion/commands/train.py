@@ -20,8 +20,7 @@ is saved beside it, in DIRECTORY_continued. An adapter is trained further. The f
 
 The policy is measured before and after training, greedily, on rows that training never sees. In the output directory
 it leaves the trained model with its card, `run.png` (the run in six panels), `denoising.png` (one answer, positions against
-steps), `results.json`, and every metric of the run in `trainer_state.json`. `--eval_strategy steps` also evaluates during training, on
-the same rows. With preference pairs (`task: preferences`) nothing is
+steps), `results.json`, and every metric of the run in `trainer_state.json`. With preference pairs (`task: preferences`) nothing is
 generated; the policy is measured on pairs that training never sees.
 """
 
