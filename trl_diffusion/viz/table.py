@@ -22,15 +22,15 @@ def trajectory_rows(batch: TrajectoryBatch, spec: DiffusionSpec, tokenizer) -> l
         tokenizer (`PreTrainedTokenizerBase`): turns tokens into text.
 
     Returns:
-        `list[dict[str, Any]]`: for each response
+        `list[dict[str, Any]]`: for each response:
 
-        - `prompt`, `response`: the texts. That of the prompt has the tokens of the chat template, as the policy sees it.
-        - `tokens`, `ended`: number of tokens of the completion, and whether it ends with a stop token.
-        - `passes`, `tokens_per_pass`: denoising steps, each of which is a forward pass, and tokens divided by them.
-        - `mean_logp`, `min_logp`: mean and least log-probability of its tokens. NaN if none was recorded.
-        - `taken_back`: number of writes that were taken back.
-        - `order`: the step in which each token was written, counted from 0 in its block, as in `0 2 1 | 0 1 1` for two blocks of
-          three tokens. A revising decoder with full attention counts over the whole response.
+            - `prompt`, `response`: the texts. That of the prompt has the tokens of the chat template, as the policy sees it.
+            - `tokens`, `ended`: number of tokens of the completion, and whether it ends with a stop token.
+            - `passes`, `tokens_per_pass`: denoising steps, each of which is a forward pass, and tokens divided by them.
+            - `mean_logp`, `min_logp`: mean and least log-probability of its tokens. NaN if none was recorded.
+            - `taken_back`: number of writes that were taken back.
+            - `order`: the step in which each token was written, counted from 0 in its block, as in `0 2 1 | 0 1 1` for two blocks of
+              three tokens. A revising decoder with full attention counts over the whole response.
     """
     width = batch.canvas_ids.shape[1]
     blocks = response_blocks(spec, batch.prompt_lengths, width).tolist()
