@@ -29,6 +29,7 @@ from trl_diffusion.decoding.config import RolloutSettings
 from trl_diffusion.decoding.strategies import STRATEGIES
 from trl_diffusion.evaluation.run import TASK_NAMES, check_tasks
 from trl_diffusion.rewards import countdown
+from trl_diffusion.trainer import trackers
 from trl_diffusion.utils import read_mapping
 
 
@@ -40,7 +41,7 @@ PAGES = [
 ]
 UNRUNNABLE = "<!-- needs a 7B model -->\n"  # before a Python block that is compiled only
 # Commands of others, which are not parsed.
-FOREIGN = {"cd", "cp", "curl", "done", "echo", "for", "git", "hf", "kill", "mkdir", "sbatch", "source"}
+FOREIGN = {"cd", "cp", "curl", "done", "echo", "export", "for", "git", "hf", "kill", "mkdir", "sbatch", "source"}
 SLOW = "<!-- takes minutes -->\n"  # before a Python block that is run with fewer updates
 
 
@@ -74,6 +75,12 @@ def commands(page: str) -> list[list[str]]:
     """The commands in the shell blocks of a page, as docs/follow.py would type them, split into words."""
     lines = recipe("docs/follow.py")["commands"](page)
     return [shlex.split(line.removesuffix("&")) for line in lines]
+
+
+@pytest.fixture(autouse=True)
+def all_trackers(monkeypatch):
+    """Pages install the trackers that they report to."""
+    monkeypatch.setattr(trackers, "_INSTALLED", {})
 
 
 # ------------------------------------------------------------------------------------------------------- shell commands

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +21,9 @@ from tests.processes import HANGS, in_a_terminal
 from trl_diffusion import DTRPOConfig, __version__, tiny_policy_path
 from trl_diffusion.commands import train
 from trl_diffusion.evaluation.run import wilson
+from trl_diffusion.rewards import sudoku
 from trl_diffusion.tasks import load_task
+from trl_diffusion.trainer import trackers
 from trl_diffusion.viz.runs import Run, read_run
 
 
@@ -113,6 +116,32 @@ def test_sudoku_end_to_end(tmp_path, train_here):
     assert (out / "model.safetensors").read_bytes() != (
         tmp_path / "outputs" / "tiny_sudoku_continued" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.slow
+def test_evaluations_during_training(tmp_path, train_here):
+    """On the rows that are measured. Their trajectories are written down, and one of them is drawn."""
+    train_here(
+        *SMALL[:-2], "--eval_size", "3", "--num_generations", "4", "--per_device_eval_batch_size", "8", "--eval_strategy",
+        "steps", "--eval_steps", "2", "--log_trajectories", "6", "--logging_steps", "1",
+    )  # fmt: skip
+    folder = tmp_path / "outputs" / "tiny_sudoku" / "trajectories"
+    names = ["eval_000002.parquet", "eval_000002.png", "step_000001.parquet", "step_000002.parquet"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    table = pd.read_parquet(folder / "eval_000002.parquet")
+    prompts = table["prompt"].tolist()
+    evaluated = list(load_task("sudoku", None, None, 64, 3, 0).evaluation["prompt"])
+    assert prompts == [prompts[0]] * 4 + [prompts[4]] * 2 and prompts[0] != prompts[4] and {*prompts} < {*evaluated}
+    puzzles = [one.removeprefix("sudoku ") for one in prompts]
+    solved = [float(sudoku.is_solved(*pair)) for pair in zip(puzzles, table["response"], strict=True)]
+    assert table["sudoku_solved"].tolist() == solved
+
+
+def test_several_trackers(monkeypatch):
+    """On the command line as in a YAML file; transformers' parser takes one word only."""
+    monkeypatch.setattr(trackers, "_INSTALLED", {})
+    for words, found in (("trackio tensorboard", ["trackio", "tensorboard"]), ("wandb", ["wandb"]), ("none", [])):
+        assert train.parse(["--report_to", *words.split(), "--bf16", "false"])[1].report_to == found
 
 
 @pytest.mark.slow
@@ -222,6 +251,19 @@ def test_gsm8k_preferences_with_the_real_tokenizer(tmp_path, train_here):
         (["--max_steps", "0"], "`max_steps=0` trains nothing"),
         (["--num_iterations", "0"], "`num_iterations` must be a whole number of at least 1, got 0"),
         (["--trajectories", "nowhere"], "nowhere"),
+        (
+            [
+                "--trajectories",
+                "nowhere",
+                "--eval_strategy",
+                "steps",
+                "--eval_steps",
+                "1",
+                "--per_device_eval_batch_size",
+                "16",
+            ],
+            "`eval_strategy` has the policy answer during training",
+        ),
         (["--task", "gsm8k", "--train_file", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )

@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback
 from trl import LogCompletionsCallback, WeaveCallback
 
 from tests.trainer.conftest import make_dataset
@@ -71,55 +71,38 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.mark.slow
 def test_pictures_at_the_right_steps(make_trainer, tmp_path):
-    trainer = make_trainer()
+    """Of training every few updates, and of each evaluation, under its name. The trackers get the same ones."""
+    sent: list[tuple] = []
+    trainer = make_trainer(
+        max_steps=2, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=4,
+        kwargs={"eval_dataset": {"low": make_dataset(1)}},
+    )  # fmt: skip
+    trainer.trackers = SimpleNamespace(start=lambda: None, send_pictures=lambda *found: sent.append(found))
     assert trainer.last_rollouts is None
     trainer.add_callback(TrajectoryCallback(trainer, every=2))
     trainer.add_callback(TrajectoryCallback(trainer, every=1, directory=tmp_path / "all", rows=2, max_positions=3))
     trainer.train()
     assert isinstance(trainer.last_rollouts, TrajectoryBatch) and len(trainer.last_rollouts) == 4
-    assert [path.name for path in (tmp_path / "trajectories").iterdir()] == ["step_000002.png"]
-    names = sorted(path.name for path in (tmp_path / "all").iterdir())
-    assert names == [f"step_00000{step}{row}.png" for step in (1, 2, 3) for row in ("", "_1")]
+    assert {path.name for path in (tmp_path / "trajectories").iterdir()} == {
+        "step_000002.png",
+        "eval_low_000002.png",
+    }
+    steps = [f"{name}{row}.png" for name in ("step_000001", "step_000002", "eval_low_000002") for row in ("", "_1")]
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {*steps}
+    assert [(name, [path.name for path in paths]) for name, paths in sent if len(paths) == 2] == [
+        ("trajectory", steps[:2]), ("trajectory", steps[2:4]), ("eval_low/trajectory", steps[4:]),
+    ]  # fmt: skip
+    sent.clear()
+    trainer.state.is_world_process_zero = False
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TrajectoryCallback):
+            callback.on_step_end(trainer.args, trainer.state, trainer.control)
+            callback.on_evaluate(trainer.args, trainer.state, trainer.control)
+    assert sent == []
     assert all(path.read_bytes().startswith(PNG) for path in tmp_path.glob("*/*.png"))
     small, large = tmp_path / "all" / "step_000002.png", tmp_path / "trajectories" / "step_000002.png"
     width = [int.from_bytes(path.read_bytes()[16:20], "big") for path in (small, large)]
     assert width[0] < width[1]
-
-
-@pytest.mark.slow
-def test_pictures_reach_the_trackers(make_trainer, tmp_path, monkeypatch):
-    logged = []
-    wandb = SimpleNamespace(run=object(), Image=lambda path: ("image", path), log=logged.append)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-
-    class Writer(TrainerCallback):
-        tb_writer = SimpleNamespace(add_image=lambda *args, **kwargs: logged.append((args, kwargs)))
-
-    trainer = make_trainer(max_steps=1)
-    callback = TrajectoryCallback(trainer, every=1, rows=2)
-    trainer.add_callback(callback)
-    trainer.add_callback(Writer())
-    trainer.train()
-    assert logged == []  # `report_to` names no tracker
-
-    trainer.args.report_to = ["wandb", "tensorboard"]
-    callback.on_step_end(trainer.args, trainer.state, trainer.control)
-    paths = [str(tmp_path / "trajectories" / name) for name in ("step_000001.png", "step_000001_1.png")]
-    assert logged[0] == {"trajectory": [("image", path) for path in paths], "train/global_step": 1}
-    for row, (args, kwargs) in enumerate(logged[1:]):
-        name, image, step = args
-        assert name == ("trajectory", "trajectory/1")[row] and step == 1 and kwargs == {"dataformats": "HWC"}
-        assert image.ndim == 3 and image.shape[2] == 3 and 0 <= image.min() < image.max() <= 1
-    assert len(logged) == 3
-
-    logged.clear()
-    wandb.run = None
-    trainer.args.report_to = ["wandb"]
-    callback.on_step_end(trainer.args, trainer.state, trainer.control)
-    trainer.state.is_world_process_zero = False
-    wandb.run = object()
-    callback.on_step_end(trainer.args, trainer.state, trainer.control)
-    assert logged == []
 
 
 def test_bad_settings_are_refused(make_trainer, monkeypatch):

@@ -9,9 +9,18 @@ from pathlib import Path
 
 import pytest
 import trl.trainer.grpo_trainer
+from datasets import Dataset
 
 from tests.trainer.conftest import codes, make_dataset
-from trl_diffusion import tiny_policy_path
+from trl_diffusion import (
+    DecodingConfig,
+    DiffusionSFTConfig,
+    DiffusionSFTTrainer,
+    collect,
+    load_trajectories,
+    tiny_policy_path,
+)
+from trl_diffusion.policies.policy import open_policy
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,8 +89,9 @@ def log_of(trainer) -> set[str]:
 
 
 @pytest.fixture
-def logged(make_trainer) -> set[str]:
-    """What is logged by trainings that differ in what they log."""
+def logged(make_trainer, tmp_path) -> set[str]:
+    """What is logged by trainings that differ in what they log: online, on pairs, on preferences, on stored responses, and on
+    documents."""
     small = {"max_steps": 1, "max_completion_length": 8, "num_generations": 2, "per_device_train_batch_size": 2}
     checked = {"beta": 0.1, "entropy_coef": 0.01, "estimator_check_steps": 1}
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
@@ -91,7 +101,27 @@ def logged(make_trainer) -> set[str]:
         rows = make_dataset(1)
         kwargs = {"eval_dataset": rows} if "eval_strategy" in options else None
         names |= log_of(make_trainer(tiny_policy_path(), dataset=rows, kwargs=kwargs, **small, **options))
-    return names
+    policy = open_policy(tiny_policy_path())
+    shards = collect(
+        policy.model, policy.tokenizer, make_dataset(1), codes, tmp_path / "collected", DecodingConfig(8, temperature=1.0), num_responses=2,
+        disable_tqdm=True,
+    )  # fmt: skip
+    stored = load_trajectories(shards)
+    pairs = Dataset.from_list([{"prompt": "sudoku 1000", "chosen": "1234", "rejected": "4321"}] * 2)
+    for dataset, loss_type in ((stored, "dapo"), (pairs, "dpo")):
+        options = {**small, "loss_type": loss_type, "beta": 0.1}
+        names |= log_of(make_trainer(tiny_policy_path(), reward_funcs=None, dataset=dataset, **options))
+    return names | log_of(tuner(tmp_path))
+
+
+def tuner(directory: Path) -> DiffusionSFTTrainer:
+    """A trainer on documents, with an evaluation."""
+    documents = Dataset.from_list([{"prompt": "sudoku 1000", "completion": "1234"}] * 2)
+    args = DiffusionSFTConfig(
+        str(directory), max_steps=1, per_device_train_batch_size=2, per_device_eval_batch_size=2, logging_steps=1, bf16=False,
+        gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    return DiffusionSFTTrainer(tiny_policy_path(), args=args, train_dataset=documents, eval_dataset=documents)
 
 
 def test_every_metric_that_is_logged_is_on_the_page(logged):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,7 +14,6 @@ from tests.closeness import ROUNDING
 from tests.conftest import make_policy
 from tests.trainer.conftest import codes, make_dataset
 from trl_diffusion.seeds import derive_seed
-from trl_diffusion.trainer.evaluation import track_completions
 
 
 # What depends on the clock.
@@ -325,21 +322,6 @@ def test_each_table_of_completions_keeps_its_own(make_trainer, tmp_path, capsys)
     trainer.predict(data)
     assert len(pd.read_parquet(directory / "test_00002.parquet")) == 10
     assert {path.name for path in directory.iterdir()} == names | {"test_00002.parquet"}
-
-
-def test_the_completions_of_an_evaluation_are_tracked_under_its_name(monkeypatch):
-    logged = []
-    for tracker in ("wandb", "trackio"):
-        module = SimpleNamespace(run=None, Table=lambda dataframe: dataframe, log=logged.append)
-        monkeypatch.setitem(sys.modules, tracker, module)
-    table = pd.DataFrame({"prompt": ["a"], "completion": ["b"]})
-    track_completions("eval_low", table, ["tensorboard"])
-    track_completions("eval_low", table, ["wandb"])  # without a run
-    assert logged == []
-    sys.modules["wandb"].run = object()
-    track_completions("eval_low", table, ["wandb", "trackio"])
-    assert [list(entry) for entry in logged] == [["eval_low/completions"]] * 2
-    assert all(entry["eval_low/completions"] is table for entry in logged)
 
 
 def test_a_column_that_is_logged_now_and_then_is_left_out(make_trainer, tmp_path, caplog):

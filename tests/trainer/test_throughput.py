@@ -42,6 +42,7 @@ def test_seconds_are_where_they_were_spent(make_trainer, monkeypatch):
     assert len(logs) == 2
     for entry in logs:
         assert [entry[f"time/{name}"] for name in ("rollout", "reward", "update")] == [7.0, 4.0, 10.0]
+        assert entry["time/rollout_share"] == pytest.approx(7 / 21, rel=1e-6)
         assert entry["throughput/responses_per_second"] == pytest.approx(8 / 21)
         tokens = 8 * entry["completions/mean_length"]
         assert entry["throughput/tokens_per_second"] == pytest.approx(tokens / 21, rel=1e-4)

@@ -38,7 +38,7 @@ _RANDOM = "instead of a model: fields of a config, as JSON, for a policy with ra
 _OUTPUT = {
     "output_dir": "where the trained policy, checkpoints and figures go",
     "logging_steps": "updates between two lines of the log",
-    "report_to": "trackers, such as wandb or tensorboard, or none",
+    "report_to": "trackers, such as wandb, trackio and tensorboard, or none",
     "save_strategy": "when checkpoints are saved: steps, epoch or no",
     "save_steps": "updates between two checkpoints",
     "save_total_limit": "most checkpoints that are kept",
@@ -114,7 +114,11 @@ TRAIN: Groups = {
         "label_smoothing": None,
         "precompute_ref_log_probs": "let the reference score stored responses once, before training",
     },
-    "output": {**_OUTPUT, "log_completions": "print responses at every line of the log"},
+    "output": {
+        **_OUTPUT,
+        "log_completions": "print responses at every line of the log; wandb and trackio get them",
+        "log_trajectories": "responses whose denoising is logged as a table",
+    },
     "rehearsal": _REHEARSAL,
 }
 

@@ -59,6 +59,8 @@ class OptionParser(Parser, TrlParser):
         for action in self._actions:
             if action.dest in hidden:
                 action.help = argparse.SUPPRESS
+            if action.dest == "report_to":  # transformers takes several, its parser only one
+                action.nargs = "+"
 
     def _sections(self, full: bool) -> list[tuple[str | None, list[argparse.Action]]]:
         listed = [action for action in self.starting if full or action.dest not in MACHINES]

@@ -213,6 +213,11 @@ def train_on_task(
     script_args: ScriptArguments, training_args: DTRPOConfig, model_args: ModelConfig, lines: RunLines
 ) -> None:
     with errors_in_a_line():
+        if script_args.trajectories and training_args.eval_strategy != "no":
+            raise ValueError(
+                "`eval_strategy` has the policy answer during training, and with `trajectories` it only answers before and after it. "
+                "Set `eval_strategy` to 'no'."
+            )
         task = script_args.load_task(script_args.train_size, script_args.eval_size, training_args.seed)
         train_dataset = task.train
         reward_funcs: list[Callable] | None = task.reward_funcs
@@ -220,9 +225,10 @@ def train_on_task(
             stored = concatenate_datasets([load_trajectories(path) for path in script_args.trajectories])
             train_dataset = stored.select(range(min(len(stored), script_args.train_size)))
             reward_funcs = None  # the stored rewards
-        trainer = make_trainer(
-            script_args, training_args, model_args, lines, reward_funcs=reward_funcs, train_dataset=train_dataset
-        )
+        data = {"train_dataset": train_dataset, "reward_funcs": reward_funcs}
+        if training_args.eval_strategy != "no":
+            data["eval_dataset"] = task.evaluation
+        trainer = make_trainer(script_args, training_args, model_args, lines, **data)
     say = trainer.accelerator.print
 
     say(f"Measuring the policy on {len(task.evaluation)} {task.unit} that training never sees ...")

@@ -25,6 +25,7 @@ from ..trainer.checks import named_datasets
 from ..trainer.metrics import Tally, add_over_processes
 from ..trainer.policy_files import PolicyFiles
 from ..trainer.resume import find_checkpoint
+from ..trainer.throughput import ThroughputCallback
 from ..utils import write_text
 from .config import DiffusionSFTConfig
 from .documents import Documents
@@ -134,6 +135,8 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
                 processing_class=processing_class,
                 **kwargs,
             )
+        self._throughput = ThroughputCallback(self, rollouts=False)
+        self.add_callback(self._throughput)
         self.data_collator = collator = make_ready(self)
         check_documents(self, collator)
 
@@ -184,6 +187,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         documents = Documents(**inputs)
         sums, counts = self._losses(model, documents)
         if self.evaluation is None:
+            self._throughput.count(documents.trained)
             self._record(sums, counts, self.tally)
             total = counts["trained"].sum() if num_items_in_batch is None else num_items_in_batch
             # Processes average their gradients, and `total` counts the tokens of all of them.

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback
@@ -14,12 +15,16 @@ from transformers import ProgressCallback, TrainerCallback
 from ..decoding.config import DecodingConfig
 from ..fields import check_at_least
 from ..policies.prompts import as_prompts
+from ..utils import whole_file
 from ..viz.plots import fitting_positions, plot_trajectory
+from ..viz.table import trajectory_rows
+from .evaluation import safe_name
 
 
 if TYPE_CHECKING:  # not at run time: a recipe named `evaluate` may be in the same folder as the script
     from evaluate import EvaluationModule
 
+    from .rollouts import Seen
     from .trainer import DTRPOTrainer
 
 
@@ -74,8 +79,8 @@ def show_rewards(trainer: DTRPOTrainer) -> None:
 
 class TrajectoryCallback(TrainerCallback):
     """
-    Draws responses of the latest rollout during training. Pictures are written to files, and sent to Weights & Biases or
-    TensorBoard if `report_to` names them. Only the main process draws.
+    Draws responses while they are denoised: of the latest rollout every few updates, and of every evaluation. Pictures are
+    written to files, and sent to the trackers that `report_to` names. Only the main process draws.
 
     Example:
 
@@ -87,13 +92,13 @@ class TrajectoryCallback(TrainerCallback):
     Args:
         trainer ([`DTRPOTrainer`]):
             The trainer that this callback is added to.
-        every (`int`):
-            Draw every this many optimizer steps.
+        every (`int`, *optional*):
+            Draw the latest rollout every this many optimizer steps. Without it, only evaluations are drawn.
         directory (`str` or `Path`, *optional*):
-            Directory of the pictures: `step_000123.png` and, for further responses, `step_000123_1.png`. Defaults to
-            `trajectories` in the output directory.
+            Directory of the pictures. They are called `step_000123.png`, or `eval_000123.png` after the prefix of an
+            evaluation, and `step_000123_1.png` for further responses. Defaults to `trajectories` in the output directory.
         rows (`int`, *optional*, defaults to `1`):
-            Number of responses to draw, from the first of the rollout on.
+            Number of responses to draw, from the first of the rollout or of the evaluation on.
         max_positions (`int`, *optional*, defaults to `64`):
             Largest number of positions to draw of a response, from its first on. The picture of a long response would be too
             large.
@@ -106,57 +111,104 @@ class TrajectoryCallback(TrainerCallback):
     def __init__(
         self,
         trainer: DTRPOTrainer,
-        every: int,
+        every: int | None = None,
         directory: str | Path | None = None,
         rows: int = 1,
         max_positions: int = 64,
     ):
         for name, value in (("every", every), ("rows", rows), ("max_positions", max_positions)):
-            check_at_least(name, value)
+            if value is not None:
+                check_at_least(name, value)
         if find_spec("matplotlib") is None:
             raise ImportError("TrajectoryCallback needs matplotlib: pip install 'trl-diffusion[viz]'")
         self.trainer, self.every, self.rows, self.max_positions = trainer, every, rows, max_positions
         self.directory = directory
 
     def on_step_end(self, args, state, control, **kwargs):
-        rollouts = self.trainer.last_rollouts
-        if not state.is_world_process_zero or state.global_step % self.every or rollouts is None:
+        if self.every is not None and state.global_step % self.every == 0 and state.is_world_process_zero:
+            self._draw(self.trainer.seen)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._draw(self.trainer.seen_in_evaluation)
+
+    def _draw(self, seen: Seen | None) -> None:
+        if seen is None:
             return
-        directory = Path(args.output_dir, "trajectories") if self.directory is None else Path(self.directory)
-        paths = []
-        for row in range(min(self.rows, len(rollouts))):
-            path = directory / f"step_{state.global_step:06d}{f'_{row}' if row else ''}.png"
-            title = f"response {row} at optimizer step {state.global_step}"
-            shown = fitting_positions(rollouts, self.trainer.spec, row, self.max_positions)
-            paths.append(
-                plot_trajectory(
-                    rollouts, self.trainer.spec, self.trainer.processing_class, path, row, title, max_positions=shown
-                )
-            )
-        if "wandb" in args.report_to:
-            self._log_to_wandb(paths, state.global_step)
-        if "tensorboard" in args.report_to:
-            self._log_to_tensorboard(paths, state.global_step)
+        paths, spec, step = [], self.trainer.spec, self.trainer.state.global_step
+        for row in range(min(self.rows, len(seen.trajectories))):
+            path = file_of(self.trainer, seen, f"{f'_{row}' if row else ''}.png", self.directory)
+            title = f"response {row}{f' of {seen.name}' if seen.name else ''} at optimizer step {step}"
+            shown = fitting_positions(seen.trajectories, spec, row, self.max_positions)
+            tokenizer = self.trainer.processing_class
+            paths.append(plot_trajectory(seen.trajectories, spec, tokenizer, path, row, title, max_positions=shown))
+        self.trainer.trackers.send_pictures(f"{seen.name}/trajectory" if seen.name else "trajectory", paths)
 
-    @staticmethod
-    def _log_to_wandb(paths: list[Path], step: int) -> None:
-        import wandb
 
-        if wandb.run is None:
+class TrajectoryTableCallback(TrainerCallback):
+    """
+    Writes a table of responses at every log of training and at every evaluation, and sends it to the trackers that `report_to`
+    names: a row for each response, with the columns of [`~viz.table.trajectory_rows`], its rewards and its advantage. Only the
+    main process writes, about its own responses. `log_trajectories` of [`DTRPOConfig`] adds this callback.
+
+    The files are `step_000123.parquet`, and `eval_000123.parquet` after the prefix of an evaluation.
+
+    Args:
+        trainer ([`DTRPOTrainer`]):
+            The trainer that this callback is added to.
+        rows (`int`):
+            Largest number of responses in a table, from the first of the rollout or of the evaluation on.
+        directory (`str` or `Path`, *optional*):
+            Directory of the files. Defaults to `trajectories` in the output directory.
+
+    Raises:
+        ValueError: if the number of rows is not positive.
+    """
+
+    def __init__(self, trainer: DTRPOTrainer, rows: int, directory: str | Path | None = None):
+        check_at_least("rows", rows)
+        self.trainer, self.rows, self.directory = trainer, rows, directory
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and "loss" in (logs or {}):  # neither an evaluation nor the end
+            self._write(self.trainer.seen)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._write(self.trainer.seen_in_evaluation)
+
+    def _write(self, seen: Seen | None) -> None:
+        if seen is None:
             return
-        images = [wandb.Image(str(path)) for path in paths]
-        # As transformers logs. With `step=`, wandb drops entries whose step is below its own count of calls.
-        wandb.log({"trajectory": images[0] if len(images) == 1 else images, "train/global_step": step})
+        trainer, first = self.trainer, seen.trajectories.select(slice(self.rows))
+        found = trajectory_rows(first, trainer.spec, trainer.processing_class)
+        scores = [{name: values[row] for name, values in seen.scores.items()} for row in range(len(found))]
+        table = pd.DataFrame(
+            [
+                {"step": trainer.state.global_step, "prompt": row.pop("prompt"), "response": row.pop("response")}
+                | given
+                | row
+                for row, given in zip(found, scores, strict=True)
+            ]
+        )
+        with whole_file(file_of(trainer, seen, ".parquet", self.directory)) as temporary:
+            table.to_parquet(temporary)
+        trainer.trackers.send_table(f"{seen.name}/trajectories" if seen.name else "trajectories", table)
 
-    def _log_to_tensorboard(self, paths: list[Path], step: int) -> None:
-        from matplotlib.image import imread
 
-        for callback in self.trainer.callback_handler.callbacks:
-            writer = getattr(callback, "tb_writer", None)
-            if writer is not None:
-                for row, path in enumerate(paths):
-                    name = f"trajectory/{row}" if row else "trajectory"
-                    writer.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
+def log_trajectories(trainer: DTRPOTrainer, rows: int) -> None:
+    """Adds the callbacks of `log_trajectories`: tables of that many responses and, with matplotlib, a picture at evaluations."""
+    trainer.add_callback(TrajectoryTableCallback(trainer, rows))
+    if find_spec("matplotlib") is not None:
+        trainer.add_callback(TrajectoryCallback(trainer))
+    elif trainer.args.eval_strategy != "no":
+        logger.warning("Evaluations draw no response without matplotlib: pip install 'trl-diffusion[viz]'")
+
+
+def file_of(trainer: DTRPOTrainer, seen: Seen, ending: str, directory: str | Path | None = None) -> Path:
+    """The file for a table or a picture of what was seen at the current step."""
+    folder = Path(str(trainer.args.output_dir), "trajectories") if directory is None else Path(directory)
+    return folder / f"{safe_name(seen.name or 'step')}_{trainer.state.global_step:06d}{ending}"
 
 
 class MetricCallback(TrainerCallback):

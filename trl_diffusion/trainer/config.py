@@ -152,6 +152,13 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
             instead of at every step. Without an evaluation dataset, it is then removed from memory. This does not work
             with a reference that changes (`sync_ref_model`).
 
+        > Parameters that control logging
+
+        log_trajectories (`int`, *optional*, defaults to `0`):
+            Number of responses in a table about how they were denoised: rewards, steps, log-probabilities and the order of their
+            tokens. The table is written to `trajectories` in the output directory, and sent to the trackers of `report_to`,
+            at every log and at every evaluation. Every evaluation also draws one response, if matplotlib is installed.
+
     `loss_type="dpo"` is the pairwise loss of dTRPO (docs/method.md, section 5). It needs `beta > 0`, unless `"sft"` is its
     only part.
 
@@ -294,6 +301,15 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
         metadata={
             "help": "Whether the reference scores all stored responses before training, in exactly the states that "
             "training will draw, instead of at every step."
+        },
+    )
+
+    # Parameters that control logging
+    log_trajectories: Annotated[int, AtLeast(0)] = field(
+        default=0,
+        metadata={
+            "help": "Responses whose denoising is logged as a table, at every log and every evaluation. Every evaluation also "
+            "draws one of them."
         },
     )
 

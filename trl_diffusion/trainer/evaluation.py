@@ -9,7 +9,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +25,7 @@ from torch import Tensor
 from ..utils import whole_file
 from ._trl import TrainerMixin, print_completions
 from .metrics import How, Tally, add_over_processes, length_figures, reward_figures
+from .trackers import Trackers
 
 
 logger = get_logger(__name__)
@@ -48,6 +48,11 @@ _LOSS_OF_TOKENS = ("bnpo",)
 _LOSS_OF_ITEMS = ("dapo", "cispo", "vespo")
 
 
+def safe_name(name: str) -> str:
+    """The prefix of an evaluation, for the name of a file."""
+    return re.sub(r"[^\w.-]", "_", name)
+
+
 @dataclass
 class Evaluation:
     """
@@ -58,6 +63,7 @@ class Evaluation:
 
     Attributes:
         expected (`Callable[[], int]`): returns the total number of rows, as far as it is known at the moment.
+        name (`str`): prefix of its metrics, such as `"eval"`.
         rows (`int`): number of rows evaluated so far, by all processes together.
         first (`int`): index, in the whole evaluation, of the first row of this process's batch.
         new (`int`): number of rows of the batch that count, in all processes together.
@@ -70,6 +76,7 @@ class Evaluation:
     """
 
     expected: Callable[[], int]
+    name: str = "eval"
     rows: int = 0
     first: int = 0
     new: int = 0
@@ -77,6 +84,11 @@ class Evaluation:
     rewards: list[Tensor] = field(default_factory=list)
     lengths: list[Tensor] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
+
+    @property
+    def is_first_batch(self) -> bool:
+        """Whether the current batch is the first one."""
+        return self.rows == self.new
 
     def begin_batch(self, size: int, accelerator: Accelerator) -> None:
         """Determines which of the `size` rows of this process's next batch count."""
@@ -139,6 +151,9 @@ class RowwiseEvaluation(TrainerMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         self.tally = Tally()  # training metrics since the last log
         self._streamed = 0  # rows read so far from the stream that is evaluated
+        self._shown_at = -1  # optimizer step of the last table of training completions
+        self._tables: dict[str, pd.DataFrame] = {}  # of evaluations, not sent to trackers yet
+        self.trackers = Trackers(self)
         self.eos_token_ids = None  # TRL sets it from 1.16 on
         super().__init__(*args, **kwargs)
 
@@ -146,13 +161,19 @@ class RowwiseEvaluation(TrainerMixin):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates the policy. See [`~transformers.Trainer.evaluate`]."""
+        self.trackers.start()
         with self._training_untouched():
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        self._send_tables()
+        return metrics
 
     def predict(self, *args: Any, **kwargs: Any):
         """Evaluates the policy on another dataset, without logging. See [`~transformers.Trainer.predict`]."""
+        self.trackers.start()
         with self._training_untouched():
-            return super().predict(*args, **kwargs)
+            output = super().predict(*args, **kwargs)
+        self._send_tables()
+        return output
 
     @contextmanager
     def _training_untouched(self) -> Iterator[None]:
@@ -172,7 +193,7 @@ class RowwiseEvaluation(TrainerMixin):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """Runs the evaluation loop of transformers, and adds metrics over rows to its result."""
-        self.evaluation = Evaluation(self._expected_rows(dataloader))
+        self.evaluation = Evaluation(self._expected_rows(dataloader), metric_key_prefix)
         logs, self._logs = self._logs, self._empty_logs()
         self._metrics["eval"].clear()
         try:
@@ -338,15 +359,18 @@ class RowwiseEvaluation(TrainerMixin):
         Logs as TRL does, and adds the training metrics recorded here.
 
         The table of completions is shown only with training metrics, because an evaluation has already shown its own
-        table.
+        table. At the end of training it is not shown again.
         """
         if self.model.training:
             for name, value in self.tally.results().items():
                 self._metrics["train"][name] = [float("nan") if value is None else value]
             self.tally = Tally()
         shown = self.log_completions
-        self.log_completions = shown and self.model.training and len(self._logs["prompt"]) > 0
+        again = "train_runtime" in logs and self._shown_at == self.state.global_step
+        self.log_completions = shown and self.model.training and len(self._logs["prompt"]) > 0 and not again
         try:
+            if self.log_completions:
+                self._shown_at = self.state.global_step
             super().log(logs, start_time)
         finally:
             self.log_completions = shown
@@ -386,27 +410,15 @@ class RowwiseEvaluation(TrainerMixin):
             {"step": [step] * len(prompts), "prompt": prompts, "completion": completions, **rewards, **whole}
             | {"advantage": advantages}
         )
-        safe_name = re.sub(r"[^\w.-]", "_", name)
-        path = Path(self.args.output_dir, "completions", f"{safe_name}_{step:05d}.parquet")
+        path = Path(self.args.output_dir, "completions", f"{safe_name(name)}_{step:05d}.parquet")
         with whole_file(path) as temporary:
             table.to_parquet(temporary)
         if self.log_unique_prompts:
             table = table[~table["prompt"].map(str).duplicated()]
-        track_completions(name, table, list(self.args.report_to or ()))
+        self._tables[f"{name}/completions"] = table
 
-
-def track_completions(name: str, table: pd.DataFrame, trackers: list[str]) -> None:
-    """
-    Sends a table of completions to the trackers that accept tables: Weights & Biases and Trackio.
-
-    Args:
-        name (`str`): prefix of the evaluation, such as `"eval"`. The table is sent as `NAME/completions`.
-        table (`pandas.DataFrame`): one row for each response.
-        trackers (`list[str]`): names of the trackers in use, as in `report_to`.
-    """
-    for tracker in ("wandb", "trackio"):
-        if tracker not in trackers:
-            continue
-        module = import_module(tracker)
-        if tracker == "trackio" or module.run is not None:
-            module.log({f"{name}/completions": module.Table(dataframe=table)})
+    def _send_tables(self) -> None:
+        """Sends the tables of an evaluation to the trackers. An evaluation before training starts them only when it is logged."""
+        tables, self._tables = self._tables, {}
+        for name, table in tables.items():
+            self.trackers.send_table(name, table)

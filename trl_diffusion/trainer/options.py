@@ -12,6 +12,7 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from ..utils import no_repeated_keys
+from .trackers import check_trackers
 
 
 if TYPE_CHECKING:
@@ -25,9 +26,11 @@ def settle(args: DTRPOConfig | DiffusionSFTConfig) -> None:
     machine cannot do, or would ask about.
 
     Raises:
-        ValueError: if `diffusion_spec` is no mapping and no JSON object, or `bf16` is set without a GPU that has bfloat16.
+        ValueError: if `diffusion_spec` is no mapping and no JSON object, if `bf16` is set without a GPU that has bfloat16, or if
+            a tracker of `report_to` is not installed.
     """
     args.diffusion_spec = _mapping(args.diffusion_spec)
+    check_trackers(args.report_to)
     has_bf16 = is_torch_bf16_gpu_available() or is_torch_xla_available()
     if args.bf16 is None and (args.use_cpu or not has_bf16):
         args.bf16 = False

@@ -36,7 +36,7 @@ _SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed
 # Settings of GRPO that do not affect a rollout.
 _HARMLESS = frozenset(
     """
-    log_completions num_completions_to_print log_unique_prompts log_multimodal log_completions_hub_repo
+    log_completions log_trajectories num_completions_to_print log_unique_prompts log_multimodal log_completions_hub_repo
     num_generations_eval model_init_kwargs rollout_batch_size estimator_check_steps estimator_check_size
     precompute_ref_log_probs ds3_gather_for_generation
     """.split()

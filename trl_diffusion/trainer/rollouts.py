@@ -20,7 +20,7 @@ from ..scoring.states import states_to_draw
 from ..seeds import CHOICE, DRAWS, EVALUATION, STORED, TRAINING, derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows
 from ..trajectories.revisions import NEVER
-from ..trajectories.trajectory import TrajectoryBatch, event_regions
+from ..trajectories.trajectory import TrajectoryBatch, steps_of_responses
 from .agreement import fail_together
 from .answering import answer_together, decode_on_all
 from .batches import columns_of, is_rows, trajectories_of
@@ -61,16 +61,39 @@ class Rollout:
         stored (`list[StoredResponse]`, *optional*): the stored responses of the rollout. `None` for fresh ones.
         seeds (`list[int]` of length `R`): seed of each response.
         trajectories ([`TrajectoryBatch`], *optional*): the responses, as soon as they exist.
-        unscored (bool `Tensor` of shape `(R,)`, *optional*): responses to which no reward function applies,
-            after scoring.
+        rewards (`Tensor` of shape `(R, F)`, *optional*): the reward of each function, after scoring. NaN where it does not
+            apply.
         differing (bool `Tensor` of shape `(R,)`, *optional*): responses of groups whose rewards are not all the same.
     """
 
     stored: list[StoredResponse] | None = None
     seeds: tuple[int, ...] = ()
     trajectories: TrajectoryBatch | None = None
-    unscored: Tensor | None = None
+    rewards: Tensor | None = None
     differing: Tensor | None = None
+
+    @property
+    def unscored(self) -> Tensor:
+        """Responses to which no reward function applies, bool, `(R,)`."""
+        assert self.rewards is not None  # TRL has called `_calculate_rewards`
+        return self.rewards.isnan().all(1)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """
+    Responses of this process that can be looked at.
+
+    Attributes:
+        trajectories ([`TrajectoryBatch`]): how they were denoised.
+        scores (`dict[str, list[float]]`): for each response, its reward by each function, under the name of the function, and
+            its `advantage`.
+        name (`str`, *optional*): the evaluation that they are of, such as `"eval"`. Empty for those of training.
+    """
+
+    trajectories: TrajectoryBatch
+    scores: dict[str, list[float]]
+    name: str = ""
 
 
 class DiffusionRollouts(DiffusionScoring):
@@ -80,17 +103,24 @@ class DiffusionRollouts(DiffusionScoring):
 
     Attributes:
         rollout ([`Rollout`], *optional*): the rollout in progress. `None` if there is none.
-        last_rollouts ([`TrajectoryBatch`], *optional*): the last rollout of training on this process.
+        seen ([`Seen`], *optional*): the last rollout of training on this process, with its rewards.
+        seen_in_evaluation ([`Seen`], *optional*): the first batch of the last evaluation on this process, with its rewards.
         learning ([`Learning`]): the rollouts of the run, and those from which nothing could be learnt.
     """
 
     rollout: Rollout | None = None
-    last_rollouts: TrajectoryBatch | None = None
+    seen: Seen | None = None
+    seen_in_evaluation: Seen | None = None
 
     num_generations: int
     _throughput: ThroughputCallback
     _rollout_clock: tuple[int, int] = (-1, 0)  # optimizer step, and rollouts so far in it
     learning: Learning
+
+    @property
+    def last_rollouts(self) -> TrajectoryBatch | None:
+        """The last rollout of training on this process, if there was one."""
+        return None if self.seen is None else self.seen.trajectories
 
     # ---------------------------------------------------------------------------------------------- TRL's hooks
 
@@ -107,7 +137,7 @@ class DiffusionRollouts(DiffusionScoring):
         finally:
             self.beta, self.rollout = beta, None
         trajectories = rollout.trajectories
-        assert trajectories is not None and rollout.unscored is not None  # TRL has called the hooks below
+        assert trajectories is not None  # TRL has called the hooks below
         output.update(
             **columns_of(trajectories),
             draw_seeds=torch.tensor(
@@ -121,8 +151,8 @@ class DiffusionRollouts(DiffusionScoring):
         if self.loss_type == "dpo":  # TRL gives responses without a reward the advantage 0
             output["pair_scores"] = torch.where(rollout.unscored, torch.nan, output["advantages"])
         self._log_trajectories(trajectories)
+        self._keep_to_look_at(rollout, output["advantages"])
         if self.model.training:
-            self.last_rollouts = trajectories
             output.update(self.reference.precomputed(rollout.stored, trajectories))
             self._note_gradient(rollout, output["completion_mask"].any(1))
         return self._group(output)
@@ -164,7 +194,7 @@ class DiffusionRollouts(DiffusionScoring):
             failure = self._infinite_reward(rewards[own], prompts, completions)
             fail_together(self.accelerator, failure, "A reward function")
         differing = differing_groups(rewards, self.num_generations)[own] if self.model.training else None
-        self.rollout = replace(self.rollout, unscored=rewards[own].isnan().all(1), differing=differing)
+        self.rollout = replace(self.rollout, rewards=rewards[own], differing=differing)
         return rewards
 
     def _infinite_reward(self, rewards: Tensor, prompts: list, completions: list) -> ValueError | None:
@@ -313,7 +343,7 @@ class DiffusionRollouts(DiffusionScoring):
 
     def _why_idle(self, rollout: Rollout) -> str:
         """Why no response of a rollout has an advantage."""
-        assert rollout.trajectories is not None and rollout.differing is not None and rollout.unscored is not None
+        assert rollout.trajectories is not None and rollout.differing is not None
         answers, stops = rollout.trajectories.completions(), set(self.spec.stop_token_ids)
         prompts = [tuple(ids) for ids in rollout.trajectories.prompt_ids.tolist()]
         written = sum(not set(ids) <= stops for ids in answers)
@@ -334,20 +364,31 @@ class DiffusionRollouts(DiffusionScoring):
             "apart."
         )
 
+    def _keep_to_look_at(self, rollout: Rollout, advantages: Tensor) -> None:
+        """Keeps a rollout, or the first batch of an evaluation, to be looked at."""
+        assert rollout.trajectories is not None and rollout.rewards is not None
+        columns = zip(self.reward_func_names, rollout.rewards.T.tolist(), strict=True)
+        seen = Seen(rollout.trajectories, {**dict(columns), "advantage": advantages.tolist()})
+        if self.evaluation is None:
+            if self.model.training:
+                self.seen = seen
+        elif self.evaluation.is_first_batch:
+            count = int(self.evaluation.counted.sum())
+            scores = {name: values[:count] for name, values in seen.scores.items()}
+            self.seen_in_evaluation = Seen(seen.trajectories.select(slice(count)), scores, self.evaluation.name)
+
     def _log_trajectories(self, trajectories: TrajectoryBatch) -> None:
         """Records metrics about the trajectories of a rollout."""
         rows = self._counted(len(trajectories))
-        counted, written = trajectories.completion_mask & rows[:, None], trajectories.completion_mask
         if trajectories.revisions is not None:
-            written = trajectories.event_steps != NEVER
             revised = (trajectories.revisions.steps != NEVER) & rows[:, None]
             taken_back, responses = add_over_processes(self.accelerator, revised.sum(), rows.sum())
             self._record("diffusion/taken_back", taken_back / max(responses, 1), responses)
-        written = written & rows[:, None]
-        regions, steps_of = event_regions(self.spec, trajectories), trajectories.event_steps
-        pairs = torch.unique(torch.stack([written.nonzero()[:, 0], regions[written], steps_of[written]]), dim=1).shape[
-            1
-        ]
-        tokens, steps, responses = add_over_processes(self.accelerator, counted.sum(), pairs, rows.sum())
+        tokens, steps, responses = add_over_processes(
+            self.accelerator,
+            (trajectories.completion_lengths * rows).sum(),
+            (steps_of_responses(self.spec, trajectories) * rows).sum(),
+            rows.sum(),
+        )
         self._record("diffusion/tokens_per_step", tokens / max(steps, 1), steps)
         self._record("diffusion/steps_per_response", steps / responses, responses)

@@ -29,19 +29,22 @@ class ThroughputCallback(TrainerCallback):
 
     - `time/rollout`, `time/reward` and `time/update`: seconds for decoding, for the reward functions, and for everything
       from the end of the rollout to the end of the optimizer step. The values are those of the slowest process.
+    - `time/rollout_share`: `time/rollout` as a share of all seconds of the steps since the last log.
     - `throughput/responses_per_second` and `throughput/tokens_per_second`: responses and tokens trained on, divided by the
       seconds of all steps since the last log. The values are over all processes.
     - `memory/peak_gib`: largest memory of a process so far, in GiB (see [`peak_memory`]). The value is that of the process
       with the most.
 
-    A step that trains on an earlier rollout has 0 seconds of rollout and reward.
+    A step that trains on an earlier rollout has 0 seconds of rollout and reward. A trainer without rollouts has no such
+    metrics, nor a number of responses.
 
     Args:
-        trainer ([`DTRPOTrainer`]): the trainer that this callback is added to.
+        trainer ([`DTRPOTrainer`] or [`DiffusionSFTTrainer`]): the trainer that this callback is added to.
+        rollouts (`bool`, *optional*, defaults to `True`): whether the trainer has rollouts.
     """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, trainer, rollouts: bool = True):
+        self.trainer, self.rollouts = trainer, rollouts
         self._reset()
 
     def _reset(self) -> None:
@@ -79,9 +82,12 @@ class ThroughputCallback(TrainerCallback):
         responses, tokens = gathered[:, :2].sum(0).tolist()
         whole, rollout, reward, update, memory = gathered[:, 2:].amax(0).tolist()
         tally = self.trainer.tally
-        for name, value in (("time/rollout", rollout), ("time/reward", reward), ("time/update", update)):
-            tally.add(name, value)
-        # Over several steps: all responses divided by all seconds.
-        tally.add("throughput/responses_per_second", responses / whole, whole)
+        tally.add("time/update", update)
+        # Over several steps: all seconds, responses or tokens divided by all seconds.
+        if self.rollouts:
+            tally.add("time/rollout", rollout)
+            tally.add("time/reward", reward)
+            tally.add("time/rollout_share", rollout / whole, whole)
+            tally.add("throughput/responses_per_second", responses / whole, whole)
         tally.add("throughput/tokens_per_second", tokens / whole, whole)
         tally.add("memory/peak_gib", memory, how="max")

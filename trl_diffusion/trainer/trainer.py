@@ -23,6 +23,7 @@ from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import write_text
 from .agreement import fail_together
 from .batches import is_rows, trajectories_of, ungroup
+from .callbacks import log_trajectories
 from .card import PAPER, model_card
 from .checks import check_callback, check_steps_made
 from .config import DTRPOConfig
@@ -33,7 +34,7 @@ from .policy_files import PolicyFiles
 from .reference import FILE as REFERENCE
 from .reference import Reference, load_reference, save_reference
 from .resume import ExactResume
-from .rollouts import DiffusionRollouts
+from .rollouts import DiffusionRollouts, Seen
 from .setup import make_ready, set_up
 from .throughput import ThroughputCallback
 
@@ -158,6 +159,8 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
         self._throughput = ThroughputCallback(self)
         self.add_callback(self._throughput)
         self.add_callback(HealthCallback(signs_of(args.loss_type, online=setup.store is None)))
+        if args.log_trajectories:
+            log_trajectories(self, args.log_trajectories)
         make_ready(self, setup, kwargs.get("optimizers", (None, None))[0])
 
     def _set_signature_columns_if_needed(self):
@@ -312,10 +315,15 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         """Metrics that were not logged yet, and the rollout that callbacks may draw."""
-        rollouts = self.last_rollouts if self.inside_rollout() else None
-        return {"tally": vars(self.tally), "last_rollouts": None if rollouts is None else rollouts.to_dict()}
+        seen = self.seen if self.inside_rollout() else None
+        return {
+            "tally": vars(self.tally),
+            "last_rollouts": None if seen is None else seen.trajectories.to_dict(),
+            "scores": None if seen is None else seen.scores,
+        }
 
     def restore_extra_state(self, state: dict[str, Any]) -> None:
         self.tally = Tally(**state["tally"])
         if state["last_rollouts"] is not None:
-            self.last_rollouts = TrajectoryBatch.from_dict(state["last_rollouts"]).to(self.accelerator.device)
+            trajectories = TrajectoryBatch.from_dict(state["last_rollouts"]).to(self.accelerator.device)
+            self.seen = Seen(trajectories, state.get("scores") or {})

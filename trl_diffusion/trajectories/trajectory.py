@@ -282,6 +282,16 @@ def counted_writes(spec: DiffusionSpec, batch: TrajectoryBatch, whole_steps: boo
     return (batch.completion_mask | before) & (batch.steps != NEVER)
 
 
+def steps_of_responses(spec: DiffusionSpec, batch: TrajectoryBatch) -> Tensor:
+    """
+    The number of denoising steps that wrote each response, `(R,)`. Steps that wrote only tokens after the completion do not
+    count. Of a decoder that revises, every step counts.
+    """
+    written = batch.completion_mask if batch.revisions is None else batch.event_steps != NEVER
+    keys = torch.stack([written.nonzero()[:, 0], event_regions(spec, batch)[written], batch.event_steps[written]])
+    return torch.bincount(torch.unique(keys, dim=1)[0], minlength=len(batch))
+
+
 def global_steps(blocks: Tensor, steps: Tensor) -> Tensor:
     """
     Denoising steps numbered consecutively over all blocks, instead of inside each block.
