@@ -10,7 +10,7 @@ from transformers import ProgressCallback
 from trl import LogCompletionsCallback, WeaveCallback
 
 from tests.trainer.conftest import make_dataset
-from trl_diffusion.trainer.callbacks import RewardProgressCallback, TrajectoryCallback
+from trl_diffusion.trainer.callbacks import LossProgressCallback, RewardProgressCallback, TrajectoryCallback
 from trl_diffusion.trajectories.trajectory import TrajectoryBatch
 
 
@@ -64,6 +64,16 @@ def test_the_bar_shows_the_order_of_pairs():
         None, main, None, logs={"eval_sudoku_solved": 0.5, "eval_runtime": 3.0, "eval_completions/mean_length": 9.0}
     )
     assert shown == [{"accuracies": "0.750"}] and written == ["Evaluation after 3 updates: sudoku_solved 0.5"]
+
+
+def test_the_bar_of_supervised_fine_tuning_shows_the_loss():
+    shown, written = [], []
+    callback = LossProgressCallback()
+    callback.training_bar = SimpleNamespace(set_postfix=shown.append, write=written.append)
+    main = SimpleNamespace(is_world_process_zero=True, global_step=3)
+    for logs in ({"loss": 0.5, "grad_norm": 1.0}, {"train_runtime": 3.0, "train_loss": 0.4}, {"eval_loss": 0.25}):
+        callback.on_log(None, main, None, logs=logs)
+    assert shown == [{"loss": "0.500"}] and written == ["Evaluation after 3 updates: loss 0.25"]
 
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -20,6 +20,7 @@ from ..scoring.layout import join_rows, pack, rows_to_join
 from ..scoring.score import score_logits
 from ..seeds import SUPERVISED, derive_seed
 from ..trainer.agreement import check_shared
+from ..trainer.callbacks import LossProgressCallback, replace_bar
 from ..trainer.card import tuning_card
 from ..trainer.checks import named_datasets
 from ..trainer.metrics import Tally, add_over_processes
@@ -137,6 +138,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
             )
         self._throughput = ThroughputCallback(self, rollouts=False)
         self.add_callback(self._throughput)
+        replace_bar(self, LossProgressCallback)
         self.data_collator = collator = make_ready(self)
         check_documents(self, collator)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from ..decoding.config import DecodingConfig
 from ..fields import check_at_least
@@ -47,7 +47,7 @@ class RewardProgressCallback(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None or logs is None:
             return
-        shown = {name: f"{value:.3f}" for name, value in _rewards(logs, "").items()}
+        shown = {name: f"{value:.3f}" for name, value in self.figures(logs).items()}
         if shown:
             self.training_bar.set_postfix(shown)
         own = {name: value for name, value in logs.items() if name.startswith("eval_") and "/" not in name}
@@ -56,6 +56,17 @@ class RewardProgressCallback(ProgressCallback):
         if measured:
             figures = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
             self.training_bar.write(f"Evaluation after {state.global_step} updates: {figures}")
+
+    def figures(self, logs: dict[str, Any]) -> dict[str, float]:
+        """What the bar shows of a log, by name."""
+        return _rewards(logs, "")
+
+
+class LossProgressCallback(RewardProgressCallback):
+    """A progress bar that shows the loss instead of writing all metrics at every log. [`DiffusionSFTTrainer`] has it."""
+
+    def figures(self, logs: dict[str, Any]) -> dict[str, float]:
+        return {"loss": logs["loss"]} if "loss" in logs else {}
 
 
 def _rewards(logs: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -67,14 +78,14 @@ def _rewards(logs: dict[str, Any], prefix: str) -> dict[str, float]:
     return found
 
 
-def show_rewards(trainer: DTRPOTrainer) -> None:
-    """Replaces transformers' progress bar by one that shows the rewards. Another bar, such as that of a notebook, stays."""
+def replace_bar(trainer: Trainer, bar: type[RewardProgressCallback]) -> None:
+    """Replaces transformers' progress bar by another one. A bar of another kind, such as that of a notebook, stays."""
     callbacks = trainer.callback_handler.callbacks
     plain = [one for one in callbacks if type(one) is ProgressCallback]
     for one in plain:
         trainer.remove_callback(one)
     if plain and not any(isinstance(one, RewardProgressCallback) for one in callbacks):
-        trainer.add_callback(RewardProgressCallback())
+        trainer.add_callback(bar())
 
 
 class TrajectoryCallback(TrainerCallback):

@@ -36,7 +36,7 @@ from ..policies.training import (
 from ..rewards.call import check_reward_model
 from ..trajectories.dataset import is_trajectory_dataset
 from .agreement import failing_together
-from .callbacks import show_rewards
+from .callbacks import RewardProgressCallback, replace_bar
 from .checkpoints import checkpoints_in
 from .checks import (
     check_callback,
@@ -228,7 +228,7 @@ def make_ready(trainer: DTRPOTrainer, setup: Setup, optimizer: Optimizer | None)
     """
     _check_placement(trainer)
     _share_failures(trainer)
-    show_rewards(trainer)
+    replace_bar(trainer, RewardProgressCallback)
     policies = [policy for policy in (trainer.model, trainer.ref_model) if policy is not None]
     for policy in policies:
         prepare_rounded(policy)
