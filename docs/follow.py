@@ -51,7 +51,7 @@ NEEDS = {
     ),
     r"\b(llm-)?smollm2": "a package from the index",
     r"^(sbatch|srun|scontrol|squeue)\b": "a Slurm cluster",
-    r"^(hf|for|done|git|cd)\b|^curl (?!http://127\.0\.0\.1)": "a network",
+    r"^(hf|for|done|git|cd)\b|^curl (?!.*http://127\.0\.0\.1)": "a network",
 }
 A_CHECKOUT = r"^(make|git|cd)\b|\brecipes/|constraints\.txt|\bbenchmarks/"
 SOLVE_RATE = r"solve rate ([\d.]+)% -> ([\d.]+)%"
