@@ -13,6 +13,8 @@ from typing import Any
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
+from ..links import link
+
 
 logger = get_logger(__name__)
 
@@ -124,4 +126,5 @@ class HealthCallback(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         for sign in [sign for sign in self.signs if sign(state.log_history)]:
             self.signs.remove(sign)
-            logger.warning(f"At optimizer step {state.global_step}, {_MEANINGS[sign]}")
+            where = link("docs/troubleshooting.md#the-policy-forgets")
+            logger.warning(f"At optimizer step {state.global_step}, {_MEANINGS[sign]} See {where}.")
