@@ -5,10 +5,10 @@ written, and with orders chosen afterwards, as for responses that come as text f
     python benchmarks/replay.py --directory outputs/replay --json
 
 The answers to `--prompts` puzzles are collected once by the embedded policy (16 to each). Their texts and rewards are then written to
-a file, and imported by `trl-diffusion collect --responses`, which knows no orders. Each seed trains on both with
-`recipes/tiny_offline.yaml`: on recorded orders, and on imported ones with each of `--orders` as `decoding_order`. Solve rates are
-greedy, on 500 puzzles. Differences from recorded orders are paired by seed (Student's t, 95 %). All that is done is kept in
-`--directory`: killed anywhere, the same command goes on.
+a file, and imported by `trl-diffusion collect --responses`, which knows no orders. A puzzle with an answer that did not end is left out of
+the file, since an imported answer ends. Each seed trains on both with `recipes/tiny_offline.yaml`: on recorded orders, and on imported
+ones with each of `--orders` as `decoding_order`. Solve rates are greedy, on 500 puzzles. Differences from recorded orders are paired by
+seed (Student's t, 95 %). All that is done is kept in `--directory`: killed anywhere, the same command goes on.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ def collected(directory: Path, prompts: int) -> tuple[Path, Path]:
     recorded, imported, file = directory / RECORDED, directory / "imported", directory / "responses.jsonl"
     sizes = ("--train_size", str(prompts))
     if not (directory / "done").is_file():
-        run("collect", *sizes, "--output_dir", str(recorded))
+        run("collect", *sizes, "--output_dir", str(recorded))  # goes on where it was
         rows, tokenizer = load_trajectories(recorded), load_tokenizer(tiny_policy_path())
         names = [name for name in rows.column_names if name.startswith(REWARD_PREFIX)]
         with file.open("w") as lines:
             for row in rows:
+                if not all(ids[-1] == tokenizer.eos_token_id for ids in completions_of(row)):
+                    continue
                 rewards = {name.removeprefix(REWARD_PREFIX): row[name] for name in names}
                 texts = tokenizer.batch_decode(completions_of(row), skip_special_tokens=True)
                 kept = {"prompt": row["prompt"], "puzzle": row["puzzle"], "responses": texts, "rewards": rewards}
