@@ -161,8 +161,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         self.trained_tokens = None
         if not self.args.save_on_each_node:
             check_shared(self.accelerator, str(self.args.output_dir))
-        checkpoint = find_checkpoint(self, True) if resume_from_checkpoint is True else resume_from_checkpoint
-        output = super().train(checkpoint, *args, **kwargs)
+        output = super().train(find_checkpoint(self, resume_from_checkpoint), *args, **kwargs)
         if self.trained_tokens == 0:
             raise ValueError(
                 f"Nothing was trained: the {self.state.global_step} steps had no token to train. Look at the labels of the stream, at "

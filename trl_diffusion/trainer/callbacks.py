@@ -88,7 +88,38 @@ def replace_bar(trainer: Trainer, bar: type[RewardProgressCallback]) -> None:
         trainer.add_callback(bar())
 
 
-class TrajectoryCallback(TrainerCallback):
+class _LookingCallback(TrainerCallback):
+    """
+    Shows responses of every evaluation. Only the main process does.
+
+    Args:
+        trainer ([`DTRPOTrainer`]): the trainer that this callback is added to.
+        directory (`str` or `Path`, *optional*): directory of the files. Defaults to `trajectories` in the output directory.
+    """
+
+    def __init__(self, trainer: DTRPOTrainer, directory: str | Path | None):
+        self.trainer, self.directory = trainer, directory
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.look(self.trainer.seen_in_evaluation)
+
+    def look(self, seen: Seen | None) -> None:
+        """Shows responses, if there are any to be seen, on the main process."""
+        if seen is not None and self.trainer.state.is_world_process_zero:
+            self.show(seen)
+
+    def show(self, seen: Seen) -> None:
+        """Shows responses."""
+        raise NotImplementedError
+
+    def file_of(self, seen: Seen, ending: str) -> Path:
+        """The file for something about responses that were seen at the current step."""
+        default = Path(str(self.trainer.args.output_dir), "trajectories")
+        folder = default if self.directory is None else Path(self.directory)
+        return folder / f"{safe_name(seen.name or 'step')}_{self.trainer.state.global_step:06d}{ending}"
+
+
+class TrajectoryCallback(_LookingCallback):
     """
     Draws responses while they are denoised: of the latest rollout every few updates, and of every evaluation. Pictures are
     written to files, and sent to the trackers that `report_to` names. Only the main process draws.
@@ -132,31 +163,25 @@ class TrajectoryCallback(TrainerCallback):
                 check_at_least(name, value)
         if find_spec("matplotlib") is None:
             raise ImportError("TrajectoryCallback needs matplotlib: pip install 'trl-diffusion[viz]'")
-        self.trainer, self.every, self.rows, self.max_positions = trainer, every, rows, max_positions
-        self.directory = directory
+        super().__init__(trainer, directory)
+        self.every, self.rows, self.max_positions = every, rows, max_positions
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.every is not None and state.global_step % self.every == 0 and state.is_world_process_zero:
-            self._draw(self.trainer.seen)
+        if self.every is not None and state.global_step % self.every == 0:
+            self.look(self.trainer.seen)
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self._draw(self.trainer.seen_in_evaluation)
-
-    def _draw(self, seen: Seen | None) -> None:
-        if seen is None:
-            return
+    def show(self, seen: Seen) -> None:
         paths, spec, step = [], self.trainer.spec, self.trainer.state.global_step
         for row in range(min(self.rows, len(seen.trajectories))):
-            path = file_of(self.trainer, seen, f"{f'_{row}' if row else ''}.png", self.directory)
+            path = self.file_of(seen, f"{f'_{row}' if row else ''}.png")
             title = f"response {row}{f' of {seen.name}' if seen.name else ''} at optimizer step {step}"
             shown = fitting_positions(seen.trajectories, spec, row, self.max_positions)
             tokenizer = self.trainer.processing_class
             paths.append(plot_trajectory(seen.trajectories, spec, tokenizer, path, row, title, max_positions=shown))
-        self.trainer.trackers.send_pictures(f"{seen.name}/trajectory" if seen.name else "trajectory", paths)
+        self.trainer.trackers.send_pictures(seen.called("trajectory"), paths)
 
 
-class TrajectoryTableCallback(TrainerCallback):
+class TrajectoryTableCallback(_LookingCallback):
     """
     Writes a table of responses at every log of training and at every evaluation, and sends it to the trackers that `report_to`
     names: a row for each response, with the columns of [`~viz.table.trajectory_rows`], its rewards and its advantage. Only the
@@ -178,19 +203,14 @@ class TrajectoryTableCallback(TrainerCallback):
 
     def __init__(self, trainer: DTRPOTrainer, rows: int, directory: str | Path | None = None):
         check_at_least("rows", rows)
-        self.trainer, self.rows, self.directory = trainer, rows, directory
+        super().__init__(trainer, directory)
+        self.rows = rows
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and "loss" in (logs or {}):  # neither an evaluation nor the end
-            self._write(self.trainer.seen)
+        if "loss" in (logs or {}):  # neither an evaluation nor the end
+            self.look(self.trainer.seen)
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self._write(self.trainer.seen_in_evaluation)
-
-    def _write(self, seen: Seen | None) -> None:
-        if seen is None:
-            return
+    def show(self, seen: Seen) -> None:
         trainer, first = self.trainer, seen.trajectories.select(slice(self.rows))
         found = trajectory_rows(first, trainer.spec, trainer.processing_class)
         scores = [{name: values[row] for name, values in seen.scores.items()} for row in range(len(found))]
@@ -202,9 +222,9 @@ class TrajectoryTableCallback(TrainerCallback):
                 for row, given in zip(found, scores, strict=True)
             ]
         )
-        with whole_file(file_of(trainer, seen, ".parquet", self.directory)) as temporary:
+        with whole_file(self.file_of(seen, ".parquet")) as temporary:
             table.to_parquet(temporary)
-        trainer.trackers.send_table(f"{seen.name}/trajectories" if seen.name else "trajectories", table)
+        trainer.trackers.send_table(seen.called("trajectories"), table)
 
 
 def log_trajectories(trainer: DTRPOTrainer, rows: int) -> None:
@@ -214,12 +234,6 @@ def log_trajectories(trainer: DTRPOTrainer, rows: int) -> None:
         trainer.add_callback(TrajectoryCallback(trainer))
     elif trainer.args.eval_strategy != "no":
         logger.warning("Evaluations draw no response without matplotlib: pip install 'trl-diffusion[viz]'")
-
-
-def file_of(trainer: DTRPOTrainer, seen: Seen, ending: str, directory: str | Path | None = None) -> Path:
-    """The file for a table or a picture of what was seen at the current step."""
-    folder = Path(str(trainer.args.output_dir), "trajectories") if directory is None else Path(directory)
-    return folder / f"{safe_name(seen.name or 'step')}_{trainer.state.global_step:06d}{ending}"
 
 
 class MetricCallback(TrainerCallback):

@@ -324,6 +324,16 @@ class RowwiseEvaluation(TrainerMixin):
             return torch.ones(size, dtype=torch.bool, device=self.accelerator.device)
         return self.evaluation.counted
 
+    @property
+    def _tally_of_batch(self) -> Tally:
+        """
+        Where the metrics of the current batch are added, over all processes: of the evaluation in progress, or else of the next log of
+        training. Those of a batch outside of both are not kept.
+        """
+        if self.evaluation is not None:
+            return self.evaluation.tally
+        return self.tally if self.model.training else Tally()
+
     def _record(self, name: str, value: float, weight: float = 1.0, how: How = "mean") -> None:
         """
         Records a metric of a batch, for the evaluation in progress or else for the next log of training.
@@ -333,24 +343,7 @@ class RowwiseEvaluation(TrainerMixin):
             value (`float`): value of the metric over all processes.
             weight, how: see [`~trainer.metrics.Tally.add`].
         """
-        if self.evaluation is not None:
-            self.evaluation.tally.add(name, value, weight, how)
-        elif self.model.training:
-            self.tally.add(name, value, weight, how)
-
-    def _record_ratios(self, sums: Tensor) -> None:
-        """Records the [`~scoring.diagnostics.ratio_statistics`] of a batch, summed over processes."""
-        if self.evaluation is not None:
-            self.evaluation.tally.add_ratios(sums)
-        elif self.model.training:
-            self.tally.add_ratios(sums)
-
-    def _record_loads(self, counts: Tensor) -> None:
-        """Records the tokens of each expert in a batch, shape `(L, E)`, summed over processes."""
-        if self.evaluation is not None:
-            self.evaluation.tally.add_loads(counts)
-        elif self.model.training:
-            self.tally.add_loads(counts)
+        self._tally_of_batch.add(name, value, weight, how)
 
     # ------------------------------------------------------------------------------------------- what is shown
 

@@ -95,6 +95,10 @@ class Seen:
     scores: dict[str, list[float]]
     name: str = ""
 
+    def called(self, what: str) -> str:
+        """The name of something about these responses, such as `eval/trajectory`, and `trajectory` for those of training."""
+        return f"{self.name}/{what}" if self.name else what
+
 
 class DiffusionRollouts(DiffusionScoring):
     """

@@ -120,16 +120,16 @@ class DiffusionScoring(RowwiseEvaluation):
             estimates.append(torch.stack(passes, 1))
         return torch.cat(estimates)
 
-    def score_policy(self, model: nn.Module, *options: bool) -> tuple[Tensor, Tensor | None]:
+    def score_policy(self, model: nn.Module, **options: bool) -> tuple[Tensor, Tensor | None]:
         """Scores the policy inside `scoring`, and records metrics of the pass. `options` are those of [`~scoring.score.score`]."""
         assert self.scored is not None
         layout = self.scored.layout
         places = (layout.rows * layout.input_ids.shape[1] + layout.columns)[layout.coefficients != 0]
         with counted_tokens(model, places) as loads:
-            logps, entropies = score(model, layout, self.spec, self.temperature, *options)
+            logps, entropies = score(model, layout, self.spec, self.temperature, **options)
         self.log_scores(logps.detach())
         if loads:
-            self._record_loads(self.accelerator.reduce(torch.stack(loads), reduction="sum"))
+            self._tally_of_batch.add_loads(self.accelerator.reduce(torch.stack(loads), reduction="sum"))
         return logps, entropies
 
     # ---------------------------------------------------------------------------------------------- TRL's hooks
@@ -152,7 +152,7 @@ class DiffusionScoring(RowwiseEvaluation):
         gradient = self.args.entropy_coef != 0.0 or self.args.use_adaptive_entropy
         if not compute_entropy:  # of the reference
             return *score(model, self.scored.layout, self.spec, self.temperature), None
-        return *self.score_policy(model, True, gradient), None
+        return *self.score_policy(model, compute_entropy=True, entropy_gradient=gradient), None
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """
@@ -177,7 +177,8 @@ class DiffusionScoring(RowwiseEvaluation):
         weights, recorded = self.scored.layout.weights, self.scored.recorded
         scored, old = weights > 0, logps if self.scored.old is None else self.scored.old
         if self._is_recorded:
-            self._record_ratios(self.accelerator.reduce(ratio_statistics(logps - old, weights), reduction="sum"))
+            ratios = ratio_statistics(logps - old, weights)
+            self._tally_of_batch.add_ratios(self.accelerator.reduce(ratios, reduction="sum"))
         gap = torch.where(scored, (logps - recorded).abs(), 0.0)
         rows = self._counted(len(gap)).sum()
         total, tokens, responses = add_over_processes(self.accelerator, gap.sum(), scored.sum(), rows)
