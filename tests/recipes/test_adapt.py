@@ -184,6 +184,8 @@ def test_a_dry_run_says_what_the_policy_will_be(checkpoint, rows, tmp_path, caps
         assert code == 2 and any(message in one for one in mistakes), mistakes
     code, _, mistakes = rehearse(capsys, *words, "--mask_token", "w3", "--train_file", "nothing.jsonl")
     assert len(mistakes) == 2  # both at once
+    code, _, mistakes = rehearse(capsys, str(checkpoint), "--output_dir", str(checkpoint))
+    assert code == 2 and any("The policy would replace the model" in one for one in mistakes)
     code, _, mistakes = rehearse(capsys, "--output_dir", output)
     assert code == 2 and "There is no model" in mistakes[0]
 

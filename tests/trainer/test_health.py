@@ -4,7 +4,9 @@ import random
 
 import pytest
 
-from trl_diffusion.trainer.health import CERTAIN, FAR, LOGS, WINDOW, moved_far, reward_fell, signs_of
+from tests.offline.conftest import collection, start  # noqa: F401
+from trl_diffusion import load_trajectories
+from trl_diffusion.trainer.health import CERTAIN, FAR, LOGS, WINDOW, HealthCallback, moved_far, reward_fell, signs_of
 
 
 def rewards(values) -> list[dict]:
@@ -61,6 +63,12 @@ def test_the_distance_of_the_last_update_counts(value, far):
 )
 def test_only_what_applies_is_watched(loss_type, online, names):
     assert [sign.__name__ for sign in signs_of(loss_type, online)] == names
+
+
+def test_stored_responses_have_no_reward_to_fall(make_trainer, start, collection):  # noqa: F811
+    trainer = make_trainer(str(start), dataset=load_trajectories(collection).select(range(2)), reward_funcs=None)
+    (watching,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, HealthCallback)]
+    assert watching.signs == []
 
 
 @pytest.mark.parametrize("learning_rate", [1e-4, 0.1])

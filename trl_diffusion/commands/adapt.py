@@ -115,6 +115,12 @@ def check_options(training_args: DiffusionSFTConfig, model_args: ModelConfig) ->
         )
 
 
+def place_of(script_args: AdaptArguments, training_args: DiffusionSFTConfig) -> Path:
+    """The directory of the policy before it is trained."""
+    output = Path(str(training_args.output_dir))
+    return output / FOLDER if script_args.trains else output
+
+
 def _source(script_args: AdaptArguments, model_args: ModelConfig) -> dict[str, Any]:
     """Where the model and its tokenizer are, besides the path."""
     revision = {"revision": model_args.model_revision} if model_args.model_revision not in (None, "main") else {}
@@ -173,7 +179,7 @@ def run(
         check_writable(output, "--output_dir")
         if script_args.trains:
             load_data(script_args, training_args.seed)  # a mistake is said before weights are loaded
-        directory = Path(output, FOLDER) if script_args.trains else Path(output)
+        directory = place_of(script_args, training_args)
         say = PartialState().print
         for line in make_policy(script_args, model_args, directory):
             say(line)

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from ..offline.collect import check_source
 from ..plan.simulate import Workload
-from ..policies.conversion import describe, plan_policy
+from ..policies.conversion import check_place, describe, plan_policy
 from ..policies.limits import context_length
 from ..policies.prompts import read_chat_template_kwargs
 from ..policies.small import random_model, small_config
@@ -67,6 +67,8 @@ def dry_adapt(findings: Findings, words: list[str], target: Target) -> None:
         policy = Outline(folder)
         with findings.part("options"):
             adapt.check_options(args, model_args)
+        with findings.part("output"):
+            check_place(str(model_args.model_name_or_path), adapt.place_of(script_args, args))
         with findings.part("policy"):
             policy.config, policy.tokenizer = adapt.outline(script_args, model_args)
         if policy.config is not None and policy.tokenizer is not None:

@@ -455,6 +455,20 @@ def _fresh(loaded: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel
     return model.eval()
 
 
+def check_place(path: str | Path, directory: str | Path) -> None:
+    """
+    Checks that the policy that is made of a checkpoint can be saved in a directory.
+
+    Raises:
+        ValueError: if the directory holds an adapter, a collection, or the causal model itself.
+    """
+    if Path(path).exists() and Path(directory).resolve() in (Path(path).resolve(), Path(path).resolve().parent):
+        raise ValueError(
+            f"The policy would replace the model in {directory}. Choose another directory (`output_dir`)."
+        )
+    check_one_policy(directory, adapter=False)
+
+
 def convert_checkpoint(
     path: str | Path, directory: str | Path, *, tokenizer: str | None = None, gguf: str | None = None,
     dtype: str | torch.dtype = "auto", revision: str | None = None, **options: Any,
@@ -473,14 +487,9 @@ def convert_checkpoint(
         The policy's [`DiffusionSpec`], and the [`MaskToken`].
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: see [`load_causal`] and [`convert`], and if the directory holds an adapter, a
-            collection, or the causal model itself.
+        FileNotFoundError, ImportError, ValueError: see [`check_place`], [`load_causal`] and [`convert`].
     """
-    if Path(path).exists() and Path(directory).resolve() in (Path(path).resolve(), Path(path).resolve().parent):
-        raise ValueError(
-            f"The policy would replace the model in {directory}. Choose another directory (`output_dir`)."
-        )
-    check_one_policy(directory, adapter=False)
+    check_place(path, directory)
     source = {} if revision is None else {"revision": revision}
     model, words = load_causal(path, tokenizer=tokenizer, gguf=gguf, dtype=dtype, **source)
     spec, mask = convert(model, words, **options)

@@ -212,7 +212,7 @@ class ExactResume(TiedWeights, TrainerMixin):
             fail_together(self.accelerator, failure, "Training")
             if not self.args.save_on_each_node:
                 check_shared(self.accelerator, str(self.args.output_dir))
-            checkpoint = find_checkpoint(self, resume_from_checkpoint or None)
+            checkpoint = find_checkpoint(self, resume_from_checkpoint)
             self.prepare_run()
             return super().train(checkpoint, *args, **kwargs)
 
