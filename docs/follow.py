@@ -5,7 +5,7 @@ order, in a copy of the checkout, or with the wheel alone in an empty directory.
     python docs/follow.py README.md docs/howto/offline.md
     python docs/follow.py --data DIRECTORY          # all pages; data/ stands for files that they leave to you
     python docs/follow.py --wheel                   # what needs a checkout is left out
-    python docs/follow.py --stand_in GSAI-ML/LLaDA-8B-Instruct=DIRECTORY --stand_in path/to/fast_dllm_v2=DIRECTORY
+    python docs/follow.py --stand_in path/to/fast_dllm_v2=DIRECTORY
 
 Each step is checked for what it claims, and not for its exit code alone: a training must have moved the weights, with losses and
 rewards that are finite and not constant; it must solve more than before; `solve rate A% -> B%` on a page must be what a command
@@ -15,7 +15,7 @@ for the commands after it.
 
 A command that was run before is not run again. Those that need a model from the hub, a login, or a file that is not there are
 named and left out. They find a fresh environment, into which the `pip install` of the README installs: begin with that page.
-A checkpoint that stands in for a model has it planned for, which reads nothing but the config.
+Models that the package knows are planned for without the hub.
 Ends with a table, and with code 1 if a step failed.
 """
 
@@ -52,8 +52,10 @@ NEEDS = {
     r"\b(llm-)?smollm2": "a package from the index",
     r"^(sbatch|srun|scontrol|squeue)\b": "a Slurm cluster",
     r"^(hf|for|done|git|cd)\b|^curl (?!.*http://127\.0\.0\.1)": "a network",
+    r"^trl-diffusion compare (--study|--output_dir)": "hours",
 }
 A_CHECKOUT = r"^(make|git|cd)\b|\brecipes/|constraints\.txt|\bbenchmarks/"
+NO_WEIGHTS = r"^trl-diffusion (plan|doctor)\b"  # the package knows the sizes of the models on the pages
 SOLVE_RATE = r"solve rate ([\d.]+)% -> ([\d.]+)%"
 
 
@@ -107,8 +109,7 @@ def reason(command: str, directory: Path, wheel: bool = False) -> str | None:
     """Why a command cannot be run here, if so."""
     if wheel and re.search(A_CHECKOUT, command):
         return "needs a checkout"
-    planned = re.search(r"\bplan (\S+)", command)
-    if planned and (directory / planned[1]).is_dir():  # nothing but the config of this model is read
+    if re.search(NO_WEIGHTS, command):
         return None
     for pattern, need in NEEDS.items():
         if re.search(pattern, command):

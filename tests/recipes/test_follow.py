@@ -164,7 +164,12 @@ def test_what_a_command_wrote_is_looked_at(follow, tmp_path, monkeypatch):
         ("accelerate launch recipes/train.py", True, "needs a checkout"),
         ("trl-diffusion train", True, None),
         ("trl-diffusion train --config llada --train_file x", False, "needs a model from the hub"),
+        ("trl-diffusion plan GSAI-ML/LLaDA-8B-Instruct --config llada", True, None),  # its sizes are in the package
+        ("trl-diffusion doctor --config llada_24gb --layers 2", True, None),
+        ("trl-diffusion plan x --config recipes/llada.yaml", True, "needs a checkout"),
         ("git clone https://x", False, "needs a network"),
+        ("trl-diffusion compare --study updates", False, "needs hours"),
+        ("trl-diffusion compare --quick", False, None),
         ("trl-diffusion evaluate --tasks sudoku --data_dir data", False, "needs data"),
         ("trl-diffusion train --train_file data/rows.jsonl", False, "needs data/rows.jsonl"),
         ("trl-diffusion train --train_file outputs/rows.jsonl", True, None),

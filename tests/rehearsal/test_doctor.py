@@ -12,6 +12,7 @@ from torch import nn
 from tests.conftest import SPECS, make_policy
 from trl_diffusion import DecodingConfig, cli
 from trl_diffusion.commands import doctor
+from trl_diffusion.decoding.decode import decode
 from trl_diffusion.plan.simulate import Workload
 from trl_diffusion.rehearsal import machine, smoke
 from trl_diffusion.rehearsal.findings import Findings
@@ -89,6 +90,17 @@ def test_a_trial_runs_what_fits():
     assert (result.more.steps, result.more.tokens) == (8, 64)
     least = try_out(trial, 2, 0.0).work
     assert (least.rollout_batch_size, least.batch_size, least.prompt_length, least.completion_length) == (1, 1, 12, 8)
+
+
+@pytest.mark.parametrize(("warm", "rollouts"), [(0.0, 2), (1000.0, 4)])
+def test_a_slow_trial_is_not_repeated(monkeypatch, warm, rollouts):
+    """What took long was no matter of a first call: it counts, if there is no time for more."""
+    made = []
+    monkeypatch.setattr(smoke, "decode", lambda *args, **options: made.append(1) or decode(*args, **options))
+    monkeypatch.setattr(smoke, "WARM", warm)
+    trial = Trial(make_policy(SPEC).config, SPEC, Workload(1, 1, 4, 8, checkpointing=False), DecodingConfig(8))
+    result = try_out(trial, 2, 0.0)
+    assert len(made) == rollouts and (result.few.layers, result.more.layers) == (1, 2)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -132,21 +132,27 @@ def try_out(trial: Trial, layers: int, seconds: float) -> Result:
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
         if trial.adapter is not None:
             cast(Any, model).enable_input_require_grads()
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-6)
+    optimizer = _adamw(model)
     smaller = list(_smaller(trial.work, trial.spec))
     first = _measure(trial, model, optimizer, smaller[-1], layers)  # and warms up
     if first.rollout + first.update < WARM:
         first = _measure(trial, model, optimizer, smaller[-1], layers)
     each = (first.rollout + first.update) / _size(smaller[-1], trial.spec)
     work = next((one for one in smaller if 2 * each * _size(one, trial.spec) <= seconds), smaller[-1])
-    more = _measure(trial, model, optimizer, work, layers)
+    is_measured = work is smaller[-1] and first.rollout + first.update >= WARM
+    more = first if is_measured else _measure(trial, model, optimizer, work, layers)
     peak = memory.bytes()
     keep_layers(model, least)
     del optimizer
     gc.collect()
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-6)
+    optimizer = _adamw(model)
     few = _measure(trial, model, optimizer, work, least)
     return Result(few, more, work, planned_bytes(trial, config, work) - left_out, peak)
+
+
+def _adamw(model: nn.Module) -> torch.optim.AdamW:
+    """The optimizer of a run: transformers' default."""
+    return torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-6, fused=True)
 
 
 def planned_bytes(trial: Trial, config: PretrainedConfig, work: Workload) -> int:
