@@ -65,6 +65,18 @@ def test_rows_with_one_response_make_groups(imported):
     assert stored["prompt"][:] == ["1+1=", "2+2="] and stored["reward_given"][:] == [[1.0, 0.0], [0.0]]
 
 
+@pytest.mark.parametrize("single", [False, True])
+def test_a_response_that_was_cut_off_has_no_stop_token(imported, tokenizer, single):
+    rows = [{"prompt": "1+1=", "responses": ["23", "2", "3"], "rewards": [0, 1, 0],
+             "finish_reasons": ["length", "stop", None]}]  # fmt: skip
+    if single:
+        names = {"response": "responses", "reward": "rewards", "finish_reason": "finish_reasons"}
+        rows = [{"prompt": "1+1=", **{one: rows[0][all][i] for one, all in names.items()}} for i in range(3)]
+    (row,) = imported(rows)
+    stop, own = tokenizer.eos_token_id, tokenizer("23", add_special_tokens=False)["input_ids"]
+    assert completions_of(row) == [own, [own[0], stop], [own[1], stop]] and "finish_reason" not in str(list(row))
+
+
 GOOD = {"prompt": "1+1=", "responses": ["2", "3"], "rewards": [1, 0]}
 WRONG = {
     "no prompt": ({**GOOD, "prompt": None}, "own.jsonl, row 1 has no prompt"),
@@ -85,6 +97,13 @@ WRONG = {
     "NaN": ({**GOOD, "rewards": [1, float("nan")]}, "row 1, `rewards`: a reward is a finite number or null"),
     "other rewards": ({**GOOD, "rewards": {"x": [1, 0]}}, r"row 1: has the rewards \['x'\], and own.jsonl, row 0 has"),
     "reward": ({**GOOD, "reward": 1}, "row 1: `reward` does not go with `responses`"),
+    "another reason": (
+        {**GOOD, "finish_reasons": ["stop", "tool_calls"]},
+        r'row 1, `finish_reasons`: must be "stop", "length" or null for each of 2 responses, got',
+    ),
+    "one reason for two": ({**GOOD, "finish_reasons": ["stop"]}, "row 1, `finish_reasons`: must be"),
+    "reasons in a table": ({**GOOD, "finish_reasons": [["stop"], "stop"]}, "row 1, `finish_reasons`: must be"),
+    "reason": ({**GOOD, "finish_reason": "stop"}, "row 1: `finish_reason` does not go with `responses`"),
     "other columns": ({**GOOD, "answer": 1}, r"row 1: has the columns \['answer'\], and own.jsonl, row 0 has \[\]"),
     "a column of ours": ({**GOOD, "spec": 1}, r"row 1: trajectories need the columns \['spec'\]"),
     "the mask token": ({**GOOD, "responses": ["2", "[MASK]"]}, "row 1, response 1: holds the mask token"),

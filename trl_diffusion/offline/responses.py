@@ -31,7 +31,13 @@ from .collection import Collection, Jobs, Progress
 from .orders import finished_batch
 
 
-SEVERAL, SINGLE = ("responses", "rewards"), ("response", "reward")
+SEVERAL, SINGLE = ("responses", "rewards", "finish_reasons"), ("response", "reward", "finish_reason")
+REASONS = {
+    "stop": False,
+    "length": True,
+    "": False,
+    None: False,
+}  # whether a response is cut off; as the OpenAI API calls it
 GIVEN = "given"  # name of rewards that have none
 
 
@@ -46,6 +52,7 @@ class Group:
         columns (`dict`): the other columns.
         texts (`list[str]`): the responses.
         rewards (`dict[str, list]`): rewards by name, one for each response; None where there is none.
+        cut (`list[bool]`): whether each response is cut off, and has no stop token.
         ids (`list[list[int]]`): the token ids of the prompt, and after them those of each response.
     """
 
@@ -54,6 +61,7 @@ class Group:
     columns: dict[str, Any]
     texts: list[str]
     rewards: dict[str, list[float | None]]
+    cut: list[bool]
     prompt_ids: list[int] = field(default_factory=list)
     ids: list[list[int]] = field(default_factory=list)
 
@@ -79,7 +87,9 @@ def import_responses(
         rows (`Sequence[dict]`):
             Each with `prompt` (text or messages) and `responses` (a list of texts), or `response` (a text). Rows with the same
             prompt and a single response make a group. `rewards` may be a list of numbers, one for each response, or an object
-            of such lists; `reward` a number, or an object of numbers. Other columns are kept, and reach the reward functions.
+            of such lists; `reward` a number, or an object of numbers. A response gets the stop token of the policy, unless its
+            `finish_reasons` (a list) or `finish_reason` is `"length"`: it was cut off. Other columns are kept, and reach the reward
+            functions.
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
         spec ([`DiffusionSpec`]): facts about the policy.
         config ([`~transformers.PretrainedConfig`]): its config.
@@ -143,6 +153,7 @@ def _groups(rows: Sequence[dict[str, Any]], source: str) -> list[Group]:
                 "`responses` in one row."
             )
         before.texts += group.texts
+        before.cut += group.cut
         for name, values in group.rewards.items():
             before.rewards[name] += values
     if not found:
@@ -164,20 +175,32 @@ def _group(row: dict[str, Any], where: str) -> Group:
         raise ValueError(
             f"{where}: needs either `responses`, a list of texts, or `response`, a text; it has {sorted(row)}."
         )
-    texts_of, rewards_of = SEVERAL if "responses" in row else SINGLE
-    other = (SINGLE if "responses" in row else SEVERAL)[1]
+    texts_of, rewards_of, reasons_of = SEVERAL if "responses" in row else SINGLE
+    others = zip((SINGLE if "responses" in row else SEVERAL)[1:], (rewards_of, reasons_of), strict=True)
     texts = row[texts_of] if texts_of == "responses" else [row[texts_of]]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"{where}, `{texts_of}`: must be text that is not empty, got {row[texts_of]!r:.80}.")
-    if other in row:
-        raise ValueError(f"{where}: `{other}` does not go with `{texts_of}`; use `{rewards_of}`.")
-    columns = {name: value for name, value in row.items() if name not in ("prompt", texts_of, rewards_of)}
+    for other, own in others:
+        if other in row:
+            raise ValueError(f"{where}: `{other}` does not go with `{texts_of}`; use `{own}`.")
+    columns = {name: value for name, value in row.items() if name not in ("prompt", texts_of, rewards_of, reasons_of)}
     taken = sorted(name for name in columns if name in OWN_COLUMNS or name.startswith(REWARD_PREFIX))
     if taken:
         raise ValueError(f"{where}: trajectories need the columns {taken} for themselves. Rename them.")
+    rewards = _rewards(row.get(rewards_of), rewards_of, len(texts), where)
     return Group(
-        where, row["prompt"], columns, list(texts), _rewards(row.get(rewards_of), rewards_of, len(texts), where)
+        where, row["prompt"], columns, list(texts), rewards, _cut(row.get(reasons_of), reasons_of, len(texts), where)
     )
+
+
+def _cut(value: Any, name: str, count: int, where: str) -> list[bool]:
+    """Whether each response of a row is cut off."""
+    reasons = [None] * count if value is None else [value] if name == SINGLE[2] else value
+    if not isinstance(reasons, list) or len(reasons) != count or not all(one in list(REASONS) for one in reasons):
+        raise ValueError(
+            f'{where}, `{name}`: must be "stop", "length" or null for each of {count} responses, got {value!r:.80}.'
+        )
+    return [REASONS[one] for one in reasons]
 
 
 def _rewards(value: Any, name: str, count: int, where: str) -> dict[str, list[float | None]]:
@@ -244,6 +267,8 @@ def _tokenize(
             raise ValueError(f"{group.where}: {error.reason}.") from error
         except ValueError as error:
             raise ValueError(f"{group.where}, response {number}: cannot be tokenized ({error}).") from error
+        if group.cut[number] and ids[-1] in spec.stop_token_ids:
+            ids = ids[:-1]
         found = impossible_token(ids, spec, vocab_size)
         if found is not None:
             raise ValueError(f"{group.where}, response {number}: holds {found[1]}.")
