@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -120,10 +121,20 @@ class Collection:
         return self.output_dir
 
     def _own_shards(self, state: PartialState) -> list[int]:
-        """The shards that are missing and are for this process to make."""
+        """
+        The shards that are missing and are for this process to make.
+
+        Raises:
+            ValueError: on a process that does not see what the main process has written.
+        """
         with state.main_process_first():  # the plan is there, and rubbish is gone, before anyone looks
             if state.is_main_process:
                 _prepare(self.output_dir, self.plan)
+            if not (self.output_dir / COLLECTION).exists():
+                raise ValueError(
+                    f"{self.output_dir.absolute()} on {socket.gethostname()} is not the directory that the first process writes to. "
+                    "Every process writes shards: choose an `output_dir` on a disk that all machines share."
+                )
         missing = [
             shard for shard in range(self.plan["num_shards"]) if not _shard_path(self.output_dir, shard).exists()
         ]
