@@ -11,7 +11,7 @@ from peft import LoraConfig
 from trl.trainer.utils import RepeatSampler
 
 from tests.closeness import close_to
-from tests.conftest import make_policy
+from tests.conftest import disturb, make_policy
 from tests.offline.conftest import collection, prompt_dataset, run_collect, start  # noqa: F401
 from tests.trainer.conftest import make_dataset
 from trl_diffusion import load_trajectories
@@ -143,6 +143,26 @@ def test_training_goes_on_after_the_reference_has_left(make_trainer, trajectorie
     trainer.args.max_steps = 20
     with pytest.raises(ValueError, match="The reference left memory"):
         trainer.train()
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["precomputed", "recorded"])
+def test_the_exact_log_ratio_without_a_pass_of_the_reference(
+    make_trainer, trajectories, start, other, monkeypatch, early
+):  # noqa: F811
+    """`estimator_check_steps` compares with the reference of the loss, also where no step runs it."""
+    options = {**PAIRS, "dataset": trajectories.select(range(4)), "max_steps": 1, "estimator_check_steps": 1}
+    path = other if early else str(start)
+    found = make_trainer(path, precompute_ref_log_probs=early, **options)
+    assert found.reference.recorded != early
+    monkeypatch.setattr("trl_diffusion.trainer.data.fingerprint_policy", lambda *args, **kwargs: "somebody else")
+    plain = make_trainer(path, **options)
+    assert not plain.reference.recorded
+    for trainer in (found, plain):
+        disturb(trainer.model)
+        trainer.train()
+    for name in ("log_ratio", "bias", "std"):
+        (value,), (expected,) = (logs_of(trainer, f"diffusion/check/{name}") for trainer in (found, plain))
+        assert value == close_to(expected) and abs(value) > 1e-2
 
 
 # ------------------------------------------------------------------------------------------------------------- moved

@@ -61,10 +61,15 @@ class Reference:
             layout ([`PackedLayout`]): the packed states that the pass scores.
             iteration (`int`): number of passes over the rollout before this one.
         """
-        if self.recorded:
-            return torch.where(layout.weights > 0, trajectories_of(inputs).event_logps, 0.0)
-        if "ref_estimates" in inputs:
+        if "ref_estimates" in inputs and not self.recorded:
             return inputs["ref_estimates"][:, iteration]
+        return self.of_layout(trajectories_of(inputs), layout)
+
+    def of_layout(self, batch: TrajectoryBatch, layout: PackedLayout) -> Tensor:
+        """The reference's log-probabilities of the tokens of a batch that a layout scores, `(R, E)`: recorded, or from one forward
+        pass."""
+        if self.recorded:
+            return torch.where(layout.weights > 0, batch.event_logps, 0.0)
         return self.logps(layout)
 
     @torch.no_grad()
@@ -108,7 +113,7 @@ class Reference:
                 ]
                 found.append(((epoch, row["row"]), (torch.stack(passes, 1).cpu(), batch.canvas_ids.shape[1])))
         self.estimates, self._epochs = dict(gather_object(found)), epochs
-        if trainer.eval_dataset is None:
+        if trainer.eval_dataset is None and not trainer.args.estimator_check_steps:  # these have states of their own
             trainer.ref_model = None
 
     def precomputed(self, stored: list[StoredResponse] | None, trajectories: TrajectoryBatch) -> dict[str, Tensor]:
