@@ -236,6 +236,16 @@ def final_tokens(batch: TrajectoryBatch, spec: DiffusionSpec) -> FinalTokens:
     return FinalTokens(groups, unmasked & ~drawn, drawn, batch.completion_mask & unmasked)
 
 
+def counted_tokens(batch: TrajectoryBatch, spec: DiffusionSpec, config: EstimatorConfig) -> Tensor:
+    """
+    Number of tokens of each response that an estimator counts, `(R,)`. With `weighting="unbiased"` it is the mean of the sum of their
+    weights, over the draws. Estimators with masks of their own count the tokens of the completion, the others every write that counts.
+    """
+    if ESTIMATORS[config.name].recorded:
+        return states_to_draw(batch, spec, config.selection).counted.sum(1)
+    return final_tokens(batch, spec).counted.sum(1)
+
+
 def masked_states(batch: TrajectoryBatch, tokens: FinalTokens, masked: Tensor, shares: Tensor) -> States:
     """
     States that hide the `masked` tokens. The estimate of a token is the mean of its log-probabilities over the states, weighted by
