@@ -228,6 +228,8 @@ class OfflineData:
                     f"Row {number}, column `completion_lengths`: a response has {longest} tokens, more than "
                     f"`max_completion_length={self.args.max_completion_length}`. Raise it."
                 )
+            decoding = json.loads(row["decoding"])
+            self._check_selection(number, decoding, row["event_logps"] is not None)
             if row["event_logps"] is None:
                 if self.args.loss_type != "dpo":
                     raise ValueError(
@@ -237,7 +239,6 @@ class OfflineData:
                     )
                 self.recorded = False
                 continue
-            decoding = json.loads(row["decoding"])
             # Greedy decoding uses the distribution at temperature 1.
             temperature = decoding.get("temperature") or 1.0
             if temperature != self.args.temperature:
@@ -245,20 +246,29 @@ class OfflineData:
                     f"Row {number}, column `decoding`: the log-probabilities were recorded at temperature {temperature}. "
                     f"Set `temperature={temperature}` (it is {self.args.temperature})."
                 )
-            selections = (stored_selection(decoding), self.args.decoding().selection)
-            then, now = (one and one.of_policy(self.spec) for one in selections)
-            if then != now:
-                raise ValueError(
-                    f"Row {number}, column `decoding`: the log-probabilities were recorded with the selection scored as "
-                    f"{then}, but these settings score {now}. Set `score_selection`, `strategy`, `threshold`, "
-                    "`sub_block_size`, `tempered_confidence` and `max_completion_length` as they were."
-                )
             changed = {name: decoding.get(name) for name in OTHER_DISTRIBUTION if decoding.get(name)}
             if changed:
                 raise ValueError(
                     f"Row {number}, column `decoding`: it was decoded with {changed}, so its log-probabilities are those of "
                     "a distribution that is not scored. Collect without."
                 )
+
+    def _check_selection(self, number: int, decoding: dict[str, Any], recorded: bool) -> None:
+        """Checks that these settings score the selection of positions as it was scored when a row was recorded."""
+        selections = (stored_selection(decoding), self.args.decoding().selection)
+        then, now = (one and one.of_policy(self.spec) for one in selections)
+        if then == now:
+            return
+        if not recorded:
+            raise ValueError(
+                f"Row {number}, column `decoding`: `decoding_order` chose the order of these responses, and no rule that looks at "
+                "sampled tokens did, so there is no selection to be scored. Set `score_selection=False`."
+            )
+        raise ValueError(
+            f"Row {number}, column `decoding`: the log-probabilities were recorded with the selection scored as "
+            f"{then}, but these settings score {now}. Set `score_selection`, `strategy`, `threshold`, "
+            "`sub_block_size`, `tempered_confidence` and `max_completion_length` as they were."
+        )
 
     def _with_differences(self, name: str, dataset: Dataset) -> Dataset:
         """The dataset. With `loss_type="dpo"`, groups without a pair are removed. With any loss, at least one group must have
