@@ -39,6 +39,7 @@ from .agreement import failing_together
 from .callbacks import RewardProgressCallback, replace_bar
 from .checkpoints import checkpoints_in
 from .checks import (
+    check_answered,
     check_callback,
     check_columns,
     check_number_of_rows,
@@ -120,6 +121,8 @@ def set_up(
         raise ValueError("No reward source provided: pass at least one reward function as `reward_funcs`.")
     for name, dataset in named_datasets(*datasets):
         check_columns(name, dataset)
+        if not offline:
+            check_answered(name, dataset)
     check_order_is_asked_for(args, [dataset for _, dataset in named_datasets(*datasets)])
     check_one_gpu(args)
     for callback in options.get("callbacks") or ():
