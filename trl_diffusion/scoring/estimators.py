@@ -80,6 +80,15 @@ class EstimatorConfig:
                 )
 
 
+def check_estimator(config: EstimatorConfig, spec: DiffusionSpec) -> None:
+    """Raises a `ValueError` for a setting that does not apply to this policy."""
+    if config.num_blocks is not None and spec.attention == "full":
+        raise ValueError(
+            "`num_blocks` (`num_scored_blocks` of the trainer) is for block attention; with full attention a pass holds one state, and "
+            "`num_draws` sets how many."
+        )
+
+
 @dataclass(frozen=True)
 class Estimator:
     """
@@ -106,10 +115,7 @@ def dtrpo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config:
 
     Forward passes per response: 1 with block attention, `num_draws` with full attention.
     """
-    if config.num_blocks is not None and spec.attention == "full":
-        raise ValueError(
-            "`num_blocks` is for block attention; with full attention a pass holds one state, and `num_draws` sets how many."
-        )
+    check_estimator(config, spec)
     draw = draw_steps(
         states_to_draw(batch, spec, config.selection),
         seeds,

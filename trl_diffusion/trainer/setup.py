@@ -34,6 +34,7 @@ from ..policies.training import (
     train_padding_token,
 )
 from ..rewards.call import check_reward_model
+from ..scoring.estimators import check_estimator
 from ..trajectories.dataset import is_trajectory_dataset
 from .agreement import failing_together
 from .callbacks import RewardProgressCallback, replace_bar
@@ -134,6 +135,7 @@ def set_up(
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     spec = resolve_spec(config, args.spec_overrides(), tokenizer)
     check_settings(args.decoding(), spec, config.get_text_config().vocab_size)
+    check_estimator(args.scoring(), spec)
     _check_model(model, config, args, options.get("peft_config"))
     for directory in (args.output_dir, *checkpoints_in(str(args.output_dir))):  # it saves its own to the same places
         check_one_policy(str(directory), isinstance(model, PeftModel) or options.get("peft_config") is not None)
