@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +87,18 @@ def test_an_incomplete_last_rollout(make_trainer, trajectories, other):
     early.train()
     assert early.state.global_step == 6 and early.ref_model is None
     assert logs_of(early) == close_to(logs_of(plain))
+
+
+def test_a_checkpoint_in_a_subfolder_has_its_own_reference(make_trainer, trajectories, start, other, tmp_path):  # noqa: F811
+    """The one above it made the data. Before the first update, policy and reference are equal."""
+    shutil.copytree(start, tmp_path / "both")
+    shutil.copytree(other, tmp_path / "both" / "later")
+    options = {**PAIRS, "dataset": trajectories.select(range(4)), "max_steps": 1}
+    above = make_trainer(str(tmp_path / "both"), **options)
+    below = make_trainer(str(tmp_path / "both"), model_init_kwargs={"subfolder": "later"}, **options)
+    assert above.reference.recorded and not below.reference.recorded
+    below.train()
+    assert logs_of(below, "kl")[0] < 1e-6
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from ..decoding.config import OTHER_DISTRIBUTION, stored_selection
 from ..objectives.pairwise import make_pairs
 from ..offline.preferences import from_preferences, is_preference_dataset
 from ..offline.replay import with_orders
+from ..policies.loading import source_options
 from ..policies.policy import load_model
 from ..policies.spec import DiffusionSpec
 from ..scoring.estimators import ESTIMATORS
@@ -323,7 +324,8 @@ class OfflineData:
             self._makers |= set(dataset["policy_fingerprint"]) if _is_stored(dataset) else {"a rollout"}
         # An adapter that is trained further has its own reference.
         unknown = self.quantization is not None or isinstance(self.model, PeftModel)
-        self._fingerprint = None if unknown else fingerprint_policy(self.model)
+        source = source_options(self.args.model_options()) if isinstance(self.model, str) else {}
+        self._fingerprint = None if unknown else fingerprint_policy(self.model, **source)
         self.reference_is_recorded = (
             self._makers == {self._fingerprint}
             and self._fingerprint is not None
@@ -384,5 +386,8 @@ def _is_stored(dataset: Any) -> bool:
 
 
 def _loading(args: DTRPOConfig) -> dict[str, Any]:
-    known = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "dtype", "attn_implementation")
-    return {key: value for key, value in args.model_options().items() if key in known}
+    options = args.model_options()
+    return {
+        **source_options(options),
+        **{key: options[key] for key in ("dtype", "attn_implementation") if key in options},
+    }
