@@ -158,13 +158,24 @@ def test_training_goes_on_after_the_reference_has_left(make_trainer, trajectorie
         trainer.train()
 
 
+def test_a_run_goes_on_with_a_precomputed_reference(make_trainer, trajectories, other, tmp_path):
+    """The checkpoint is inside a rollout that was made without it."""
+    options = {**PAIRS, "dataset": trajectories.select(range(4)), "num_iterations": 2, "max_steps": 3}
+    whole = make_trainer(other, save_strategy="steps", save_steps=1, **options)
+    whole.train()
+    part = make_trainer(other, precompute_ref_log_probs=True, **options)
+    part.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    found, expected = logs_of(part, "kl"), logs_of(whole, "kl")
+    assert part.ref_model is None and found == pytest.approx(expected, rel=1e-3) and min(found[1:]) > 0.01
+
+
 @pytest.mark.parametrize("early", [True, False], ids=["precomputed", "recorded"])
 def test_the_exact_log_ratio_without_a_pass_of_the_reference(
-    make_trainer, trajectories, start, other, monkeypatch, early
-):  # noqa: F811
+    make_trainer, trajectories, other, monkeypatch, early, request
+):
     """`estimator_check_steps` compares with the reference of the loss, also where no step runs it."""
     options = {**PAIRS, "dataset": trajectories.select(range(4)), "max_steps": 1, "estimator_check_steps": 1}
-    path = other if early else str(start)
+    path = other if early else str(request.getfixturevalue("start"))
     found = make_trainer(path, precompute_ref_log_probs=early, **options)
     assert found.reference.recorded != early
     monkeypatch.setattr("trl_diffusion.trainer.data.fingerprint_policy", lambda *args, **kwargs: "somebody else")

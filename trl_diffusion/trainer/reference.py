@@ -113,14 +113,16 @@ class Reference:
                 ]
                 found.append(((epoch, row["row"]), (torch.stack(passes, 1).cpu(), batch.canvas_ids.shape[1])))
         self.estimates, self._epochs = dict(gather_object(found)), epochs
-        if trainer.eval_dataset is None and not trainer.args.estimator_check_steps:  # these have states of their own
-            trainer.ref_model = None
 
     def precomputed(self, stored: list[StoredResponse] | None, trajectories: TrajectoryBatch) -> dict[str, Tensor]:
         """The precomputed log-probabilities for the responses of a rollout, as the entry `ref_estimates` of a batch,
         `(R, I, E)` for `I` iterations. No entry if nothing was precomputed."""
         if stored is None or not self.estimates:
             return {}
+        # Not earlier: a resumed run may have gone on with a rollout without this entry. An evaluation, and the check of the
+        # estimator, score other states.
+        if self.trainer.eval_dataset is None and not self.trainer.args.estimator_check_steps:
+            self.trainer.ref_model = None
         width = trajectories.canvas_ids.shape[1]
         taken_back = trajectories.event_steps.shape[1] - width
         rows = []
