@@ -253,6 +253,7 @@ class RowwiseEvaluation(TrainerMixin):
     def _generate_and_score_completions(self, inputs):
         if self.evaluation is None:
             return super()._generate_and_score_completions(inputs)
+        self._check_groups(len(inputs))
         self.evaluation.begin_batch(len(inputs), self.accelerator)
         output = super()._generate_and_score_completions(inputs)
         new = self.evaluation.new
@@ -260,6 +261,16 @@ class RowwiseEvaluation(TrainerMixin):
         if new < len(inputs) * self.accelerator.num_processes:
             output = self._leave_out(output, self.evaluation.counted)
         return output
+
+    def _check_groups(self, rows: int) -> None:
+        """Raises a `ValueError` if a batch of an evaluation, of `rows` rows on each process, does not consist of whole groups."""
+        size, of_pairs = self.num_generations_eval, self.loss_type == "dpo"
+        whole = rows if of_pairs else rows * self.accelerator.num_processes
+        if whole % size:
+            raise ValueError(
+                f"A batch of this evaluation has {whole} responses{' on a process' if of_pairs else ''}, which do not make whole groups "
+                f"of {size} (`num_generations_eval`). Set `per_device_eval_batch_size` to a multiple of it."
+            )
 
     def _leave_out(self, output: dict[str, Any], counted: Tensor) -> dict[str, Any]:
         """The rollout, with no tokens and advantage 0 in rows that do not count."""
