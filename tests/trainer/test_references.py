@@ -101,6 +101,15 @@ def test_a_checkpoint_in_a_subfolder_has_its_own_reference(make_trainer, traject
     assert logs_of(below, "kl")[0] < 1e-6
 
 
+def test_the_model_below_an_adapter_is_asked_in_the_precision_of_training(make_trainer, trajectories, other):
+    """A new adapter changes nothing yet, so policy and reference are equal before the first update."""
+    options = {**PAIRS, "dataset": trajectories.select(range(4)), "max_steps": 1, "bf16": True, "use_cpu": True}
+    adapter = {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
+    trainer = make_trainer(other, kwargs=adapter, precompute_ref_log_probs=True, **options)
+    trainer.train()
+    assert logs_of(trainer, "kl")[0] < 1e-6 and abs(logs_of(trainer, "rewards/margins")[0]) < 1e-4
+
+
 @pytest.fixture
 def two_collections(trajectories, start, tokenizer, tmp_path):  # noqa: F811
     prompts = prompt_dataset(16).select(range(10, 16))

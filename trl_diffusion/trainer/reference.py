@@ -107,10 +107,9 @@ class Reference:
             for epoch in range(epochs):
                 stored = [StoredResponse(row, index, epoch) for index in responses]
                 seeds = [derive_seed(response.seed(trainer.args.seed), DRAWS) for response in stored]
-                passes = [
-                    self.logps(trainer.layout(batch, seeds, iteration)[0])
-                    for iteration in range(trainer.num_iterations)
-                ]
+                layouts = [trainer.layout(batch, seeds, iteration)[0] for iteration in range(trainer.num_iterations)]
+                with trainer.accelerator.autocast():  # which the model below an adapter does not enter before training
+                    passes = [self.logps(layout) for layout in layouts]
                 found.append(((epoch, row["row"]), (torch.stack(passes, 1).cpu(), batch.canvas_ids.shape[1])))
         self.estimates, self._epochs = dict(gather_object(found)), epochs
 
