@@ -110,6 +110,15 @@ def test_the_model_below_an_adapter_is_asked_in_the_precision_of_training(make_t
     assert logs_of(trainer, "kl")[0] < 1e-6 and abs(logs_of(trainer, "rewards/margins")[0]) < 1e-4
 
 
+def test_an_evaluation_before_training_is_in_the_precision_of_training(make_trainer, start):  # noqa: F811
+    """Nothing has moved yet, so policy and reference are equal."""
+    options = {"beta": 0.1, "bf16": True, "use_cpu": True, "per_device_eval_batch_size": 8, "max_steps": 1}
+    trainer = make_trainer(str(start), kwargs={"eval_dataset": make_dataset(2)}, **options)
+    assert trainer.evaluate()["eval_kl"] < 1e-6
+    trainer.train()
+    assert logs_of(trainer, "kl")[0] < 1e-6
+
+
 @pytest.fixture
 def two_collections(trajectories, start, tokenizer, tmp_path):  # noqa: F811
     prompts = prompt_dataset(16).select(range(10, 16))

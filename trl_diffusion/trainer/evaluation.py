@@ -193,6 +193,7 @@ class RowwiseEvaluation(TrainerMixin):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """Runs the evaluation loop of transformers, and adds metrics over rows to its result."""
+        self._prepare_precision()
         self.evaluation = Evaluation(self._expected_rows(dataloader), metric_key_prefix)
         logs, self._logs = self._logs, self._empty_logs()
         self._metrics["eval"].clear()
@@ -209,6 +210,15 @@ class RowwiseEvaluation(TrainerMixin):
         metrics = cast("dict[str, float | None]", output.metrics)
         metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output._replace(num_samples=rows)
+
+    def _prepare_precision(self) -> None:
+        """
+        Before training, lets the policy run in the mixed precision of training. transformers does so only if no other model was
+        prepared, which a reference is.
+        """
+        others = self.accelerator._models and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if self.accelerator.native_amp and others and not hasattr(self.model, "_original_forward"):
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
     def _expected_rows(self, dataloader) -> Callable[[], int]:
         """A function that returns the number of rows to evaluate. Rows of a stream are counted as they are read."""
