@@ -14,7 +14,7 @@ from trl.trainer.utils import RepeatSampler
 from tests.closeness import close_to
 from tests.conftest import disturb, make_policy
 from tests.offline.conftest import collection, prompt_dataset, run_collect, start  # noqa: F401
-from tests.trainer.conftest import make_dataset
+from tests.trainer.conftest import codes, make_dataset
 from trl_diffusion import load_trajectories
 from trl_diffusion.trainer.data import count_epochs
 from trl_diffusion.trainer.reference import FILE, load_reference
@@ -205,6 +205,27 @@ def test_the_exact_log_ratio_without_a_pass_of_the_reference(
     for name in ("log_ratio", "bias", "std"):
         (value,), (expected,) = (logs_of(trainer, f"diffusion/check/{name}") for trainer in (found, plain))
         assert value == close_to(expected) and abs(value) > 1e-2
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "whole"])
+def test_recorded_log_probabilities_are_not_those_of_other_responses(make_trainer, trajectories, request, adapted):
+    """The reference made the data; the responses to prompts that are given later are the policy's, which has moved."""
+    kwargs = {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if adapted else {}
+    options = {
+        **PAIRS,
+        "dataset": trajectories.select(range(4)),
+        "reward_funcs": codes,
+        "per_device_eval_batch_size": 8,
+    }
+    trainer = make_trainer(str(request.getfixturevalue("start")), kwargs=kwargs, max_steps=1, **options)
+    trainer.train()
+    assert trainer.reference.recorded
+    if adapted:
+        assert trainer.evaluate(make_dataset(1))["eval_kl"] > 1e-3
+    else:
+        with pytest.raises(ValueError, match="The reference is not in memory, since it generated all responses"):
+            trainer.evaluate(make_dataset(1))
+    assert "eval_kl" in trainer.evaluate(trajectories.select([4]))
 
 
 # ------------------------------------------------------------------------------------------------------------- moved

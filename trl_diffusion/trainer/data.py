@@ -115,7 +115,7 @@ class OfflineData:
         self._rows = 0
         self.dropped: Counter[str] = Counter()  # groups without a pair, by the reason
         self._makers: set[str | None] = set()
-        self._fingerprint: str | None = None
+        self.fingerprint: str | None = None
 
     def prepare(self, train_dataset, eval_dataset):
         """Checks the datasets and turns them into trajectories. A `ValueError` names the dataset, row and column."""
@@ -325,10 +325,10 @@ class OfflineData:
         # An adapter that is trained further has its own reference.
         unknown = self.quantization is not None or isinstance(self.model, PeftModel)
         source = source_options(self.args.model_options()) if isinstance(self.model, str) else {}
-        self._fingerprint = None if unknown else fingerprint_policy(self.model, **source)
+        self.fingerprint = None if unknown else fingerprint_policy(self.model, **source)
         self.reference_is_recorded = (
-            self._makers == {self._fingerprint}
-            and self._fingerprint is not None
+            self._makers == {self.fingerprint}
+            and self.fingerprint is not None
             and ESTIMATORS[self.args.estimator].recorded
         )
         if self.reference_is_recorded and self.args.sync_ref_model:
@@ -351,7 +351,7 @@ class OfflineData:
         else:
             logger.warning(
                 f"The data was made by policy {sorted(map(str, self._makers))}, the reference is "
-                f"{self._fingerprint or 'another one'}: it scores the data itself, one extra pass a step."
+                f"{self.fingerprint or 'another one'}: it scores the data itself, one extra pass a step."
             )
 
 

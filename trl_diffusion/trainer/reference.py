@@ -42,15 +42,26 @@ class Reference:
 
     Args:
         trainer ([`DTRPOTrainer`]): the trainer that it belongs to.
-        recorded (`bool`): whether the reference generated the stored responses, so that the recorded log-probabilities are its
-            own.
+        maker (`str`, *optional*): fingerprint of the reference, if it generated the stored responses, so that the recorded
+            log-probabilities are its own.
     """
 
-    def __init__(self, trainer: DTRPOTrainer, recorded: bool):
-        self.trainer, self.recorded = trainer, recorded
+    def __init__(self, trainer: DTRPOTrainer, maker: str | None):
+        self.trainer, self.maker = trainer, maker
         # By epoch and row: shape (responses, iterations, E), and how many of the E columns are positions of the canvas.
         self.estimates: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._epochs = 0  # of `estimates`
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the reference generated the stored responses that the trainer was made with."""
+        return self.maker is not None
+
+    def generated(self, stored: list[StoredResponse] | None) -> bool:
+        """Whether it generated the responses of a rollout, stored ones or (`None`) fresh ones."""
+        return (
+            self.recorded and stored is not None and {one.row["policy_fingerprint"] for one in stored} == {self.maker}
+        )
 
     def of_batch(self, inputs: dict[str, Any], layout: PackedLayout, iteration: int) -> Tensor:
         """
@@ -63,6 +74,8 @@ class Reference:
         """
         if "ref_estimates" in inputs and not self.recorded:
             return inputs["ref_estimates"][:, iteration]
+        if self.recorded and not inputs.get("of_reference", True):  # an evaluation of other rows
+            return self.logps(layout)
         return self.of_layout(trajectories_of(inputs), layout)
 
     def of_layout(self, batch: TrajectoryBatch, layout: PackedLayout) -> Tensor:
@@ -81,6 +94,11 @@ class Reference:
             return score(trainer.ref_model, layout, trainer.spec, trainer.temperature)[0]
         model = trainer.accelerator.unwrap_model(trainer.model)
         if not isinstance(model, PeftModel):
+            if self.recorded:
+                raise ValueError(
+                    "The reference is not in memory, since it generated all responses that the trainer was made with, and these are "
+                    "others. Give the trainer their dataset as `eval_dataset` when it is made."
+                )
             raise ValueError(
                 "The reference left memory when `precompute_ref_log_probs=True` had asked it about the rows of train_dataset. "
                 "Give the trainer the other rows as `eval_dataset` when it is made, or make a new one for more epochs."

@@ -95,9 +95,9 @@ class Setup:
     removed_columns: list[str]
 
     @property
-    def reference_is_recorded(self) -> bool:
-        """Whether the reference generated the stored responses."""
-        return self.store is not None and self.store.reference_is_recorded
+    def maker(self) -> str | None:
+        """Fingerprint of the reference, if it generated the stored responses."""
+        return None if self.store is None or not self.store.reference_is_recorded else self.store.fingerprint
 
 
 def set_up(
@@ -206,7 +206,7 @@ def _check_model(model: Model, config: PretrainedConfig, args: DTRPOConfig, adap
 
 def _check_reference(model: Model, setup: Setup, adapter: Any) -> None:
     """Checks that a reference exists if the settings need one."""
-    if setup.args.beta == 0.0 or setup.reference_is_recorded or adapter is not None:
+    if setup.args.beta == 0.0 or setup.maker is not None or adapter is not None:
         return
     if isinstance(model, PreTrainedModel) and not model.config._name_or_path:
         raise ValueError(

@@ -133,7 +133,7 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
         self.spec = setup.spec
         self.estimator = ESTIMATORS[args.estimator]
         self.scoring_config = args.scoring()
-        self.reference = Reference(self, setup.reference_is_recorded)
+        self.reference = Reference(self, setup.maker)
         self._kept_columns = setup.kept_columns
         self.learning = Learning()
         self._is_recorded = setup.store is None or setup.store.recorded
