@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from tests.closeness import assert_close
+from tests.conftest import make_policy
 from tests.offline.conftest import codes, length, prompt_dataset, run_collect
 from trl_diffusion import DecodingConfig, decode, load_trajectories
 from trl_diffusion.seeds import derive_seed
@@ -219,6 +220,19 @@ def test_shards_hold_plain_types(collection):
     assert str(schema.field("event_logps").type) == "list<element: list<element: float>>"
 
 
+def test_the_fingerprint_of_a_revision(start, char_spec, monkeypatch, tmp_path):
+    """A stand-in for the hub, with another policy in each revision."""
+    make_policy(char_spec, seed=7).save_pretrained(tmp_path)
+    revisions = {None: start, "new": tmp_path}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda path, allow_patterns, revision=None: revisions[revision]
+    )
+    assert fingerprint_policy("user/policy") == fingerprint_policy(start)
+    assert (
+        fingerprint_policy("user/policy", revision="new") == fingerprint_policy(tmp_path) != fingerprint_policy(start)
+    )
+
+
 def test_fingerprints(start, tokenizer, char_spec, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -238,6 +252,7 @@ def test_fingerprints(start, tokenizer, char_spec, tmp_path):
     assert fingerprint_policy(adapted) != half
     (tmp_path / "empty").mkdir()
     assert fingerprint_policy(tmp_path / "empty") is None
+    assert fingerprint_policy(tmp_path, subfolder="half") == half
     other = type(tokenizer).from_pretrained(start)
     assert fingerprint_tokenizer(other) == fingerprint_tokenizer(tokenizer)
     other.add_tokens(["another"])

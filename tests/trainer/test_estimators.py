@@ -230,6 +230,11 @@ def test_settings_that_make_no_sense(tmp_path, options, message):
         DTRPOConfig(output_dir=str(tmp_path), max_completion_length=8, bf16=False, **options)
 
 
+def test_blocks_of_full_attention_are_refused_before_training(make_trainer, char_spec):
+    with pytest.raises(ValueError, match="`num_scored_blocks` of the trainer.* is for block attention"):
+        make_trainer(spec=char_spec.replace(attention="full"), num_scored_blocks=1)
+
+
 def test_subsampled_blocks_train(make_trainer):
     trainer = make_trainer(num_scored_blocks=1, max_completion_length=24)
     trainer.train()

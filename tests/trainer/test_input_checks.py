@@ -59,6 +59,19 @@ def test_dataset_without_prompts(make_trainer):
         make_trainer(dataset=Dataset.from_list([{"question": "1+1"}]))
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "1+1", "format_version": 1, "event_steps": [[0]]}, "eval_dataset holds stored responses, whose rewards stay"),
+        ({"chosen": "1+1=2", "rejected": "1+1=3"}, "eval_dataset has no `prompt` column, as train_dataset has; it has"),
+    ],
+    ids=["stored", "pairs"],
+)  # fmt: skip
+def test_an_evaluation_that_the_policy_does_not_answer(make_trainer, row, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(kwargs={"eval_dataset": Dataset.from_list([row])})
+
+
 def test_empty_dataset(make_trainer):
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         make_trainer(dataset=Dataset.from_dict({"prompt": []}))

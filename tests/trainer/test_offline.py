@@ -104,7 +104,7 @@ def test_the_recorded_reference_is_the_reference(offline, monkeypatch):
     """With the reference's own pass, the losses and weights are those with the recording."""
     recorded = offline(beta=0.1, max_steps=3, optim="sgd")
     recorded.train()
-    monkeypatch.setattr("trl_diffusion.trainer.data.fingerprint_policy", lambda model: "somebody else")
+    monkeypatch.setattr("trl_diffusion.trainer.data.fingerprint_policy", lambda *args, **kwargs: "somebody else")
     scored = offline(beta=0.1, max_steps=3, optim="sgd")
     assert scored.ref_model is not None
     scored.train()

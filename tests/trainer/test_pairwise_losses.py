@@ -12,6 +12,7 @@ from tests.conftest import disturb, make_policy
 from tests.offline.conftest import collection, start  # noqa: F401
 from tests.trainer.conftest import blocks_of_one, make_dataset
 from trl_diffusion import DTRPOConfig, load_trajectories
+from trl_diffusion.trainer.batches import ungroup
 from trl_diffusion.trainer.health import WINDOW, chosen_sinks
 
 
@@ -139,6 +140,27 @@ def test_sft_alone_needs_no_reference(pairwise):
     logs = logs_of(trainer)
     assert logs[-1]["losses/sft"] < logs[0]["losses/sft"]
     assert not [name for log in logs for name in log if name in ("kl", "rewards/chosen", "rewards/accuracies")]
+
+
+@pytest.mark.parametrize("estimator", ["mean_field", "exact"])
+def test_the_likelihood_per_token_is_that_of_the_tokens_that_are_scored(pairwise, estimator):
+    """Both give every token that they score the weight 1, and they score other tokens: `exact` those after the completion that
+    were written before its last one as well."""
+    trainer = pairwise(beta=0.0, dpo_loss_type=["sft"], estimator=estimator)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    rows = [trainer.train_dataset[i // 4] for i in range(4 * len(trainer.train_dataset))]
+    inputs = ungroup(trainer._generate_and_score_completions(rows))
+    found = trainer._compute_loss(trainer.model, inputs)
+    with trainer.scoring(inputs) as scored:
+        weights = scored.layout.weights
+        logps, _ = trainer.score_policy(trainer.model)
+    assert set(weights.unique().tolist()) == {0.0, 1.0}
+    more = weights.sum(1) - inputs["completion_mask"].sum(1)
+    assert (more > 0).any() if estimator == "exact" else (more == 0).all()
+    means = ((logps * weights).sum(1) / weights.sum(1)).view(-1, 4)
+    best = inputs["pair_scores"].view(-1, 4).argmax(1, keepdim=True)
+    assert_close(found, -means.gather(1, best).mean())
 
 
 @pytest.mark.parametrize(

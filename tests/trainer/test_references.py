@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,9 @@ from peft import LoraConfig
 from trl.trainer.utils import RepeatSampler
 
 from tests.closeness import close_to
-from tests.conftest import make_policy
+from tests.conftest import disturb, make_policy
 from tests.offline.conftest import collection, prompt_dataset, run_collect, start  # noqa: F401
-from tests.trainer.conftest import make_dataset
+from tests.trainer.conftest import codes, make_dataset
 from trl_diffusion import load_trajectories
 from trl_diffusion.trainer.data import count_epochs
 from trl_diffusion.trainer.reference import FILE, load_reference
@@ -88,6 +89,36 @@ def test_an_incomplete_last_rollout(make_trainer, trajectories, other):
     assert logs_of(early) == close_to(logs_of(plain))
 
 
+def test_a_checkpoint_in_a_subfolder_has_its_own_reference(make_trainer, trajectories, start, other, tmp_path):  # noqa: F811
+    """The one above it made the data. Before the first update, policy and reference are equal."""
+    shutil.copytree(start, tmp_path / "both")
+    shutil.copytree(other, tmp_path / "both" / "later")
+    options = {**PAIRS, "dataset": trajectories.select(range(4)), "max_steps": 1}
+    above = make_trainer(str(tmp_path / "both"), **options)
+    below = make_trainer(str(tmp_path / "both"), model_init_kwargs={"subfolder": "later"}, **options)
+    assert above.reference.recorded and not below.reference.recorded
+    below.train()
+    assert logs_of(below, "kl")[0] < 1e-6
+
+
+def test_the_model_below_an_adapter_is_asked_in_the_precision_of_training(make_trainer, trajectories, other):
+    """A new adapter changes nothing yet, so policy and reference are equal before the first update."""
+    options = {**PAIRS, "dataset": trajectories.select(range(4)), "max_steps": 1, "bf16": True, "use_cpu": True}
+    adapter = {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
+    trainer = make_trainer(other, kwargs=adapter, precompute_ref_log_probs=True, **options)
+    trainer.train()
+    assert logs_of(trainer, "kl")[0] < 1e-6 and abs(logs_of(trainer, "rewards/margins")[0]) < 1e-4
+
+
+def test_an_evaluation_before_training_is_in_the_precision_of_training(make_trainer, start):  # noqa: F811
+    """Nothing has moved yet, so policy and reference are equal."""
+    options = {"beta": 0.1, "bf16": True, "use_cpu": True, "per_device_eval_batch_size": 8, "max_steps": 1}
+    trainer = make_trainer(str(start), kwargs={"eval_dataset": make_dataset(2)}, **options)
+    assert trainer.evaluate()["eval_kl"] < 1e-6
+    trainer.train()
+    assert logs_of(trainer, "kl")[0] < 1e-6
+
+
 @pytest.fixture
 def two_collections(trajectories, start, tokenizer, tmp_path):  # noqa: F811
     prompts = prompt_dataset(16).select(range(10, 16))
@@ -143,6 +174,58 @@ def test_training_goes_on_after_the_reference_has_left(make_trainer, trajectorie
     trainer.args.max_steps = 20
     with pytest.raises(ValueError, match="The reference left memory"):
         trainer.train()
+
+
+def test_a_run_goes_on_with_a_precomputed_reference(make_trainer, trajectories, other, tmp_path):
+    """The checkpoint is inside a rollout that was made without it."""
+    options = {**PAIRS, "dataset": trajectories.select(range(4)), "num_iterations": 2, "max_steps": 3}
+    whole = make_trainer(other, save_strategy="steps", save_steps=1, **options)
+    whole.train()
+    part = make_trainer(other, precompute_ref_log_probs=True, **options)
+    part.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    found, expected = logs_of(part, "kl"), logs_of(whole, "kl")
+    assert part.ref_model is None and found == pytest.approx(expected, rel=1e-3) and min(found[1:]) > 0.01
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["precomputed", "recorded"])
+def test_the_exact_log_ratio_without_a_pass_of_the_reference(
+    make_trainer, trajectories, other, monkeypatch, early, request
+):
+    """`estimator_check_steps` compares with the reference of the loss, also where no step runs it."""
+    options = {**PAIRS, "dataset": trajectories.select(range(4)), "max_steps": 1, "estimator_check_steps": 1}
+    path = other if early else str(request.getfixturevalue("start"))
+    found = make_trainer(path, precompute_ref_log_probs=early, **options)
+    assert found.reference.recorded != early
+    monkeypatch.setattr("trl_diffusion.trainer.data.fingerprint_policy", lambda *args, **kwargs: "somebody else")
+    plain = make_trainer(path, **options)
+    assert not plain.reference.recorded
+    for trainer in (found, plain):
+        disturb(trainer.model)
+        trainer.train()
+    for name in ("log_ratio", "bias", "std"):
+        (value,), (expected,) = (logs_of(trainer, f"diffusion/check/{name}") for trainer in (found, plain))
+        assert value == close_to(expected) and abs(value) > 1e-2
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "whole"])
+def test_recorded_log_probabilities_are_not_those_of_other_responses(make_trainer, trajectories, request, adapted):
+    """The reference made the data; the responses to prompts that are given later are the policy's, which has moved."""
+    kwargs = {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if adapted else {}
+    options = {
+        **PAIRS,
+        "dataset": trajectories.select(range(4)),
+        "reward_funcs": codes,
+        "per_device_eval_batch_size": 8,
+    }
+    trainer = make_trainer(str(request.getfixturevalue("start")), kwargs=kwargs, max_steps=1, **options)
+    trainer.train()
+    assert trainer.reference.recorded
+    if adapted:
+        assert trainer.evaluate(make_dataset(1))["eval_kl"] > 1e-3
+    else:
+        with pytest.raises(ValueError, match="The reference is not in memory, since it generated all responses"):
+            trainer.evaluate(make_dataset(1))
+    assert "eval_kl" in trainer.evaluate(trajectories.select([4]))
 
 
 # ------------------------------------------------------------------------------------------------------------- moved

@@ -213,7 +213,7 @@ def test_offline_training(make_trainer, policies, stored, loss_type, monkeypatch
     assert logs[0]["diffusion/recorded_gap/max"] < ROUNDING and logs[0]["kl"] < 1e-6 < logs[-1]["kl"]
     assert logs[0]["diffusion/taken_back"] > 0
     evaluation = recorded.evaluate()
-    monkeypatch.setattr("trl_diffusion.trainer.data.fingerprint_policy", lambda model: "somebody else")
+    monkeypatch.setattr("trl_diffusion.trainer.data.fingerprint_policy", lambda *args, **kwargs: "somebody else")
     scored = make_trainer(policies[0], **options)
     assert scored.ref_model is not None
     scored.train()

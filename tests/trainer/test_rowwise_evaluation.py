@@ -210,6 +210,17 @@ def test_speed_is_that_of_all_responses(make_trainer):
         assert metrics[f"eval_{name}_per_second"] == pytest.approx(rate, abs=1e-3, rel=0.01)
 
 
+def test_batches_without_whole_groups(make_trainer):
+    trainer = make_trainer(
+        dataset=rows(4), kwargs={"eval_dataset": rows(3)}, num_generations_eval=4, per_device_eval_batch_size=6
+    )
+    with pytest.raises(
+        ValueError, match=r"has 6 responses, which do not make whole groups of 4 \(`num_generations_eval`\)"
+    ):
+        trainer.evaluate()
+    assert "eval_reward" in trainer.evaluate(rows(1))  # one batch of 4
+
+
 @pytest.mark.slow
 def test_workers_that_persist_belong_to_one_dataset(make_trainer):
     trainer = make_trainer(

@@ -102,8 +102,13 @@ def config_of(model: Any, options: Mapping[str, Any]) -> PretrainedConfig:
     """The config of a model, or of the checkpoint at a path or hub id. `options`: those with which the model is loaded."""
     if not isinstance(model, str):
         return model.config
+    return load_config(model, **source_options(options))
+
+
+def source_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options with which a model is loaded that say where it is."""
     known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-    return load_config(model, **{key: value for key, value in options.items() if key in known})
+    return {key: value for key, value in options.items() if key in known}
 
 
 def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:

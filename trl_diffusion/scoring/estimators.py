@@ -80,6 +80,15 @@ class EstimatorConfig:
                 )
 
 
+def check_estimator(config: EstimatorConfig, spec: DiffusionSpec) -> None:
+    """Raises a `ValueError` for a setting that does not apply to this policy."""
+    if config.num_blocks is not None and spec.attention == "full":
+        raise ValueError(
+            "`num_blocks` (`num_scored_blocks` of the trainer) is for block attention; with full attention a pass holds one state, and "
+            "`num_draws` sets how many."
+        )
+
+
 @dataclass(frozen=True)
 class Estimator:
     """
@@ -106,10 +115,7 @@ def dtrpo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config:
 
     Forward passes per response: 1 with block attention, `num_draws` with full attention.
     """
-    if config.num_blocks is not None and spec.attention == "full":
-        raise ValueError(
-            "`num_blocks` is for block attention; with full attention a pass holds one state, and `num_draws` sets how many."
-        )
+    check_estimator(config, spec)
     draw = draw_steps(
         states_to_draw(batch, spec, config.selection),
         seeds,
@@ -234,6 +240,16 @@ def final_tokens(batch: TrajectoryBatch, spec: DiffusionSpec) -> FinalTokens:
     unmasked = batch.steps != NEVER
     groups, _, drawn, _ = token_states(spec, replace(batch, revisions=None), unmasked)
     return FinalTokens(groups, unmasked & ~drawn, drawn, batch.completion_mask & unmasked)
+
+
+def counted_tokens(batch: TrajectoryBatch, spec: DiffusionSpec, config: EstimatorConfig) -> Tensor:
+    """
+    Number of tokens of each response that an estimator counts, `(R,)`. With `weighting="unbiased"` it is the mean of the sum of their
+    weights, over the draws. Estimators with masks of their own count the tokens of the completion, the others every write that counts.
+    """
+    if ESTIMATORS[config.name].recorded:
+        return states_to_draw(batch, spec, config.selection).counted.sum(1)
+    return final_tokens(batch, spec).counted.sum(1)
 
 
 def masked_states(batch: TrajectoryBatch, tokens: FinalTokens, masked: Tensor, shares: Tensor) -> States:

@@ -18,7 +18,7 @@ from ..fields import check_within, is_number
 from ..objectives.pairwise import LOSSES, NEED_REFERENCE, NORMALIZED, SMOOTHED
 from ..offline.preferences import is_preference_dataset
 from ..policies.forward import unwrap
-from ..trajectories.dataset import has_unordered
+from ..trajectories.dataset import has_unordered, is_trajectory_dataset
 
 
 if TYPE_CHECKING:
@@ -269,6 +269,23 @@ def check_columns(name: str, dataset: Any) -> None:
         raise ValueError(
             f"`{name}` has {taken}: reward functions get something else under these names. Rename the columns."
         )
+
+
+def check_answered(name: str, dataset: Any) -> None:
+    """
+    Checks that an evaluation dataset holds prompts that the policy can answer, where training does not use stored responses.
+
+    Raises:
+        ValueError: if it holds stored responses, or pairs without a column of prompts.
+    """
+    if is_trajectory_dataset(dataset):
+        raise ValueError(
+            f"{name} holds stored responses, whose rewards stay as they are while the policy learns, and train_dataset holds prompts. "
+            "Evaluate on prompts, too."
+        )
+    columns = dataset.column_names
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(f"{name} has no `prompt` column, as train_dataset has; it has {sorted(columns)}.")
 
 
 def check_number_of_rows(dataset: Dataset | IterableDataset, args: DTRPOConfig, dropped: int = 0) -> None:

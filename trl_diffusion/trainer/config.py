@@ -149,8 +149,8 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
             For `"robust"`: the probability that a pair is in the wrong order, below 0.5.
         precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
             Whether the reference scores all stored responses before training, in exactly the states that training will draw,
-            instead of at every step. Without an evaluation dataset, it is then removed from memory. This does not work
-            with a reference that changes (`sync_ref_model`).
+            instead of at every step. Without an evaluation dataset and `estimator_check_steps`, it is then removed from memory.
+            This does not work with a reference that changes (`sync_ref_model`).
 
         > Parameters that control logging
 

@@ -21,6 +21,7 @@ from ..decoding.config import OTHER_DISTRIBUTION, stored_selection
 from ..objectives.pairwise import make_pairs
 from ..offline.preferences import from_preferences, is_preference_dataset
 from ..offline.replay import with_orders
+from ..policies.loading import source_options
 from ..policies.policy import load_model
 from ..policies.spec import DiffusionSpec
 from ..scoring.estimators import ESTIMATORS
@@ -114,7 +115,7 @@ class OfflineData:
         self._rows = 0
         self.dropped: Counter[str] = Counter()  # groups without a pair, by the reason
         self._makers: set[str | None] = set()
-        self._fingerprint: str | None = None
+        self.fingerprint: str | None = None
 
     def prepare(self, train_dataset, eval_dataset):
         """Checks the datasets and turns them into trajectories. A `ValueError` names the dataset, row and column."""
@@ -228,6 +229,8 @@ class OfflineData:
                     f"Row {number}, column `completion_lengths`: a response has {longest} tokens, more than "
                     f"`max_completion_length={self.args.max_completion_length}`. Raise it."
                 )
+            decoding = json.loads(row["decoding"])
+            self._check_selection(number, decoding, row["event_logps"] is not None)
             if row["event_logps"] is None:
                 if self.args.loss_type != "dpo":
                     raise ValueError(
@@ -237,7 +240,6 @@ class OfflineData:
                     )
                 self.recorded = False
                 continue
-            decoding = json.loads(row["decoding"])
             # Greedy decoding uses the distribution at temperature 1.
             temperature = decoding.get("temperature") or 1.0
             if temperature != self.args.temperature:
@@ -245,20 +247,29 @@ class OfflineData:
                     f"Row {number}, column `decoding`: the log-probabilities were recorded at temperature {temperature}. "
                     f"Set `temperature={temperature}` (it is {self.args.temperature})."
                 )
-            selections = (stored_selection(decoding), self.args.decoding().selection)
-            then, now = (one and one.of_policy(self.spec) for one in selections)
-            if then != now:
-                raise ValueError(
-                    f"Row {number}, column `decoding`: the log-probabilities were recorded with the selection scored as "
-                    f"{then}, but these settings score {now}. Set `score_selection`, `strategy`, `threshold`, "
-                    "`sub_block_size`, `tempered_confidence` and `max_completion_length` as they were."
-                )
             changed = {name: decoding.get(name) for name in OTHER_DISTRIBUTION if decoding.get(name)}
             if changed:
                 raise ValueError(
                     f"Row {number}, column `decoding`: it was decoded with {changed}, so its log-probabilities are those of "
                     "a distribution that is not scored. Collect without."
                 )
+
+    def _check_selection(self, number: int, decoding: dict[str, Any], recorded: bool) -> None:
+        """Checks that these settings score the selection of positions as it was scored when a row was recorded."""
+        selections = (stored_selection(decoding), self.args.decoding().selection)
+        then, now = (one and one.of_policy(self.spec) for one in selections)
+        if then == now:
+            return
+        if not recorded:
+            raise ValueError(
+                f"Row {number}, column `decoding`: `decoding_order` chose the order of these responses, and no rule that looks at "
+                "sampled tokens did, so there is no selection to be scored. Set `score_selection=False`."
+            )
+        raise ValueError(
+            f"Row {number}, column `decoding`: the log-probabilities were recorded with the selection scored as "
+            f"{then}, but these settings score {now}. Set `score_selection`, `strategy`, `threshold`, "
+            "`sub_block_size`, `tempered_confidence` and `max_completion_length` as they were."
+        )
 
     def _with_differences(self, name: str, dataset: Dataset) -> Dataset:
         """The dataset. With `loss_type="dpo"`, groups without a pair are removed. With any loss, at least one group must have
@@ -313,10 +324,11 @@ class OfflineData:
             self._makers |= set(dataset["policy_fingerprint"]) if _is_stored(dataset) else {"a rollout"}
         # An adapter that is trained further has its own reference.
         unknown = self.quantization is not None or isinstance(self.model, PeftModel)
-        self._fingerprint = None if unknown else fingerprint_policy(self.model)
+        source = source_options(self.args.model_options()) if isinstance(self.model, str) else {}
+        self.fingerprint = None if unknown else fingerprint_policy(self.model, **source)
         self.reference_is_recorded = (
-            self._makers == {self._fingerprint}
-            and self._fingerprint is not None
+            self._makers == {self.fingerprint}
+            and self.fingerprint is not None
             and ESTIMATORS[self.args.estimator].recorded
         )
         if self.reference_is_recorded and self.args.sync_ref_model:
@@ -339,7 +351,7 @@ class OfflineData:
         else:
             logger.warning(
                 f"The data was made by policy {sorted(map(str, self._makers))}, the reference is "
-                f"{self._fingerprint or 'another one'}: it scores the data itself, one extra pass a step."
+                f"{self.fingerprint or 'another one'}: it scores the data itself, one extra pass a step."
             )
 
 
@@ -374,5 +386,8 @@ def _is_stored(dataset: Any) -> bool:
 
 
 def _loading(args: DTRPOConfig) -> dict[str, Any]:
-    known = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "dtype", "attn_implementation")
-    return {key: value for key, value in args.model_options().items() if key in known}
+    options = args.model_options()
+    return {
+        **source_options(options),
+        **{key: options[key] for key in ("dtype", "attn_implementation") if key in options},
+    }

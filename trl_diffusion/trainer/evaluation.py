@@ -193,6 +193,7 @@ class RowwiseEvaluation(TrainerMixin):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """Runs the evaluation loop of transformers, and adds metrics over rows to its result."""
+        self._prepare_precision()
         self.evaluation = Evaluation(self._expected_rows(dataloader), metric_key_prefix)
         logs, self._logs = self._logs, self._empty_logs()
         self._metrics["eval"].clear()
@@ -209,6 +210,15 @@ class RowwiseEvaluation(TrainerMixin):
         metrics = cast("dict[str, float | None]", output.metrics)
         metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output._replace(num_samples=rows)
+
+    def _prepare_precision(self) -> None:
+        """
+        Before training, lets the policy run in the mixed precision of training. transformers does so only if no other model was
+        prepared, which a reference is.
+        """
+        others = self.accelerator._models and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if self.accelerator.native_amp and others and not hasattr(self.model, "_original_forward"):
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
     def _expected_rows(self, dataloader) -> Callable[[], int]:
         """A function that returns the number of rows to evaluate. Rows of a stream are counted as they are read."""
@@ -253,6 +263,7 @@ class RowwiseEvaluation(TrainerMixin):
     def _generate_and_score_completions(self, inputs):
         if self.evaluation is None:
             return super()._generate_and_score_completions(inputs)
+        self._check_groups(len(inputs))
         self.evaluation.begin_batch(len(inputs), self.accelerator)
         output = super()._generate_and_score_completions(inputs)
         new = self.evaluation.new
@@ -260,6 +271,16 @@ class RowwiseEvaluation(TrainerMixin):
         if new < len(inputs) * self.accelerator.num_processes:
             output = self._leave_out(output, self.evaluation.counted)
         return output
+
+    def _check_groups(self, rows: int) -> None:
+        """Raises a `ValueError` if a batch of an evaluation, of `rows` rows on each process, does not consist of whole groups."""
+        size, of_pairs = self.num_generations_eval, self.loss_type == "dpo"
+        whole = rows if of_pairs else rows * self.accelerator.num_processes
+        if whole % size:
+            raise ValueError(
+                f"A batch of this evaluation has {whole} responses{' on a process' if of_pairs else ''}, which do not make whole groups "
+                f"of {size} (`num_generations_eval`). Set `per_device_eval_batch_size` to a multiple of it."
+            )
 
     def _leave_out(self, output: dict[str, Any], counted: Tensor) -> dict[str, Any]:
         """The rollout, with no tokens and advantage 0 in rows that do not count."""

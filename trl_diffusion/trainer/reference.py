@@ -42,15 +42,26 @@ class Reference:
 
     Args:
         trainer ([`DTRPOTrainer`]): the trainer that it belongs to.
-        recorded (`bool`): whether the reference generated the stored responses, so that the recorded log-probabilities are its
-            own.
+        maker (`str`, *optional*): fingerprint of the reference, if it generated the stored responses, so that the recorded
+            log-probabilities are its own.
     """
 
-    def __init__(self, trainer: DTRPOTrainer, recorded: bool):
-        self.trainer, self.recorded = trainer, recorded
+    def __init__(self, trainer: DTRPOTrainer, maker: str | None):
+        self.trainer, self.maker = trainer, maker
         # By epoch and row: shape (responses, iterations, E), and how many of the E columns are positions of the canvas.
         self.estimates: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._epochs = 0  # of `estimates`
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the reference generated the stored responses that the trainer was made with."""
+        return self.maker is not None
+
+    def generated(self, stored: list[StoredResponse] | None) -> bool:
+        """Whether it generated the responses of a rollout, stored ones or (`None`) fresh ones."""
+        return (
+            self.recorded and stored is not None and {one.row["policy_fingerprint"] for one in stored} == {self.maker}
+        )
 
     def of_batch(self, inputs: dict[str, Any], layout: PackedLayout, iteration: int) -> Tensor:
         """
@@ -61,10 +72,17 @@ class Reference:
             layout ([`PackedLayout`]): the packed states that the pass scores.
             iteration (`int`): number of passes over the rollout before this one.
         """
-        if self.recorded:
-            return torch.where(layout.weights > 0, trajectories_of(inputs).event_logps, 0.0)
-        if "ref_estimates" in inputs:
+        if "ref_estimates" in inputs and not self.recorded:
             return inputs["ref_estimates"][:, iteration]
+        if self.recorded and not inputs.get("of_reference", True):  # an evaluation of other rows
+            return self.logps(layout)
+        return self.of_layout(trajectories_of(inputs), layout)
+
+    def of_layout(self, batch: TrajectoryBatch, layout: PackedLayout) -> Tensor:
+        """The reference's log-probabilities of the tokens of a batch that a layout scores, `(R, E)`: recorded, or from one forward
+        pass."""
+        if self.recorded:
+            return torch.where(layout.weights > 0, batch.event_logps, 0.0)
         return self.logps(layout)
 
     @torch.no_grad()
@@ -76,6 +94,11 @@ class Reference:
             return score(trainer.ref_model, layout, trainer.spec, trainer.temperature)[0]
         model = trainer.accelerator.unwrap_model(trainer.model)
         if not isinstance(model, PeftModel):
+            if self.recorded:
+                raise ValueError(
+                    "The reference is not in memory, since it generated all responses that the trainer was made with, and these are "
+                    "others. Give the trainer their dataset as `eval_dataset` when it is made."
+                )
             raise ValueError(
                 "The reference left memory when `precompute_ref_log_probs=True` had asked it about the rows of train_dataset. "
                 "Give the trainer the other rows as `eval_dataset` when it is made, or make a new one for more epochs."
@@ -102,20 +125,21 @@ class Reference:
             for epoch in range(epochs):
                 stored = [StoredResponse(row, index, epoch) for index in responses]
                 seeds = [derive_seed(response.seed(trainer.args.seed), DRAWS) for response in stored]
-                passes = [
-                    self.logps(trainer.layout(batch, seeds, iteration)[0])
-                    for iteration in range(trainer.num_iterations)
-                ]
+                layouts = [trainer.layout(batch, seeds, iteration)[0] for iteration in range(trainer.num_iterations)]
+                with trainer.accelerator.autocast():  # which the model below an adapter does not enter before training
+                    passes = [self.logps(layout) for layout in layouts]
                 found.append(((epoch, row["row"]), (torch.stack(passes, 1).cpu(), batch.canvas_ids.shape[1])))
         self.estimates, self._epochs = dict(gather_object(found)), epochs
-        if trainer.eval_dataset is None:
-            trainer.ref_model = None
 
     def precomputed(self, stored: list[StoredResponse] | None, trajectories: TrajectoryBatch) -> dict[str, Tensor]:
         """The precomputed log-probabilities for the responses of a rollout, as the entry `ref_estimates` of a batch,
         `(R, I, E)` for `I` iterations. No entry if nothing was precomputed."""
         if stored is None or not self.estimates:
             return {}
+        # Not earlier: a resumed run may have gone on with a rollout without this entry. An evaluation, and the check of the
+        # estimator, score other states.
+        if self.trainer.eval_dataset is None and not self.trainer.args.estimator_check_steps:
+            self.trainer.ref_model = None
         width = trajectories.canvas_ids.shape[1]
         taken_back = trajectories.event_steps.shape[1] - width
         rows = []

@@ -148,6 +148,9 @@ class DiffusionRollouts(DiffusionScoring):
                 [derive_seed(seed, DRAWS) for seed in rollout.seeds], device=trajectories.canvas_ids.device
             ),
         )
+        if self.reference.recorded:
+            (others,) = add_over_processes(self.accelerator, not self.reference.generated(rollout.stored))
+            output["of_reference"] = torch.tensor(others == 0)
         if self.estimator.recorded:
             output["num_items_in_batch"] = self._total_weight(output)
         if "old_per_token_logps" in output and not self._old_is_recorded:

@@ -201,7 +201,7 @@ class DiffusionScoring(RowwiseEvaluation):
         def log_ratios(layout: PackedLayout) -> Tensor:
             logps, _ = score(self.model, layout, self.spec, self.temperature)
             if self.beta != 0.0:
-                return logps - self.reference.logps(layout)
+                return logps - self.reference.of_layout(batch, layout)
             return logps - torch.where(layout.weights > 0, batch.event_logps, 0.0)
 
         quality = estimate_quality(log_ratios, batch, self.spec, self.scoring_config, seeds)

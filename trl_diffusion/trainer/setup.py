@@ -34,11 +34,13 @@ from ..policies.training import (
     train_padding_token,
 )
 from ..rewards.call import check_reward_model
+from ..scoring.estimators import check_estimator
 from ..trajectories.dataset import is_trajectory_dataset
 from .agreement import failing_together
 from .callbacks import RewardProgressCallback, replace_bar
 from .checkpoints import checkpoints_in
 from .checks import (
+    check_answered,
     check_callback,
     check_columns,
     check_number_of_rows,
@@ -93,9 +95,9 @@ class Setup:
     removed_columns: list[str]
 
     @property
-    def reference_is_recorded(self) -> bool:
-        """Whether the reference generated the stored responses."""
-        return self.store is not None and self.store.reference_is_recorded
+    def maker(self) -> str | None:
+        """Fingerprint of the reference, if it generated the stored responses."""
+        return None if self.store is None or not self.store.reference_is_recorded else self.store.fingerprint
 
 
 def set_up(
@@ -120,6 +122,8 @@ def set_up(
         raise ValueError("No reward source provided: pass at least one reward function as `reward_funcs`.")
     for name, dataset in named_datasets(*datasets):
         check_columns(name, dataset)
+        if not offline:
+            check_answered(name, dataset)
     check_order_is_asked_for(args, [dataset for _, dataset in named_datasets(*datasets)])
     check_one_gpu(args)
     for callback in options.get("callbacks") or ():
@@ -131,6 +135,7 @@ def set_up(
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     spec = resolve_spec(config, args.spec_overrides(), tokenizer)
     check_settings(args.decoding(), spec, config.get_text_config().vocab_size)
+    check_estimator(args.scoring(), spec)
     _check_model(model, config, args, options.get("peft_config"))
     for directory in (args.output_dir, *checkpoints_in(str(args.output_dir))):  # it saves its own to the same places
         check_one_policy(str(directory), isinstance(model, PeftModel) or options.get("peft_config") is not None)
@@ -201,7 +206,7 @@ def _check_model(model: Model, config: PretrainedConfig, args: DTRPOConfig, adap
 
 def _check_reference(model: Model, setup: Setup, adapter: Any) -> None:
     """Checks that a reference exists if the settings need one."""
-    if setup.args.beta == 0.0 or setup.reference_is_recorded or adapter is not None:
+    if setup.args.beta == 0.0 or setup.maker is not None or adapter is not None:
         return
     if isinstance(model, PreTrainedModel) and not model.config._name_or_path:
         raise ValueError(

@@ -17,8 +17,7 @@ from ..objectives.pairwise import Pairs, Responses, make_pairs, pairwise_loss, s
 from ..policies.forward import unwrap
 from ..policies.whole import only_whole_models
 from ..scoring.diagnostics import ratio_statistics, summarise_ratios
-from ..scoring.estimators import ESTIMATORS
-from ..scoring.states import states_to_draw
+from ..scoring.estimators import ESTIMATORS, counted_tokens
 from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import write_text
 from .agreement import fail_together
@@ -134,7 +133,7 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
         self.spec = setup.spec
         self.estimator = ESTIMATORS[args.estimator]
         self.scoring_config = args.scoring()
-        self.reference = Reference(self, setup.reference_is_recorded)
+        self.reference = Reference(self, setup.maker)
         self._kept_columns = setup.kept_columns
         self.learning = Learning()
         self._is_recorded = setup.store is None or setup.store.recorded
@@ -211,7 +210,7 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
                 ratios = ratio_statistics(reference - logps.detach(), weights)
                 kl = self.accelerator.reduce(ratios, reduction="sum")
                 self._record("kl", summarise_ratios(kl)["kl_to_old"], kl[0].item())
-        lengths = states_to_draw(trajectories_of(inputs), self.spec, self.scoring_config.selection).counted.sum(1)
+        lengths = counted_tokens(trajectories_of(inputs), self.spec, self.scoring_config)
         responses = Responses((logps * weights).sum(1), log_ratios, lengths)
         loss, sums = pairwise_loss(responses, pairs, self.args.pairwise())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 
-def fingerprint_policy(model: nn.Module | str | Path) -> str | None:
+def fingerprint_policy(model: nn.Module | str | Path, subfolder: str = "", **source: Any) -> str | None:
     """
     A fingerprint of a policy's weights.
 
@@ -21,6 +22,8 @@ def fingerprint_policy(model: nn.Module | str | Path) -> str | None:
 
     Args:
         model (`nn.Module`, `str` or `Path`): a model, or the directory or hub id of a checkpoint in safetensors format.
+        subfolder (`str`, *optional*): the folder of the checkpoint there.
+        source: `revision`, `cache_dir`, `token` and `local_files_only` with which a checkpoint is fetched from the hub.
 
     Returns:
         32 hexadecimal digits, or `None` for a checkpoint without safetensors files.
@@ -30,7 +33,7 @@ def fingerprint_policy(model: nn.Module | str | Path) -> str | None:
         fresh = not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
         digests = {_digest(tensor) for name, tensor in tensors.items() if not (fresh and "lora_" in name)}
     else:
-        files = _weight_files(str(model))
+        files = _weight_files(str(model), subfolder, source)
         if not files:
             return None
         digests = {_digest(tensor) for file in files for tensor in _tensors(file)}
@@ -59,10 +62,12 @@ def _tensors(file: Path):
             yield content.get_tensor(name)
 
 
-def _weight_files(path: str) -> list[Path]:
+def _weight_files(path: str, subfolder: str, source: dict[str, Any]) -> list[Path]:
     directory = Path(path)
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
 
-        directory = Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
-    return sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("adapter_"))
+        pattern = f"{subfolder}/*.safetensors" if subfolder else "*.safetensors"
+        directory = Path(snapshot_download(path, allow_patterns=[pattern], **source))
+    files = (directory / subfolder).glob("*.safetensors")
+    return sorted(file for file in files if not file.name.startswith("adapter_"))
