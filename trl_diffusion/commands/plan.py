@@ -230,15 +230,32 @@ DEFAULTS = {
     "checkpointing": True,
     "diffusion_spec": None,
 }
+# What these options mean. What is not given is taken from `--config`, or else is the default.
+_HELP = {
+    "batch_size": "responses that a GPU trains on at once",
+    "accumulation": "such batches for each update",
+    "num_generations": "responses to each prompt",
+    "prompt_length": "tokens of a prompt",
+    "completion_length": "most tokens of a response",
+    "tokens_per_step": "positions unmasked at a step",
+    "rollout_batch_size": "responses that a GPU decodes at once",
+    "num_draws": "denoising steps that are drawn per block, or random masks per response",
+    "estimator": "which states of a response an update scores",
+    "beta": "weight of the distance to a reference; 0 for none",
+    "lora_rank": "rank of the adapter, for the plans with LoRA",
+    "diffusion_spec": "fields of `DiffusionSpec` that the model lacks, like block_size:32, or JSON",
+}
 
 
 def _parser() -> Parser:
     parser = Parser(f"{PROG} plan", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="directory or hub id; only its config is read")
-    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of a GPU")
     add_config_option(parser)
-    parser.add_argument("--no_gather", action="store_true", help="rollouts under ZeRO-3 with shared weights")
+    parser.add_argument(
+        "--no_gather", action="store_true", help="under ZeRO-3, rollouts do not gather all weights on each GPU"
+    )
     parser.add_argument("--prompts", type=int, help="rows to train on, for the hours of a run")
     parser.add_argument("--epochs", type=float, default=1.0, help="times that each row is answered and trained on")
     parser.add_argument(
@@ -252,10 +269,13 @@ def _parser() -> Parser:
     kinds = {"beta": float, "estimator": str, "diffusion_spec": str}
     for name, default in DEFAULTS.items():
         if name == "checkpointing":
-            parser.add_argument("--no_checkpointing", dest=name, action="store_false", default=None)
+            parser.add_argument(
+                "--no_checkpointing", dest=name, action="store_false", default=None, help="no gradient checkpointing"
+            )
         else:
             choices = list(ESTIMATORS) if name == "estimator" else None
-            parser.add_argument(f"--{name}", type=kinds.get(name, int), choices=choices, help=f"default {default}")
+            text = _HELP[name] + ("" if default is None else f" (default: {default})")
+            parser.add_argument(f"--{name}", type=kinds.get(name, int), choices=choices, help=text)
     return parser
 
 

@@ -133,12 +133,22 @@ def read_options(parser: OptionParser, command: Command, arguments: list[str] | 
     Reads the options of a command, those of the command line by default, after [`find_settings`] has found the recipe that applies.
     The first of the dataclasses that it returns gets the [`Settings`].
     """
-    settings = find_settings(sys.argv[1:] if arguments is None else arguments, command)
+    words = sys.argv[1:] if arguments is None else arguments
+    check_one_beginning(given_options(words))
+    settings = find_settings(words, command)
     found = parser.read(settings.arguments)
     model_args = found[-1]
     check_adapter_options(model_args.model_name_or_path or "", given_options(settings.arguments))
     found[0].settings = settings
     return found
+
+
+def check_one_beginning(given: Collection[str]) -> None:
+    """Raises a `ValueError` if a command line names a model and asks for random weights. (A model wins over what a recipe says.)"""
+    if {"model_name_or_path", "random_policy"} <= {*given}:
+        raise ValueError(
+            "`--model_name_or_path` and `--random_policy` both say what training begins with. Give one of them."
+        )
 
 
 def options_in(config: Any) -> dict[str, Any]:
