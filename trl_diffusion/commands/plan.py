@@ -202,6 +202,7 @@ def _with_recipe(options: argparse.Namespace) -> argparse.Namespace:
         )
     if recipe:
         _check_recipe(options.config, recipe)
+    options.trains = what_it_trains(recipe)
     return options
 
 
@@ -301,14 +302,37 @@ def _print(full: Footprint, plans: list[Plan], options: argparse.Namespace) -> N
         numbers = "".join(f"{getattr(plan, name) / GIB:12.1f}" for name in names)
         host = f"   (main memory: {plan.host / GIB:.0f} GiB)" if plan.host else ""
         print(f"{plan.name:22}{numbers}   {fits}{host}")
-    fitting = [plan for plan in plans if plan.fits(options.memory * GIB)]
-    if fitting:
-        first = fitting[0]
-        print(
-            f"\nThe first that fits: {first.name}. `trl-diffusion train --accelerate_config {first.recipe}` trains with it."
-        )
-    else:
-        print("\nNothing fits. Lower --batch_size, --rollout_batch_size or --completion_length, or use more GPUs.")
+    print(f"\n{advice(plans, options.memory * GIB, options.gpus, options.trains)}")
+
+
+def what_it_trains(recipe: dict[str, Any]) -> str | None:
+    """What a recipe trains, as the names of plans end. `None` without a recipe."""
+    if not recipe:
+        return None
+    return ("QLoRA" if recipe.get("load_in_4bit") else "LoRA") if recipe.get("use_peft") else "full"
+
+
+def advice(plans: list[Plan], memory: float, gpus: int, trains: str | None = None) -> str:
+    """
+    The first plan that fits, and the options that train with it.
+
+    Args:
+        plans (`list[Plan]`): the plans, the simplest first.
+        memory (`float`): bytes of a GPU.
+        gpus (`int`): number of GPUs.
+        trains (`str`, *optional*): `"full"`, `"LoRA"` or `"QLoRA"`, if a recipe says what is trained.
+    """
+    fitting = [plan for plan in plans if plan.fits(memory)]
+    wanted = [plan for plan in fitting if trains in (None, plan.name.rpartition(", ")[2])]
+    if fitting and not wanted:
+        others = "; ".join(plan.name for plan in fitting)
+        return f"Nothing fits of what the recipe trains ({trains}). These fit: {others}."
+    if not wanted:
+        return "Nothing fits. Lower --batch_size, --rollout_batch_size or --completion_length, or use more GPUs."
+    first = wanted[0]
+    words = f"{PROG} train" + f" --accelerate_config {first.recipe}" * (gpus > 1 or first.recipe != "ddp")
+    words += f" --num_processes {gpus}" * (gpus < 8 and "--accelerate_config" in words)  # the engines start 8
+    return f"The first that fits{' and trains as the recipe does' if trains else ''}: {first.name}. `{words}` trains with it."
 
 
 if __name__ == "__main__":
