@@ -12,10 +12,10 @@ from transformers import AutoConfig
 
 from tests.conftest import make_policy
 from trl_diffusion import DecodingConfig, DiffusionSpec, decode
-from trl_diffusion.commands.plan import main
+from trl_diffusion.commands.plan import GIB, advice, main, what_it_trains
 from trl_diffusion.plan.cost import Machine, RolloutCost, rollout_cost
 from trl_diffusion.plan.simulate import LiveBytes, Workload, _batch, simulate
-from trl_diffusion.plan.strategies import make_plans
+from trl_diffusion.plan.strategies import Plan, make_plans
 from trl_diffusion.policies.trial import try_policy
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
 from trl_diffusion.scoring.layout import pack
@@ -210,6 +210,43 @@ def test_what_train_refuses_is_refused(capsys, tmp_path, monkeypatch):
     for words in (["causal", *spec], ["family"], ["embedded:block"]):
         assert main([words[0], "--memory", "80", *small, *words[1:]]) == 0
         assert "The first that fits: DDP, full" in capsys.readouterr().out
+
+
+def test_what_is_advised():
+    """The first plan that fits, of what a recipe trains, with as many processes as there are GPUs."""
+    plans = [
+        Plan("one GPU, full", "ddp", 90 * GIB, 0, 0, 0),
+        Plan("ZeRO-3 offload, full", "zero3_offload", 1 * GIB, 0, 0, 0),
+        Plan("one GPU, LoRA", "ddp", 16 * GIB, 0, 0, 0),
+        Plan("one GPU, QLoRA", "ddp", 6 * GIB, 0, 0, 0),
+    ]
+    for trains, memory, gpus, text in (
+        (
+            None,
+            24,
+            1,
+            "ZeRO-3 offload, full. `trl-diffusion train --accelerate_config zero3_offload --num_processes 1`",
+        ),
+        ("LoRA", 24, 1, "fits and trains as the recipe does: one GPU, LoRA. `trl-diffusion train` trains with it."),
+        ("QLoRA", 12, 1, "one GPU, QLoRA. `trl-diffusion train` trains with it."),
+        ("LoRA", 24, 4, "one GPU, LoRA. `trl-diffusion train --accelerate_config ddp --num_processes 4` trains"),
+        ("full", 100, 8, "one GPU, full. `trl-diffusion train --accelerate_config ddp` trains"),
+        (
+            "LoRA",
+            12,
+            1,
+            "Nothing fits of what the recipe trains (LoRA). These fit: ZeRO-3 offload, full; one GPU, QLoRA.",
+        ),
+        ("LoRA", 1, 1, "Nothing fits. Lower --batch_size"),
+    ):
+        assert text in advice(plans, memory * GIB, gpus, trains)
+    for recipe, trains in (
+        ({}, None),
+        ({"max_steps": 3}, "full"),
+        ({"use_peft": True}, "LoRA"),
+        ({"use_peft": True, "load_in_4bit": True}, "QLoRA"),
+    ):
+        assert what_it_trains(recipe) == trains
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from trl import GRPOConfig, ModelConfig, SFTConfig
 from tests.conftest import SPECS
 from tests.viz.test_viewer import make_batch, write_dataset
 from trl_diffusion import DecodingConfig, __version__, generate, tiny_policy_path
-from trl_diffusion.cli import EXAMPLES, main
+from trl_diffusion.cli import DIRECT, EXAMPLES, main
 from trl_diffusion.commands import adapt, collect, evaluate, plan, sft, train
 from trl_diffusion.commands.collect import OPENING
 from trl_diffusion.commands.parser import MACHINES
@@ -108,6 +109,14 @@ def test_help_of_a_recipe(name, capsys, monkeypatch):
     assert len(short.splitlines()) < 170
     left_out = re.search(r"--help-all lists (\d+) more options", short)
     assert (int(left_out[1]) if left_out else 0) == len(taken - listed(short))
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_every_option_is_explained(name):
+    """In words, and not only by its default."""
+    for action in import_module(f"trl_diffusion.commands.{name}")._parser().options():
+        words = re.sub(r"\(default: .*\)|default \S+", "", action.help or "")
+        assert len(words.split()) > 1, (name, action.option_strings)
 
 
 def test_help_shows_the_defaults_of_a_recipe(capsys, monkeypatch):

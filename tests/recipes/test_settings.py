@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_diffusion import DTRPOConfig
-from trl_diffusion.commands import recipes_path, train
+from trl_diffusion import DTRPOConfig, tiny_policy_path
+from trl_diffusion.commands import adapt, recipes_path, sft, train
 from trl_diffusion.commands.settings import FILE, find_settings, given_options, keep_settings
 
 
@@ -69,6 +69,23 @@ def test_other_models_have_the_defaults_or_a_config(trained):
     script, training, _ = train.parse(["--config", recipe, "--model_name_or_path", trained])
     assert script.settings.line == f"Settings: {recipe}; --model_name_or_path from the command line."
     assert training.output_dir == "outputs/tiny_countdown"
+
+
+@pytest.mark.parametrize("parse", [train.parse, sft.parse, adapt.parse])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lora_r", "4"], "`--lora_r` is for an adapter: add `--use_peft`, or leave it out."),
+        (["--use_peft", "false", "--lora_alpha=8"], "`--lora_alpha` is for an adapter"),
+        (["--bnb_4bit_quant_type", "fp4"], "`--bnb_4bit_quant_type` is for weights in 4 bits: add `--load_in_4bit`"),
+        (["--use_bnb_nested_quant"], "`--use_bnb_nested_quant` is for weights in 4 bits"),
+    ],
+)
+def test_options_that_nothing_would_look_at(parse, options, message, tmp_path):
+    words = ["--model_name_or_path", tiny_policy_path(), "--output_dir", str(tmp_path), "--bf16", "false"]
+    with pytest.raises(ValueError, match=message):
+        parse([*words, *options])
+    assert parse([*words, "--use_peft", "--lora_r", "4"])[-1].lora_r == 4
 
 
 def test_an_adapter_goes_on_and_gets_no_other_one(trained):

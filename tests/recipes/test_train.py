@@ -265,6 +265,10 @@ def test_gsm8k_preferences_with_the_real_tokenizer(tmp_path, train_here):
             "`eval_strategy` has the policy answer during training",
         ),
         (["--task", "gsm8k", "--train_file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (
+            ["--model_name_or_path", "embedded:block", "--random_policy", "{}"],
+            "`--model_name_or_path` and `--random_policy` both say what training begins with. Give one of them.",
+        ),
     ],
 )
 def test_what_a_user_can_set_right_is_said_in_a_line(tmp_path, train_here, capsys, options, message):

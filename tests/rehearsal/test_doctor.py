@@ -115,6 +115,15 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert not list(Path().iterdir())
 
 
+def test_a_time_that_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "check_kernels", lambda *_: None)
+    assert doctor.main(["--seconds", "-1"]) == 2
+    shown = capsys.readouterr()
+    assert "error: options: `--seconds` must be a number of at least 0 and finite, got -1.0." in shown.err
+    assert "rollout" not in shown.out
+
+
 def test_mistakes_of_a_recipe(tmp_path, monkeypatch, capsys):
     """Options that a diffusion policy cannot have, and layers that do not fit."""
     monkeypatch.chdir(tmp_path)

@@ -133,7 +133,7 @@ def test_command_without_recorded_probabilities(tokenizer, tmp_path, capsys):
         (["made", "-1"], "There is no row -1"),
         (["made", "0", "--response", "2"], "There is no response 2 in row 0: it has 2 (0 to 1)."),
         (["made", "0", "--response", "-1"], "There is no response -1"),
-        (["nowhere", "0"], "There is no directory nowhere."),
+        (["nowhere", "0"], "There is no directory nowhere. Give one that `collect` has written"),
         ([".", "0"], "There are no trajectories in ."),
         (["made", "0", "--output", "one.pdf"], "--output must end in .png or .html, got one.pdf."),
         (["made", "0", "--output", "made"], "--output must end in .png or .html, got made."),

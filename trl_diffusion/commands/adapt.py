@@ -39,6 +39,7 @@ from .groups import ADAPT, INHERITED
 from .lines import TuningLines, start
 from .options import DOCUMENTS, OptionParser, without_task
 from .parser import PROG
+from .settings import check_used, given_options
 from .sft import ScriptArguments, fine_tune, load_data
 
 
@@ -203,6 +204,7 @@ def parse(arguments: list[str] | None = None) -> tuple[AdaptArguments, Diffusion
     if len(words) > place and not words[place].startswith("-"):
         words[place : place + 1] = ["--model_name_or_path", words[place]]
     found = _parser().read(without_task(words, DOCUMENTS))
+    check_used(given_options(words), found[-1])
     return cast("tuple[AdaptArguments, DiffusionSFTConfig, ModelConfig]", found)
 
 

@@ -152,9 +152,14 @@ class CollectArguments(OwnData, RolloutSettings, DryRun):
                 [one.name for one in fields(RolloutSettings)], "the server decodes. Give it to `trl-diffusion serve`"
             )
             self._refuse(["adapter_name_or_path"], "the server has the weights. Give it to `trl-diffusion serve`")
+            self._refuse(
+                ["batch_size"], "the server decodes. Set `--concurrency`, the number of requests at the same time"
+            )
         if self.responses is not None:
             rows = [name for name in DATA if name != "reward_funcs"]
             self._refuse(rows, f"the prompts are in {self.responses}. Leave it out")
+            settings = [one.name for one in fields(RolloutSettings)]
+            self._refuse([*settings, *_OF_ANSWERS], f"the responses are in {self.responses} already. Leave it out")
 
     def _refuse(self, names: list[str], why: str) -> None:
         for name in names:
@@ -169,6 +174,10 @@ class CollectArguments(OwnData, RolloutSettings, DryRun):
         return DecodingConfig(self.max_completion_length, self.temperature, **settings)
 
 
+# Options of answering that mean nothing for responses that are there already.
+_OF_ANSWERS = ("num_responses", "temperature", "batch_size", "seed", "adapter_name_or_path")
+# Options of `trl.ModelConfig` that are for weights.
+_OF_WEIGHTS = ("dtype", "attn_implementation", "load_in_8bit", "load_in_4bit")
 # Options of `trl.ModelConfig` that are for opening a model; the others are for training it.
 OPENING = (
     "model_name_or_path",
@@ -198,6 +207,15 @@ def check_model_options(model_args: ModelConfig) -> None:
             raise ValueError(f"`--{option.name}` is for weights of 4 bits: add `--load_in_4bit`, or leave it out.")
     if model_args.load_in_4bit and model_args.dtype == "auto":
         raise ValueError("`--load_in_4bit` computes in `--dtype`: give bfloat16, float16 or float32, not auto.")
+
+
+def check_no_weights(model_args: ModelConfig) -> None:
+    """Raises a `ValueError` if an option is set that is for weights, where only config and tokenizer are read."""
+    for option in fields(model_args):
+        if option.name in _OF_WEIGHTS and getattr(model_args, option.name) != option.default:
+            raise ValueError(
+                f"`--{option.name}` is for weights, and with `--server` or `--responses` none are loaded here. Leave it out."
+            )
 
 
 def stored_decoding(args: CollectArguments) -> DecodingConfig:
@@ -266,6 +284,7 @@ def _with_policy(
 
 def _without_weights(args: CollectArguments, model_args: ModelConfig, template: dict[str, Any]) -> Path:
     """Collects what a server answers, or imports responses."""
+    check_no_weights(model_args)
     path = model_args.model_name_or_path or tiny_policy_path()
     spec_fields = read_mapping(args.diffusion_spec, "diffusion_spec")
     config, tokenizer, spec = open_facts(path, args.tokenizer_name_or_path, model_args.model_revision, spec_fields)

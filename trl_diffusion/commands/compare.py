@@ -117,17 +117,21 @@ def study_of(options: argparse.Namespace) -> Comparison | Updates:
 
 def _parser() -> Parser:
     parser = Parser(f"{PROG} compare", description=__doc__)
-    parser.add_argument("--study", choices=tuple(STUDIES), default="comparison", help="which study (comparison)")
+    parser.add_argument("--study", choices=tuple(STUDIES), default="comparison", help="which study to run")
     parser.add_argument(
         "--quick", action="store_true", help="a small comparison that ends within 10 minutes on 2 cores"
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names of tasks")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(map(repr, ARMS))}")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, metavar="SEED", help="each is another policy from the beginning"
+        "--seeds", nargs="+", type=int, metavar="SEED", help="seeds of whole runs, with initial weights of their own"
     )
     parser.add_argument(
-        "--learning_rates", nargs="+", type=float, metavar="RATE", help="of reinforcement, to choose from"
+        "--learning_rates",
+        nargs="+",
+        type=float,
+        metavar="RATE",
+        help="learning rates of reinforcement, of which the best is chosen",
     )
     known = {one.name: one for one in fields(Sizes)}
     helps = {

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..decoding.config import DecodingConfig
-from ..fields import check_at_least
+from ..fields import check_at_least, check_within
 from ..plan.fit import free_memory, gpu_memory
 from ..plan.layers import cut
 from ..plan.published import find_config
@@ -72,12 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
             use_all_cores()
             for name in ("layers", "prompt_length"):
                 check_at_least(f"--{name}", getattr(options, name))
+            check_within("--seconds", options.seconds, "[0, inf)")
         check_packages(findings)
         check_devices(findings)
         check_deepspeed(findings)
         found, target = read_config(findings, options.config)
         check_kernels(findings, device, None if found is None else found[-1].attn_implementation)
-        if found is not None and options.layers > 0 and options.prompt_length > 0:
+        if found is not None and options.layers > 0 and options.prompt_length > 0 and options.seconds >= 0:
             with findings.part("trial"):
                 trial = _trial(findings, found, target, options, device)
                 result = try_out(trial, options.layers, options.seconds)

@@ -186,7 +186,7 @@ ADAPT: Groups = {
 COLLECT: Groups = {
     "task and data": {
         "task": None,
-        "train_file": "rows to train on, .csv, .jsonl or .json",
+        "train_file": "rows to answer, .csv, .jsonl or .json",
         "eval_file": None,
         **_OWN_ROWS,
         "train_size": None,

@@ -293,8 +293,13 @@ def _more_rounds(words: list[str], number: int) -> str:
 def _parser() -> Parser:
     parser = Parser(f"{PROG} iterate", description=__doc__)
     add_config_option(parser, default="tiny_iterate")
-    for name, kind in (("output_dir", str), ("rounds", int), ("mix_rounds", int), ("seed", int)):
-        parser.add_argument(f"--{name}", type=kind, help="instead of that of the file")
+    for name, kind, text in (
+        ("output_dir", str, "directory of the run"),
+        ("rounds", int, "times that the policy answers and is trained"),
+        ("mix_rounds", int, "collections that a round trains on, its own and those before it"),
+        ("seed", int, "source of randomness"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, help=f"{text}, instead of the value in the file")
     add_engine_options(parser)
     for one in fields(DryRun):
         how: dict[str, Any] = {"action": "store_true"} if one.name == "dry_run" else {"type": float}

@@ -202,6 +202,7 @@ def _with_recipe(options: argparse.Namespace) -> argparse.Namespace:
         )
     if recipe:
         _check_recipe(options.config, recipe)
+    options.trains = what_it_trains(recipe)
     return options
 
 
@@ -230,15 +231,32 @@ DEFAULTS = {
     "checkpointing": True,
     "diffusion_spec": None,
 }
+# What these options mean. What is not given is taken from `--config`, or else is the default.
+_HELP = {
+    "batch_size": "responses that a GPU trains on at once",
+    "accumulation": "such batches for each update",
+    "num_generations": "responses to each prompt",
+    "prompt_length": "tokens of a prompt",
+    "completion_length": "most tokens of a response",
+    "tokens_per_step": "positions unmasked at a step",
+    "rollout_batch_size": "responses that a GPU decodes at once",
+    "num_draws": "denoising steps that are drawn per block, or random masks per response",
+    "estimator": "which states of a response an update scores",
+    "beta": "weight of the distance to a reference; 0 for none",
+    "lora_rank": "rank of the adapter, for the plans with LoRA",
+    "diffusion_spec": "fields of `DiffusionSpec` that the model lacks, like block_size:32, or JSON",
+}
 
 
 def _parser() -> Parser:
     parser = Parser(f"{PROG} plan", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="directory or hub id; only its config is read")
-    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of a GPU")
     add_config_option(parser)
-    parser.add_argument("--no_gather", action="store_true", help="rollouts under ZeRO-3 with shared weights")
+    parser.add_argument(
+        "--no_gather", action="store_true", help="under ZeRO-3, rollouts do not gather all weights on each GPU"
+    )
     parser.add_argument("--prompts", type=int, help="rows to train on, for the hours of a run")
     parser.add_argument("--epochs", type=float, default=1.0, help="times that each row is answered and trained on")
     parser.add_argument(
@@ -252,10 +270,13 @@ def _parser() -> Parser:
     kinds = {"beta": float, "estimator": str, "diffusion_spec": str}
     for name, default in DEFAULTS.items():
         if name == "checkpointing":
-            parser.add_argument("--no_checkpointing", dest=name, action="store_false", default=None)
+            parser.add_argument(
+                "--no_checkpointing", dest=name, action="store_false", default=None, help="no gradient checkpointing"
+            )
         else:
             choices = list(ESTIMATORS) if name == "estimator" else None
-            parser.add_argument(f"--{name}", type=kinds.get(name, int), choices=choices, help=f"default {default}")
+            text = _HELP[name] + ("" if default is None else f" (default: {default})")
+            parser.add_argument(f"--{name}", type=kinds.get(name, int), choices=choices, help=text)
     return parser
 
 
@@ -281,14 +302,37 @@ def _print(full: Footprint, plans: list[Plan], options: argparse.Namespace) -> N
         numbers = "".join(f"{getattr(plan, name) / GIB:12.1f}" for name in names)
         host = f"   (main memory: {plan.host / GIB:.0f} GiB)" if plan.host else ""
         print(f"{plan.name:22}{numbers}   {fits}{host}")
-    fitting = [plan for plan in plans if plan.fits(options.memory * GIB)]
-    if fitting:
-        first = fitting[0]
-        print(
-            f"\nThe first that fits: {first.name}. `trl-diffusion train --accelerate_config {first.recipe}` trains with it."
-        )
-    else:
-        print("\nNothing fits. Lower --batch_size, --rollout_batch_size or --completion_length, or use more GPUs.")
+    print(f"\n{advice(plans, options.memory * GIB, options.gpus, options.trains)}")
+
+
+def what_it_trains(recipe: dict[str, Any]) -> str | None:
+    """What a recipe trains, as the names of plans end. `None` without a recipe."""
+    if not recipe:
+        return None
+    return ("QLoRA" if recipe.get("load_in_4bit") else "LoRA") if recipe.get("use_peft") else "full"
+
+
+def advice(plans: list[Plan], memory: float, gpus: int, trains: str | None = None) -> str:
+    """
+    The first plan that fits, and the options that train with it.
+
+    Args:
+        plans (`list[Plan]`): the plans, the simplest first.
+        memory (`float`): bytes of a GPU.
+        gpus (`int`): number of GPUs.
+        trains (`str`, *optional*): `"full"`, `"LoRA"` or `"QLoRA"`, if a recipe says what is trained.
+    """
+    fitting = [plan for plan in plans if plan.fits(memory)]
+    wanted = [plan for plan in fitting if trains in (None, plan.name.rpartition(", ")[2])]
+    if fitting and not wanted:
+        others = "; ".join(plan.name for plan in fitting)
+        return f"Nothing fits of what the recipe trains ({trains}). These fit: {others}."
+    if not wanted:
+        return "Nothing fits. Lower --batch_size, --rollout_batch_size or --completion_length, or use more GPUs."
+    first = wanted[0]
+    words = f"{PROG} train" + f" --accelerate_config {first.recipe}" * (gpus > 1 or first.recipe != "ddp")
+    words += f" --num_processes {gpus}" * (gpus < 8 and "--accelerate_config" in words)  # the engines start 8
+    return f"The first that fits{' and trains as the recipe does' if trains else ''}: {first.name}. `{words}` trains with it."
 
 
 if __name__ == "__main__":

@@ -133,12 +133,31 @@ def read_options(parser: OptionParser, command: Command, arguments: list[str] | 
     Reads the options of a command, those of the command line by default, after [`find_settings`] has found the recipe that applies.
     The first of the dataclasses that it returns gets the [`Settings`].
     """
-    settings = find_settings(sys.argv[1:] if arguments is None else arguments, command)
+    words = sys.argv[1:] if arguments is None else arguments
+    check_one_beginning(given_options(words))
+    settings = find_settings(words, command)
     found = parser.read(settings.arguments)
     model_args = found[-1]
-    check_adapter_options(model_args.model_name_or_path or "", given_options(settings.arguments))
+    if not check_adapter_options(model_args.model_name_or_path or "", given_options(settings.arguments)):
+        check_used(given_options(words), model_args)
     found[0].settings = settings
     return found
+
+
+def check_one_beginning(given: Collection[str]) -> None:
+    """Raises a `ValueError` if a command line names a model and asks for random weights. (A model wins over what a recipe says.)"""
+    if {"model_name_or_path", "random_policy"} <= {*given}:
+        raise ValueError(
+            "`--model_name_or_path` and `--random_policy` both say what training begins with. Give one of them."
+        )
+
+
+def check_used(given: Collection[str], model_args: Any) -> None:
+    """Raises a `ValueError` if a command line has an option of an adapter or of weights in 4 bits, and there is none of them."""
+    for part, switch, what in (("lora_", "use_peft", "an adapter"), ("bnb_", "load_in_4bit", "weights in 4 bits")):
+        unused = sorted(name for name in given if part in name)
+        if unused and not getattr(model_args, switch):
+            raise ValueError(f"`--{unused[0]}` is for {what}: add `--{switch}`, or leave it out.")
 
 
 def options_in(config: Any) -> dict[str, Any]:

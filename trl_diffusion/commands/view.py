@@ -191,14 +191,16 @@ def _place(paths: list[str]) -> tuple[Path, int]:
     """The dataset and the row that the command names."""
     dataset, *rest = paths
     if not Path(dataset).is_dir():
-        raise FileNotFoundError(f"There is no directory {dataset}.")
+        raise FileNotFoundError(
+            f"There is no directory {dataset}. Give one that `collect` has written, or the output directory of a run."
+        )
     if not rest:
         raise ValueError(
             f"{dataset} is not a run: neither it nor a checkpoint in it has a {STATE}. If it holds trajectories, say which row: "
             f"trl-diffusion view {dataset} 0"
         )
     if len(rest) > 1:
-        raise ValueError(f"{dataset} is not a run, and takes one row, got {rest}. Give DATASET ROW, or runs only.")
+        raise ValueError(f"{dataset} is not a run, and takes one row, got {rest}. Give DATASET ROW, or only runs.")
     try:
         return Path(dataset), int(rest[0])
     except ValueError:
@@ -211,11 +213,13 @@ def _row(directory: Path, index: int) -> dict[str, Any]:
         raise ValueError(f"There is no row {index} in {directory}: it has {_count(count)}.")
     missing = sorted(set(OWN_COLUMNS) - {"row"} - set(row))
     if missing:
-        raise ValueError(f"{directory} does not hold trajectories: it lacks the columns {missing}.")
+        raise ValueError(
+            f"{directory} does not hold trajectories: it lacks the columns {missing}. Give a directory that `collect` has written."
+        )
     if row["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"Row {index} of {directory} has format version {row['format_version']}; this version of trl_diffusion "
-            f"reads {FORMAT_VERSION}."
+            f"reads {FORMAT_VERSION}. Collect the responses again, or use the version that stored them."
         )
     return row
 

@@ -78,9 +78,9 @@ class RolloutSettings:
             `diffusion/recorded_gap` shows the difference between the recorded log-probabilities and those of the policy,
             and `rescore_old_log_probs=True` computes them again.
         tempered_confidence (`bool`, *optional*, defaults to `False`):
-            The distribution from which `strategy` reads probabilities, entropies and margins. `False`: the policy's own, at
-            temperature 1 and without `suppress_tokens`, `top_k` and `top_p`, so that a threshold means the same at every
-            temperature (LLaDA, Fast-dLLM). `True`: the distribution from which tokens are sampled, after all of these
+            Whether `strategy` reads probabilities, entropies and margins from the distribution that tokens are sampled from.
+            `False`: from the policy's own, at temperature 1 and without `suppress_tokens`, `top_k` and `top_p`, so that a
+            threshold means the same at every temperature (LLaDA, Fast-dLLM). `True`: from the one after all of these
             (Dream, SDAR, Fast-dLLM v2). A low temperature then brings every probability close to 1. The two are the same
             at temperatures 0 and 1 without `suppress_tokens`, `top_k` and `top_p`. Recorded log-probabilities include
             `temperature` with both values.

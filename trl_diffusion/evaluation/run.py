@@ -444,7 +444,7 @@ def check_tasks(
     `data_dir`.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
-        raise ValueError(f"There is no directory {data_dir} (`data_dir`).")
+        raise ValueError(f"There is no directory {data_dir} (`data_dir`). Give another one, or leave it out.")
     if not tasks and not may_be_none:
         raise ValueError(f"No task was given; there are {list(TASK_NAMES)}.")
     for task in tasks:

@@ -67,7 +67,8 @@ def as_stored(reward: Any, name: str, where: str) -> float | None:
     value = math.nan if reward is None else float(reward)
     if abs(value) > torch.finfo(torch.float32).max:
         raise ValueError(
-            f"The reward function {name!r} returned {value} for {where}; rewards must be finite in float32."
+            f"The reward function {name!r} returned {value} for {where}; rewards must be finite in float32. Return a smaller number, or "
+            "None if the function does not apply."
         )
     return None if math.isnan(value) else value
 
@@ -113,7 +114,7 @@ class RewardCaller:
         several = isinstance(self.reward_funcs, list | tuple)
         self.reward_funcs = list(self.reward_funcs) if several else [self.reward_funcs]
         if not self.reward_funcs:
-            raise ValueError("No reward function was given.")
+            raise ValueError("No reward function was given. Pass at least one as `reward_funcs`.")
         self.tokenizers = list(self.tokenizers) or [None] * len(self.reward_funcs)
         if len(self.tokenizers) != len(self.reward_funcs):
             raise ValueError(
@@ -121,7 +122,9 @@ class RewardCaller:
             )
         self.names = [_name(function) for function in self.reward_funcs]
         if len(set(self.names)) != len(self.names):
-            raise ValueError(f"Reward functions need different names, got {self.names}.")
+            raise ValueError(
+                f"Reward functions need different names, got {self.names}: metrics are called after them. Rename one of them."
+            )
         for place, function in enumerate(self.reward_funcs):
             if isinstance(function, str):
                 check_reward_model(function)

@@ -61,7 +61,9 @@ def load_rewards(names: Iterable[str]) -> list[Callable]:
     functions = [load_reward(name) for name in names]
     called = [getattr(one, "__name__", type(one).__name__) for one in functions]
     if len(set(called)) != len(called):
-        raise ValueError(f"Reward functions need different names, got {called}.")
+        raise ValueError(
+            f"Reward functions need different names, got {called}: metrics are called after them. Rename one of them."
+        )
     return functions
 
 
@@ -250,7 +252,10 @@ def task_of_data(
     keys = map(_key, _prompt_columns(train))
     chosen = [place for place, key in zip(places, keys, strict=False) if key not in seen][:train_size]
     if not chosen:
-        raise ValueError(f"Every prompt of {name} is among those to measure on: nothing is left to train on.")
+        raise ValueError(
+            f"Every prompt of {name} is among those to measure on: nothing is left to train on. Measure on other rows (`--eval_file` or "
+            "`--dataset_test_split`)."
+        )
     task = Task(
         name,
         "rows",

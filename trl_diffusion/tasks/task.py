@@ -130,7 +130,9 @@ def task_of_rows(
     """
     for what, rows in (("training", train), ("evaluation", evaluation)):
         if not rows:
-            raise ValueError(f"The task `{name}` is left with no {what} rows.")
+            raise ValueError(
+                f"The task `{name}` is left with no {what} rows. Give more rows, or other ones to measure on (`--eval_file`)."
+            )
     return Task(name, unit, Dataset.from_list(train), Dataset.from_list(evaluation), reward_funcs, solved, solution)
 
 
