@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.conftest import SPECS, make_policy, shared
 from trl_diffusion import DecodingConfig, decode, tiny_policy_path
+from trl_diffusion.policies import loading
 from trl_diffusion.policies.policy import Policy, open_policy
 
 
@@ -22,6 +23,12 @@ def no_weights(monkeypatch):
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", load)
+
+
+def test_a_tokenizer_is_of_the_revision_of_its_model(monkeypatch):
+    monkeypatch.setattr(loading, "load_tokenizer", lambda path, **options: (path, options))
+    options = {"revision": "v2", "cache_dir": "c", "subfolder": "later", "dtype": "auto"}
+    assert loading.tokenizer_of("org/model", options) == ("org/model", {"revision": "v2", "cache_dir": "c"})
 
 
 def test_the_embedded_policy():

@@ -100,6 +100,16 @@ def test_another_reference_costs_one_pass_and_is_reported(offline, tmp_path, tok
     assert logs_of(trainer)[0]["kl"] < 1e-6
 
 
+def test_an_estimator_without_recorded_values_is_named(offline, caplog):
+    """Its group losses have no ratio to the policy that made the responses. The pairwise loss needs none."""
+    for options, warned in (
+        ({"estimator": "elbo"}, True), ({"estimator": "dtrpo"}, False), ({"estimator": "elbo", "loss_type": "dpo", "beta": 0.1}, False)
+    ):  # fmt: skip
+        caplog.clear()
+        offline(**options)
+        assert ("'elbo' has no value of the policy that made these responses" in caplog.text) == warned
+
+
 def test_the_recorded_reference_is_the_reference(offline, monkeypatch):
     """With the reference's own pass, the losses and weights are those with the recording."""
     recorded = offline(beta=0.1, max_steps=3, optim="sgd")

@@ -111,9 +111,13 @@ def source_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key in known}
 
 
-def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: Any, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """
     The tokenizer of a checkpoint, or of that from which a model was loaded.
+
+    Args:
+        model: a model, or the path or hub id of one.
+        options (`dict`): those with which it is loaded. Its tokenizer is of the same `revision`. It lies beside a `subfolder`.
 
     Raises:
         ValueError: if the model was not loaded from anywhere.
@@ -123,7 +127,8 @@ def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
         raise ValueError(
             "The model was not loaded from anywhere, so its tokenizer is unknown. Pass it as `processing_class`."
         )
-    return load_tokenizer(path)
+    source = source_options(options) if isinstance(model, str) else {}
+    return load_tokenizer(path, **{key: value for key, value in source.items() if key != "subfolder"})
 
 
 @contextmanager

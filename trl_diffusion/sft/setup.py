@@ -92,7 +92,7 @@ def set_up(
     else:
         check_adapters(model)
     if tokenizer is None:
-        tokenizer = tokenizer_of(model)
+        tokenizer = tokenizer_of(model, args.model_options())
     check_kind("processing_class", tokenizer, PreTrainedTokenizerBase, "a tokenizer")
     check_end(tokenizer, args)
     spec = _spec(config, args, tokenizer)

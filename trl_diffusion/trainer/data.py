@@ -340,6 +340,11 @@ class OfflineData:
             logger.warning(
                 f"{self.dropped.total()} of {self._rows} groups were dropped, which have no pair: {_in_words(self.dropped)}."
             )
+        if self.args.loss_type != "dpo" and not ESTIMATORS[self.args.estimator].recorded:
+            logger.warning(
+                f"The estimator {self.args.estimator!r} has no value of the policy that made these responses, so the loss treats "
+                'them as responses of the present policy. `estimator="dtrpo"` uses the recorded log-probabilities.'
+            )
         if self.args.beta == 0.0:
             return
         if self.reference_is_recorded:

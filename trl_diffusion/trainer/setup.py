@@ -131,7 +131,7 @@ def set_up(
     config = config_of(model, args.model_options())
     if isinstance(model, str):
         check_weights(model)
-    processing_class = tokenizer_of(model) if tokenizer is None else tokenizer
+    processing_class = tokenizer_of(model, args.model_options()) if tokenizer is None else tokenizer
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     spec = resolve_spec(config, args.spec_overrides(), tokenizer)
     check_settings(args.decoding(), spec, config.get_text_config().vocab_size)
