@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--rl_updates", type=int, default=12)
     parser.add_argument("--rl_answers", type=int, default=128, help="answers of an update")
-    parser.add_argument("--rl_learning_rate", type=float, default=1e-5)
+    parser.add_argument("--rl_learning_rate", type=float, default=3e-5)
     parser.add_argument("--json", action="store_true", help="print all results as one JSON object on the last line")
     args = parser.parse_args()
     torch.set_num_threads(1)
