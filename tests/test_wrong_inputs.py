@@ -398,7 +398,7 @@ CASES = {
         command(collect, "--chat_template_kwargs", "[1]", "--output_dir", "out"), r"`chat_template_kwargs` must be like name:value"
     ),
     "too many weights of rewards": Case(
-        on_stored(temperature=0.5, reward_weights=[1.0, 2.0, 3.0]), r"`reward_weights` holds 3 weights, but train_dataset the rewards", stored()
+        on_stored(temperature=0.5, reward_weights=[1.0, 2.0, 3.0]), r"`reward_weights` holds 3 weights, but train_dataset has the rewards", stored()
     ),
     "several greedy responses": Case(
         command(collect, "--temperature", "0", "--output_dir", "out"), r"16 responses to a prompt are all the same at temperature 0"

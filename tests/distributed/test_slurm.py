@@ -151,7 +151,7 @@ def test_a_requeued_training_is_the_uninterrupted_one(tmp_path):
     (job.directory / "hold").unlink()
     assert job.finished() == 0, job.log()
     for line in (
-        "There is no complete checkpoint in outputs: training starts anew.",
+        "There is no complete checkpoint in outputs: training starts from the beginning.",
         "6 updates, each on 8",
         "; 3 are done.",
     ):

@@ -107,7 +107,7 @@ def test_an_estimator_without_recorded_values_is_named(offline, caplog):
     ):  # fmt: skip
         caplog.clear()
         offline(**options)
-        assert ("'elbo' has no value of the policy that made these responses" in caplog.text) == warned
+        assert ("'elbo' cannot use the recorded log-probabilities" in caplog.text) == warned
 
 
 def test_the_recorded_reference_is_the_reference(offline, monkeypatch):

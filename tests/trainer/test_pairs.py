@@ -133,9 +133,9 @@ def test_stored_groups_without_a_pair(make_trainer, start, trajectories, caplog)
     rows[2]["reward_codes"], rows[2]["reward_length"] = [0.5] * 4, [None] * 4
     trainer = make_trainer(str(start), reward_funcs=None, dataset=Dataset.from_list(rows), **PAIRS)
     assert trainer.train_dataset["row"][:] == list(range(3, 10))
-    assert "3 of 10 groups were dropped, which have no pair" in caplog.text
+    assert "3 of 10 groups were dropped, because they have no pair" in caplog.text
     for reason in (
-        "1 groups where better and worse response are the same tokens",
+        "1 groups where the better and the worse response have the same tokens",
         "1 groups where fewer than two responses are scored",
         "1 groups where all responses have the same reward",
     ):
@@ -169,7 +169,7 @@ def test_ties_are_those_of_the_aggregated_rewards(make_trainer, start, trajector
     )
     trainer.train()
     assert logs_of(trainer)[0]["pairs/count"] == 4
-    with pytest.raises(ValueError, match="`reward_weights` holds 1 weights, but train_dataset the rewards"):
+    with pytest.raises(ValueError, match="`reward_weights` holds 1 weights, but train_dataset has the rewards"):
         make_trainer(str(start), **{**options, "reward_weights": [1.0]})
 
 
@@ -184,8 +184,7 @@ def test_preferences_that_say_the_same(make_trainer, start, caplog):  # noqa: F8
     trainer = make_trainer(str(start), dataset=Dataset.from_list(rows), **options)
     assert trainer.train_dataset["row"][:] == [0, 3]
     assert (
-        "2 of 4 groups were dropped, which have no pair: 2 groups where better and worse response are the same tokens"
-        in (caplog.text)
+        "2 of 4 groups were dropped, because they have no pair: 2 groups where the better and the worse" in caplog.text
     )
     trainer.train()
     assert logs_of(trainer)[0]["pairs/count"] == 2

@@ -223,7 +223,7 @@ def test_recorded_log_probabilities_are_not_those_of_other_responses(make_traine
     if adapted:
         assert trainer.evaluate(make_dataset(1))["eval_kl"] > 1e-3
     else:
-        with pytest.raises(ValueError, match="The reference is not in memory, since it generated all responses"):
+        with pytest.raises(ValueError, match="The reference was not loaded, because it generated all responses"):
             trainer.evaluate(make_dataset(1))
     assert "eval_kl" in trainer.evaluate(trajectories.select([4]))
 
@@ -277,7 +277,7 @@ def test_a_checkpoint_without_its_reference(make_trainer, start, tmp_path):  # n
         load_reference(trainer.ref_model, checkpoint)
     file.unlink()
     with pytest.raises(
-        ValueError, match=f"checkpoint-3 has no {FILE}, the reference that `sync_ref_model=True` had moved"
+        ValueError, match=f"checkpoint-3 has no {FILE}, the reference that `sync_ref_model=True` had updated"
     ):
         load_reference(trainer.ref_model, checkpoint)
 
@@ -291,7 +291,8 @@ def test_a_moved_reference_that_is_left_behind(make_trainer, start, tmp_path, ca
     train_moved(make_trainer, start, tmp_path, max_steps=3)
     train_moved(make_trainer, start, tmp_path, str(tmp_path / "run" / "checkpoint-3"), sync_ref_model=False)
     assert (
-        "holds a reference that had moved; with `sync_ref_model=False` that of the start is used again" in caplog.text
+        "holds a reference that was updated during training. It is not loaded, because `sync_ref_model` is now False"
+        in caplog.text
     )
 
 

@@ -215,7 +215,7 @@ def test_batches_without_whole_groups(make_trainer):
         dataset=rows(4), kwargs={"eval_dataset": rows(3)}, num_generations_eval=4, per_device_eval_batch_size=6
     )
     with pytest.raises(
-        ValueError, match=r"has 6 responses, which do not make whole groups of 4 \(`num_generations_eval`\)"
+        ValueError, match=r"has 6 responses, which is not a multiple of the group size, 4 \(`num_generations_eval`\)"
     ):
         trainer.evaluate()
     assert "eval_reward" in trainer.evaluate(rows(1))  # one batch of 4

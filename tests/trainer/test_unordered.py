@@ -78,7 +78,7 @@ def test_training(make_trainer, start, unordered, options):
 
 
 def test_what_such_responses_need(make_trainer, start, unordered):
-    with pytest.raises(ValueError, match="nobody recorded how likely .*or `decoding_order='confidence'`"):
+    with pytest.raises(ValueError, match="no log-probabilities were recorded.*or `decoding_order='confidence'`"):
         make_trainer(start, reward_funcs=None, dataset=unordered, loss_type="dapo")
     ordered = with_orders(unordered, make_trainer().spec)
     with pytest.raises(ValueError, match="stored responses whose order is unknown, of which there is none here"):

@@ -22,9 +22,11 @@ from .options import NO_REMOTE_CODE, PolicyOptions, settle
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo", "dpo")
 
 _NO_ENGINE = "they generate from left to right. This library's own decoder denoises a diffusion policy"
-_NO_TRUNCATION = "sampling and scoring would have to share the truncated distribution, and the kept set of each scored token is not recorded"
+_NO_TRUNCATION = (
+    "tokens would be scored under another distribution than they were sampled from: the kept tokens are not recorded"
+)
 _NO_DROPOUT = "log-probabilities recorded while decoding are compared with those of an update, and both must come from the same network"
-# Options of GRPOConfig that do not apply to a diffusion policy, and why. Nor do those that begin with `vllm_`.
+# Options of GRPOConfig that do not apply to a diffusion policy, and why. Options that begin with `vllm_` do not apply either.
 _REFUSED = {
     "use_vllm": _NO_ENGINE,
     "use_transformers_continuous_batching": _NO_ENGINE,
@@ -43,7 +45,7 @@ _REFUSED = {
     "router_aux_loss_coef": "the load balance of the experts would also count the copies in a packed layout",
     "neftune_noise_alpha": "the policy that is scored would differ from the policy that was sampled from",
     "data_seed": "the order of the prompts is drawn from `seed`",
-    "train_sampling_strategy": "TRL's own sampler is needed, which repeats prompts for their groups",
+    "train_sampling_strategy": "TRL's own sampler is needed: it repeats each prompt for its group",
     "label_smoothing_factor": "there are no labels",
     "enable_jit_checkpoint": "it saves in the middle of an update, after which a run cannot be resumed exactly. `save_steps` says how "
     "often a checkpoint is written",
@@ -80,15 +82,15 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
 
         diffusion_spec (`dict[str, Any]` or `str`, *optional*):
             Fields of [`DiffusionSpec`], as a mapping or a JSON string. They complete or override those in the model's config.
-            With them, a model without such a config becomes a policy.
+            A model whose config has no such fields becomes a policy with them.
         disable_dropout (`bool`, *optional*, defaults to `True`):
-            Whether dropout of the model and of an adapter is off. Log-probabilities recorded while decoding are compared with
-            those of an update, so `False` is refused.
+            Whether dropout is switched off, in the model and in an adapter. `False` is refused, because log-probabilities
+            recorded while decoding are compared with those of an update.
 
         > Parameters that control decoding
 
         rollout_batch_size (`int`, *optional*):
-            Number of responses that a process decodes at once. The others wait until one has ended. All if `None`.
+            Number of responses that a process decodes at once. When one ends, the next one starts. `None`: all at once.
 
         > Parameters that control the estimator
 
@@ -112,8 +114,9 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
             Probability with which `"mean_field"` masks a prompt token.
         rescore_old_log_probs (`bool`, *optional*, defaults to `False`):
             Whether the policy scores its fresh responses again for the old log-probabilities, as the update does, instead of
-            using those recorded while decoding. The first update after a rollout needs no additional forward pass for
-            this, later updates need one. Use it if `diffusion/recorded_gap/...` is too large.
+            using those recorded while decoding. If a rollout is used for one optimizer step only, this needs no additional
+            forward pass. Otherwise each pass over the rollout needs one more. Use it if `diffusion/recorded_gap/...` is
+            too large.
         share_prompts (`bool`, *optional*, defaults to `True`):
             Whether responses to the same prompt share the prompt's part of the pass. The numbers are the same. It needs block
             attention, `attn_implementation="sdpa"` or `"flex_attention"`, and a `per_device_train_batch_size` that is a
@@ -128,13 +131,14 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
         > Parameters that control training on stored responses and preferences
 
         decoding_order (`str`, *optional*, defaults to `"random"`):
-            The assumed order of denoising for responses of a preference dataset, and for stored responses whose order is unknown,
-            `tokens_per_step` at a time: `"random"`, `"left_to_right"` or `"confidence"`. With `"confidence"`, the reference unmasks first the tokens that it is most
-            confident about. It runs once, before training.
+            The order in which tokens are assumed to have been unmasked, `tokens_per_step` at a time: `"random"`,
+            `"left_to_right"` or `"confidence"`. It applies to responses of a preference dataset, and to stored responses
+            whose order is unknown. With `"confidence"`, the reference unmasks first the tokens that it is most confident
+            about. It runs once, before training.
         pair_selection (`str`, *optional*, defaults to `"best_worst"`):
-            Pairs that `loss_type="dpo"` makes of a group: its best and its worst response, or `"all"` ordered pairs. Responses
-            without a reward, and masked ones (`mask_truncated_completions`), are in no pair. Two responses with the same
-            tokens do not form a pair.
+            Pairs that `loss_type="dpo"` forms in a group. `"best_worst"`: the best and the worst response. `"all"`: every
+            pair of a better and a worse response. Responses without a reward, and masked ones
+            (`mask_truncated_completions`), are in no pair. Two responses with the same tokens do not form a pair.
         dpo_loss_type (`list[str]`, *optional*, defaults to `["sigmoid", "sft"]`):
             Losses whose sum is the loss of a pair with `loss_type="dpo"`, with the names of [`~trl.DPOConfig`]: `"sigmoid"`
             (DPO), `"robust"` (DPO for data in which some pairs are in the wrong order), `"hinge"`, `"ipo"`, and `"sft"`.
@@ -143,21 +147,21 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
         dpo_loss_weights (`list[float]`, *optional*):
             Weights of these losses, one for each. All are 1 if `None`.
         dpo_length_normalization (`bool`, *optional*, defaults to `False`):
-            Whether `"sigmoid"`, `"robust"` and `"hinge"` divide the log-ratio of a response by its number of tokens that
-            count (`"ipo"` always does). `"sigmoid"` is then TRL's `"sigmoid_norm"`.
+            Whether `"sigmoid"`, `"robust"` and `"hinge"` divide the log-ratio of a response by the number of its tokens
+            that count (`"ipo"` always does). `"sigmoid"` is then TRL's `"sigmoid_norm"`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             For `"robust"`: the probability that a pair is in the wrong order, below 0.5.
         precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
             Whether the reference scores all stored responses before training, in exactly the states that training will draw,
-            instead of at every step. Without an evaluation dataset and `estimator_check_steps`, it is then removed from memory.
-            This does not work with a reference that changes (`sync_ref_model`).
+            instead of at every step. The reference is then removed from memory, unless there is an evaluation dataset or
+            `estimator_check_steps`. This does not work with a reference that changes (`sync_ref_model`).
 
         > Parameters that control logging
 
         log_trajectories (`int`, *optional*, defaults to `0`):
-            Number of responses in a table about how they were denoised: rewards, steps, log-probabilities and the order of their
+            Number of responses whose denoising is logged as a table: rewards, steps, log-probabilities and the order of their
             tokens. The table is written to `trajectories` in the output directory, and sent to the trackers of `report_to`,
-            at every log and at every evaluation. Every evaluation also draws one response, if matplotlib is installed.
+            at every log and at every evaluation. Every evaluation also plots one response, if matplotlib is installed.
 
     `loss_type="dpo"` is the pairwise loss of dTRPO (docs/method.md, section 5). It needs `beta > 0`, unless `"sft"` is its
     only part.
@@ -179,8 +183,8 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
     disable_dropout: bool = field(
         default=True,
         metadata={
-            "help": "Whether dropout is off, of the model and of an adapter. Log-probabilities that decoding records are "
-            "compared with those that an update computes, so False is refused."
+            "help": "Whether dropout is switched off, in the model and in an adapter. False is refused, because "
+            "log-probabilities recorded while decoding are compared with those of an update."
         },
     )
 
@@ -188,7 +192,7 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
     rollout_batch_size: Annotated[int, AtLeast(1)] | None = field(
         default=None,
         metadata={
-            "help": "Responses that a process decodes at once; the others wait until one has ended. All of them if "
+            "help": "Number of responses that a process decodes at once. When one ends, the next one starts. All at once if "
             "not set."
         },
     )
@@ -212,17 +216,17 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
     step_distribution: str = field(
         default="importance",
         metadata={
-            "help": "How 'dtrpo' draws the scored step of a block: 'importance' for nearly proportional to how surprised the "
-            "policy was by its tokens, which makes the estimate far less noisy; 'uniform' over its steps; or 'token' for "
-            "proportional to the number of tokens a step unmasked.",
+            "help": "How 'dtrpo' draws the scored step of a block. 'importance': with a probability nearly proportional to "
+            "the surprise of its tokens, which makes the estimate far less noisy. 'uniform': with the same probability for "
+            "all steps. 'token': with a probability proportional to the number of tokens that the step unmasked.",
             "choices": list(STEP_DISTRIBUTIONS),
         },
     )
     weighting: str = field(
         default="unbiased",
         metadata={
-            "help": "'unbiased' weighs a drawn step by the inverse of its probability; 'none' gives all the same "
-            "weight.",
+            "help": "'unbiased': the weight of a drawn step is one divided by its probability. 'none': all weights are "
+            "equal.",
             "choices": ["unbiased", "none"],
         },
     )
@@ -236,15 +240,15 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
     rescore_old_log_probs: bool = field(
         default=False,
         metadata={
-            "help": "Whether the policy scores its fresh responses itself for the old log-probabilities, instead of taking "
+            "help": "Whether the policy scores its fresh responses again for the old log-probabilities, instead of using "
             "those recorded while decoding."
         },
     )
     share_prompts: bool = field(
         default=True,
         metadata={
-            "help": "Whether responses to the same prompt share its part of the pass, where they can. Numbers are the "
-            "same."
+            "help": "Whether responses to the same prompt share the prompt's part of the pass, where they can. The numbers "
+            "are the same."
         },
     )
     estimator_check_steps: Annotated[int, AtLeast(1)] | None = field(
@@ -262,16 +266,17 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
     decoding_order: str = field(
         default="random",
         metadata={
-            "help": "The order in which responses of a preference dataset count as denoised, `tokens_per_step` at a "
-            "time: 'random', 'left_to_right' or 'confidence' (what the reference is surest of first).",
+            "help": "The order in which tokens of a preference dataset, or of stored responses whose order is unknown, are "
+            "assumed to have been unmasked, `tokens_per_step` at a time: 'random', 'left_to_right' or 'confidence' (the "
+            "tokens that the reference is most confident about come first).",
             "choices": list(ORDERS),
         },
     )
     pair_selection: str = field(
         default="best_worst",
         metadata={
-            "help": "Pairs that loss_type='dpo' makes of a group: its best and its worst response, or 'all' ordered "
-            "pairs.",
+            "help": "Pairs that loss_type='dpo' forms in a group. 'best_worst': the best and the worst response. 'all': "
+            "every pair of a better and a worse response.",
             "choices": ["best_worst", "all"],
         },
     )
@@ -288,7 +293,7 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
     dpo_length_normalization: bool = field(
         default=False,
         metadata={
-            "help": "Whether 'sigmoid', 'robust' and 'hinge' divide the log-ratio of a response by its number of tokens "
+            "help": "Whether 'sigmoid', 'robust' and 'hinge' divide the log-ratio of a response by the number of its tokens "
             "that count ('ipo' always does)."
         },
     )
@@ -308,8 +313,8 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
     log_trajectories: Annotated[int, AtLeast(0)] = field(
         default=0,
         metadata={
-            "help": "Responses whose denoising is logged as a table, at every log and every evaluation. Every evaluation also "
-            "draws one of them."
+            "help": "Number of responses whose denoising is logged as a table, at every log and every evaluation. Every "
+            "evaluation also plots one of them."
         },
     )
 
@@ -325,14 +330,14 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
         check_numbers(self)
         self.check_refused(GRPOConfig)
         check_looked_at(self)
-        # TRL finds these only after the first rollout.
+        # TRL would notice a wrong value only after the first rollout.
         for name, choices in _CHOICES.items():
             check_one_of(name, getattr(self, name), choices)
         check_fields(self, type(self).__dataclass_fields__.keys() - GRPOConfig.__dataclass_fields__.keys())
         if self.weighting == "none" and self.loss_type in ("dr_grpo", "luspo", "vespo"):
             raise ValueError(
-                f"`loss_type={self.loss_type!r}` sums over the tokens of a response, so with `weighting='none'` its size "
-                "would depend on the number of steps. Use `weighting='unbiased'`."
+                f"`loss_type={self.loss_type!r}` sums over the tokens of a response, so with `weighting='none'` the size of "
+                "the loss would depend on the number of denoising steps. Use `weighting='unbiased'`."
             )
         self.scoring()  # checks the settings of the estimator
         if self.loss_type == "dpo":
@@ -353,8 +358,8 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
                 raise ValueError(f"`{name}=True` needs a reference: set `beta`, which is 0.")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError(
-                "`sync_ref_model=True` moves the reference, and `precompute_ref_log_probs=True` asks it only once, before "
-                "training. Set one of them to False."
+                "`sync_ref_model=True` updates the reference during training, but `precompute_ref_log_probs=True` runs it "
+                "only once, before training. Set one of them to False."
             )
 
     def _check_pairs(self) -> None:
@@ -368,8 +373,8 @@ class DTRPOConfig(PolicyOptions, RolloutSettings, GRPOConfig):
                 continue
             if getattr(self, name) % group:
                 raise ValueError(
-                    f"`loss_type='dpo'` compares responses of a group, so `{name}` must be a multiple of the "
-                    f"{group} generations, got {getattr(self, name)}."
+                    f"`loss_type='dpo'` compares responses of a group, so `{name}` must be a multiple of the group size, "
+                    f"{group}, got {getattr(self, name)}."
                 )
 
     def decoding(self, temperature: float | None = None) -> DecodingConfig:

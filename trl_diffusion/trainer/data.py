@@ -87,7 +87,8 @@ class OfflineData:
     Checks and prepares stored responses, and determines whether the reference generated them.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]): the policy as it is before training, which is the reference.
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): the policy as it is before training, which
+            is the reference.
         config ([`~transformers.PretrainedConfig`]): its config.
         args ([`DTRPOConfig`]): settings of the trainer.
         spec ([`DiffusionSpec`]): facts about the policy.
@@ -118,7 +119,13 @@ class OfflineData:
         self.fingerprint: str | None = None
 
     def prepare(self, train_dataset, eval_dataset):
-        """Checks the datasets and turns them into trajectories. A `ValueError` names the dataset, row and column."""
+        """
+        Checks the datasets and turns them into trajectories.
+
+        Raises:
+            TypeError: if stored responses are a stream.
+            ValueError: naming the dataset, row and column, if responses cannot be trained on with these settings.
+        """
         several = isinstance(eval_dataset, dict)
         evaluations = eval_dataset if several else {"eval_dataset": eval_dataset}
         group_size = cast(int, self.args.num_generations)
@@ -139,7 +146,8 @@ class OfflineData:
             for name, dataset in prepared.items():
                 if dataset is not None and (not _is_stored(dataset) or reward_columns(dataset) != names):
                     raise ValueError(
-                        f"{name} does not hold the rewards {names}, which are those of train_dataset: pass `reward_funcs`."
+                        f"{name} does not hold the rewards {names}, which train_dataset holds. Pass `reward_funcs` to score its "
+                        "responses."
                     )
         self._find_reference([train, *(dataset for dataset in prepared.values() if dataset is not None)])
         return train, prepared if several else prepared["eval_dataset"]
@@ -182,7 +190,7 @@ class OfflineData:
             raise ValueError(f"{name}: {error}") from error
 
     def _with_orders(self, name: str, dataset: Dataset) -> Dataset:
-        """Stored responses with an order, where it is unknown."""
+        """The dataset, in which responses of unknown order have got one."""
         model = self._asked_for_orders(name, dataset)
         with PartialState().main_process_first():  # the other processes read its replay from the cache
             return with_orders(
@@ -197,15 +205,15 @@ class OfflineData:
             )
 
     def _asked_for_orders(self, name: str, dataset: Dataset) -> PreTrainedModel | PeftModel | None:
-        """The policy that says in which order it would have written responses, if `decoding_order` asks one."""
+        """The policy that `decoding_order="confidence"` runs. `None` with the other orders, which need no policy."""
         if self.args.decoding_order != "confidence":
             return None
         if name == "train_dataset":
             check_number_of_rows(dataset, self.args)  # before the responses are replayed
         if is_deepspeed_zero3_enabled():
             raise ValueError(
-                f"{name}: `decoding_order='confidence'` asks the whole reference, which ZeRO-3 shares among processes. "
-                "Make the trajectories before, with `from_preferences`, and train on them."
+                f"{name}: `decoding_order='confidence'` runs the whole reference, but ZeRO-3 shards it over the processes. "
+                "Make a trajectory dataset first, with `from_preferences`, and train on it."
             )
         model = self.model
         if isinstance(model, str):
@@ -234,8 +242,8 @@ class OfflineData:
             if row["event_logps"] is None:
                 if self.args.loss_type != "dpo":
                     raise ValueError(
-                        f"Row {number}, column `event_logps`: nobody recorded how likely these tokens were, so there is no "
-                        f"importance ratio for `loss_type={self.args.loss_type!r}`. Use `loss_type='dpo'`, or "
+                        f"Row {number}, column `event_logps`: no log-probabilities were recorded, so there is no importance "
+                        f"ratio for `loss_type={self.args.loss_type!r}`. Use `loss_type='dpo'`, or "
                         "`decoding_order='confidence'`."
                     )
                 self.recorded = False
@@ -250,20 +258,20 @@ class OfflineData:
             changed = {name: decoding.get(name) for name in OTHER_DISTRIBUTION if decoding.get(name)}
             if changed:
                 raise ValueError(
-                    f"Row {number}, column `decoding`: it was decoded with {changed}, so its log-probabilities are those of "
-                    "a distribution that is not scored. Collect without."
+                    f"Row {number}, column `decoding`: the responses were decoded with {changed}, so their log-probabilities "
+                    "are those of a changed distribution, which training does not score. Collect again without these settings."
                 )
 
     def _check_selection(self, number: int, decoding: dict[str, Any], recorded: bool) -> None:
-        """Checks that these settings score the selection of positions as it was scored when a row was recorded."""
+        """Checks that training scores the selection of positions in the same way as the log-probabilities of a row."""
         selections = (stored_selection(decoding), self.args.decoding().selection)
         then, now = (one and one.of_policy(self.spec) for one in selections)
         if then == now:
             return
         if not recorded:
             raise ValueError(
-                f"Row {number}, column `decoding`: `decoding_order` chose the order of these responses, and no rule that looks at "
-                "sampled tokens did, so there is no selection to be scored. Set `score_selection=False`."
+                f"Row {number}, column `decoding`: the order of these responses is from `decoding_order`, and not from a rule "
+                "that looks at sampled tokens, so there is no selection to score. Set `score_selection=False`."
             )
         raise ValueError(
             f"Row {number}, column `decoding`: the log-probabilities were recorded with the selection scored as "
@@ -279,7 +287,7 @@ class OfflineData:
             return dataset
         weights = self.args.reward_weights or [1.0] * len(rewards)
         if len(weights) != len(rewards):
-            raise ValueError(f"`reward_weights` holds {len(weights)} weights, but {name} the rewards {rewards}.")
+            raise ValueError(f"`reward_weights` holds {len(weights)} weights, but {name} has the rewards {rewards}.")
         pairwise = self.args.loss_type == "dpo"
         columns = ["event_positions", "event_tokens", "completion_lengths"] if pairwise else []
         kept, why = [], Counter[str]()
@@ -303,7 +311,7 @@ class OfflineData:
         same = None
         if completions is not None:
             same = torch.tensor([[a == b for b in completions] for a in completions])[None]
-        # In every epoch, other responses of a larger group are used.
+        # Of a group that is larger than needed, each epoch draws some responses, so any pair of its responses may occur.
         whole = len(scores) == self.args.num_generations
         which = cast(Literal["best_worst", "all"], self.args.pair_selection if whole else "all")
         pairs = make_pairs(scores[None], which, same)
@@ -312,12 +320,12 @@ class OfflineData:
         if pairs.tied:
             return "all responses have the same reward"
         if pairs.identical:
-            return "better and worse response are the same tokens"
+            return "the better and the worse response have the same tokens"
         return "fewer than two responses are scored"
 
     def _find_reference(self, datasets: list[Dataset]) -> None:
-        """Whether the policy before training generated all of the data. The recorded log-probabilities are then those of the
-        reference."""
+        """Finds out whether the reference, which is the policy before training, generated all of the data. The recorded
+        log-probabilities are then those of the reference."""
         if self.args.beta == 0.0:
             return
         for dataset in datasets:
@@ -332,38 +340,44 @@ class OfflineData:
             and ESTIMATORS[self.args.estimator].recorded
         )
         if self.reference_is_recorded and self.args.sync_ref_model:
-            raise ValueError("`sync_ref_model=True` moves the reference away from the recorded log-probabilities.")
+            raise ValueError(
+                "`sync_ref_model=True` updates the reference during training, but the recorded log-probabilities, which are used "
+                "for it, do not change. Set it to False."
+            )
 
     def report(self) -> None:
         """Logs what was found, after the trainer has been created."""
         if self.dropped:
             logger.warning(
-                f"{self.dropped.total()} of {self._rows} groups were dropped, which have no pair: {_in_words(self.dropped)}."
+                f"{self.dropped.total()} of {self._rows} groups were dropped, because they have no pair: "
+                f"{_in_words(self.dropped)}."
             )
         if self.args.loss_type != "dpo" and not ESTIMATORS[self.args.estimator].recorded:
             logger.warning(
-                f"The estimator {self.args.estimator!r} has no value of the policy that made these responses, so the loss treats "
-                'them as responses of the present policy. `estimator="dtrpo"` uses the recorded log-probabilities.'
+                f"The estimator {self.args.estimator!r} cannot use the recorded log-probabilities, so the loss treats the stored "
+                'responses as responses of the current policy. `estimator="dtrpo"` uses the recorded log-probabilities.'
             )
         if self.args.beta == 0.0:
             return
         if self.reference_is_recorded:
-            logger.info("The reference made this data: its recorded log-probabilities are used, no pass of its own.")
+            logger.info(
+                "The reference generated the data: its log-probabilities are the recorded ones, without a forward pass."
+            )
         elif None in self._makers:
             logger.info(
-                "The data was written by nobody in particular: the reference scores it, one extra pass a step."
+                "It is unknown which policy generated the data: the reference scores it, in one more forward pass per step."
             )
         else:
             logger.warning(
-                f"The data was made by policy {sorted(map(str, self._makers))}, the reference is "
-                f"{self.fingerprint or 'another one'}: it scores the data itself, one extra pass a step."
+                f"The data was generated by policy {sorted(map(str, self._makers))}, and the reference is "
+                f"{self.fingerprint or 'another one'}: the reference scores the data, in one more forward pass per step."
             )
 
 
 def _with_numbers(dataset: Dataset) -> Dataset:
-    """The dataset with a `row` column whose numbers are unique. Draws and precomputed references are identified by them. The
-    column of one collection, or of some of its rows in any order, does not change. If a number occurs twice, because
-    collections were joined, the numbers are replaced by the places in the dataset."""
+    """The dataset with a column `row` of unique numbers. They identify the draws and the precomputed log-probabilities of a
+    row. Numbers that are unique already, such as those of one collection, do not change. If they are missing, or if one
+    occurs twice because collections were joined, the places in the dataset replace them."""
     numbers = dataset["row"][:] if "row" in dataset.column_names else []
     if len(numbers) == len(set(numbers)) == len(dataset) and all(type(number) is int for number in numbers):
         return dataset

@@ -39,7 +39,7 @@ _HOW: dict[str, How] = {
     "sampling/importance_sampling_ratio/min": "min",
     "sampling/importance_sampling_ratio/max": "max",
 }
-# Metrics that are means over tokens. The metrics of ratios are so only if the ratios are taken per token.
+# Metrics that are means over tokens. The metrics of ratios are means over tokens only if the ratios are taken per token.
 _OF_TOKENS = ("kl", "entropy")
 _OF_RATIOS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
 # Losses that TRL divides by the tokens of the batch, and losses that it divides by `num_items_in_batch`. Other
@@ -107,8 +107,8 @@ class Evaluation:
         Args:
             figures (`dict[str, list[float]]`): TRL's metrics. The dictionary is empty afterwards.
             weight (callable): maps the name of a metric to two numbers. The first is the number of rows, tokens or
-                items over which TRL took the mean. The second is the number of them that count. In TRL's mean, those
-                that do not count were 0.
+                items over which TRL took the mean. The second is the number of them that count. The others are 0 in TRL's
+                mean.
         """
         for name, values in figures.items():
             over, counted = weight(name)
@@ -213,8 +213,8 @@ class RowwiseEvaluation(TrainerMixin):
 
     def _prepare_precision(self) -> None:
         """
-        Before training, lets the policy run in the mixed precision of training. transformers does so only if no other model was
-        prepared, which a reference is.
+        Lets an evaluation before training run in the mixed precision of training. transformers does so only if accelerate has
+        prepared no other model. A reference is such a model.
         """
         others = self.accelerator._models and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if self.accelerator.native_amp and others and not hasattr(self.model, "_original_forward"):
@@ -251,7 +251,7 @@ class RowwiseEvaluation(TrainerMixin):
             self.args.dataloader_persistent_workers = persistent
 
     def get_test_dataloader(self, test_dataset):
-        """The dataloader of an evaluation, because TRL repeats the prompts of a stream only in evaluations."""
+        """The dataloader for `predict`. It is that of an evaluation, in which TRL repeats the prompts of a stream as well."""
         return self.get_eval_dataloader(test_dataset)
 
     def _count_row(self, row: dict[str, Any]) -> bool:
@@ -273,13 +273,13 @@ class RowwiseEvaluation(TrainerMixin):
         return output
 
     def _check_groups(self, rows: int) -> None:
-        """Raises a `ValueError` if a batch of an evaluation, of `rows` rows on each process, does not consist of whole groups."""
+        """Raises a `ValueError` if a batch of an evaluation does not consist of whole groups. `rows`: its rows on each process."""
         size, of_pairs = self.num_generations_eval, self.loss_type == "dpo"
         whole = rows if of_pairs else rows * self.accelerator.num_processes
         if whole % size:
             raise ValueError(
-                f"A batch of this evaluation has {whole} responses{' on a process' if of_pairs else ''}, which do not make whole groups "
-                f"of {size} (`num_generations_eval`). Set `per_device_eval_batch_size` to a multiple of it."
+                f"A batch of this evaluation has {whole} responses{' on a process' if of_pairs else ''}, which is not a multiple of the "
+                f"group size, {size} (`num_generations_eval`). Set `per_device_eval_batch_size` to a multiple of it."
             )
 
     def _leave_out(self, output: dict[str, Any], counted: Tensor) -> dict[str, Any]:
@@ -348,8 +348,8 @@ class RowwiseEvaluation(TrainerMixin):
     @property
     def _tally_of_batch(self) -> Tally:
         """
-        Where the metrics of the current batch are added, over all processes: of the evaluation in progress, or else of the next log of
-        training. Those of a batch outside of both are not kept.
+        The tally that gets the metrics of the current batch, over all processes. It is that of the evaluation in progress, or in
+        training that of the next log. The metrics of any other batch are not kept.
         """
         if self.evaluation is not None:
             return self.evaluation.tally

@@ -37,20 +37,20 @@ FILE = "reference.pt"
 
 class Reference:
     """
-    The log-probabilities of the reference. They are recorded with stored responses, or computed for all stored responses
-    before training, or computed in a forward pass at each step.
+    The log-probabilities of the reference. They have one of three sources: they were recorded with the stored responses,
+    they are computed for all stored responses before training, or each step computes them in a forward pass.
 
     Args:
         trainer ([`DTRPOTrainer`]): the trainer that it belongs to.
-        maker (`str`, *optional*): fingerprint of the reference, if it generated the stored responses, so that the recorded
-            log-probabilities are its own.
+        maker (`str`, *optional*): fingerprint of the reference, if the reference generated the stored responses. The recorded
+            log-probabilities are then its own.
     """
 
     def __init__(self, trainer: DTRPOTrainer, maker: str | None):
         self.trainer, self.maker = trainer, maker
-        # By epoch and row: shape (responses, iterations, E), and how many of the E columns are positions of the canvas.
+        # For each epoch and row: a tensor of shape (responses, I, E), and the number of its columns that are canvas positions.
         self.estimates: dict[tuple[int, int], tuple[Tensor, int]] = {}
-        self._epochs = 0  # of `estimates`
+        self._epochs = 0  # number of epochs in `estimates`
 
     @property
     def recorded(self) -> bool:
@@ -58,7 +58,7 @@ class Reference:
         return self.maker is not None
 
     def generated(self, stored: list[StoredResponse] | None) -> bool:
-        """Whether it generated the responses of a rollout, stored ones or (`None`) fresh ones."""
+        """Whether the reference generated all responses of a rollout. Fresh responses (`None`) are never its own."""
         return (
             self.recorded and stored is not None and {one.row["policy_fingerprint"] for one in stored} == {self.maker}
         )
@@ -96,12 +96,12 @@ class Reference:
         if not isinstance(model, PeftModel):
             if self.recorded:
                 raise ValueError(
-                    "The reference is not in memory, since it generated all responses that the trainer was made with, and these are "
-                    "others. Give the trainer their dataset as `eval_dataset` when it is made."
+                    "The reference was not loaded, because it generated all responses of the trainer's own datasets, and these are "
+                    "others. Pass their dataset as `eval_dataset` when the trainer is created."
                 )
             raise ValueError(
-                "The reference left memory when `precompute_ref_log_probs=True` had asked it about the rows of train_dataset. "
-                "Give the trainer the other rows as `eval_dataset` when it is made, or make a new one for more epochs."
+                "The reference was removed from memory after `precompute_ref_log_probs=True` had scored the rows of train_dataset. "
+                "Pass other rows as `eval_dataset` when the trainer is created, or create a new trainer for more epochs."
             )
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
             return score(trainer.model, layout, trainer.spec, trainer.temperature)[0]
@@ -126,7 +126,9 @@ class Reference:
                 stored = [StoredResponse(row, index, epoch) for index in responses]
                 seeds = [derive_seed(response.seed(trainer.args.seed), DRAWS) for response in stored]
                 layouts = [trainer.layout(batch, seeds, iteration)[0] for iteration in range(trainer.num_iterations)]
-                with trainer.accelerator.autocast():  # which the model below an adapter does not enter before training
+                with (
+                    trainer.accelerator.autocast()
+                ):  # before training, the model below an adapter does not enter it itself
                     passes = [self.logps(layout) for layout in layouts]
                 found.append(((epoch, row["row"]), (torch.stack(passes, 1).cpu(), batch.canvas_ids.shape[1])))
         self.estimates, self._epochs = dict(gather_object(found)), epochs
@@ -136,8 +138,8 @@ class Reference:
         `(R, I, E)` for `I` iterations. No entry if nothing was precomputed."""
         if stored is None or not self.estimates:
             return {}
-        # Not earlier: a resumed run may have gone on with a rollout without this entry. An evaluation, and the check of the
-        # estimator, score other states.
+        # The reference is removed here, not in `precompute`: a resumed run may first finish a rollout without this entry.
+        # An evaluation and the check of the estimator still need the reference, because they score other states.
         if self.trainer.eval_dataset is None and not self.trainer.args.estimator_check_steps:
             self.trainer.ref_model = None
         width = trajectories.canvas_ids.shape[1]
@@ -183,8 +185,8 @@ def load_reference(model: nn.Module, checkpoint: str | Path) -> None:
     path = Path(checkpoint) / FILE
     if not path.is_file():
         raise ValueError(
-            f"{checkpoint} has no {FILE}, the reference that `sync_ref_model=True` had moved: training would go on with "
-            "that of the start. Set `sync_ref_model=False`, or start a new run with this checkpoint as `model`."
+            f"{checkpoint} has no {FILE}, the reference that `sync_ref_model=True` had updated, so training would continue with "
+            "the initial reference. Set `sync_ref_model=False`, or start a new run with this checkpoint as `model`."
         )
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

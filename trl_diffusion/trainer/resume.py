@@ -50,6 +50,9 @@ def find_checkpoint(trainer: Trainer, wanted: str | bool | None) -> str | None:
     Args:
         trainer ([`~transformers.Trainer`]): the trainer.
         wanted (`str` or `bool`, *optional*): a checkpoint, or `True` for the newest complete one, if there is one.
+
+    Raises:
+        ValueError: if the checkpoint is damaged or incomplete.
     """
     accelerator, directory = trainer.accelerator, str(trainer.args.output_dir)
     failure: Exception | None = None
@@ -67,7 +70,7 @@ def find_checkpoint(trainer: Trainer, wanted: str | bool | None) -> str | None:
         broadcast_object_list(newest)
         wanted = newest[0]
         if wanted is None:
-            logger.warning(f"There is no complete checkpoint in {directory}: training starts anew.")
+            logger.warning(f"There is no complete checkpoint in {directory}: training starts from the beginning.")
     if not wanted:
         return None
     fault = checkpoints.find_fault(str(wanted), engine)
@@ -164,7 +167,7 @@ class ExactResume(TiedWeights, TrainerMixin):
     # resumed run does not read.
     _epoch = -1
     _epoch_start = _skipped = 0
-    # For a resumed run, until it begins: the checkpoint, the losses not logged yet, and the number of their steps.
+    # Of a resumed run, until training begins: the checkpoint, the sum of the losses not logged yet, and their number of steps.
     _resumed: tuple[Path, Tensor, int] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -188,7 +191,8 @@ class ExactResume(TiedWeights, TrainerMixin):
         counts as complete."""
 
     def load_extra_files(self, checkpoint: Path) -> None:
-        """Reads these files. Every process calls it before the first batch, when all models are on their devices."""
+        """Reads the files of `save_extra_files`. Every process calls it before the first batch, when all models are on their
+        devices."""
 
     # --------------------------------------------------------------------------------------------- starting a run
 
@@ -223,8 +227,8 @@ class ExactResume(TiedWeights, TrainerMixin):
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
-        """Sets the state of a run in transformers, and the position in data and rollout. Returns the number of passes over the
-        dataset, and the number of batches of the next pass, that were trained on."""
+        """Sets the state of a run in transformers, and the position in data and rollout. Returns the number of finished passes
+        over the dataset, and the number of batches of the current pass that were trained on."""
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -274,8 +278,8 @@ class ExactResume(TiedWeights, TrainerMixin):
     # ------------------------------------------------------------------------------------- the place in a rollout
 
     def _restore(self, checkpoint: Path, epochs: int, batches: int) -> tuple[int, int]:
-        """Continues a rollout at the position of the checkpoint, or begins with a fresh one. Returns the position in the data.
-        It is that of transformers, except for streams."""
+        """Continues the rollout of a checkpoint at its position, or begins with a fresh one. Returns the position in the data.
+        For a stream it is that of the checkpoint, otherwise that of transformers."""
         progress, failure = None, None
         try:
             progress = Progress.load(checkpoint, self.accelerator.process_index, self.accelerator.device)
@@ -287,8 +291,8 @@ class ExactResume(TiedWeights, TrainerMixin):
         streams = isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip
         if changes:
             logger.warning(
-                f"{checkpoint} {'; '.join(changes)}. Training goes on with a fresh rollout and with the data that follows "
-                "after as many steps of this run: it is not exactly the uninterrupted one."
+                f"{checkpoint} {'; '.join(changes)}. Training continues with a fresh rollout, and after the data of as many steps "
+                "with the present settings, so it does not equal an uninterrupted run exactly."
             )
             if streams and progress is not None:
                 epochs, batches = progress.epoch, self._place_in_stream(progress, now)
@@ -329,7 +333,8 @@ class ExactResume(TiedWeights, TrainerMixin):
 
     @staticmethod
     def _place_in_stream(progress: Progress, now: Mapping[str, str]) -> int:
-        """Number of batches, with the settings of this run, that have as many prompts as the batches before the checkpoint."""
+        """Number of batches, with the settings `now`, that have as many prompts as the batches before the checkpoint, rounded
+        down to whole optimizer steps."""
 
         def prompts_per_batch(settings: Mapping[str, str]) -> Fraction:
             prompts = Fraction(int(settings["generation_batch_size"]), int(settings["num_generations"]))

@@ -59,11 +59,12 @@ class Rollout:
 
     Attributes:
         stored (`list[StoredResponse]`, *optional*): the stored responses of the rollout. `None` for fresh ones.
-        seeds (`list[int]` of length `R`): seed of each response.
+        seeds (`tuple[int, ...]` of length `R`): seed of each response.
         trajectories ([`TrajectoryBatch`], *optional*): the responses, as soon as they exist.
-        rewards (`Tensor` of shape `(R, F)`, *optional*): the reward of each function, after scoring. NaN where it does not
-            apply.
-        differing (bool `Tensor` of shape `(R,)`, *optional*): responses of groups whose rewards are not all the same.
+        rewards (`Tensor` of shape `(R, F)`, *optional*): the reward of each response by each function, as soon as the
+            functions were called. NaN where a function does not apply.
+        differing (bool `Tensor` of shape `(R,)`, *optional*): in training, responses of groups whose rewards are not all
+            the same.
     """
 
     stored: list[StoredResponse] | None = None
@@ -82,13 +83,13 @@ class Rollout:
 @dataclass(frozen=True)
 class Seen:
     """
-    Responses of this process that can be looked at.
+    Responses of this process that callbacks can show.
 
     Attributes:
         trajectories ([`TrajectoryBatch`]): how they were denoised.
         scores (`dict[str, list[float]]`): for each response, its reward by each function, under the name of the function, and
             its `advantage`.
-        name (`str`, *optional*): the evaluation that they are of, such as `"eval"`. Empty for those of training.
+        name (`str`, *optional*): prefix of their evaluation, such as `"eval"`. Empty for a rollout of training.
     """
 
     trajectories: TrajectoryBatch
@@ -96,7 +97,7 @@ class Seen:
     name: str = ""
 
     def called(self, what: str) -> str:
-        """The name of something about these responses, such as `eval/trajectory`, and `trajectory` for those of training."""
+        """The name under which `what` is logged: for example `eval/trajectory`, or in training `trajectory`."""
         return f"{self.name}/{what}" if self.name else what
 
 
@@ -109,7 +110,7 @@ class DiffusionRollouts(DiffusionScoring):
         rollout ([`Rollout`], *optional*): the rollout in progress. `None` if there is none.
         seen ([`Seen`], *optional*): the last rollout of training on this process, with its rewards.
         seen_in_evaluation ([`Seen`], *optional*): the first batch of the last evaluation on this process, with its rewards.
-        learning ([`Learning`]): the rollouts of the run, and those from which nothing could be learnt.
+        learning ([`Learning`]): counts of the rollouts of the run, and of those from which nothing could be learnt.
     """
 
     rollout: Rollout | None = None
@@ -149,6 +150,7 @@ class DiffusionRollouts(DiffusionScoring):
             ),
         )
         if self.reference.recorded:
+            # The number of processes whose responses another policy generated.
             (others,) = add_over_processes(self.accelerator, not self.reference.generated(rollout.stored))
             output["of_reference"] = torch.tensor(others == 0)
         if self.estimator.recorded:
@@ -165,7 +167,7 @@ class DiffusionRollouts(DiffusionScoring):
         return self._group(output)
 
     def _tokenize_prompts(self, prompts):
-        """As in TRL, but an answer that was begun at the end of a conversation is left open."""
+        """Token ids as in TRL. If a conversation ends with the beginning of a response, that turn is left open."""
         template = cast("dict[str, Any]", self.chat_template_kwargs)
         try:
             ids, *others = super()._tokenize_prompts(prompts)
@@ -276,8 +278,8 @@ class DiffusionRollouts(DiffusionScoring):
 
     def _choose(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """
-        Begins a rollout of stored responses, one for each row. If a group has more responses than needed, every epoch uses
-        others. Returns the rows in the form of a prompt dataset.
+        Begins a rollout of stored responses, one for each row of `inputs`. If a stored group has more responses than are
+        needed, each epoch draws some of them at random. Returns the rows in the form of a prompt dataset.
         """
         size = self.num_generations if self.model.training else self.num_generations_eval
         epoch = int(self.state.epoch or 0) if self.model.training else 0
@@ -305,8 +307,8 @@ class DiffusionRollouts(DiffusionScoring):
         for ids, (row, *_) in zip(prompt_ids, stored, strict=True):
             if list(ids) != list(row["prompt_ids"]):
                 raise ValueError(
-                    f"Row {row['row']}: the tokenizer turns the prompt into other tokens than those it was answered with. "
-                    "Use the tokenizer, chat template and `chat_template_kwargs` that the data was made with."
+                    f"Row {row['row']}: the tokenizer gives other tokens for the prompt than those that are stored. Use the "
+                    "tokenizer, chat template and `chat_template_kwargs` that the data was made with."
                 )
         batch = from_rows([(row, index) for row, index, _ in stored], self.spec)
         return batch.to(self.accelerator.device)
@@ -329,8 +331,8 @@ class DiffusionRollouts(DiffusionScoring):
         return {key: value.unflatten(0, (-1, size)) if is_rows(value) else value for key, value in output.items()}
 
     def _total_weight(self, output: dict[str, Any]) -> Tensor:
-        """Expected sum of the weights of the tokens of a rollout, over all processes. It is the number of tokens that count,
-        unless draws are not weighted. TRL divides its loss by it."""
+        """Expected sum of the weights of the tokens of a rollout, over all processes. TRL divides some losses by it. With
+        `weighting="unbiased"` it is the number of tokens that count."""
         tokens, config = (
             states_to_draw(trajectories_of(output), self.spec, self.scoring_config.selection),
             self.scoring_config,
@@ -341,8 +343,8 @@ class DiffusionRollouts(DiffusionScoring):
         return self.accelerator.reduce(total, reduction="sum")
 
     def _note_gradient(self, rollout: Rollout, counted: Tensor) -> None:
-        """Records whether a response of this rollout has a gradient. Pairs record this themselves. `counted`, `(R,)`: responses
-        of this process that are not masked."""
+        """Records whether a response of this rollout has a gradient. With `loss_type="dpo"`, `_pairwise_loss` records this.
+        `counted`, `(R,)`: responses of this process that are not masked."""
         assert rollout.differing is not None  # TRL has called `_calculate_rewards`
         number = self.accelerator.reduce((rollout.differing & counted).sum(), reduction="sum").item()
         self.learning.learnt |= number > 0 and self.loss_type != "dpo"
@@ -372,7 +374,7 @@ class DiffusionRollouts(DiffusionScoring):
         )
 
     def _keep_to_look_at(self, rollout: Rollout, advantages: Tensor) -> None:
-        """Keeps a rollout, or the first batch of an evaluation, to be looked at."""
+        """Keeps a rollout of training, or the first batch of an evaluation, so that callbacks can show it."""
         assert rollout.trajectories is not None and rollout.rewards is not None
         columns = zip(self.reward_func_names, rollout.rewards.T.tolist(), strict=True)
         seen = Seen(rollout.trajectories, {**dict(columns), "advantage": advantages.tolist()})

@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Scored:
     """
-    The tokens that one pass scores. Policy, old policy and reference use the same.
+    The tokens that one pass scores. Policy, old policy and reference are scored in the same states.
 
     Attributes:
         layout ([`PackedLayout`]): the drawn states in packed rows, with the weight of each token.
         recorded (`Tensor` of shape `(R, E)`): log-probabilities recorded while decoding; 0 where nothing is scored.
-        old (`Tensor` of shape `(R, E)`, *optional*): log-probabilities of the old policy. `None` if it is the current policy.
+        old (`Tensor` of shape `(R, E)`, *optional*): log-probabilities of the old policy. `None` if the old policy is the
+            current one.
     """
 
     layout: PackedLayout
@@ -50,7 +51,7 @@ class Scored:
 
 class DiffusionScoring(RowwiseEvaluation):
     """
-    The log-probabilities of a [`~trl.GRPOTrainer`] for a diffusion policy.
+    Computes the log-probabilities that a [`~trl.GRPOTrainer`] needs, under a diffusion policy.
 
     Attributes:
         scored ([`Scored`], *optional*): the tokens that the current pass scores. `None` outside [`scoring`].
@@ -106,8 +107,11 @@ class DiffusionScoring(RowwiseEvaluation):
     @torch.no_grad()
     def old_estimates(self, output: dict[str, Any]) -> Tensor:
         """
-        The estimates of the policy of this rollout, in the states that each pass over the rollout will draw, if the recorded
-        log-probabilities cannot be used. Shape `(R, I, E)`, for `I` iterations.
+        Scores a rollout with the policy that generated it, in the states that each of the `I` passes over the rollout will
+        draw. Needed if the recorded log-probabilities are not used.
+
+        Returns:
+            `Tensor` of shape `(R, I, E)`.
         """
         size = self.args.per_device_train_batch_size
         estimates = []
@@ -171,8 +175,11 @@ class DiffusionScoring(RowwiseEvaluation):
     # -------------------------------------------------------------------------------------------------- figures
 
     def log_scores(self, logps: Tensor) -> None:
-        """Records the difference between scored log-probabilities and those recorded while decoding, for estimators that score
-        tokens in the states in which they were unmasked (docs/method.md, section 4)."""
+        """
+        Records metrics of the scored tokens: their number, their weights and, if log-probabilities were recorded, their
+        ratios. Estimators that score tokens in the states in which they were unmasked also get the difference from the
+        recorded log-probabilities (docs/method.md, section 4).
+        """
         assert self.scored is not None  # inside `scoring`
         weights, recorded = self.scored.layout.weights, self.scored.recorded
         scored, old = weights > 0, logps if self.scored.old is None else self.scored.old
@@ -214,5 +221,5 @@ class DiffusionScoring(RowwiseEvaluation):
 
 
 def fit(values: Tensor, width: int) -> Tensor:
-    """Pads or truncates the columns of a canvas tensor to the width of TRL's completion tensors."""
+    """Pads the last dimension of `values` with 0, or truncates it, to `width` columns."""
     return F.pad(values, (0, width - values.shape[1]))

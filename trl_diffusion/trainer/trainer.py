@@ -84,9 +84,10 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
         args ([`DTRPOConfig`], *optional*):
             Configuration of this trainer.
         train_dataset, eval_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            A dataset with a `prompt` column, standard or conversational. Its other columns are passed to the reward
-            functions. Or a trajectory dataset (see [`collect`] and [`load_trajectories`]). Nothing is generated then, and
-            without `reward_funcs` the stored rewards are used. Or, for `loss_type="dpo"`, a preference dataset.
+            A prompt dataset, a trajectory dataset (see [`collect`] and [`load_trajectories`]), or, for
+            `loss_type="dpo"`, a preference dataset. A prompt dataset has a `prompt` column, standard or conversational.
+            Its other columns are passed to the reward functions. With a trajectory dataset nothing is generated. Its
+            stored rewards are used if there are no `reward_funcs`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer. By default, it is loaded from the path or hub id of the model.
         kwargs (`dict`):
@@ -98,7 +99,7 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
 
             - There is no reward function.
             - A dataset is empty, has no `prompt` column, or has fewer rows than one rollout needs.
-            - The stored rewards are the same within each group.
+            - In every group, all stored rewards are equal.
             - The policy has no mask token.
             - A prompt holds the mask token, is too long for the policy, consists only of unknown tokens, or is dropped by
               the chat template.
@@ -183,7 +184,7 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
             layout = scored.layout
             if self.beta != 0.0:
                 inputs["ref_per_token_logps"] = self.reference.of_batch(inputs, layout, iteration)
-            # TRL's loss gets all writes, because tokens after the completion, or taken back, may count as well.
+            # TRL's loss gets all writes: tokens after the completion and tokens that were taken back may count, too.
             inputs["completion_ids"], inputs["completion_mask"] = trajectories_of(inputs).event_ids, layout.weights
             for name in ("old_per_token_logps", "sampling_per_token_logps"):
                 inputs.pop(name, None)
@@ -197,7 +198,7 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
         """The pairwise loss of better and worse responses of a group (docs/method.md, section 5)."""
         training = self.model.training
         pairs, left_out = self._pairs(inputs)
-        if training:  # other responses would only lengthen the pass; an evaluation has metrics of all
+        if training:  # responses without a pair are left out; an evaluation keeps them for its metrics
             used, pairs = pairs.used()
             inputs = {key: value[used] if is_rows(value) else value for key, value in inputs.items()}
         with self.scoring(inputs, iteration) as scored:
@@ -217,7 +218,7 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
         figures: dict[str, Tensor | float] = {**sums, "pairs/count": len(pairs.chosen), **left_out}
         totals = dict(zip(figures, add_over_processes(self.accelerator, *figures.values()), strict=True))
         count = totals["pairs/count"]
-        how: How = "mean" if self.evaluation is None else "sum"  # over a batch, or over an evaluation
+        how: How = "mean" if self.evaluation is None else "sum"  # of counts: per batch, or over an evaluation
         for name, value in totals.items():
             if name not in sums:
                 self._record(name, value, how=how)
@@ -230,7 +231,7 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
         return loss / self.current_gradient_accumulation_steps if training else loss
 
     def _pairs(self, inputs: dict[str, Any]) -> tuple[Pairs, dict[str, float]]:
-        """The pairs of a batch, and counts of responses and groups without a pair, by their names in the log."""
+        """Returns the pairs of a batch, and metrics by name: how many groups, pairs and responses were left out."""
         size = self.num_generations if self.model.training else self.num_generations_eval
         which = cast(Literal["best_worst", "all"], self.args.pair_selection)
         masked, scores = ~inputs["completion_mask"].any(1), inputs["pair_scores"]
@@ -265,8 +266,8 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
         again unchanged. The other arguments are those of [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: if another training uses `output_dir`, if the checkpoint is damaged or incomplete, or if a stream ended
-                before its first rollout.
+            ValueError: if another training uses `output_dir`, if the processes do not share it, if the checkpoint is damaged
+                or incomplete, or if a stream ended before its first rollout.
         """
         self.learning = Learning()
         result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -294,7 +295,7 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
             write_text(Path(self.args.output_dir) / "README.md", str(model_card(self, model_name, dataset_name, more)))
 
     def prepare_run(self) -> None:
-        """Scores stored responses with the reference, if this is done before training."""
+        """With `precompute_ref_log_probs`, scores all stored responses with the reference."""
         if self.args.precompute_ref_log_probs and not self.reference.recorded:
             self.reference.precompute()
 
@@ -309,11 +310,12 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
             load_reference(unwrap(cast(nn.Module, self.ref_model)), checkpoint)
         elif self.beta != 0.0 and Path(checkpoint, REFERENCE).is_file():
             logger.warning(
-                f"{checkpoint} holds a reference that had moved; with `sync_ref_model=False` that of the start is used again."
+                f"{checkpoint} holds a reference that was updated during training. It is not loaded, because "
+                "`sync_ref_model` is now False: the initial reference is used."
             )
 
     def extra_state(self) -> dict[str, Any]:
-        """Metrics that were not logged yet, and the rollout that callbacks may draw."""
+        """Metrics that were not logged yet, and the current rollout, which callbacks may plot."""
         seen = self.seen if self.inside_rollout() else None
         return {
             "tally": vars(self.tally),
