@@ -20,7 +20,7 @@ else:  # as given on a command line
     StrategyOption = str
     RevisionOption = str | None
 
-# With these settings, tokens are sampled from another distribution than the policy's own, which is the one that is scored.
+# These settings change the distribution that tokens are sampled from. Training scores the policy's own distribution.
 OTHER_DISTRIBUTION = ("top_k", "top_p", "suppress_tokens", "approximate_cache")
 # Settings that only some strategies look at.
 _OF_REVISION = (
@@ -33,15 +33,15 @@ _LOOKED_AT_BY = {"threshold": ("threshold", "sampled_threshold"), "entropy_bound
 @explained
 class RolloutSettings:
     r"""
-    Settings of the denoising loop that training and collecting have as well. [`DecodingConfig`], [`DTRPOConfig`] and the
-    commands inherit them, under the same names.
+    Settings of the denoising loop that training and collecting share. [`DecodingConfig`], [`DTRPOConfig`] and the commands
+    inherit them, under the same names.
 
     Args:
         strategy (`str` or callable, *optional*, defaults to `"confidence"`):
             Which masked positions of the active block a step unmasks. These strategies unmask as many positions as
             `tokens_per_step` or `steps_per_block` say: `"confidence"` (the likeliest token has the highest probability),
             `"entropy"` (the lowest entropy), `"margin"` (the largest difference between the two highest probabilities),
-            `"random"`, `"left_to_right"`. The number of positions of these depends on the distributions: `"threshold"`
+            `"random"`, `"left_to_right"`. With the next two, this number depends on the distributions: `"threshold"`
             (every position whose likeliest token has a probability above `threshold`, but at least the number in the
             schedule), `"entropy_bound"` (the lowest entropies, as long as their sum is below `entropy_bound`, and at least
             one). `"sampled_confidence"` (low-confidence remasking) and `"sampled_threshold"` look at the token that was
@@ -49,14 +49,14 @@ class RolloutSettings:
             higher temperature, their policy gradient has a bias. [`DecodingConfig`] also takes a function of your own, see
             [`decoding.strategies`]. `tempered_confidence` decides which distributions a strategy looks at.
         tokens_per_step (`int`, *optional*, defaults to `1`):
-            Positions unmasked at a step. Not together with `steps_per_block`.
+            Number of positions that a step unmasks. It cannot be set together with `steps_per_block`.
         threshold (`float`, *optional*, defaults to `0.9`):
             Probability above which `"threshold"` unmasks a position.
         entropy_bound (`float`, *optional*, defaults to `0.1`):
             Bound of `"entropy_bound"`, in nats.
         steps_per_block (`int`, *optional*):
-            Number of steps that unmask a block, in place of `tokens_per_step`. With `sub_block_size`, a step does not go
-            beyond its part, so there may be more steps.
+            Number of steps that unmask a block, in place of `tokens_per_step`. With `sub_block_size` there may be more
+            steps, because each step unmasks positions of one part only.
         schedule (`str`, *optional*, defaults to `"even"`):
             How `steps_per_block` divides a block into steps. `"even"`: each step unmasks the same number of positions, and the
             first steps one more if the division has a remainder (LLaDA's generation). `"linear"`: each step unmasks the
@@ -80,10 +80,10 @@ class RolloutSettings:
         tempered_confidence (`bool`, *optional*, defaults to `False`):
             Whether `strategy` reads probabilities, entropies and margins from the distribution that tokens are sampled from.
             `False`: from the policy's own, at temperature 1 and without `suppress_tokens`, `top_k` and `top_p`, so that a
-            threshold means the same at every temperature (LLaDA, Fast-dLLM). `True`: from the one after all of these
-            (Dream, SDAR, Fast-dLLM v2). A low temperature then brings every probability close to 1. The two are the same
-            at temperatures 0 and 1 without `suppress_tokens`, `top_k` and `top_p`. Recorded log-probabilities include
-            `temperature` with both values.
+            threshold means the same at every temperature (LLaDA, Fast-dLLM). `True`: from the distribution after temperature
+            and these settings (Dream, SDAR, Fast-dLLM v2). A low temperature then brings every probability close to 1. The two
+            are the same at temperatures 0 and 1 without `suppress_tokens`, `top_k` and `top_p`. Recorded log-probabilities
+            are those at `temperature` in both cases.
         score_selection (`bool`, *optional*, defaults to `False`):
             For `"sampled_confidence"` and `"sampled_threshold"` above temperature 0: whether log-probabilities are those of the
             tokens *and* of their selection. This makes the policy gradient of these strategies exact (docs/method.md,
@@ -95,10 +95,10 @@ class RolloutSettings:
             likeliest at their position, if the likeliest has a probability above `edit_threshold`. Published rules:
             `"self_planning"` (P2), `"random"` (ReMDM) and `"sampled_edit"` (LLaDA 2.1, with a bias). The choice is made
             inside the active block. With full attention, it is made in the whole response up to the end of the active
-            block. A block is over after a step that found nothing masked and took nothing back, or when
+            block. A block is over as soon as a step after the one that filled it takes nothing back, or when
             `steps_per_block` or `revision_steps` are used up. A block is always filled, with both values of `stop_rule`.
-            Until it is filled, `tokens_per_step` or the schedule say by how many tokens a step raises the number of visible
-            ones. After that, every step writes all positions that were erased.
+            Until it is filled, `tokens_per_step` or the schedule says how many more tokens are visible after each step.
+            After that, every step writes all positions that were erased.
         revision_threshold (`float`, *optional*, defaults to `0.8`):
             Probability below which `revision="confidence"` erases a token.
         edit_threshold (`float`, *optional*, defaults to `0.5`):
@@ -106,15 +106,15 @@ class RolloutSettings:
         revision_rate (`float`, *optional*, defaults to `0.1`):
             Largest probability with which `revision="random"` erases a token.
         revision_max (`int`, *optional*):
-            Most tokens that `revision="confidence"` and `"edit"` take back at a step. A fifth of the region, rounded up, if
-            `None`.
+            Largest number of tokens that `revision="confidence"` and `"edit"` take back at a step. `None`: a fifth of the
+            positions of the block (with full attention, of the response up to the end of the active block), rounded up.
         revision_limit (`int`, *optional*, defaults to `2`):
             How often the token of one position may be taken back.
         revision_steps (`int`, *optional*):
-            Most steps of a block after it was filled for the first time. The last one erases nothing.
+            Largest number of steps of a block after it was filled for the first time. The last one erases nothing.
         fill_share (`float`, *optional*, defaults to `0.5`):
-            With `revision` and `steps_per_block`: share of the steps in which the block is filled. The other steps write the
-            positions again that were erased. The last one erases nothing.
+            With `revision` and `steps_per_block`: share of the steps in which the block is filled. The other steps write
+            erased positions again. The last one erases nothing.
     """
 
     strategy: StrategyOption = field(default="confidence", metadata={"choices": STRATEGIES})
@@ -142,7 +142,7 @@ class RolloutSettings:
         return {one.name: getattr(self, one.name) for one in fields(RolloutSettings)}
 
     def check_rollout_settings(self) -> None:
-        """Raises a `ValueError` for a setting that is not the default, and that nothing looks at."""
+        """Raises a `ValueError` for a setting that differs from its default but has no effect."""
         defaults = type(self).__dataclass_fields__
         own = self.rollout_settings()
         DecodingConfig.check_given({name: value for name, value in own.items() if value != defaults[name].default})
@@ -154,12 +154,12 @@ class RolloutSettings:
 class DecodingConfig(RolloutSettings):
     r"""
     Settings of the denoising loop: those below, and those of [`RolloutSettings`]. They cannot be changed afterwards. Use
-    `dataclasses.replace` to make changed ones.
+    `dataclasses.replace` to make a changed copy.
 
     Args:
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Largest number of tokens of a response. The canvas ends with the block of the last one, and is denoised to its
-            end. If a response is shorter than a block, the rest of the canvas stays masked.
+            Largest number of tokens of a response. The canvas has whole blocks, so it may have more positions, which are not
+            part of the response. If `max_new_tokens` is less than a block, they stay masked.
         temperature (`float`, *optional*, defaults to `0.0`):
             The logits are divided by this number before sampling. 0 takes the most likely token.
         top_k (`int`, *optional*):
@@ -214,8 +214,8 @@ class DecodingConfig(RolloutSettings):
             self.steps_per_block is None or self.temperature > 0 or self.strategy not in SCHEDULED
         ):
             raise ValueError(
-                f"`allow_mask_token=True` needs `steps_per_block`, or a block might never end, a strategy of {SCHEDULED}, "
-                "and no temperature."
+                f"`allow_mask_token=True` needs `steps_per_block` (without it a block might never end), one of the strategies "
+                f"{SCHEDULED}, and temperature 0."
             )
         if self.score_selection and self.strategy not in SELECT_BY_SAMPLE:
             raise ValueError(
@@ -254,13 +254,13 @@ class DecodingConfig(RolloutSettings):
     @staticmethod
     def check_given(settings: Mapping[str, Any]) -> None:
         """
-        Checks that each of the settings that somebody gave has a meaning beside the others.
+        Checks that every setting that was given has an effect, together with the others.
 
         Args:
             settings (`Mapping[str, Any]`): settings by name, without those that were left at their defaults.
 
         Raises:
-            ValueError: with the setting that nothing would look at.
+            ValueError: naming a setting that has no effect.
         """
         steps, tokens = settings.get("steps_per_block"), settings.get("tokens_per_step")
         if steps is not None and tokens is not None:

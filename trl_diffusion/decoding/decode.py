@@ -53,9 +53,9 @@ def decode(
         spec ([`DiffusionSpec`], *optional*):
             Facts about the policy. Defaults to those in the model's config.
         seeds (`list[int]`, *optional*):
-            One seed for each prompt. Needed if `config.temperature > 0` and for `strategy="random"`. A response depends only
-            on its own prompt and seed. It depends neither on other responses in the batch nor on the global random state.
-            (The exception is rounding: on a GPU, it depends on the shape of the batch.)
+            One seed for each prompt. Needed if `config.temperature > 0`, and with `"random"` as `strategy` or `revision`. A
+            response depends only on its own prompt and seed. It depends neither on other responses in the batch nor on the
+            global random state. (The exception is rounding: on a GPU, it depends on the shape of the batch.)
         batch_size (`int`, *optional*):
             Largest number of responses decoded at once. The others wait. All are decoded at once if `None`.
         keep_pace (`bool`, *optional*, defaults to `False`):
@@ -68,10 +68,14 @@ def decode(
         [`TrajectoryBatch`]
 
     Raises:
-        TypeError: if the model is no model, the config no [`DecodingConfig`], or the prompts are not token ids.
-        ValueError: if there is no prompt; if a prompt is empty, holds the mask token, or leaves no room for the response in
-            the model's context; if the response is random and the number of seeds is not the number of prompts; or if a
-            setting does not apply to this policy.
+        TypeError: if `model` is not a model, `config` is not a [`DecodingConfig`], or `prompts` are not token ids.
+        ValueError: in these cases:
+
+            - There is no prompt.
+            - A prompt is empty, holds the mask token or a token that the policy does not have, or leaves no room for the
+              response in the model's context.
+            - Responses are random and there are no seeds, or the number of seeds is not the number of prompts.
+            - `batch_size` is below 1, or a setting does not apply to this policy.
         NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite. Its message names the prompt
             and the step.
         PeerFailed: with `keep_pace`, if decoding failed on another process.
@@ -100,7 +104,13 @@ def decode(
 
 
 def _as_ids(prompts: Any) -> list[list[int]]:
-    """Token ids of one or more prompts as a list. Raises a `TypeError` if they are something else, such as text."""
+    """
+    Token ids of one or more prompts as a list.
+
+    Raises:
+        TypeError: if they are something else, such as text.
+        ValueError: if there is no prompt.
+    """
     what = "token ids, a list for each prompt (`generate` takes text)"
     check_kind("prompts", prompts, list | tuple, what)
     if len(prompts) == 0:
@@ -116,7 +126,7 @@ def _as_ids(prompts: Any) -> list[list[int]]:
 
 @cache
 def _say_rounding(spec: DiffusionSpec, new_tokens: int) -> None:
-    """Says once if responses do not fill the blocks that are run for them, however long the prompts are."""
+    """Warns once if responses of the largest length do not fill the blocks that are run for them."""
     whole = spec.canvas_end(0, new_tokens)
     if new_tokens < spec.block_size:
         logger.warning(

@@ -40,16 +40,17 @@ class Lane:
         row (`int`): index of the response.
         block (`int`): its active block.
         step (`int`): finished steps of the block's schedule, including those that would unmask nothing.
-        taken (`int`): denoising steps taken in this block.
+        taken (`int`): denoising steps taken in this block, or, with a revising strategy and full attention, in the response.
         total (`int`): positions that the schedule of the block divides into steps.
-        cached (`int`): number of first tokens in the cache. They are clean; with an approximate cache, they may be reused.
-        part (`int`): part of the block whose surroundings are in the cache, -1 for none. Only for `"sub_block"`.
+        cached (`int`): number of tokens, from position 0, that are read from the cache. Without an approximate cache they are
+            clean.
+        part (`int`): with the cache `"sub_block"`, the part of the block whose surroundings are in the cache, -1 for none.
         uniforms (`Tensor` of shape `(kinds, T, B)`, *optional*): random numbers for the block, by kind, step and
             position.
-        filled (`bool`): whether the block was without a masked position once. This and the next two are used only with a
-            revising strategy.
-        revised (`int`): steps after that.
-        settled (`bool`): whether the last step began without a masked position and took nothing back.
+        filled (`bool`): whether the block has been without masked positions at least once. This and the next two attributes
+            are used only with a revising strategy.
+        revised (`int`): steps taken after the step that filled the block.
+        settled (`bool`): whether the last step was one of these and took nothing back.
     """
 
     row: int
@@ -69,8 +70,8 @@ class Lane:
 class Window:
     """
     The active block of each of `L` lanes, and the positions in it that may be unmasked in this step. All attributes are
-    arrays on the host. With a revising strategy and full attention, the response up to the end of the active block takes
-    the place of the block.
+    arrays on the host. With full attention and either a revising strategy or `allow_mask_token`, the window is not the active
+    block alone but everything from block 0 to its end.
 
     Attributes:
         starts (`np.ndarray` of shape `(L,)`): first position of each block.
@@ -123,7 +124,7 @@ class Choice:
 class DenoisingLoop:
     """State of one call of [`decode`], with the same arguments."""
 
-    NOWHERE = np.iinfo(np.int64).max  # position of a stop token that is not there
+    NOWHERE = np.iinfo(np.int64).max  # stands for the position of a stop token where there is none
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class DenoisingLoop:
         self.on_step, self.pace = on_step, pace or Pace()
         self.strategy = config.strategy if callable(config.strategy) else STRATEGIES[config.strategy]
         self.revising = config.revising
-        # Positions of earlier blocks are looked at as well.
+        # Whether a step also looks at positions of earlier blocks.
         self.is_wide = config.allow_mask_token or (self.revising is not None and spec.attention == "full")
         self.device = next(model.parameters()).device
         self.generators = None
@@ -341,8 +342,8 @@ class DenoisingLoop:
         return Window(starts, positions, inside, masked, candidates, autoregressive, quota, visible)
 
     def _may_take_back(self, lane: Lane) -> bool:
-        """Whether the next step of a block may take tokens back. The last one erases nothing, as it would leave masked
-        positions."""
+        """Whether the next step of a block may take tokens back. The last step of a block erases nothing, because erased
+        positions would stay masked."""
         assert self.revising is not None
         last = 0 if self.revising.edits else 1
         steps, more = self.config.steps_per_block, self.config.revision_steps
@@ -382,7 +383,7 @@ class DenoisingLoop:
     def _part_spans(
         self, lanes: list[Lane], window: Window, begins: np.ndarray, ends: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """With `"sub_block"`: only the active part of a block, as soon as its surroundings are in the cache."""
+        """Narrows the tokens of a pass to the active part of a block, as soon as its surroundings are in the cache."""
         begins, ends, size = begins.copy(), ends.copy(), self.config.sub_block_size
         parts = window.candidates.argmax(1) // size
         for index, (lane, part) in enumerate(zip(lanes, parts, strict=True)):
@@ -430,7 +431,7 @@ class DenoisingLoop:
             selected = self._select_visible(window, places, proposal, before, uniforms)
             erased, edited = (nothing, selected[places]) if self.revising.edits else (selected[places], nothing)
             more = torch.zeros_like(quota).index_add(0, places[0], erased.long())
-            quota = (quota + more).minimum(candidates.sum(1))  # the schedule counts visible tokens
+            quota = (quota + more).minimum(candidates.sum(1))  # the schedule says how many more tokens are visible
         unmasked = self._select_masked(window, candidates, quota, places, is_masked, proposal, uniforms)
         logps = proposal.logps
         if self.config.selection is not None:
@@ -541,7 +542,7 @@ class DenoisingLoop:
         """Random numbers of this step, `(kinds, L, B)`."""
         if self.generators is None:
             return None
-        if self.revising is not None:  # the number of steps is not known before
+        if self.revising is not None:  # drawn step by step, since the number of steps is not known in advance
             uniforms = torch.zeros(3, *window.masked.shape)
             for index, (lane, width) in enumerate(zip(lanes, window.inside.sum(1).tolist(), strict=True)):
                 uniforms[:, index, :width] = torch.rand(3, width, generator=self.generators[lane.row])
@@ -579,13 +580,12 @@ class DenoisingLoop:
         return np.bincount(row_of[changed], minlength=len(lanes))
 
     def _remember(self, lanes, rows, window: Window, row_of, column_of, stops, taken_back) -> None:
-        """Records on the host what this step wrote. The arrays of writes have the same length."""
+        """Records on the host what this step wrote. `row_of`, `column_of` and `stops` have one entry for each write."""
         progress = np.bincount(row_of, minlength=len(lanes))
         if not (progress > 0)[window.candidates.any(1)].all() and not self.config.allow_mask_token:
             raise ValueError(
-                f"The decoding strategy {self.config.strategy!r} unmasked nothing in a block that has masked positions "
-                "left; it would go on like that for ever. A strategy must pick at least one candidate of every row that "
-                "has any."
+                f"The decoding strategy {self.config.strategy!r} unmasked nothing in a block that still has masked positions, "
+                "so decoding would never end. A strategy must select at least one candidate of every row that has candidates."
             )
         positions = window.positions[row_of, column_of]
         taken = np.array([lane.taken for lane in lanes])
@@ -607,7 +607,7 @@ class DenoisingLoop:
         return (self.masked[rows[:, None], window.positions] & window.inside).sum(1)
 
     def _idle(self) -> None:
-        """An empty forward pass, because all processes must gather parameters together."""
+        """Runs a forward pass without a response, because all processes must gather parameters together."""
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         policy_logits(self.model, zero, zero, allowed, zero[0], zero[0])
@@ -652,7 +652,10 @@ class DenoisingLoop:
 
 
 def leftmost_part(masked: np.ndarray, size: int | None) -> np.ndarray:
-    """The masked positions of the leftmost part, of `size` positions, that has any: boolean `(L, B)`, a copy."""
+    """
+    The masked positions of the leftmost part that has masked positions, boolean, `(L, B)`. Parts have `size` positions;
+    `None`: the whole block is one part. The result is a copy.
+    """
     if size is None:
         return masked.copy()
     parts = np.arange(masked.shape[1]) // size

@@ -22,7 +22,7 @@ class EstimateQuality:
 
     Attributes:
         exact (`Tensor` of shape `(R,)`): `D`, the log-ratio of the whole trajectory in nats (docs/method.md, section 2).
-        estimates (`Tensor` of shape `(N, R)`): `N` independent estimates of it.
+        estimates (`Tensor` of shape `(estimates, R)`): independent estimates of it.
     """
 
     exact: Tensor
@@ -55,10 +55,10 @@ def estimate_quality(
     num_estimates: int = 8,
 ) -> EstimateQuality:
     """
-    Computes the exact log-ratios of some trajectories, and an estimator's estimates of them with several seeds.
+    Computes the exact log-ratios of some trajectories, and several independent estimates of each by an estimator.
 
     Args:
-        log_ratios (callable): computes the log-ratio of each token of a layout, `(R, C)`.
+        log_ratios (callable): computes the log-ratio of each write from a layout, `(R, E)`.
         batch ([`TrajectoryBatch`]): the trajectories.
         spec ([`DiffusionSpec`]): facts about the policy.
         config ([`EstimatorConfig`]): the estimator.
@@ -81,8 +81,8 @@ def ratio_statistics(log_ratios: Tensor, weights: Tensor) -> Tensor:
     Sums from which [`summarise_ratios`] computes statistics of importance ratios. Sums of several batches can be added.
 
     Args:
-        log_ratios (`Tensor` of shape `(R, C)`): log-ratio of each token, policy over old policy, in nats.
-        weights (`Tensor` of shape `(R, C)`): weight of each token, 0 where it is not scored.
+        log_ratios (`Tensor` of shape `(R, E)`): log-ratio of each write, policy over old policy, in nats.
+        weights (`Tensor` of shape `(R, E)`): weight of each write, 0 where it is not scored.
 
     Returns:
         `Tensor` of shape `(8,)`.

@@ -40,6 +40,9 @@ def count_tokens(token_blocks: Tensor, token_steps: Tensor, counted: Tensor) -> 
     """
     Number of counted tokens that each step of each block unmasked.
 
+    Args:
+        token_blocks, token_steps, counted (`Tensor` of shape `(R, E)`): block and step of each write, and whether it counts.
+
     Returns:
         `Tensor` of shape `(R, S, T)`. `S` and `T` are the largest numbers of blocks and of steps in the batch.
     """
@@ -99,8 +102,8 @@ def draw_steps(
 
     Args:
         tokens ([`TokenStates`]):
-            Block and denoising step of each canvas position, and which tokens take part. A block can be drawn from if
-            it has a token that counts.
+            Block and denoising step of each write, and which writes take part. A block can be drawn from if one of its
+            writes counts.
         seeds (`list[int]` of length `R`):
             One seed per response. The draw of a response depends only on its seed and its steps. It depends neither on
             the other responses in the batch nor on the global random state.
@@ -114,8 +117,8 @@ def draw_steps(
             absorb.
         num_blocks (`int`, *optional*):
             Number of blocks to draw from. `None` means all blocks.
-        surprises (`Tensor` of shape `(R, C)`, *optional*):
-            Surprise $1 - p$ of each token, between 0 and 1. `"importance"` needs it.
+        surprises (`Tensor` of shape `(R, E)`, *optional*):
+            Surprise $1 - p$ of each write, between 0 and 1. `"importance"` needs it.
 
     Returns:
         [`StepDraw`]

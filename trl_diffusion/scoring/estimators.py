@@ -84,8 +84,8 @@ def check_estimator(config: EstimatorConfig, spec: DiffusionSpec) -> None:
     """Raises a `ValueError` for a setting that does not apply to this policy."""
     if config.num_blocks is not None and spec.attention == "full":
         raise ValueError(
-            "`num_blocks` (`num_scored_blocks` of the trainer) is for block attention; with full attention a pass holds one state, and "
-            "`num_draws` sets how many."
+            "`num_blocks` (`num_scored_blocks` of the trainer) is for block attention. With full attention a row holds one state, and "
+            "`num_draws` sets the number of rows."
         )
 
 
@@ -133,21 +133,22 @@ def exact(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config:
     The whole trajectory: scores every token in the state in which it was unmasked (docs/method.md, section 1). Nothing
     is random.
 
-    Forward passes per response: the number of steps of the block that has most (block attention), or the number of all
-    steps (full attention).
+    Forward passes per response: the largest number of steps of a block (block attention), or the number of all steps
+    (full attention).
     """
     return all_states(batch, spec, selection=config.selection)
 
 
 def elbo(batch: TrajectoryBatch, spec: DiffusionSpec, seeds: list[int], config: EstimatorConfig) -> States:
     """
-    Evidence lower bound as in VRPO (LLaDA 1.5, https://huggingface.co/papers/2505.19223). Of the `N` tokens of the
-    response as it is in the end, `m` random ones are masked, where `m` is uniform in 1 to `N`. The sum of their log-probabilities is
-    multiplied by `N / m`. The bound is the mean over `num_draws` masks. With block attention this is done for each
-    block, given the blocks before it.
+    Evidence lower bound as in VRPO (LLaDA 1.5, https://huggingface.co/papers/2505.19223). A mask hides `m` of the `N`
+    tokens of the final response, chosen at random, where `m` is uniform in 1 to `N`. The sum of the log-probabilities of
+    these tokens is multiplied by `N / m`. The bound is the mean of this product over `num_draws` masks. With block
+    attention each block has its own masks, given the blocks before it.
 
-    The weight of a token is the sum of `N / m` over the masks that hide it. Its estimate is the mean of its
-    log-probabilities over these masks, weighted by `N / m`. The weighted sum of the estimates is then the bound.
+    The weight of a token is the sum of `N / m` over the masks that hide it, divided by `num_draws`. Its estimate is the
+    mean of its log-probabilities over these masks, weighted by `N / m`. The weighted sum of the estimates is then the
+    bound.
 
     Forward passes per response: `num_draws`.
     """
@@ -236,7 +237,7 @@ class FinalTokens(NamedTuple):
 
 
 def final_tokens(batch: TrajectoryBatch, spec: DiffusionSpec) -> FinalTokens:
-    """Estimators with masks of their own know the final text alone, and not what was taken back."""
+    """The tokens of the final text. Estimators with masks of their own score these only, without writes that were taken back."""
     unmasked = batch.steps != NEVER
     groups, _, drawn, _ = token_states(spec, replace(batch, revisions=None), unmasked)
     return FinalTokens(groups, unmasked & ~drawn, drawn, batch.completion_mask & unmasked)
@@ -244,8 +245,9 @@ def final_tokens(batch: TrajectoryBatch, spec: DiffusionSpec) -> FinalTokens:
 
 def counted_tokens(batch: TrajectoryBatch, spec: DiffusionSpec, config: EstimatorConfig) -> Tensor:
     """
-    Number of tokens of each response that an estimator counts, `(R,)`. With `weighting="unbiased"` it is the mean of the sum of their
-    weights, over the draws. Estimators with masks of their own count the tokens of the completion, the others every write that counts.
+    Number of tokens of each response that an estimator counts, `(R,)`. With `weighting="unbiased"` it is the expected sum of
+    the weights over the draws. Estimators with masks of their own count the tokens of the completion. The others count the
+    writes of [`counted_writes`].
     """
     if ESTIMATORS[config.name].recorded:
         return states_to_draw(batch, spec, config.selection).counted.sum(1)

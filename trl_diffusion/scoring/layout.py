@@ -167,8 +167,8 @@ def pack(
 
 def join_rows(layout: PackedLayout, packs: Tensor) -> PackedLayout:
     """
-    Puts the rows of several responses one behind the other into longer rows, without their padding. The numbers are the same: the
-    tokens of a response do not see those of another one, and keep their positions.
+    Concatenates the rows of several responses into longer rows, without their padding. The numbers are the same: tokens of
+    different responses do not see each other, and each token keeps its position.
 
     Args:
         layout ([`PackedLayout`]): a layout of [`pack`], without shared prompts.
@@ -211,8 +211,11 @@ def join_rows(layout: PackedLayout, packs: Tensor) -> PackedLayout:
 
 def rows_to_join(layout: PackedLayout, count: int) -> Tensor:
     """
-    Which of `count` responses share a row in [`join_rows`], `(R,)`, so that there are few rows and none is longer than the
-    longest response. The cost of attention grows with the square of the length of a row.
+    Assigns `count` responses to the rows of [`join_rows`]. There are few rows, and none is longer than the longest response,
+    because the cost of attention grows with the square of the length of a row.
+
+    Returns:
+        `Tensor` of shape `(R,)`: number of the row of each response.
     """
     mask = layout.allowed
     valid = mask[:, 0, 0] if isinstance(mask, Tensor) else mask.valid
@@ -220,7 +223,7 @@ def rows_to_join(layout: PackedLayout, count: int) -> Tensor:
     owners[layout.rows] = layout.responses
     lengths = owners.new_zeros(count).index_add(0, owners, valid.sum(1)).tolist()
     packs, totals, longest = [0] * count, [0], max(lengths)
-    for response in sorted(range(count), key=lambda one: -lengths[one]):  # the longest first, each where it fits first
+    for response in sorted(range(count), key=lambda one: -lengths[one]):  # bin packing: first-fit decreasing
         size = lengths[response]
         pack = next((pack for pack, total in enumerate(totals) if total + size <= longest), len(totals))
         totals += [0] * (pack == len(totals))
@@ -386,7 +389,7 @@ def _noisy_part(
     starts: Tensor,
 ) -> _Part:
     """
-    Noisy copies of blocks, `B` positions each. All rows have as many copies as the response that needs most.
+    Noisy copies of blocks, `B` positions each. All rows have the same number of copies, the largest that a response needs.
 
     Args:
         states ([`States`]): what each view hides.

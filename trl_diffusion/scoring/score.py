@@ -79,7 +79,7 @@ def _selection_shares(
     spec: DiffusionSpec,
     temperature: float,
 ) -> Tensor:
-    """The part of the selection in the log-probability of each place, `(M,)`; see [`Selection.shares`]."""
+    """The share of each place in the log-probability of the selection, `(M,)`; see [`Selection.shares`]."""
     seen = log_probs
     if not selected.selection.tempered and temperature not in (0.0, 1.0):
         seen = log_distribution(logits.detach(), spec)
@@ -93,18 +93,18 @@ def high_entropy(entropies: Tensor, weights: Tensor, pool: tuple[Tensor, Tensor]
     Which scored tokens have the highest entropies of a pool (https://huggingface.co/papers/2506.01939, where every token
     is scored).
 
-    A scored token stands for as many tokens as its weight says. A token is chosen if tokens with no higher entropy have
-    at least the share `quantile` of the weight of all other tokens. With equal weights, these are the tokens above
-    `torch.quantile(entropies, quantile)`.
+    A scored token stands for as many tokens as its weight says. Compare a token with all other tokens of the pool: it is
+    chosen if those whose entropy is not higher have at least the share `quantile` of the weight. With equal weights, the
+    chosen tokens are those at or above `torch.quantile(entropies, quantile)`.
 
     Args:
-        entropies (`Tensor` of shape `(R, C)`): entropy of each token, in nats.
-        weights (`Tensor` of shape `(R, C)`): weight of each token, 0 where it is not scored.
-        pool (tuple of two `Tensor` of shape `(N,)`): entropies and weights of all scored tokens, of these rows and others.
+        entropies (`Tensor` of shape `(R, E)`): entropy of each token, in nats.
+        weights (`Tensor` of shape `(R, E)`): weight of each token, 0 where it is not scored.
+        pool (tuple of two `Tensor` of shape `(tokens,)`): entropies and weights of all scored tokens, of these rows and others.
         quantile (`float`): between 0 (every token) and 1 (the token with the highest entropy).
 
     Returns:
-        Boolean `Tensor` of shape `(R, C)`.
+        Boolean `Tensor` of shape `(R, E)`.
     """
     scored = weights > 0
     if pool[0].numel() == 0:

@@ -47,11 +47,12 @@ class States:
         weights (`Tensor` of shape `(R, E)`, float32): weight of each write in the loss, 0 where it is not scored.
         prompt_hidden (boolean `Tensor` of shape `(R, P)`, *optional*): prompt tokens replaced by the mask token.
         selection ([`Selection`], *optional*): how positions were selected, if the selection is scored as well. A token's
-            log-probability then contains its share of the selection's.
+            log-probability then contains its share of the log-probability of the selection.
         rejected (boolean `Tensor` of shape `(R, W, E)`, *optional*): with `selection`, positions that the step of the view
             could have unmasked but did not.
         shown (`Tensor` of shape `(R, W, C)`, *optional*): the token that the view shows at each position that it does not
-            hide. `None` if these are the tokens of the canvas, which is so unless the decoder revises.
+            hide. `None` stands for the tokens of the canvas. A view shows other tokens if the decoder revises, or if a document
+            of supervised fine-tuning is corrupted.
     """
 
     hidden: Tensor
@@ -166,8 +167,14 @@ def drawn_states(
 
 def _shown(batch: TrajectoryBatch, revisions: Revisions, unwritten: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     """
-    What a view shows of a response that was revised: which positions it hides, and the tokens of the others, `(R, W, C)` each.
-    `unwritten` (boolean): writes that the step of the view, `drawn`, does not see yet. Both have the shape `(R, W, E)`.
+    What each view shows of a revised response: which positions it hides, and which tokens it shows at the others, `(R, W, C)`
+    each.
+
+    Args:
+        batch ([`TrajectoryBatch`]): the responses.
+        revisions ([`Revisions`]): their writes that were taken back.
+        unwritten (boolean `Tensor` of shape `(R, W, E)`): writes that had not been made before the step of the view.
+        drawn (`Tensor` of shape `(R, W, E)`): the step of the view.
     """
     width = batch.canvas_ids.shape[1]
     hidden = unwritten[..., :width].clone()
@@ -189,13 +196,13 @@ def _rejected(
     batch: TrajectoryBatch, spec: DiffusionSpec, selection: Selection, hidden: Tensor, written: Tensor
 ) -> Tensor:
     """
-    Positions that the step of each view could have unmasked but did not, boolean, `(R, W, E)`. These are the masked positions
-    of the block, or of the part of a block, in which it unmasked something. With revisions and full attention, they are the
-    masked positions of the blocks that had been begun. `written`, of the same shape: the writes of the step.
+    Positions that the step of each view could have unmasked but did not, boolean, `(R, W, E)`. These are the positions that
+    stayed masked in the block, or part of a block, in which the step unmasked something. With revisions and full attention,
+    they are the positions that stayed masked in all blocks begun by then. `written`, of the same shape: the step's writes.
     """
     lengths, width = batch.prompt_lengths, batch.canvas_ids.shape[1]
     unmasked = written
-    if batch.revisions is not None:  # from writes to positions; writes over visible tokens are not the strategy's
+    if batch.revisions is not None:  # from writes to positions, without writes over visible tokens
         rows, views, columns = written.nonzero(as_tuple=True)
         unmasked = torch.zeros_like(hidden)
         unmasked[rows, views, batch.event_positions[rows, columns]] = True
