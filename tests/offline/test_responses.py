@@ -149,13 +149,15 @@ def test_a_table(tmp_path):
 
 def test_more_that_is_wrong(imported):
     single = {"prompt": "1+1=", "response": "2", "reward": 1}
-    with pytest.raises(ValueError, match="row 1: has the prompt of own.jsonl, row 0, and other columns or rewards"):
+    with pytest.raises(
+        ValueError, match="row 1: has the same prompt as own.jsonl, row 0, but other columns or rewards"
+    ):
         imported([single, {**single, "answer": 2}])
     with pytest.raises(
         ValueError, match="own.jsonl has no rewards: add `rewards` to each row, or give `--reward_funcs`"
     ):
         imported([{"prompt": "x", "response": "2"}])
-    with pytest.raises(ValueError, match=r"has rewards \['codes'\], which are called as a reward function"):
+    with pytest.raises(ValueError, match=r"has rewards \['codes'\], which are also names of reward functions"):
         imported([{**GOOD, "rewards": {"codes": [1, 0]}}], codes)
     with pytest.raises(ValueError, match="has no rows"):
         imported([])

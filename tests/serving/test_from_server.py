@@ -113,7 +113,9 @@ def test_another_policy_after_the_restart(client, embedded, tmp_path):
         endpoint = Endpoint(client.url)
         find = endpoint.find_model
         endpoint.find_model = lambda name: (find(name), setattr(endpoint, "url", other.url))[0]
-        with pytest.raises(ValueError, match="row 0 cannot be used .*it is of another policy, or of other settings"):
+        with pytest.raises(
+            ValueError, match="row 0 cannot be used .*the policy or the settings of the server have changed"
+        ):
             collect_from_server(
                 endpoint, embedded.tokenizer, embedded.spec, embedded.model.config, PROMPTS, sudoku.sudoku_units, directory, 17,
                 **SIZES,
@@ -147,7 +149,7 @@ def test_a_server_of_somebody_else(embedded, tmp_path, caplog):
 
     with foreign(answer) as url:
         directory = from_server(url, embedded, tmp_path / "found", concurrency=2)
-    assert "does not take token ids" in caplog.text
+    assert "does not accept token ids" in caplog.text
     stored = load_trajectories(directory)
     check_trajectories(stored, embedded.spec, embedded.model.config.vocab_size)
     stops = embedded.spec.stop_token_ids

@@ -18,8 +18,8 @@ class Pairs:
 
     Attributes:
         chosen, rejected (`Tensor` of shape `(U,)`): responses, numbered through all groups.
-        weights (`Tensor` of shape `(U,)`, float32): share of the pair in the loss; the pairs of a group share `1`
-            divided by the number of groups, so that a batch may be cut between groups.
+        weights (`Tensor` of shape `(U,)`, float32): share of the pair in the loss. The shares of a group add up to `1`
+            divided by the number of groups. A batch may therefore be cut between groups.
         tied (`int`): groups without a pair, because all their scores are equal. Groups with fewer than two scored
             responses are not among them.
         identical (`int`): pairs that were dropped, because both responses are the same tokens.
@@ -32,7 +32,8 @@ class Pairs:
     identical: int
 
     def used(self) -> tuple[Tensor, Pairs]:
-        """Responses that are in a pair, at least one, shape `(used,)`, and the same pairs with the numbers of these."""
+        """Returns the responses that are in a pair, `(used,)`, and the pairs, renumbered among these responses. If there is no
+        pair, it returns response 0."""
         used, places = torch.cat([self.chosen, self.rejected]).unique(return_inverse=True)
         chosen, rejected = places.chunk(2)
         if len(used) == 0:  # a pass needs something to score
@@ -47,16 +48,19 @@ def make_pairs(
     Pairs of a better and a worse response of the same group.
 
     Args:
-        scores (`Tensor` of shape `(R / G, G)`): how good each of the `G` responses of each group is; any number that
-            orders them. NaN: not scored, in no pair.
+        scores (`Tensor` of shape `(R / G, G)`): score of each response. Only the order inside a group matters, and a higher
+            score is better. A response with NaN has no score and is in no pair.
         which (`str`, *optional*, defaults to `"best_worst"`): one pair for each group, or `"all"` of its ordered pairs.
             Equal scores make no pair.
         same (boolean `Tensor` of shape `(R / G, G, G)`, *optional*): which responses are the same tokens (see
-            [`same_responses`]). They make no pair: how much likelier one of them became than the other depends on the
-            order in which it was denoised, not on what it says.
+            [`same_responses`]). They form no pair: their log-ratios differ by the order of denoising and the draw, and not by
+            what the responses say.
 
     Returns:
         [`Pairs`]
+
+    Raises:
+        ValueError: if `which` has an unknown value.
     """
     groups, size = scores.shape
     better = scores[:, :, None] > scores[:, None, :]  # False for NaN
@@ -88,7 +92,7 @@ def same_responses(ids: Tensor, mask: Tensor, size: int) -> Tensor:
 
     Args:
         ids (`Tensor` of shape `(R, C)`): token ids, groups of `size` neighbours one after another.
-        mask (`Tensor` of shape `(R, C)`): not 0 where a token counts; a response is its first tokens that do.
+        mask (`Tensor` of shape `(R, C)`): not 0 for the tokens of the response, which come first.
         size (`int`): responses `G` of a group.
 
     Returns:
@@ -100,11 +104,11 @@ def same_responses(ids: Tensor, mask: Tensor, size: int) -> Tensor:
 
 def differing_groups(rewards: Tensor, size: int) -> Tensor:
     """
-    Which responses are in a group whose rewards are not all the same. Without one, a rollout teaches nothing.
+    Which responses are in a group whose rewards are not all the same. Nothing can be learnt from other groups.
 
     Args:
-        rewards (`Tensor` of shape `(R, F)`): what each of `F` functions gave each response, NaN for nothing; groups of `size`
-            neighbours one after another.
+        rewards (`Tensor` of shape `(R, F)`): reward of each response by each of `F` functions, NaN where a function does not
+            apply. `size` neighbours form a group.
         size (`int`): responses `G` of a group.
 
     Returns:
@@ -124,7 +128,7 @@ class PairwiseConfig:
 
     Attributes:
         losses (`dict[str, float]`): names of [`LOSSES`], each with its weight in the sum.
-        beta (`float`): how much a nat of the log-ratio counts.
+        beta (`float`): factor of the log-ratio.
         label_smoothing (`float`): for `"robust"`, the probability that a pair has the wrong order; below 0.5.
         length_normalization (`bool`): whether log-ratios are divided by the number of tokens of their response.
     """
@@ -138,7 +142,7 @@ class PairwiseConfig:
 @dataclass(frozen=True)
 class Responses:
     """
-    What is known of `R` responses.
+    Log-likelihoods and lengths of `R` responses.
 
     Attributes:
         logps (`Tensor` of shape `(R,)`): log-likelihood of each trajectory under the policy, or an estimate, in nats.
@@ -155,12 +159,13 @@ class Responses:
 @dataclass(frozen=True)
 class Compared:
     """
-    What the losses of `U` pairs are made of.
+    The values from which the losses of `U` pairs are computed.
 
     Attributes:
         margins (`Tensor` of shape `(U,)`, *optional*): `beta * (D[chosen] - D[rejected])`, with `D` per token if
-            `length_normalization` is on. `None` without a reference, as the next one.
-        mean_differences (`Tensor` of shape `(U,)`, *optional*): difference of `D` per token, whatever the options say.
+            `length_normalization` is on. `None` without a reference.
+        mean_differences (`Tensor` of shape `(U,)`, *optional*): difference of `D` per token, with or without
+            `length_normalization`. `None` without a reference.
         chosen_logps (`Tensor` of shape `(U,)`): log-likelihood of the chosen response, per token.
         config ([`PairwiseConfig`]): the options.
     """
@@ -214,14 +219,14 @@ LOSSES: dict[str, Callable[[Compared], Tensor]] = {
     "sft": sft_loss,
 }
 NEED_REFERENCE = ("sigmoid", "robust", "hinge", "ipo")
-# Losses that look at these options.
+# Losses that `length_normalization` and `label_smoothing` change.
 NORMALIZED = ("sigmoid", "robust", "hinge")
 SMOOTHED = ("robust",)
 
 
 def _known(values: Tensor | None) -> Tensor:
     if values is None:
-        raise ValueError(f"Only losses other than {', '.join(NEED_REFERENCE)} can be computed without a reference.")
+        raise ValueError(f"The losses {', '.join(NEED_REFERENCE)} need a reference, and there is none.")
     return values
 
 
@@ -237,7 +242,7 @@ def pairwise_loss(responses: Responses, pairs: Pairs, config: PairwiseConfig) ->
     Returns:
         The loss, a scalar, and sums over pairs for metrics: `losses/NAME` for each loss, before its weight, and, with a
         reference, `rewards/chosen`, `rewards/rejected` and `rewards/margins` (implicit rewards: `beta` times log-ratio) and
-        `rewards/accuracies` (pairs ordered as the data says).
+        `rewards/accuracies` (number of pairs in which the chosen response has the higher implicit reward).
 
     Raises:
         ValueError: if a loss needs a reference and there is none.

@@ -51,8 +51,8 @@ def collect(
     Decodes a group of responses for every prompt, scores them, and writes them as Parquet shards in the format of
     [`trajectories.dataset`], with a dataset card. Processes share the shards.
 
-    A shard appears when it is whole. Called again after an interruption of any kind, with the same arguments, it makes
-    the shards that are missing; every response depends on `seed` and its own row alone, so the result is the same.
+    A shard appears when it is complete. After an interruption of any kind, the same call makes the shards that are missing.
+    Every response depends only on `seed`, its row and its number in the group, so the result is the same.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -77,26 +77,26 @@ def collect(
         batch_size (`int`, *optional*, defaults to `64`):
             Responses decoded at once on each process.
         rows_per_shard (`int`, *optional*, defaults to `64`):
-            Prompts in a shard: what an interruption can cost each process.
+            Prompts in a shard. An interruption costs each process at most one shard.
         seed (`int`, *optional*, defaults to `0`):
-            Source of randomness.
+            Seed of the responses.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Whether to go without a progress bar.
+            Whether to show no progress bar.
         chat_template_kwargs (`dict`, *optional*):
-            Variables of the chat template, such as `{"enable_thinking": False}`, also for reward models. Training on what
-            was collected needs the same ones.
+            Variables of the chat template, such as `{"enable_thinking": False}`, also for reward models. Training on the
+            collection needs the same ones.
 
     Returns:
         `output_dir` as a `Path`.
 
     Raises:
-        TypeError: if an argument is something else than it should be, as when two are swapped.
-        ValueError: before anything is written, for prompts that the policy cannot take, a column whose name the format
-            needs, or an `output_dir` that holds something else, such as a collection with other settings (the
-            differences are named). Later, if a reward function gives something else than one finite number or `None` for
-            each response; the shard is then not written.
-        NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite. Shards that are whole stay; the
-            one in work is not written.
+        TypeError: if an argument has the wrong type, for example because two arguments are swapped.
+        ValueError: before anything is written, for a setting out of range, prompts that the policy cannot take, a column
+            whose name the format needs, or an `output_dir` that holds something else, such as a collection with other
+            settings (the message names the differences). Later, if a reward function does not return one finite number or
+            `None` for each response. The shard is then not written.
+        NonFiniteLogits: a `FloatingPointError`, if the policy's logits are NaN or infinite. Complete shards stay, and the
+            current one is not written.
     """
     prompts = _check_arguments(model, tokenizer, prompts, reward_funcs, output_dir, decoding)
     template = read_chat_template_kwargs(chat_template_kwargs)
@@ -136,11 +136,11 @@ def collect(
 
 
 def _check_arguments(model, tokenizer, prompts, reward_funcs, output_dir, decoding) -> Dataset:
-    """Raises a `TypeError` for an argument of [`collect`] that is something else than it should be. Returns the prompts."""
+    """Raises a `TypeError` for an argument of [`collect`] with the wrong type. Returns the prompts as a dataset."""
     check_model(model, tokenizer)
     several = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     for one in several:
-        if not callable(one):  # which models are as well
+        if not callable(one):  # functions and models are callable
             check_kind(
                 "reward_funcs", one, str | RewardCaller, "a function, a reward model, its path, or a list of these"
             )
@@ -161,7 +161,7 @@ def _decode(
     seeds = [derive_seed(seed, row, response) for row, response in jobs]
     try:
         return decode(model, [prompt_ids[row] for row, _ in jobs], decoding, spec, seeds).to("cpu")
-    except NonFiniteLogits as error:  # under the row of the dataset
+    except NonFiniteLogits as error:  # names the row of the dataset
         raise NonFiniteLogits(jobs[error.row][0], error.reason) from error
 
 
@@ -173,7 +173,7 @@ def check_source(
     config: Any,
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Token ids of the prompts, if they can be collected on; a `ValueError` says why not."""
+    """Checks a dataset of prompts and returns their token ids. Raises a `ValueError` if it cannot be used."""
     if "prompt" not in prompts.column_names:
         raise ValueError(f"The dataset has no `prompt` column; it has {sorted(prompts.column_names)}.")
     if len(prompts) == 0:
@@ -193,7 +193,7 @@ def check_source(
 
 
 def _name(model: PreTrainedModel) -> str:
-    """Where the policy is from, and what it was opened with."""
+    """Name or path of the policy, with its adapters and its quantization."""
     kinds = [f"with an adapter ({type(one).__name__})" for one in adapters(model).values()]
     if getattr(model.config, "quantization_config", None) is not None:
         kinds.append("with rounded weights")

@@ -36,7 +36,7 @@ Jobs = list[tuple[int, int]]  # row of a prompt, and number of a response to it
 @dataclass
 class Collection:
     """
-    A collection that is made, or gone on with.
+    A collection that is started or continued.
 
     Attributes:
         output_dir (`Path`): its directory.
@@ -45,14 +45,15 @@ class Collection:
         counts (`list[int]`): number of responses to each prompt.
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
         caller ([`~rewards.call.RewardCaller`], *optional*): the reward functions, if there are any.
-        provenance ([`Provenance`]): where the responses come from. If they come from a policy that is known, log-probabilities were
-            recorded.
+        provenance ([`Provenance`]): where the responses come from. Log-probabilities were recorded if it has the fingerprint of
+            a policy.
         policy (`str`): what the policy is called.
         rows_per_shard (`int`): prompts in a shard.
-        seed (`int`): source of randomness.
+        seed (`int`): seed of the responses.
         template (`dict`): variables of the chat template.
-        given (`dict[str, list[list]]`): rewards that are known: by name, for each prompt, those of its responses.
-        more (`dict`): what else must be the same when it goes on.
+        given (`dict[str, list[list]]`): rewards that need no function, by name. For each prompt, a list with the reward of
+            each response.
+        more (`dict`): further entries of the plan, which must not change when the collection is continued.
     """
 
     output_dir: Path
@@ -71,7 +72,8 @@ class Collection:
 
     @cached_property
     def plan(self) -> dict[str, Any]:
-        """What it is made of: what has to be the same when it goes on, and how policy and tokenizer are called."""
+        """The settings of the collection, which must not change when it is continued, and the names of policy and tokenizer,
+        which may."""
         return {
             "format_version": FORMAT_VERSION,
             "policy_fingerprint": self.provenance.policy_fingerprint,
@@ -98,9 +100,9 @@ class Collection:
         Makes the shards that are missing. Processes share them.
 
         Args:
-            answer (`Callable`): takes the jobs of each shard and a progress bar, and yields the responses of one shard after the
-                other.
-            disable_tqdm (`bool`, *optional*, defaults to `False`): whether to go without a progress bar.
+            answer (`Callable`): takes the jobs of all shards of this process and a progress bar. Yields the responses of one
+                shard after the other.
+            disable_tqdm (`bool`, *optional*, defaults to `False`): whether to show no progress bar.
 
         Returns:
             The directory.
@@ -122,12 +124,12 @@ class Collection:
 
     def _own_shards(self, state: PartialState) -> list[int]:
         """
-        The shards that are missing and are for this process to make.
+        The missing shards that this process makes.
 
         Raises:
             ValueError: on a process that does not see what the main process has written.
         """
-        with state.main_process_first():  # the plan is there, and rubbish is gone, before anyone looks
+        with state.main_process_first():  # it writes the plan and removes unfinished files before the others look
             if state.is_main_process:
                 _prepare(self.output_dir, self.plan)
             if not (self.output_dir / COLLECTION).exists():
@@ -194,7 +196,7 @@ def _prepare(output_dir: Path, plan: dict[str, Any]) -> None:
     path = output_dir / COLLECTION
     if path.exists():
         found = read_record(path, advice="Use another `output_dir`.")
-        # Where the policy and the tokenizer were loaded from does not matter; what they are does.
+        # The names of policy and tokenizer may change. Their fingerprints may not.
         differing = sorted(
             key
             for key in {*plan, *found} - {"policy", "tokenizer"}
@@ -247,7 +249,7 @@ def _score(
 
 
 def _write(path: Path, table: list[dict[str, Any]], names: list[str]) -> None:
-    """Writes a shard so that it is there whole or not at all."""
+    """Writes a shard, either completely or not at all."""
     arrow = pa.Table.from_pylist(table)
     integers, floats = pa.list_(pa.int32()), pa.list_(pa.float32())
     types = {
@@ -281,9 +283,7 @@ def _card(output_dir: Path, plan: dict[str, Any]) -> str:
     settings = "\n".join(f"| {key} | `{value}` |" for key, value in plan["decoding"].items() if value is not None)
     each = plan["num_responses"]
     each = each if isinstance(each, int) else f"{each[0]} to {each[-1]}"
-    order = (
-        "Each response comes with the order in which its tokens were unmasked and the log-probability each had then."
-    )
+    order = "Each response comes with the order in which its tokens were unmasked, and with the log-probability of each at that step."
     if is_unordered(plan["decoding"]):
         order = "The order in which their tokens were written is not known. `decoding_order` of training chooses one."
     versions = {"trl": trl, "transformers": transformers, "torch": torch}

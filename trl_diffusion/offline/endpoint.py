@@ -21,9 +21,9 @@ from ..fields import check_at_least
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 600.0  # seconds without a sign of life
-BUSY = (408, 425, 429, 502, 503, 504)  # statuses that pass
-FAILED, MOST_FAILURES = 500, 5  # a status that may pass, and how often it is taken for one that does
+TIMEOUT = 600.0  # seconds in which the server sends nothing
+BUSY = (408, 425, 429, 502, 503, 504)  # statuses of temporary failures
+FAILED, MOST_FAILURES = 500, 5  # a status that may be temporary, and the number of times after which it is not
 FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0  # seconds
 
 
@@ -42,12 +42,15 @@ class EndpointError(ValueError):
 
 class Endpoint:
     """
-    An OpenAI-compatible server. What passes (it is busy, it cannot be reached, it is started again) is waited for.
+    An OpenAI-compatible server. A request is repeated while the server is busy, cannot be reached, or restarts.
 
     Args:
         url (`str`): its address, with or without `/v1`.
-        api_key (`str`, *optional*): what it asks for.
-        patience (`float`, *optional*, defaults to `600.0`): seconds after which a request that does not succeed is given up.
+        api_key (`str`, *optional*): its API key.
+        patience (`float`, *optional*, defaults to `600.0`): seconds after which a request is not repeated any more.
+
+    Raises:
+        ValueError: if `url` is not an HTTP address.
     """
 
     def __init__(self, url: str, api_key: str | None = None, patience: float = 600.0):
@@ -59,25 +62,25 @@ class Endpoint:
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
-        near = parts.hostname in ("localhost", "127.0.0.1", "::1")  # where no proxy is in between
+        near = parts.hostname in ("localhost", "127.0.0.1", "::1")  # reached without a proxy
         self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if near else []))
 
     def stop(self) -> None:
-        """Nothing is waited for any more."""
+        """From now on, a request that fails is not repeated."""
         self._stopped.set()
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """
-        The JSON object that the server answers.
+        Sends a request, and returns the JSON object that the server answers.
 
         Args:
             path (`str`): such as `/completions`.
-            body (`dict`, *optional*): what is posted. Without it, the path is asked for.
+            body (`dict`, *optional*): body of a POST request. Without it, a GET request is sent.
 
         Raises:
             EndpointError: a `ValueError`, if the server refuses the request.
-            ValueError: if it answers something else.
-            ConnectionError: if it does not succeed in time.
+            ValueError: if the answer is not a JSON object.
+            ConnectionError: if the request does not succeed within `patience` seconds.
         """
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, content, self._headers)
@@ -112,24 +115,24 @@ class Endpoint:
             found = None
         if not isinstance(found, dict):
             raise ValueError(
-                f"{self.url} answers {content[:80]!r}, which is no JSON object. Is it the address of an OpenAI-compatible server?"
+                f"{self.url} answers {content[:80]!r}, which is not a JSON object. Is it the address of an OpenAI-compatible server?"
             )
         return found
 
     def _say(self, why: str, waited: float) -> None:
-        """Says once that something is waited for."""
+        """Warns once that the server does not answer, after it has `waited` for more than 5 seconds."""
         if waited > 5 and not self._said:
             self._said = True
             logger.warning(
-                f"The server {self.url} does not answer ({why}); it is asked again for up to {self.patience:g} seconds."
+                f"The server {self.url} does not answer ({why}); the request is repeated for up to {self.patience:g} seconds."
             )
 
     def find_model(self, name: str | None) -> dict[str, Any]:
         """
-        What `/models` says of a model, of the only one by default.
+        The entry of a model in `/models`. Without a name, the server must have exactly one model.
 
         Raises:
-            ValueError: if there is none of this name, or several and no name was given.
+            ValueError: if there is no model with this name, or no name was given and there are several.
         """
         try:
             found = self.call("/models").get("data")
@@ -148,7 +151,7 @@ class Endpoint:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """What a server says about a request that it refuses."""
+    """The message of a server that refuses a request."""
     text = error.read().decode(errors="replace")
     try:
         found = json.loads(text)
@@ -160,7 +163,7 @@ def _message(error: urllib.error.HTTPError) -> str:
 
 class Pool:
     """
-    Threads that wait for a server. Unlike those of `concurrent.futures`, they do not hold the program up when it ends.
+    Threads that wait for a server. Unlike those of `concurrent.futures`, they do not keep the program from ending.
 
     Args:
         size (`int`): number of threads.
@@ -180,7 +183,7 @@ class Pool:
         return future
 
     def close(self) -> None:
-        """Ends the threads. What has not begun is not done."""
+        """Ends the threads. Calls that have not begun are dropped."""
         self._is_closed = True
         for _ in range(self._size):
             self._tasks.put(None)

@@ -33,8 +33,8 @@ from .orders import finished_batch
 
 logger = logging.getLogger(__name__)
 
-SMALL_SEEDS = 2**31 - 1  # what every server takes
-ENOUGH_GROUPS = 8  # groups of identical answers that are no accident
+SMALL_SEEDS = 2**31 - 1  # the largest seed that every server accepts
+ENOUGH_GROUPS = 8  # so many groups of identical responses are no accident
 
 
 def collect_from_server(
@@ -56,10 +56,10 @@ def collect_from_server(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Path:
     """
-    As [`collect`], with the answers of a server. From `trl-diffusion serve` come the steps and the log-probabilities of all
-    tokens, and what is stored is what [`collect`] stores for this policy with the settings of the server and the same seed.
-    From other servers comes text. It is tokenized here, and the order of its tokens is unknown: `decoding_order` of training
-    chooses one.
+    As [`collect`], with the responses of a server. `trl-diffusion serve` sends the steps and the log-probabilities of all
+    tokens. The collection is then the same as that of [`collect`] for this policy, with the settings of the server and the
+    same seed. Other servers send text. It is tokenized here, and the order of its tokens is unknown: `decoding_order` of
+    training chooses one.
 
     Args:
         endpoint ([`Endpoint`]): the server.
@@ -68,10 +68,10 @@ def collect_from_server(
         config ([`~transformers.PretrainedConfig`]): its config.
         prompts, reward_funcs, output_dir, num_responses, rows_per_shard, seed, disable_tqdm, chat_template_kwargs (*optional*):
             As for [`collect`].
-        max_new_tokens (`int`): most tokens of a response.
+        max_new_tokens (`int`): largest number of tokens of a response.
         temperature (`float`, *optional*, defaults to `1.0`): temperature of sampling.
-        model (`str`, *optional*): what the server calls the policy, if it has several.
-        concurrency (`int`, *optional*, defaults to `32`): requests at the same time.
+        model (`str`, *optional*): name of the policy on the server. Needed if the server has several models.
+        concurrency (`int`, *optional*, defaults to `32`): number of requests at the same time.
 
     Returns:
         `output_dir` as a `Path`.
@@ -79,7 +79,7 @@ def collect_from_server(
     Raises:
         ValueError: as [`collect`]; if the server has another tokenizer or another spec than this policy; or if it refuses a
             request.
-        ConnectionError: if the server does not answer. The same call goes on.
+        ConnectionError: if the server does not answer. The same call continues the collection.
     """
     template = read_chat_template_kwargs(chat_template_kwargs)
     caller = RewardCaller.of(reward_funcs, template)
@@ -113,10 +113,10 @@ def _provenance(
     max_new_tokens: int,
 ) -> Provenance:
     """
-    Where the responses come from, from what the server says of its model.
+    Provenance of the responses, from the server's entry of its model.
 
     Raises:
-        ValueError: if its policy is another one than that whose tokenizer and spec are here.
+        ValueError: if the server's policy has another tokenizer or spec than the given ones, or uses an approximate cache.
     """
     own, facts = fingerprint_tokenizer(tokenizer), entry.get("denoising")
     if not isinstance(facts, dict):
@@ -156,9 +156,7 @@ class _Asking:
     seed: int
     template: dict[str, Any]
     takes_ids: bool = field(default=True, init=False)
-    tokenizing: threading.Lock = field(
-        default_factory=threading.Lock, init=False
-    )  # tokenizers are not for several threads
+    tokenizing: threading.Lock = field(default_factory=threading.Lock, init=False)  # tokenizers are not thread-safe
 
     def answer_all(
         self, pool: Pool, groups: _Groups, shards: list[Jobs], progress: Progress
@@ -166,7 +164,7 @@ class _Asking:
         """The responses of one shard after the other."""
         waiting: dict[int, list[Future]] = {}
         for shard in range(len(shards)):
-            for ahead in range(shard, min(shard + 2, len(shards))):  # so that no thread waits for the last of a shard
+            for ahead in range(shard, min(shard + 2, len(shards))):  # so that no thread is idle at the end of a shard
                 if ahead not in waiting:
                     waiting[ahead] = [pool.submit(self.answer, *job) for job in shards[ahead]]
             found = []
@@ -202,7 +200,7 @@ class _Asking:
         return finished_batch([ids], [tokens], self.spec)
 
     def _complete(self, row: int, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a prompt. Where token ids are not taken, its text is sent."""
+        """The server's answer to a prompt. A server that does not accept token ids gets the text of the prompt."""
         if self.takes_ids:
             try:
                 return self.endpoint.call("/completions", {**body, "prompt": self.prompt_ids[row]})
@@ -213,7 +211,9 @@ class _Asking:
             found = self.endpoint.call("/completions", {**body, "prompt": self._text(row)})
             if self.takes_ids:
                 self.takes_ids = False
-                logger.warning(f"The server does not take token ids, and gets the text of the prompts ({refusal}).")
+                logger.warning(
+                    f"The server does not accept token ids, so it gets the text of the prompts ({refusal})."
+                )
             return found
         return self.endpoint.call("/completions", {**body, "prompt": self._text(row)})
 
@@ -228,8 +228,8 @@ class _Asking:
     def _check_policy(found: dict[str, Any], facts: dict[str, Any]) -> None:
         if found.get("system_fingerprint") != facts.get("system_fingerprint"):
             raise ValueError(
-                "it is of another policy, or of other settings, than when this began. Start the server as it was, and give the same "
-                "command again"
+                "the policy or the settings of the server have changed since the collection began. Start the server as it was, and "
+                "give the same command again"
             )
 
     def _tokens(self, text: str, reason: str | None) -> list[int]:
@@ -249,7 +249,7 @@ class _Asking:
 
 @dataclass
 class _Groups:
-    """Looks whether the answers to a prompt differ."""
+    """Checks whether the responses to a prompt differ."""
 
     size: int
     temperature: float
@@ -258,7 +258,7 @@ class _Groups:
     has_said: bool = False
 
     def look_at(self, completions: list[list[int]]) -> None:
-        """Looks at the responses of whole groups."""
+        """Counts whole groups of responses, and those in which all responses are the same."""
         for begin in range(0, len(completions), self.size):
             group = completions[begin : begin + self.size]
             self.seen += 1
@@ -267,7 +267,7 @@ class _Groups:
             self.report()
 
     def report(self) -> None:
-        """Says once if they are all the same."""
+        """Warns once if the responses are the same in every group."""
         if self.size > 1 and self.temperature > 0 and self.seen and self.same == self.seen and not self.has_said:
             self.has_said = True
             logger.warning(

@@ -1,4 +1,4 @@
-"""Decoding orders for responses that nobody watched being denoised (docs/method.md, section 6)."""
+"""Decoding orders for responses without a recorded order (docs/method.md, section 6)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ORDERS = ("random", "left_to_right", "confidence")
 
 def finished_batch(prompts: list[list[int]], responses: list[list[int]], spec: DiffusionSpec) -> TrajectoryBatch:
     """
-    Responses of unknown order as a batch: the canvas is filled up to the end of its last block with positions that are
-    never unmasked; `steps` are all 0.
+    A batch of responses whose order is unknown. The steps of all tokens are 0. The last block is filled up with positions that
+    are never unmasked.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     sizes = torch.tensor([len(response) for response in responses])
@@ -56,8 +56,8 @@ def given_order(
     seeds: list[int] | None = None,
 ) -> TrajectoryBatch:
     """
-    The batch with an order that needs no model: in every block, `tokens_per_step` tokens a step, in a uniformly random
-    order or from left to right. Tokens made autoregressively come first, in a step of their own.
+    The batch with an order that needs no model. Each step of a block unmasks `tokens_per_step` tokens, in a uniformly random
+    order or from left to right. Autoregressive tokens come first, in a step of their own.
 
     Args:
         batch ([`TrajectoryBatch`]): finished responses.
@@ -65,6 +65,9 @@ def given_order(
         order (`str`): `"random"` or `"left_to_right"`.
         tokens_per_step (`int`, *optional*, defaults to `1`): tokens unmasked at a step.
         seeds (`list[int]`, *optional*): one per response, for `"random"`.
+
+    Raises:
+        ValueError: if `order` is another one, or `"random"` does not get one seed for each response.
     """
     blocks, movable, first = _parts(batch, spec)
     keys = torch.arange(batch.canvas_ids.shape[1], dtype=torch.float64).expand(batch.canvas_ids.shape).clone()
@@ -90,19 +93,19 @@ def replay_confidence(
     temperature: float = 1.0,
 ) -> TrajectoryBatch:
     """
-    The batch in the order in which a policy would have unmasked these tokens, had it chosen them: at every state, those
-    of a block whose probability is highest, `tokens_per_step` of them. As in [`decode`], the policy's own probability
-    decides, at temperature 1; what is recorded is the log-probability at `temperature`.
+    The batch in the order in which confidence decoding would have unmasked these tokens. In every state, the
+    `tokens_per_step` masked tokens of the block to which the policy gives the highest probability are unmasked. As in
+    [`decode`], these are probabilities at temperature 1. The recorded log-probabilities are those at `temperature`.
 
-    Costs one pass for each step: of the block with the most (block attention, all blocks go on at once), or of the whole
-    response (full attention).
+    Forward passes: the largest number of steps of a block (block attention, where all blocks advance at once), or the
+    number of steps of the whole response (full attention).
 
     Args:
         model (`nn.Module`): the policy, usually the reference.
         batch ([`TrajectoryBatch`]): finished responses.
         spec ([`DiffusionSpec`]): facts about the policy.
         tokens_per_step (`int`, *optional*, defaults to `1`): tokens unmasked at a step.
-        temperature (`float`, *optional*, defaults to `1.0`): what logits are divided by for what is recorded.
+        temperature (`float`, *optional*, defaults to `1.0`): temperature of the recorded log-probabilities.
 
     Raises:
         NonFiniteLogits: a `FloatingPointError`, if a log-probability is NaN or infinite.
@@ -111,7 +114,7 @@ def replay_confidence(
     device = next(model.parameters()).device
     batch = batch.to(device)
     blocks, movable, first = _parts(batch, spec)
-    later = has_in_block(blocks, first).long()  # where a block's step 0 is its autoregressive token
+    offset = has_in_block(blocks, first).long()  # 1 in blocks whose step 0 is the autoregressive token
     steps = torch.where(first, 0, torch.full_like(batch.steps, NEVER))
     logps = torch.zeros_like(batch.logps)
     counter = torch.zeros_like(batch.steps)
@@ -139,14 +142,14 @@ def replay_confidence(
         seen |= unread
         picked = active & (rank_in_block(blocks, -sure.double(), active) < tokens_per_step)
         logps = torch.where(picked, values, logps)
-        steps = torch.where(picked, counter + later, steps)
+        steps = torch.where(picked, counter + offset, steps)
         counter += has_in_block(blocks, picked).long()
         waiting &= ~picked
     return replace(batch, steps=steps, logps=logps)
 
 
 def _parts(batch: TrajectoryBatch, spec: DiffusionSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Block of each position, tokens whose order is free, and tokens made autoregressively; `(R, C)`."""
+    """Block of each position, tokens whose order is free, and autoregressive tokens, `(R, C)` each."""
     width, lengths = batch.canvas_ids.shape[1], batch.prompt_lengths
     first = autoregressive_positions(spec, lengths, width) & batch.completion_mask
     return response_blocks(spec, lengths, width), batch.completion_mask & ~first, first

@@ -38,8 +38,8 @@ def from_preferences(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Dataset:
     """
-    A trajectory dataset with two responses per prompt from a preference dataset
-    (https://huggingface.co/docs/trl/dataset_formats#preference), chosen first; its one reward, `preference`, is 1 and 0.
+    Makes a trajectory dataset of a preference dataset (https://huggingface.co/docs/trl/dataset_formats#preference). Each row
+    has two responses: the chosen one, whose reward `preference` is 1, and the rejected one, whose reward is 0.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -47,30 +47,32 @@ def from_preferences(
         tokenizer (`PreTrainedTokenizerBase`):
             The policy's.
         spec ([`DiffusionSpec`]):
-            Facts about the policy. With a `model`, tokens that do not exist come from the tokenizer if it does not say.
+            Facts about the policy. With a `model`, `absent_token_ids` comes from the tokenizer if it is `None`.
         decoding_order (`str`, *optional*, defaults to `"random"`):
             The order that responses are given: `"random"`, `"left_to_right"` or `"confidence"` (see [`orders`]). With the
             last one, log-probabilities are recorded.
         tokens_per_step (`int`, *optional*, defaults to `1`):
             Tokens unmasked at a step.
         temperature (`float`, *optional*, defaults to `1.0`):
-            What `"confidence"` divides logits by for the log-probabilities that it records.
+            Temperature of the log-probabilities that `"confidence"` records.
         model (`nn.Module`, *optional*):
-            The policy that `"confidence"` asks. What it says is kept in the cache of `datasets` and read from there
-            when the same policy is asked about the same responses with the same settings again.
+            The policy that `"confidence"` runs. The orders are kept in the cache of `datasets`, and read from there when the
+            same policy, responses and settings are used again.
         max_completion_length (`int`, *optional*):
             Longest response in tokens. Longer ones are refused.
         batch_size (`int`, *optional*, defaults to `16`):
             Responses that `"confidence"` runs at once.
         seed (`int`, *optional*, defaults to `0`):
-            For `"random"`.
+            Seed of the order `"random"`.
         chat_template_kwargs (`dict`, *optional*):
-            Variables of the chat template; the ones that training has.
+            Variables of the chat template. Training needs the same ones.
 
     Raises:
-        ValueError: naming the row, for an empty prompt or response, a response that is too long, or a mask token or a
-            token that does not exist in either; or for a column whose name a trajectory dataset needs.
-        FloatingPointError: naming the row, if what the policy says of it is NaN or infinite.
+        TypeError: if `dataset` is not a dataset.
+        ValueError: naming the row, if a prompt or a response is empty, a response is too long, or one of them holds the mask
+            token or a token that does not exist. Also for a column whose name a trajectory dataset needs, for an unknown
+            `decoding_order`, and for `"confidence"` without a `model`.
+        FloatingPointError: naming the row, if the policy's log-probabilities of a response are NaN or infinite.
     """
     check_kind("dataset", dataset, Dataset | IterableDataset, "a dataset of preference pairs")
     check_one_of("decoding_order", decoding_order, ORDERS)
@@ -132,7 +134,8 @@ def _tokens_of(
     longest: int | None,
     template: dict[str, Any],
 ) -> tuple[Any, list[int], list[list[int]]]:
-    """Prompt, its token ids, and those of the chosen and the rejected response. A `ValueError` continues "Row N"."""
+    """Prompt, its token ids, and those of the chosen and the rejected response. The message of a `ValueError` continues
+    "Row N"."""
     for column in ("chosen", "rejected"):
         if not example[column]:
             raise ValueError(f", column `{column}` is empty.")

@@ -33,7 +33,7 @@ def order_provenance(
     tokenizer: str,
     spec: DiffusionSpec,
 ) -> Provenance:
-    """Where trajectories come from whose order was chosen: the policy is the one that was asked, if one was."""
+    """Provenance of trajectories whose order was chosen. The policy is `model` for `"confidence"`, otherwise unknown."""
     recorded = order == "confidence"
     settings = {
         "order": order,
@@ -51,7 +51,7 @@ def order_batches(
     seed: int,
     where: Callable[[int], str],
 ) -> list[TrajectoryBatch]:
-    """Finished batches with the order that `provenance` names. `where` names a response, by its number, in an error."""
+    """Gives finished batches the order that `provenance` names. `where`: from the number of a response to its name in errors."""
     order, tokens_per_step = provenance.decoding["order"], provenance.decoding["tokens_per_step"]
     if order == "confidence":
         if model is None:
@@ -84,8 +84,8 @@ def with_orders(
         decoding_order, tokens_per_step, temperature, model, batch_size, seed (*optional*): as for [`from_preferences`].
 
     Raises:
-        ValueError: if `"confidence"` has no model to ask.
-        FloatingPointError: naming the row, if what the policy says of it is NaN or infinite.
+        ValueError: if `"confidence"` gets no model.
+        FloatingPointError: naming the row, if the policy's log-probabilities of a response are NaN or infinite.
     """
     rows = dataset.to_list()
     places = [place for place, row in enumerate(rows) if is_unordered(json.loads(row["decoding"]))]
@@ -124,7 +124,7 @@ def replay_batches(
     where: Callable[[int], str],
 ) -> list[TrajectoryBatch]:
     """
-    [`replay_confidence`] of every batch, or what the cache has of it. `provenance` says with which settings.
+    Calls [`replay_confidence`] for every batch, with the settings of `provenance`, or reads its result from the cache.
 
     Raises:
         FloatingPointError: if a log-probability is NaN or infinite. `where` names the response in the message, by its number.
@@ -138,13 +138,13 @@ def replay_batches(
                 for number, batch in enumerate(batches)
             ]
         except (OSError, KeyError, SafetensorError):
-            pass  # damaged: made anew
+            pass  # a damaged file is replaced
     tokens_per_step, temperature = provenance.decoding["tokens_per_step"], provenance.decoding["temperature"]
     replayed: list[TrajectoryBatch] = []
     for batch in tqdm(batches, desc="replaying", unit="batch"):
         try:
             replayed.append(replay_confidence(model, batch, spec, tokens_per_step, temperature).to("cpu"))
-        except NonFiniteLogits as error:  # under the row of the dataset
+        except NonFiniteLogits as error:  # names the row of the dataset
             number = sum(map(len, replayed)) + error.row
             raise FloatingPointError(f"{where(number)}: {error.reason}") from error
     if path is not None:
@@ -156,7 +156,8 @@ def replay_batches(
 
 
 def _cache_file(batches: list[TrajectoryBatch], provenance: Provenance) -> Path | None:
-    """Where a replay is kept: a name made of everything that it depends on. `None` if `datasets` is not to cache."""
+    """The file of a replay. Its name is a digest of everything that the replay depends on. `None` if the cache of `datasets` is
+    off."""
     if not is_caching_enabled():
         return None
     digest = xxhash.xxh3_128(json.dumps(provenance.columns(), sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""Importing responses that somebody has: prompts, responses and perhaps rewards in, a collection on disk out."""
+"""Importing existing responses: prompts, responses and perhaps rewards in, a collection on disk out."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ REASONS = {
     "length": True,
     "": False,
     None: False,
-}  # whether a response is cut off; as the OpenAI API calls it
-GIVEN = "given"  # name of rewards that have none
+}  # finish reasons of the OpenAI API, and whether the response is cut off
+GIVEN = "given"  # the name of rewards without a name
 
 
 @dataclass
@@ -53,7 +53,8 @@ class Group:
         texts (`list[str]`): the responses.
         rewards (`dict[str, list]`): rewards by name, one for each response; None where there is none.
         cut (`list[bool]`): whether each response is cut off, and has no stop token.
-        ids (`list[list[int]]`): the token ids of the prompt, and after them those of each response.
+        prompt_ids (`list[int]`): the token ids of the prompt.
+        ids (`list[list[int]]`): the token ids of each response.
     """
 
     where: str
@@ -80,22 +81,24 @@ def import_responses(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Path:
     """
-    Writes responses that are there already as a collection, to train on them offline. The order of their tokens is unknown:
-    `decoding_order` of training chooses one.
+    Writes existing responses as a collection, for offline training. The order of their tokens is unknown: `decoding_order` of
+    training chooses one.
 
     Args:
         rows (`Sequence[dict]`):
-            Each with `prompt` (text or messages) and `responses` (a list of texts), or `response` (a text). Rows with the same
-            prompt and a single response make a group. `rewards` may be a list of numbers, one for each response, or an object
-            of such lists; `reward` a number, or an object of numbers. A response gets the stop token of the policy, unless its
-            `finish_reasons` (a list) or `finish_reason` is `"length"`: it was cut off. Other columns are kept, and reach the reward
-            functions.
+            A row has a `prompt` (text or messages), and either `responses` (a list of texts) or `response` (a text). Rows with
+            `response` and the same prompt form a group.
+
+            A row with `responses` may have `rewards` (a list of numbers, one for each response, or an object of such lists) and
+            `finish_reasons` (a list). A row with `response` may have `reward` (a number, or an object of numbers) and
+            `finish_reason`. A response gets the stop token of the policy, unless its reason is `"length"`, that is, unless it
+            was cut off. Other columns are kept, and passed to the reward functions.
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
         spec ([`DiffusionSpec`]): facts about the policy.
         config ([`~transformers.PretrainedConfig`]): its config.
         output_dir (`str` or `Path`): a new directory, or that of an interrupted import.
-        reward_funcs (*optional*): reward functions, as for [`collect`], beside the rewards of the rows.
-        max_new_tokens (`int`, *optional*): most tokens of a response. Longer ones are refused.
+        reward_funcs (*optional*): reward functions, as for [`collect`], in addition to the rewards of the rows.
+        max_new_tokens (`int`, *optional*): largest number of tokens of a response. Longer ones are refused.
         rows_per_shard (`int`, *optional*, defaults to `64`): prompts in a shard.
         source (`str`, *optional*): where the rows are from, for errors and the card.
         disable_tqdm, chat_template_kwargs (*optional*): as for [`collect`].
@@ -104,7 +107,7 @@ def import_responses(
         `output_dir` as a `Path`.
 
     Raises:
-        ValueError: naming `source` and the row, if a row is not as it should be.
+        ValueError: naming `source` and the row, if a row has another form, or holds a response that cannot be trained on.
     """
     template = read_chat_template_kwargs(chat_template_kwargs)
     check_at_least("rows_per_shard", rows_per_shard)
@@ -149,7 +152,7 @@ def _groups(rows: Sequence[dict[str, Any]], source: str) -> list[Group]:
             continue
         if group.columns != before.columns or list(group.rewards) != list(before.rewards):
             raise ValueError(
-                f"{where}: has the prompt of {before.where}, and other columns or rewards than it. Make them the same, or give all "
+                f"{where}: has the same prompt as {before.where}, but other columns or rewards. Make them the same, or give all "
                 "`responses` in one row."
             )
         before.texts += group.texts
@@ -221,7 +224,7 @@ def _rewards(value: Any, name: str, count: int, where: str) -> dict[str, list[fl
 
 
 def _number(value: Any) -> Any:
-    """A number, which is text in a file of comma-separated values."""
+    """Turns text into a number, since the numbers of a CSV file are text. Anything else is returned as it is."""
     try:
         return (float(value) if value.strip() else None) if isinstance(value, str) else value
     except ValueError:
@@ -240,7 +243,7 @@ def _reward_names(groups: list[Group], caller: RewardCaller | None, source: str)
     twice = sorted(set(names) & set(caller.names if caller else ()))
     if twice:
         raise ValueError(
-            f"{source} has rewards {twice}, which are called as a reward function. Leave one of the two out."
+            f"{source} has rewards {twice}, which are also names of reward functions. Leave one of the two out."
         )
     if not names and caller is None:
         raise ValueError(f"{source} has no rewards: add `rewards` to each row, or give `--reward_funcs`.")

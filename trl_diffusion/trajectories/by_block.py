@@ -21,7 +21,7 @@ def sum_by_block(blocks: Tensor, values: Tensor) -> Tensor:
 
 
 def max_by_block(blocks: Tensor, values: Tensor) -> Tensor:
-    """Maximum of `values`, `(R, ..., C)`, and 0 over each block: `(R, ..., S)`."""
+    """Maximum of `values`, `(R, ..., C)`, over each block, but at least 0: `(R, ..., S)`."""
     largest = values.new_zeros(*values.shape[:-1], num_blocks(blocks))
     return largest.scatter_reduce_(-1, _expand(blocks, values), values, reduce="amax")
 

@@ -17,7 +17,7 @@ erasure; null if it was not recorded |
 | `policy_fingerprint`, `tokenizer_fingerprint` | string | the policy and the tokenizer that made it |
 | `spec`, `decoding` | string | [`DiffusionSpec`] and settings of the decoder, as JSON |
 
-A position without an event was never unmasked. Events are sorted by block, step and position. If nobody knows the order, as of
+A position without an event was never unmasked. Events are sorted by block, step and position. If the order is unknown, as for
 text that was written elsewhere, `order` in `decoding` is null and all steps are 0.
 
 Rows of a decoder that takes no token back have version 1: every position has at most one event. Rows of a decoder that
@@ -81,7 +81,7 @@ def is_trajectory_dataset(dataset: Dataset | IterableDataset | None) -> bool:
 
 
 def is_unordered(decoding: Mapping[str, Any]) -> bool:
-    """Whether settings of the decoder, as they are stored, say that the order in which the tokens were written is unknown."""
+    """Whether stored settings of the decoder say that the order in which the tokens were written is unknown."""
     return "order" in decoding and decoding["order"] is None
 
 
@@ -97,7 +97,7 @@ def has_unordered(dataset: Dataset | IterableDataset | None) -> bool:
 
 
 def _mapping(text: Any) -> dict[str, Any]:
-    """A JSON object; an empty one if it is something else, which is said elsewhere."""
+    """Parses a JSON object. Anything else gives an empty one; [`check_trajectories`] reports it."""
     try:
         found = json.loads(text)
     except (TypeError, ValueError):
@@ -115,7 +115,8 @@ def to_rows(
 ) -> list[dict[str, Any]]:
     """
     Rows of this format. `num_responses` neighbours of a batch, which respond to the same prompt, form a row. The caller
-    adds the columns of the prompt dataset and the rewards.
+    adds the columns of the prompt dataset and the rewards. `recorded`: whether log-probabilities were recorded; if not,
+    `event_logps` is null.
     """
     batch = batch.to("cpu")
     regions = event_regions(spec, batch)
@@ -236,7 +237,7 @@ def check_trajectories(
 
             - a column is missing, or the format version is unknown;
             - the tokenizer was another one, or the policy denoised in another way (mask token, block size, ...);
-            - lengths disagree, or a position of a response is not visible in the end;
+            - lengths disagree, or a position of a completion is masked in the end;
             - a position has two events, and the decoder did not revise; or an event contradicts those before it;
             - rows have different format versions;
             - the steps of a block are not counted from 0;
@@ -445,7 +446,7 @@ def _shards(path: Path, allow_partial: bool) -> list[Path]:
             parquet.read_metadata(file)
         except Exception as error:
             raise ValueError(
-                f"{file} cannot be read ({error}). Delete it and collect again: only it is made anew."
+                f"{file} cannot be read ({error}). Delete it and collect again: all other shards are kept."
             ) from error
     plan = path / "collection.json"
     if plan.exists() and not allow_partial:

@@ -13,7 +13,7 @@ from .trajectory import TrajectoryBatch
 
 def trajectory_fields(batch: TrajectoryBatch) -> dict[str, Any]:
     """
-    A response, a batch of one, for JSON.
+    The fields of a response (a batch of one) for JSON.
 
     Returns:
         `dict`: `token_ids`, `steps` and `log_probs` of each position of the canvas (see [`TrajectoryBatch`]),
@@ -35,14 +35,14 @@ def trajectory_fields(batch: TrajectoryBatch) -> dict[str, Any]:
 
 def trajectory_of_fields(prompt: list[int], values: dict[str, Any]) -> TrajectoryBatch:
     """
-    A batch of one from what [`trajectory_fields`] has made.
+    A batch of one from the fields of [`trajectory_fields`].
 
     Args:
         prompt (`list[int]`): token ids of the prompt.
         values (`dict`): the fields.
 
     Raises:
-        ValueError: if they are something else.
+        ValueError: if fields are missing, have another form, or contradict each other.
     """
     try:
         tokens, steps, logps = (values[name] for name in ("token_ids", "steps", "log_probs"))
@@ -68,5 +68,5 @@ def trajectory_of_fields(prompt: list[int], values: dict[str, Any]) -> Trajector
         )
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(
-            f"This is no response with the steps of its tokens ({type(error).__name__}: {error!s:.200})."
+            f"These are not the fields of a response and its denoising steps ({type(error).__name__}: {error!s:.200})."
         ) from error

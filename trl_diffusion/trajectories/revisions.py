@@ -44,12 +44,12 @@ class Revisions:
     @classmethod
     def collect(cls, rows: Tensor, count: int, **columns: Tensor) -> Revisions:
         """
-        Puts a list of writes into rows.
+        Sorts a list of writes into one row for each response.
 
         Args:
-            rows (`Tensor` of shape `(N,)`): response of each write.
+            rows (`Tensor` of shape `(writes,)`): response of each write.
             count (`int`): number of responses.
-            columns (`Tensor` of shape `(N,)`): the attributes of this class, for each write.
+            columns (`Tensor` of shape `(writes,)`): the attributes of this class, for each write.
         """
         order = rows.argsort(stable=True)
         rows = rows[order]

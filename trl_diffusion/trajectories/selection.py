@@ -23,7 +23,7 @@ class Selection:
         sub_block_size (`int`, *optional*): size of the parts of a block that are unmasked one after another.
         tempered (`bool`, *optional*, defaults to `False`): see `DecodingConfig.tempered_confidence`.
         new_tokens (`int`, *optional*): largest number of tokens of a response. If it is less than a block, positions after it
-            were not there to be selected.
+            could not be selected.
     """
 
     threshold: float | None = None
@@ -32,13 +32,13 @@ class Selection:
     new_tokens: int | None = None
 
     def of_policy(self, spec: DiffusionSpec) -> Selection:
-        """The same, without `new_tokens` if it is no less than a block, and has no effect."""
+        """A copy without `new_tokens` if it has no effect, that is, if it is at least a block."""
         whole = self.new_tokens is None or self.new_tokens >= spec.block_size
         return replace(self, new_tokens=None) if whole else self
 
     def rejected_logps(self, log_probs: Tensor, seen: Tensor, lowest: Tensor) -> Tensor:
         """
-        Log-probability with which each position is left masked, that is, of sampling a token with which it is not selected.
+        Log-probability that each position is left masked: that a token is sampled with which the position is not selected.
 
         Args:
             log_probs (`Tensor` of shape `(M, V)`): log-distributions that tokens are sampled from.

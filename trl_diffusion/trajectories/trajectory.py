@@ -97,7 +97,7 @@ class TrajectoryBatch:
         return self.logps if self.revisions is None else torch.cat([self.logps, self.revisions.logps], 1)
 
     def of_events(self, values: Tensor) -> Tensor:
-        """The values of canvas positions, `(R, C)`, for the position of each write, `(R, E)`."""
+        """Looks up the values of canvas positions, `(R, C)`, at the position of each write: `(R, E)`."""
         return values if self.revisions is None else values.gather(1, self.event_positions)
 
     def completions(self) -> list[list[int]]:
@@ -116,7 +116,12 @@ class TrajectoryBatch:
 
     @classmethod
     def concatenate(cls, batches: list[TrajectoryBatch]) -> TrajectoryBatch:
-        """Joins several batches into one, padded to the widest: prompts on the left, canvases on the right."""
+        """
+        Joins several batches into one, padded to the widest: prompts on the left, canvases on the right.
+
+        Raises:
+            ValueError: if the batches were decoded with different caches, or only some by a decoder that revises.
+        """
         prompt_width = max(batch.prompt_ids.shape[1] for batch in batches)
         canvas_width = max(batch.canvas_ids.shape[1] for batch in batches)
 
@@ -260,8 +265,8 @@ def counted_writes(spec: DiffusionSpec, batch: TrajectoryBatch, whole_steps: boo
 
     These are the tokens of the completion, and tokens after it that were unmasked before the step that unmasked its last
     token. The policy saw them while it wrote the completion, so they belong to the gradient of the expected reward.
-    Later tokens changed nothing (docs/method.md, section 3.1). Of a decoder that revises, every write counts: until it ends
-    it may change the completion.
+    Later tokens changed nothing (docs/method.md, section 3.1). With a decoder that revises, every write counts, because the
+    decoder may change the completion until its last step.
 
     Args:
         spec ([`DiffusionSpec`]): facts about the policy.
@@ -285,7 +290,7 @@ def counted_writes(spec: DiffusionSpec, batch: TrajectoryBatch, whole_steps: boo
 def steps_of_responses(spec: DiffusionSpec, batch: TrajectoryBatch) -> Tensor:
     """
     The number of denoising steps that wrote each response, `(R,)`. Steps that wrote only tokens after the completion do not
-    count. Of a decoder that revises, every step counts.
+    count. With a decoder that revises, every step counts.
     """
     written = batch.completion_mask if batch.revisions is None else batch.event_steps != NEVER
     keys = torch.stack([written.nonzero()[:, 0], event_regions(spec, batch)[written], batch.event_steps[written]])
