@@ -62,7 +62,7 @@ def denoise(
     blocks = number_blocks(spec, lengths, int(lengths.max()) + S * spec.block_size)
     blocks = blocks[:, (blocks < S).any(0)]  # (R, P + C)
     places, sees = torch.arange(blocks.shape[1]), blocks[:, :, None] >= blocks[:, None]
-    # Where a block begins, if its first token is autoregressive: made by a step of its own, before the others.
+    # True at the first token of a block, if it is autoregressive: a step of its own unmasks it, before the others.
     first = (blocks != blocks.roll(1, 1)) & (spec.first_token == "autoregressive")
     tokens = torch.tensor([prompt + [mask] * (len(places) - len(prompt)) for prompt in prompts])
     steps, logps = torch.full_like(tokens, -1), torch.zeros(tokens.shape)
@@ -75,7 +75,7 @@ def denoise(
             masked = torch.where((masked & first).any(1, keepdim=True), masked & first, masked)
             probs = log_probs.exp().flatten(0, 1)
             proposed = (probs.argmax(1) if rng is None else probs.multinomial(1, generator=rng)).view_as(tokens)
-            # The surest positions are unmasked, whatever token was sampled: the choice adds nothing to the gradient.
+            # The surest positions are unmasked, whichever tokens were sampled, so the choice adds nothing to the gradient.
             sureness = log_probs.amax(2).masked_fill(~masked, -torch.inf)
             chosen = masked & torch.zeros_like(masked).scatter(1, sureness.topk(per_step).indices, True)
             tokens, steps = torch.where(chosen, proposed, tokens), torch.where(chosen, t, steps)
@@ -101,7 +101,7 @@ def chances(trajectories: Trajectories) -> Tensor:
 
 
 def draw(trajectories: Trajectories, rng: Generator) -> Tensor:
-    """State reduction (section 2): one step of each block is drawn. That of the block of each position, (R, P + C)."""
+    """State reduction (section 2): draws one step of each block. Returns the step of each position's block, (R, P + C)."""
     likely = chances(trajectories)
     race = likely / torch.empty_like(likely).exponential_(generator=rng)  # its largest entry is a draw by `likely`
     return race.argmax(2).gather(1, trajectories.blocks.clamp(min=0))
@@ -120,8 +120,8 @@ def weigh(trajectories: Trajectories, drawn: Tensor) -> Tensor:
 
 def pack(spec: DiffusionSpec, trajectories: Trajectories, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
-    All drawn states, z[s, t_s] of section 1, in one row: the sequence, then a noisy copy of it, in which what each block
-    unmasked at its drawn step and later is a mask again. Returns tokens (R, N), places (N,) and sees (R, N, N):
+    All drawn states, z[s, t_s] of section 1, in one row: the sequence, then a noisy copy of it. In the copy, tokens that were
+    unmasked at the drawn step of their block or later are masked. Returns tokens (R, N), places (N,) and sees (R, N, N):
     - a clean token sees the clean tokens of its own block and of the blocks before it, as in `denoise`;
     - a noisy token sees the clean tokens of the blocks before its own, and the noisy tokens of its own block.
     """
@@ -142,15 +142,15 @@ def score(policy: nn.Module, spec: DiffusionSpec, trajectories: Trajectories, dr
 
 
 def advantages_of(rewards: Tensor, group_size: int) -> Tensor:
-    """How many standard deviations of its group each response is better than the group's mean, (R,) -> (R,)."""
+    """The reward of each response minus the mean of its group, in standard deviations of the group, (R,) -> (R,)."""
     groups = rewards.view(-1, group_size)
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
 
 
 def grpo_loss(logps: Tensor, old_logps: Tensor, weights: Tensor, advantages: Tensor, epsilon: float = 0.2) -> Tensor:
     """
-    From three (R, P + C) and advantages (R,): the clipped loss of GRPO, weighted (section 5). Ratio reduction (section 2):
-    in the ratio of two policies the choice of positions cancels, and the tokens remain.
+    The clipped loss of GRPO, weighted (section 5), from three tensors (R, P + C) and advantages (R,). Ratio reduction
+    (section 2): in the ratio of two policies the choice of positions cancels, and the tokens remain.
     """
     ratios = torch.where(weights > 0, logps - old_logps, 0.0).exp()
     gains = torch.min(ratios * advantages[:, None], ratios.clamp(1 - epsilon, 1 + epsilon) * advantages[:, None])
@@ -158,7 +158,7 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, weights: Tensor, advantages: Ten
 
 
 def answer(policy, spec, tokenizer, puzzles: list[str], rng: Generator | None) -> tuple[Trajectories, list[str]]:
-    """Denoises answers of 16 digits and a stop token, 2 characters a step: their trajectories and their texts."""
+    """Denoises answers of 16 digits and a stop token, 2 characters a step. Returns their trajectories and texts."""
     prompts = tokenizer([sudoku.prompt(puzzle) for puzzle in puzzles])["input_ids"]
     trajectories = denoise(policy, spec, prompts, S=3, per_step=2, rng=rng)
     answers = [row[kept] for row, kept in zip(trajectories.tokens, trajectories.completion, strict=True)]

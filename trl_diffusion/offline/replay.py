@@ -51,7 +51,8 @@ def order_batches(
     seed: int,
     where: Callable[[int], str],
 ) -> list[TrajectoryBatch]:
-    """Gives finished batches the order that `provenance` names. `where`: from the number of a response to its name in errors."""
+    """Gives finished batches the order that `provenance` names. `where` takes the number of a response, and returns how an
+    error names it."""
     order, tokens_per_step = provenance.decoding["order"], provenance.decoding["tokens_per_step"]
     if order == "confidence":
         if model is None:

@@ -1,8 +1,8 @@
 """
 Attention of our own shapes, each described by a *plan* that a model of transformers carries to its layers:
 
-- packed: clean tokens and noisy copies in one row, and parts that share what comes before and do not see each other;
-- ragged: sequences of any lengths, one behind the other in a single row, without padding.
+- packed: clean tokens and noisy copies in one row, and parts that share a prefix and do not see each other;
+- ragged: sequences of any lengths, one after another in a single row, without padding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PLANNED_FOR = {"sdpa": PLANNED, "flex_attention": PLANNED_FLEX}
 
 
 class AttentionPlan(Protocol):
-    """Who looks at whom in a forward pass, and how to compute it without the pairs that do not look at each other."""
+    """Which token sees which in a forward pass, and how attention is computed without the other pairs."""
 
     def dense(self) -> Tensor:
         """The same as one boolean mask of shape `(R, 1, N, keys)`, for attention implementations that take only that."""
@@ -51,22 +51,22 @@ class AttentionPlan(Protocol):
 @dataclass
 class PackedMask:
     """
-    Who may look at whom in rows `[ prefix of P tokens | parts of equal width ]`, in which a prompt or a response has
-    its clean tokens and noisy copies of some of its blocks (docs/method.md, section 2):
+    Which token sees which in rows `[ prefix | parts of equal width ]`. The prefix and the parts hold clean tokens, and
+    noisy copies of blocks (docs/method.md, section 2):
 
         clean token    sees clean tokens of its own rank and of lower ones
         noisy token    sees clean tokens of lower ranks, and its own copy
         part           sees the prefix and itself; the prefix sees itself
 
-    Nothing looks at padding, but padding at itself, so that no row of the softmax is empty.
+    No token sees padding, except that every token sees itself, so that no row of the softmax is empty.
 
     The rank is the block, or with a causal clean part the position ([`DiffusionSpec.rank`]).
 
     Attributes:
-        ranks (`Tensor` of shape `(Q, N)`): rank of each token; in the prefix below those of the parts.
+        ranks (`Tensor` of shape `(Q, N)`): rank of each token. Tokens of the prefix have lower ranks than those of the parts.
         copies (`Tensor` of shape `(N,)` or `(Q, N)`): the noisy copy that a column belongs to, 0 for clean tokens.
         valid (boolean `Tensor` of shape `(Q, N)`): False for padding.
-        prefix (`int`): length of the prefix `P`.
+        prefix (`int`): length of the prefix.
         count (`int`): number of parts of equal width.
         documents (`Tensor` of shape `(Q, N)`, *optional*): number of the part of each token, from 1, for rows of parts of
             any width. There is no prefix then.
@@ -89,7 +89,7 @@ class PackedMask:
         return (columns.clamp(min=-1) // max((size - self.prefix) // self.count, 1) + 1).clamp(max=self.count)
 
     def allowed(self, queries: slice, keys: slice) -> Tensor:
-        """Who may look at whom among some of the columns, boolean, `(Q, 1, queries, keys)`."""
+        """Which tokens see which among some of the columns, boolean, `(Q, 1, queries, keys)`."""
         columns = torch.arange(self.ranks.shape[1], device=self.ranks.device)
 
         def pairs(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,8 @@ class PackedMask:
 
     @cached_property
     def _split(self) -> tuple[Tensor, Tensor]:
-        """Masks of the prefix `(Q, 1, P, P)` and of the parts over prefix and themselves `(Q * parts, 1, width, P + width)`."""
+        """Masks of the prefix, `(Q, 1, prefix, prefix)`, and of each part, `(Q * parts, 1, width, prefix + width)`, whose keys are
+        those of the prefix and of the part."""
         size, length = self.ranks.shape[1], self.prefix
         width = (size - length) // self.count
         starts = range(length, length + self.count * width, width) if width else [length] * self.count
@@ -117,12 +118,14 @@ class PackedMask:
         return self.allowed(slice(length), slice(length)), torch.stack(parts, 1).flatten(0, 1)
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs) -> Tensor:
-        """The prefix, and each part over the prefix and itself, instead of the whole row over itself."""
+        """Attention of the prefix over itself, and of each part over the prefix and itself, in place of the whole row."""
         (of_prefix, of_parts), length, count = self._split, self.prefix, self.count
         if length == 0 and count == 1:
             return sdpa_attention_forward(module, query, key, value, of_parts, **kwargs)[0]
 
-        def split(values: Tensor) -> tuple[Tensor, Tensor]:  # (Q, H, N, d) -> (Q, H, P, d), (Q * parts, H, width, d)
+        def split(
+            values: Tensor,
+        ) -> tuple[Tensor, Tensor]:  # (Q, H, N, d) -> (Q, H, prefix, d), (Q * parts, H, width, d)
             parts = values[:, :, length:].unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
             return values[:, :, :length], parts
 
@@ -131,19 +134,19 @@ class PackedMask:
             return torch.cat([prefix.repeat_interleave(count, 0), parts], 2)
 
         (prefix_query, part_query), (prefix_key, _), (prefix_value, _) = split(query), split(key), split(value)
-        before, _ = sdpa_attention_forward(
+        prefix_out, _ = sdpa_attention_forward(
             module, prefix_query, prefix_key, prefix_value, of_prefix, **kwargs
-        )  # (Q, P, H, d)
-        behind, _ = sdpa_attention_forward(
+        )  # (Q, prefix, H, d)
+        part_out, _ = sdpa_attention_forward(
             module, part_query, with_prefix(key), with_prefix(value), of_parts, **kwargs
         )  # (Q * parts, width, H, d)
-        return torch.cat([before, behind.unflatten(0, (-1, count)).flatten(1, 2)], 1)
+        return torch.cat([prefix_out, part_out.unflatten(0, (-1, count)).flatten(1, 2)], 1)
 
     @cached_property
     def block_mask(self) -> BlockMask:
         """
-        The same for FlexAttention, on rows that are padded to the length of their bucket, and as many of them as the next
-        power of two: no `(N, N)` mask is made, and a kernel is compiled for a bucket, not for each shape.
+        The same for FlexAttention, without a mask of shape `(N, N)`. Rows are padded to the length of their [`bucket`], and
+        their number to the next power of two. One kernel is then compiled for a bucket, and not one for each shape.
         """
         rows, columns = _missing(*self.ranks.shape)
         ranks = functional.pad(self.ranks, (0, columns, 0, rows), value=_BELOW_ALL)  # looks at nothing but itself
@@ -190,7 +193,7 @@ class PackedMask:
         """
         if dropout:
             raise ValueError(
-                f"FlexAttention has no dropout, the policy's config has attention_dropout={dropout}. Set it to 0, or load "
+                f"FlexAttention has no dropout, but the policy's config has attention_dropout={dropout}. Set it to 0, or load "
                 "the policy with attn_implementation='sdpa'."
             )
         if torch.is_autocast_enabled(query.device.type):
@@ -198,7 +201,7 @@ class PackedMask:
             query, key, value = query.to(precision), key.to(precision), value.to(precision)
         count, length = query.shape[0], query.shape[2]
         rows, columns = _missing(count, length)
-        # Contiguous also where nothing is added: the compiled kernel is one for these strides.
+        # Contiguous even without padding, because the kernel is compiled for contiguous strides.
         padding = (0, 0, 0, columns, 0, 0, 0, rows)
         query, key, value = (functional.pad(values, padding).contiguous() for values in (query, key, value))
         attention: Callable = flex_attention
@@ -214,13 +217,14 @@ TILE = 128  # side of the squares that FlexAttention computes or leaves out
 
 
 def bucket(length: int) -> int:
-    """The length that FlexAttention runs with: a multiple of `TILE`, at most a quarter longer, four to an octave."""
+    """The length that FlexAttention runs with: `length`, rounded up to a multiple of `TILE`. Above 8 tiles it is rounded up
+    further, so that there are four lengths between two powers of two, and it grows by less than a quarter."""
     step = max(TILE, 1 << max((length - 1).bit_length() - 3, 0))
     return -(-length // step) * step
 
 
 def _missing(rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns that are missing to the shape that FlexAttention runs with."""
+    """Numbers of rows and columns that are added for the shape that FlexAttention runs with."""
     return (1 << max(rows - 1, 0).bit_length()) - rows, bucket(columns) - columns
 
 
@@ -230,7 +234,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 def _numbered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tiles are set in each row: how many, and their numbers in front."""
+    """The number of tiles that are set in each row, and the numbers of all tiles, those that are set first."""
     numbers = (~tiles).long().sort(dim=-1, stable=True).indices
     return tiles.sum(-1).int(), numbers.int()
 
@@ -242,7 +246,8 @@ def _may_look(
     columns: tuple[Tensor, Tensor],
     valid: Tensor,
 ) -> Tensor:
-    """The rule of [`PackedMask`], for what is known of the token that looks and of the one that is looked at."""
+    """The rule of [`PackedMask`]. Each pair holds values of the token that sees (the query) and of the one that is seen (the
+    key). `valid` is that of the key."""
     clean = copies[1] == 0
     same_copy = copies[0] == copies[1]
     backwards = (ranks[1] < ranks[0]) | ((ranks[1] == ranks[0]) & same_copy)
@@ -253,18 +258,19 @@ def _may_look(
 @dataclass
 class Places:
     """
-    Where the tokens of some sequences are in a row, `n` of each.
+    Places in a row of the tokens of some sequences, `n` of each.
 
     Attributes:
-        numbers (`Tensor` of shape `(sequences, n)`): their places.
-        run (`slice`, *optional*): the part of the row of which they are the beginnings, if it is cut into equal pieces.
+        numbers (`Tensor` of shape `(sequences, n)`): the places.
+        run (`slice`, *optional*): set if the sequences lie in pieces of equal size, one after another: the part of the row that
+            the pieces make up. The `n` places of a sequence are the first ones of its piece.
     """
 
     numbers: Tensor
     run: slice | None = None
 
     def of(self, values: Tensor) -> Tensor:
-        """Of `values`, `(H, N, d)`, those at these places: `(sequences, H, n, d)`. A view if they are a run."""
+        """The entries of `values`, `(H, N, d)`, at these places: `(sequences, H, n, d)`. A view if there is a `run`."""
         if self.run is None:
             return values[:, self.numbers].transpose(0, 1)
         count, length = self.numbers.shape
@@ -274,12 +280,13 @@ class Places:
 @dataclass
 class RaggedGroup:
     """
-    Sequences that have the same number `n` of tokens in this pass, and the most keys that one of them looks at.
+    Sequences that have the same number `n` of tokens in this pass.
 
     Attributes:
-        queries ([`Places`]): their tokens, `n` of each, in the row.
-        keys ([`Places`]): their keys, equally many of each, among all keys.
-        allowed (boolean `Tensor` of shape `(sequences, 1, n, keys)`): who may look at whom. `None`: everything at everything.
+        queries ([`Places`]): places of their tokens in the row, `n` for each sequence.
+        keys ([`Places`]): places of their keys among all keys. Each sequence gets as many as the one that needs most.
+        allowed (boolean `Tensor` of shape `(sequences, 1, n, keys)`, *optional*): which tokens see which keys. `None` if every
+            token sees all keys.
     """
 
     queries: Places
@@ -290,13 +297,13 @@ class RaggedGroup:
 @dataclass
 class RaggedMask:
     """
-    Sequences of any lengths, one behind the other in a single row: no token is padding. Sequences with the same number
-    of tokens are attended to together.
+    Sequences of any lengths, one after another in a single row, without padding. Attention is computed together for sequences
+    with the same number of tokens.
 
     Attributes:
         groups (`list[RaggedGroup]`): every token of the row is in exactly one group.
-        num_queries (`int`): tokens of the row.
-        num_keys (`int`): keys, those of a cache included.
+        num_queries (`int`): number of tokens of the row.
+        num_keys (`int`): number of keys, those of a cache included.
     """
 
     groups: list[RaggedGroup]
@@ -335,14 +342,14 @@ def _attend_by_key_heads(
     **kwargs,
 ) -> Tensor:
     """
-    Scaled dot-product attention in which the query heads that share keys and values stand one behind the other as queries of
-    one head. With a mask, SDPA would need a copy of keys and values for each query head: for few queries and many keys, as in
-    a decoding step, that copy takes longer than the attention.
+    Scaled dot-product attention in which query heads that share keys and values are concatenated into more queries of one head.
+    With a mask, SDPA would need a copy of keys and values for each query head. In a decoding step, with few queries and many
+    keys, that copy takes longer than the attention.
 
     Args:
         query (`Tensor` of shape `(sequences, H, n, d)`): queries.
         key, value (`Tensor` of shape `(sequences, H_kv, keys, d)`): keys and values.
-        allowed (boolean `Tensor` of shape `(sequences, 1, n, keys)`, *optional*): who may look at whom.
+        allowed (boolean `Tensor` of shape `(sequences, 1, n, keys)`, *optional*): which tokens see which keys.
 
     Returns:
         `Tensor` of shape `(sequences, n, H, d)`.
@@ -377,10 +384,10 @@ def backbone(model: nn.Module) -> PreTrainedModel:
 
 def enable_plans(model: nn.Module) -> bool:
     """
-    Lets a model that runs on `sdpa` or `flex_attention` take an [`AttentionPlan`]; anything else it computes with SDPA.
+    Lets a model that runs on `sdpa` or `flex_attention` take an [`AttentionPlan`]. A pass without a plan is computed with SDPA.
 
     Returns:
-        `bool`: whether the model can. If not, it is given masks, as [`AttentionPlan.dense`] makes them.
+        `bool`: whether the model takes plans. If not, it needs the masks of [`AttentionPlan.dense`].
     """
     base = backbone(model)
     implementation = base.config._attn_implementation
@@ -395,7 +402,7 @@ def enable_plans(model: nn.Module) -> bool:
 
 
 def refuse_plans(model: nn.Module) -> None:
-    """Has [`enable_plans`] give this model masks from now on: its layers do not pass a plan on to their attention."""
+    """Makes [`enable_plans`] refuse this model from now on, because its layers do not pass a plan on to their attention."""
     _WITHOUT_PLANS.add(backbone(model))
 
 
@@ -424,11 +431,12 @@ def planned_attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """
-    Scaled dot-product attention, under a plan if there is one. Shapes are those of transformers' functions. With `flex`, a
-    packed row on a GPU goes through FlexAttention, whose heads have 16 numbers or more.
+    Scaled dot-product attention, under a plan if there is one. Shapes are those of transformers' functions. With `flex`, packed
+    rows on a GPU are computed with FlexAttention, if heads have at least 16 dimensions.
 
     Raises:
-        ValueError: for a model whose attention is more than that, or that does not pass the plan on to its layers.
+        ValueError: for a model whose attention has other terms (`softcap`, `s_aux`, `position_bias`), or that does not pass the
+            plan on to its layers.
     """
     more = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if more:

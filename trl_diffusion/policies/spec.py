@@ -39,17 +39,17 @@ class DiffusionSpec:
             of its own, from the last position before the block, which is clean by then (needs `token_shift`, or
             `clean_attention="causal"`).
         stop_token_ids (`tuple[int, ...]`, *optional*, defaults to `()`):
-            Tokens that end a response. The first one counts as part of the response, nothing behind it does.
+            Tokens that end a response. The first one in a response is its last token.
         predicts_mask_token (`bool`, *optional*, defaults to `False`):
-            Whether the mask token keeps its share of the softmax, as in the families' published samplers. It is never
-            sampled either way, so with `True` a recorded or scored log-probability is lower than that of the
-            distribution sampled from by `-log(1 - p(mask))`, which is next to nothing for a trained policy. `False`
-            removes the mask token from the softmax, in decoding and in scoring alike.
+            Whether the mask token keeps its share of the softmax, as in the families' published samplers. `False` removes
+            it from the softmax, in decoding and in scoring. The mask token is never sampled either way. With `True`,
+            recorded and scored log-probabilities are therefore lower than those of the distribution that tokens are sampled
+            from, by `-log(1 - p(mask))`. For a trained policy this is almost 0.
         absent_token_ids (`tuple[tuple[int, int], ...]`, *optional*):
             Ids that the tokenizer has no token for, although the model has rows for them: ranges `(first, end)`, `end`
             not included, in rising order. Vocabularies are padded to round numbers, and some tokenizers leave holes.
             These ids are removed from the softmax, in decoding and in scoring alike, so they are never sampled and never
-            trained. `None` if nobody has said: [`resolve_spec`] then fills it from the tokenizer; `()` for none.
+            trained. `()`: there are none. `None`: unknown, and [`resolve_spec`] fills it from the tokenizer.
         predicts_visible_tokens (`bool`, *optional*, defaults to `False`):
             Whether the policy was trained to predict visible tokens too, some of which were wrong. What it predicts at a
             visible position then says how likely the token there is. Decoders that write over visible tokens need this.
@@ -128,14 +128,15 @@ class DiffusionSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionSpec:
-        """Builds a spec from a mapping of field names to values; unknown names raise a `ValueError`."""
+        """Builds a spec from a mapping of field names to values. Raises a `ValueError` for unknown names, and without
+        `mask_token_id`."""
         check_names("diffusion spec fields", values, cls)
         if "mask_token_id" not in values:
             raise ValueError("A diffusion spec needs `mask_token_id`, the id of the token that stands for [MASK].")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain JSON types; without `absent_token_ids` if nobody has said."""
+        """The spec as plain JSON types, without `absent_token_ids` if it is unknown."""
         values = {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
         for name in ("predicts_visible_tokens", "clean_attention"):  # a config that earlier versions can read
             if values[name] == getattr(type(self), name):
@@ -183,9 +184,9 @@ class DiffusionSpec:
 
     def rank(self, position, prompt_length, noisy):
         """
-        Number that decides who sees whom with block attention. A clean token sees clean tokens of its own rank and of lower
-        ones; a noisy token sees clean tokens of lower ranks, and its own noisy copy. `noisy` (boolean): whether the position is
-        in a noisy copy, or in the block that is being denoised.
+        Number that decides which token sees which with block attention. A clean token sees clean tokens of its own rank and of
+        lower ranks. A noisy token sees clean tokens of lower ranks, and its own noisy copy. `noisy` (boolean): whether the
+        position is in a noisy copy, or in the block that is being denoised.
         """
         if self.clean_attention == "block":
             return self.block_of(position, prompt_length)
@@ -208,18 +209,20 @@ class DiffusionSpec:
         return self.canvas_end(prompt_length, new_tokens) if whole else prompt_length + new_tokens
 
     def longest_window(self, context: int) -> int:
-        """Most tokens, in whole blocks, that leave a block of `context` positions for what comes before them; at least 1."""
+        """The largest number of tokens, in whole blocks, that leaves at least one block of `context` positions for the tokens
+        before them. At least 1."""
         return max((context // self.block_size - 1) * self.block_size, 1)
 
     def longest_prompt(self, context: int, new_tokens: int) -> int:
-        """Most prompt tokens whose canvas ends within `context` positions; less than 1 if there is no room."""
+        """The largest length of a prompt with which the canvas ends within `context` positions. Less than 1 if there is no
+        room."""
         whole = context if self.block_origin == "response" else context // self.block_size * self.block_size
         blocks = -(-new_tokens // self.block_size) * self.block_size
         return whole - (blocks if self.block_origin == "response" else new_tokens)
 
 
 def sequence_blocks(positions, block_size: int):
-    """Block of each position of a sequence whose response is not told apart from its prompt, counted from position 0."""
+    """Block of each position of a sequence, counted from position 0, without a distinction between prompt and response."""
     return positions // block_size
 
 
@@ -287,11 +290,11 @@ def impossible_token(
     tokens: Sequence[int] | np.ndarray, spec: DiffusionSpec, vocab_size: int | None = None
 ) -> tuple[int, str] | None:
     """
-    A token that can be in no prompt and no response: the mask token, one outside the model's vocabulary (of `vocab_size`
-    tokens, if that is known), or one that the tokenizer does not have.
+    Looks for a token that no prompt and no response can hold: the mask token, one outside the model's vocabulary (of
+    `vocab_size` tokens, if that is known), or one that the tokenizer does not have.
 
     Returns:
-        Its place and what it is, in words, or `None` if there is none.
+        The place of such a token and its description in words, or `None` if there is none.
     """
     ids = np.asarray(tokens, dtype=np.int64)
     outside = (ids < 0) | (ids >= vocab_size) if vocab_size is not None else ids < 0

@@ -15,7 +15,8 @@ from .documents import IGNORED
 def best_responses(dataset: Dataset, tokenizer_fingerprint: str | None = None) -> Dataset:
     """
     The best response of each group, if its reward is above the mean of the group. The reward of a response is the sum of what the
-    reward functions gave it. Responses without a reward do not count, and of equal responses to the same prompt one is kept.
+    reward functions gave it. Responses without a reward do not count. If two best responses have the same prompt and the same
+    tokens, one is kept.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -27,8 +28,8 @@ def best_responses(dataset: Dataset, tokenizer_fingerprint: str | None = None) -
         [`~datasets.Dataset`] with `input_ids`, the tokens of a prompt and its response, and `labels`, which leave the prompt out.
 
     Raises:
-        ValueError: if this is no trajectory dataset, was made with another tokenizer, or has no response that is better than the mean
-            of its group.
+        ValueError: if the dataset holds no trajectories, was made with another tokenizer, or has no response that is better than
+            the mean of its group.
     """
     if not is_trajectory_dataset(dataset):
         raise ValueError(f"This is no trajectory dataset: it has the columns {sorted(dataset.column_names)}.")

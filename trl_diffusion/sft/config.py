@@ -57,7 +57,7 @@ class DiffusionSFTConfig(PolicyOptions, SFTConfig):
 
         diffusion_spec (`dict[str, Any]` or `str`, *optional*):
             Fields of [`DiffusionSpec`], as a mapping or a JSON string. They complete or override those in the model's config.
-            With them, a model without such a config becomes a policy.
+            A model whose config has no such fields becomes a policy with them.
 
         > Parameters that control the loss
 
@@ -65,19 +65,20 @@ class DiffusionSFTConfig(PolicyOptions, SFTConfig):
             `"elbo"`: the negative evidence lower bound of the trained tokens. `"mean"`: all masked tokens have the same weight
             (Fast-dLLM v2, SDAR). See [`~sft.masks.MaskConfig`].
         num_masks (`int`, *optional*, defaults to `1`):
-            Random masks of a document in one step.
+            Number of random masks of a document in one step.
         complementary (`bool`, *optional*, defaults to `False`):
-            `"mean"`: whether each mask is followed by its complement, so that every trained token is scored once.
+            With `weighting="mean"`: whether each mask is followed by its complement, so that every trained token is scored once.
         max_corruption (`float`, *optional*, defaults to `0.0`):
-            `"mean"`: largest share of visible tokens that are replaced by other tokens of the document. For policies that will
-            revise.
+            With `weighting="mean"`: largest share of visible tokens that are replaced by other tokens of the document. For
+            policies whose decoder will revise.
         canvas_length (`int`, *optional*):
-            Full attention: fewest tokens of the canvas of a document that ends with a stop token. Further stop tokens fill it, and
-            are trained. A policy with full attention sees how long the canvas is. Set this to the number of new tokens that it will
-            be asked for, or it learns that an answer is as long as its canvas. By default, only the last block is filled.
+            With full attention: smallest number of tokens in the canvas of a document that ends with a stop token. Further stop
+            tokens fill the canvas, and are trained. A policy with full attention sees how long the canvas is. Set this to the
+            number of new tokens that the policy will be asked for. Otherwise it learns that a response is as long as its canvas.
+            By default, only the last block is filled.
         block_sizes (`list[int]`, *optional*):
-            Block sizes that training goes through, one after another for equally many steps, such as `[1, 2, 4]`. The last one
-            is that of the policy, and each of the others divides it. Needs block attention.
+            Block sizes of training, one after another, such as `[1, 2, 4]`. Each is used for the same number of steps. The last
+            one is that of the policy, and each of the others divides it. Needs block attention.
 
     > [!NOTE]
     > All other defaults are those of the installed [`~trl.SFTConfig`].
@@ -95,21 +96,21 @@ class DiffusionSFTConfig(PolicyOptions, SFTConfig):
     weighting: str = field(
         default="elbo",
         metadata={
-            "help": "'elbo' for the negative evidence lower bound, 'mean' for the same weight of all masked tokens.",
+            "help": "'elbo': the negative evidence lower bound. 'mean': all masked tokens have the same weight.",
             "choices": ["elbo", "mean"],
         },
     )
     num_masks: Annotated[int, AtLeast(1)] = field(
-        default=1, metadata={"help": "Random masks of a document in one step."}
+        default=1, metadata={"help": "Number of random masks of a document in one step."}
     )
     complementary: bool = field(
-        default=False, metadata={"help": "'mean': whether each mask is followed by its complement."}
+        default=False, metadata={"help": "With weighting='mean': whether each mask is followed by its complement."}
     )
     max_corruption: Annotated[float, Within("[0, 1)")] = field(
         default=0.0,
         metadata={
-            "help": "'mean': largest share of visible tokens that are replaced by other tokens of the document, for policies "
-            "that will revise."
+            "help": "With weighting='mean': largest share of visible tokens that are replaced by other tokens of the document. "
+            "For policies whose decoder will revise."
         },
     )
     canvas_length: Annotated[int, AtLeast(1)] | None = field(
@@ -122,8 +123,8 @@ class DiffusionSFTConfig(PolicyOptions, SFTConfig):
     block_sizes: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Block sizes that training goes through, one after another for equally many steps. The last one is that of "
-            "the policy."
+            "help": "Block sizes of training, one after another, each for the same number of steps. The last one is that of the "
+            "policy."
         },
     )
 
@@ -146,7 +147,8 @@ class DiffusionSFTConfig(PolicyOptions, SFTConfig):
             )
 
     def _check_training(self) -> None:
-        """Checks options of SFTConfig that would train nothing, cut documents without a word, or fail without a reason."""
+        """Checks options of SFTConfig with which nothing would be trained, documents would be cut silently, or an error would not
+        name its cause."""
         for name, least in _WHOLE.items():
             if name != "max_length" or self.max_length is not None:
                 check_at_least(name, getattr(self, name), least)

@@ -23,12 +23,12 @@ class Documents:
     """
     `R` documents. A document is a prompt and a canvas of whole blocks, as a response is in [`TrajectoryBatch`].
 
-    Every stretch of trained tokens in a row, such as a turn of the assistant, is the canvas of a document of its own. What comes
-    before it is the prompt. What comes after it is not there, because a policy that writes the canvas does not see it.
+    Every run of trained tokens in a row, such as a turn of the assistant, is the canvas of a document of its own. The tokens before
+    it are the prompt. The tokens after it are left out, because a policy that writes the canvas does not see them.
 
-    If the canvas ends with a stop token, perhaps with one more token after it (a newline of the chat template), further stop tokens
-    fill its last block, and are trained: a policy that denoises whole blocks has to write something there. The rest of the last
-    block of any other document stays masked: such a document was cut, also if an earlier turn in it has a stop token.
+    If the canvas ends with a stop token, further stop tokens fill its last block, and are trained: a policy that denoises whole
+    blocks has to write something there. One more token may follow the stop token (a newline of the chat template). A document
+    whose canvas ends otherwise was cut off. The rest of its last block stays masked.
 
     Attributes:
         prompt_ids (`Tensor` of shape `(R, P)`): tokens of the prompt, left-padded.
@@ -36,9 +36,9 @@ class Documents:
         canvas_ids (`Tensor` of shape `(R, C)`): tokens of the canvas, right-padded.
         canvas_lengths (`Tensor` of shape `(R,)`): length of the canvas, in whole blocks.
         trained (boolean `Tensor` of shape `(R, C)`): positions of the canvas that have a token, which is trained.
-        numbers (`Tensor` of shape `(R,)`): a number made of the tokens of the document, from which its masks are drawn.
-        packs (`Tensor` of shape `(R,)`): the row of the dataset that the document is from. Documents of a row share a row of
-            the forward pass.
+        numbers (`Tensor` of shape `(R,)`): a hash of the tokens of the document, which seeds its masks.
+        packs (`Tensor` of shape `(R,)`): number, in the batch, of the row that the document is from, from 0. Documents of a row
+            share a row of the forward pass.
     """
 
     prompt_ids: Tensor
@@ -70,19 +70,20 @@ class Documents:
 @dataclass
 class DocumentCollator:
     """
-    Makes [`Documents`] of rows with `input_ids`, and perhaps `labels` and `seq_lengths`, as [`~trl.SFTTrainer`] prepares them.
+    Makes the attributes of [`Documents`], as a dictionary, from rows with `input_ids` and perhaps `labels` and `seq_lengths`, as
+    [`~trl.SFTTrainer`] prepares them.
 
     Args:
         spec ([`DiffusionSpec`]): facts about the policy.
         fill (`int`): the stop token that fills the last block.
-        least (`int`, *optional*, defaults to `0`): fewest tokens, before they are rounded up to whole blocks, of the canvas of a
-            document that ends with a stop token.
-        vocab_size (`int`, *optional*): tokens that the model has.
-        context (`int`, *optional*): positions that the model has.
+        least (`int`, *optional*, defaults to `0`): smallest number of canvas tokens, before it is rounded up to whole blocks, of
+            a document that ends with a stop token.
+        vocab_size (`int`, *optional*): number of tokens that the model has.
+        context (`int`, *optional*): number of positions that the model has.
 
     Raises:
         ValueError: for a row that cannot be trained on. Rows of a stream, and of a dataset that is passed to `evaluate`, are
-            checked here only.
+            only checked here.
     """
 
     spec: DiffusionSpec
@@ -139,8 +140,8 @@ class DocumentCollator:
 
 def documents_of(example: dict[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
-    Prompt and canvas of each document of a row of a dataset, at least one. The first token of a sequence is not trained, because
-    nothing comes before it; of a sequence without a trained token, the canvas is empty.
+    Prompt and canvas of each document of a row of a dataset. The first token of a sequence is not trained, because nothing comes
+    before it. A sequence without a trained token gives one document with an empty canvas.
 
     Raises:
         ValueError: if there are no tokens, the labels are not those of the tokens, or the lengths of packed sequences do not add up.

@@ -24,17 +24,17 @@ class MaskConfig:
 
     Args:
         weighting (`str`, *optional*, defaults to `"elbo"`):
-            `"elbo"`: of the `N` trained tokens of a block, `m` random ones are masked, where `m` is uniform in 1 to `N`. Their
-            loss is multiplied by `N / m`. The expected loss is the negative evidence lower bound (docs/method.md, section 9).
+            `"elbo"`: `m` of the `N` trained tokens of a block are masked at random, where `m` is uniform in 1 to `N`. Their loss is
+            multiplied by `N / m`. The expected loss is the negative evidence lower bound (docs/method.md, section 9).
             `"mean"`: each token is masked with a probability that is uniform in 0 to 1 and the same for the block. All masked
             tokens have the same weight (as in Fast-dLLM v2 and SDAR).
         num_masks (`int`, *optional*, defaults to `1`):
-            Random masks of a document in one step. With block attention they share the forward pass of the clean tokens.
+            Number of random masks of a document in one step. With block attention they share the clean tokens of a packed row.
         complementary (`bool`, *optional*, defaults to `False`):
-            `"mean"`: whether each mask is followed by its complement, so that every trained token is scored once.
+            With `"mean"`: whether each mask is followed by its complement, so that every trained token is scored once.
         max_corruption (`float`, *optional*, defaults to `0.0`):
-            `"mean"`: largest share of visible tokens that are replaced by other tokens of the same document. The share of a
-            document is uniform in 0 to this value. All trained tokens are then scored, visible ones too. A policy that is trained
+            With `"mean"`: largest share of visible tokens that are replaced by other tokens of the same document. The share in a
+            view is uniform in 0 to this value. All trained tokens are then scored, visible ones too. A policy that is trained
             in this way can revise (docs/howto/revision.md).
 
     Raises:
@@ -62,7 +62,7 @@ def document_states(documents: Documents, spec: DiffusionSpec, seed: int, config
     Args:
         documents ([`Documents`]): the documents.
         spec ([`DiffusionSpec`]): facts about the policy.
-        seed (`int`): seed of the step. The masks of a document depend on it and on the tokens of the document only.
+        seed (`int`): seed of the step. The masks of a document depend only on this seed and on the tokens of the document.
         config ([`MaskConfig`]): how documents are masked.
     """
     batch = documents.trajectories()

@@ -110,8 +110,8 @@ def _spec(config: PretrainedConfig, args: DiffusionSFTConfig, tokenizer: PreTrai
         spec = spec.replace(predicts_visible_tokens=True)
     elif spec.predicts_visible_tokens:
         logger.warning(
-            "The policy predicts visible tokens (`predicts_visible_tokens`), which this training does not train: it may forget "
-            "how. Set `weighting='mean'` and `max_corruption`, such as 0.1."
+            "The policy predicts visible tokens (`predicts_visible_tokens`), but this training does not train it to do so, so it "
+            "may forget it. Set `weighting='mean'` and `max_corruption`, such as 0.1."
         )
     if args.canvas_length is not None and spec.attention != "full":
         raise ValueError(
@@ -131,12 +131,11 @@ def _spec(config: PretrainedConfig, args: DiffusionSFTConfig, tokenizer: PreTrai
 
 def check_rows(datasets: list[tuple[str, Any]], args: DiffusionSFTConfig, formatting_func: Any = None) -> None:
     """
-    Checks that there are rows, and that it is said what is trained of them.
+    Checks that every dataset has rows, and that it is clear which of their tokens are trained.
 
     Raises:
-        TypeError: if a dataset is something else.
-        ValueError: if a dataset is missing or empty, has no column to train on, or has a `completion_mask` that TRL would leave
-            out.
+        TypeError: if a dataset is neither a `Dataset` nor an `IterableDataset`.
+        ValueError: if a dataset is missing or empty, has no column to train on, or has a `completion_mask` that TRL would ignore.
     """
     for name, dataset in datasets:
         if dataset is None:
@@ -149,13 +148,13 @@ def check_rows(datasets: list[tuple[str, Any]], args: DiffusionSFTConfig, format
         prepared = (cast(dict[str, Any], args.dataset_kwargs) or {}).get("skip_prepare_dataset", False)
         if not prepared and formatting_func is None and not first.keys() & {*known, "image", "images"}:
             raise ValueError(
-                f"`{name}` has the columns {sorted(first)}, none of which holds what is to be written. It needs one of {known}; of "
-                "preferences, pass the chosen answers as `completion`."
+                f"`{name}` has the columns {sorted(first)}, none of which holds tokens or text to train on. It needs one of {known}. "
+                "If the rows are preferences, pass the chosen responses as `completion`."
             )
         if "completion_mask" in first and "labels" not in first and args.completion_only_loss is None:
             raise ValueError(
-                f"`{name}` has a `completion_mask`. Set `completion_only_loss=True` to train on what it marks, or `False` to train on "
-                "all tokens, which is what TRL does if nothing is said."
+                f"`{name}` has a `completion_mask`. Set `completion_only_loss=True` to train on the tokens that it marks, or `False` "
+                "to train on all tokens, which is TRL's default."
             )
 
 
@@ -174,7 +173,7 @@ def check_end(tokenizer: PreTrainedTokenizerBase, args: DiffusionSFTConfig) -> N
 
 
 def check_parallel(accelerator: Accelerator) -> None:
-    """Raises a `ValueError` if rows would be cut among processes: a part of a row does not have the tokens that it sees."""
+    """Raises a `ValueError` if rows would be split among processes. A part of a row would lack tokens that it attends to."""
     config = getattr(accelerator, "parallelism_config", None)
     if config is not None and (config.cp_enabled or config.sp_enabled):
         raise ValueError(
@@ -188,7 +187,7 @@ def make_ready(trainer: DiffusionSFTTrainer) -> DocumentCollator:
     Prepares the policy of a trainer for training, after TRL's constructor has run.
 
     Returns:
-        [`DocumentCollator`]: what makes documents of the rows of its datasets.
+        [`DocumentCollator`]: the collator for the rows of its datasets.
 
     Raises:
         ValueError: if the policy cannot be trained, or gives other results in packed rows than in plain rows.
@@ -256,7 +255,15 @@ def check_documents(trainer: DiffusionSFTTrainer, collator: DocumentCollator) ->
 
 
 def _warn_of_ends(trainer: DiffusionSFTTrainer, documents: int, ended: int, lengths: set[int]) -> None:
-    """Warns if the policy would learn a wrong length of answers, from `ended` of the `documents` and the lengths of their canvases."""
+    """
+    Warns if the policy would learn a wrong length of responses.
+
+    Args:
+        trainer ([`DiffusionSFTTrainer`]): the trainer.
+        documents (`int`): number of documents.
+        ended (`int`): number of documents that end with a stop token.
+        lengths (`set[int]`): lengths of the canvases of these.
+    """
     spec = trainer.spec
     if ended == 0:
         tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)

@@ -39,7 +39,7 @@ logger = get_logger(__name__)
 
 @dataclass
 class _Evaluation:
-    """An evaluation in progress: the number of its rows, of those that were read, and their metrics."""
+    """An evaluation in progress: its number of rows (`None` for a stream), the number of rows read so far, and their metrics."""
 
     size: int | None
     read: int = 0
@@ -155,8 +155,8 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         As [`~transformers.Trainer.train`]. With `resume_from_checkpoint=True` it starts from the beginning if there is no checkpoint yet.
 
         Raises:
-            ValueError: if there was no token to train, as in a stream without any, the processes do not share `output_dir`, or
-                training can continue from no checkpoint that is there.
+            ValueError: if no token was trained, if the processes do not share `output_dir`, or if a checkpoint is damaged or
+                incomplete.
         """
         self.trained_tokens = None
         if not self.args.save_on_each_node:
@@ -247,7 +247,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         for name, of in (("loss", "trained"), ("entropy", "entropy"), ("mean_token_accuracy", "mean_token_accuracy")):
             if (weight := totals[f"of {of}"]) and (
                 name != "loss" or tally is not self.tally
-            ):  # transformers logs that loss
+            ):  # transformers logs the loss of training
                 tally.add(name, totals[name] / weight, weight)
         if tally is self.tally:
             self._total_train_tokens += int(totals["of num_tokens"])
