@@ -340,7 +340,7 @@ def test_a_dataset_without_anything_to_train(make_trainer):
         (
             {"train_dataset": Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])},
             ValueError,
-            "holds what is to be",
+            "holds tokens or text to train on",
         ),
         ({"train_dataset": [{"text": "a"}]}, TypeError, "`train_dataset` must be a Dataset or an IterableDataset"),
         ({"eval_dataset": {"a": Dataset.from_dict({"text": []})}}, ValueError, r"`eval_dataset\['a'\]` is empty"),
@@ -380,9 +380,9 @@ def test_training_on_wrong_tokens_is_written_into_the_policy(make_trainer, spec,
     """A decoder that revises looks at `predicts_visible_tokens`; training without wrong tokens warns that it does not train that."""
     trainer = make_trainer(weighting="mean", max_corruption=0.1)
     assert get_spec(trainer.model.config).predicts_visible_tokens
-    assert "it may forget how" not in caplog.text
+    assert "it may forget it" not in caplog.text
     make_trainer(diffusion_spec={"predicts_visible_tokens": True})
-    assert "it may forget how" in caplog.text
+    assert "it may forget it" in caplog.text
 
 
 def test_lengths_that_would_be_learnt_wrong(make_trainer, caplog):

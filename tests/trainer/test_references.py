@@ -169,10 +169,10 @@ def test_training_goes_on_after_the_reference_has_left(make_trainer, trajectorie
     trainer.train()
     trainer.train()
     assert trainer.ref_model is None
-    with pytest.raises(ValueError, match="The reference left memory"):
+    with pytest.raises(ValueError, match="The reference was removed from memory"):
         trainer.evaluate(trajectories.select(range(4, 8)))
     trainer.args.max_steps = 20
-    with pytest.raises(ValueError, match="The reference left memory"):
+    with pytest.raises(ValueError, match="The reference was removed from memory"):
         trainer.train()
 
 

@@ -86,5 +86,5 @@ def test_what_such_responses_need(make_trainer, start, unordered):
             start, reward_funcs=None, dataset=ordered, loss_type="dpo", beta=0.1, decoding_order="left_to_right"
         )
     scored = {"strategy": "sampled_confidence", "score_selection": True}
-    with pytest.raises(ValueError, match="there is no selection to be scored. Set `score_selection=False`"):
+    with pytest.raises(ValueError, match="there is no selection to score. Set `score_selection=False`"):
         make_trainer(start, reward_funcs=None, dataset=unordered, loss_type="dpo", beta=0.1, **scored)

@@ -116,8 +116,8 @@ class DiffusionSFTConfig(PolicyOptions, SFTConfig):
     canvas_length: Annotated[int, AtLeast(1)] | None = field(
         default=None,
         metadata={
-            "help": "Full attention: fewest tokens of the canvas of a document that ends with a stop token, which fills it. Set it "
-            "to the number of new tokens that the policy will be asked for."
+            "help": "With full attention: smallest number of tokens in the canvas of a document that ends with a stop token. "
+            "Further stop tokens fill it. Set it to the number of new tokens that the policy will be asked for."
         },
     )
     block_sizes: list[int] | None = field(
