@@ -379,7 +379,7 @@ CASES = {
     ),
     "several options at once": Case(
         command(train, "--output_dir", "out", "--bf16", "false", "--top_p", "0.9", "--use_vllm"),
-        r"cannot be used with a diffusion policy: - `use_vllm`.*- `top_p`: sampling and scoring would have to share",
+        r"cannot be used with a diffusion policy: - `use_vllm`.*- `top_p`: tokens would be scored under another distribution",
     ),
     "no batch": Case(command(evaluate, *EVALUATE, "--batch_size", "0"), r"`batch_size` must be a whole number of at least 1"),
     "a seed twice": Case(command(evaluate, *EVALUATE, "--seeds", "1", "1"), r"`seeds` must be different numbers"),

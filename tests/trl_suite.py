@@ -82,7 +82,7 @@ NOT_SUPPORTED = (
         "an attention mask does not rule",
     ),
     Row(r".*::test_train_with_generation_kwargs", "generation_kwargs", "`generation_kwargs`: they generate from"),
-    Row(r".*::test_train_with_additional_generation_kwargs", "top_p", "`top_p`: sampling and scoring"),
+    Row(r".*::test_train_with_additional_generation_kwargs", "top_p", "`top_p`: tokens would be scored under"),
     # Its responses come from a mock of `generate`.
     Row(
         r"TestGRPOTrainer::test_train_with_mask_truncated_completions",

@@ -132,7 +132,8 @@ def test_mistakes_of_a_recipe(tmp_path, monkeypatch, capsys):
     assert doctor.main(["--config", "run.yaml"]) == 2
     error = capsys.readouterr().err
     assert (
-        "`top_p`: sampling and scoring" in error and "`num_generations` must be a whole number of at least 2" in error
+        "`top_p`: tokens would be scored under" in error
+        and "`num_generations` must be a whole number of at least 2" in error
     )
     assert "error: trial: 2 layers with" in error and "Lower `--layers`" in error
     shutil.rmtree("out", ignore_errors=True)

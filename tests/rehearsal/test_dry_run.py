@@ -151,7 +151,7 @@ def test_several_mistakes_at_once(rehearse):
     code, out, mistakes = rehearse(train, *words)
     assert code == 2 and "4 mistakes found." in out and len(mistakes) == 4
     for part, message in (
-        ("options", "`top_p`: sampling and scoring would have to share the truncated distribution"),
+        ("options", "`top_p`: tokens would be scored under another distribution"),
         ("options", "generation_batch_size (3) must be divisible by num_generations (2)."),
         ("data", "There is no file nothing.csv"),
         ("output", "Nothing can be written to out"),

@@ -193,7 +193,7 @@ def test_what_does_not_pass(embedded, tmp_path):
         from_server(f"http://127.0.0.1:{free_port()}", embedded, tmp_path / "found", patience=0.2)
     with (
         foreign(lambda body: b"<html>") as url,
-        pytest.raises(ValueError, match="answers b'<html>', which is no JSON"),
+        pytest.raises(ValueError, match="answers b'<html>', which is not a JSON"),
     ):
         from_server(url, embedded, tmp_path / "found")
     with pytest.raises(ValueError, match="is like http://"):

@@ -140,7 +140,9 @@ def test_stored_groups_without_a_pair(make_trainer, start, trajectories, caplog)
         "1 groups where all responses have the same reward",
     ):
         assert reason in caplog.text
-    with pytest.raises(ValueError, match="train_dataset has nothing to learn from: 1 groups where better and worse"):
+    with pytest.raises(
+        ValueError, match="train_dataset has nothing to learn from: 1 groups where the better and the worse"
+    ):
         make_trainer(str(start), reward_funcs=None, dataset=Dataset.from_list(rows[:1]), **PAIRS)
 
 
