@@ -207,7 +207,7 @@ class DecodingConfig(RolloutSettings):
         for name in ("steps_per_block", "tokens_per_step"):
             if self.strategy == "entropy_bound" and getattr(self, name) != getattr(RolloutSettings, name):
                 raise ValueError(
-                    f"`{name}` says how many positions a step unmasks, and 'entropy_bound' ignores it. Leave it at "
+                    f"`{name}` says how many positions a step unmasks, but 'entropy_bound' ignores it. Leave it at "
                     f"{getattr(RolloutSettings, name)}, or choose another strategy."
                 )
         if self.allow_mask_token and (
@@ -219,8 +219,8 @@ class DecodingConfig(RolloutSettings):
             )
         if self.score_selection and self.strategy not in SELECT_BY_SAMPLE:
             raise ValueError(
-                f"`score_selection=True` is for the strategies {SELECT_BY_SAMPLE}, where sampled tokens decide what is "
-                f"unmasked; {self.strategy!r} needs no such score. Leave it at False."
+                f"`score_selection=True` is for the strategies {SELECT_BY_SAMPLE}, where sampled tokens decide which positions "
+                f"are unmasked. {self.strategy!r} needs no such score. Leave it at False."
             )
         if self.approximate_cache == "sub_block" and self.sub_block_size is None:
             raise ValueError("`approximate_cache='sub_block'` needs `sub_block_size`.")

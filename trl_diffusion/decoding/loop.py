@@ -204,7 +204,7 @@ class DenoisingLoop:
                 self.lanes[place] = self._begin_block(Lane(row))
 
     def _begin_block(self, lane: Lane) -> Lane:
-        """Moves a lane to the next block of its response."""
+        """Moves a lane to the next block of its response, and returns the lane."""
         lane.block, lane.step, lane.part = lane.block + 1, 0, -1
         lane.filled, lane.revised, lane.settled = False, 0, False
         if self.revising is None or self.spec.attention == "block":
@@ -416,7 +416,7 @@ class DenoisingLoop:
         )
 
     def _choose(self, lanes, rows, window: Window, row_of, column_of, logits: Tensor) -> Choice:
-        """Proposes a token for each position that is looked at, and carries out what the strategies select."""
+        """Proposes a token for each position that is looked at. Writes and erases the tokens that the strategies select."""
         places = (self._to_device(row_of), self._to_device(column_of))
         uniforms = self._uniforms(lanes, window)
         noise = uniforms[0][places] if uniforms is not None and self.config.temperature > 0 else None

@@ -38,7 +38,7 @@ class EstimatorConfig:
         weighting (`str`, *optional*, defaults to `"unbiased"`):
             `"dtrpo"`: `"unbiased"` or `"none"` (see [`draw_steps`]).
         num_blocks (`int`, *optional*):
-            `"dtrpo"` with block attention: blocks scored per response, drawn at random. All if `None`.
+            `"dtrpo"` with block attention: number of blocks scored per response, drawn at random. `None`: all.
         prompt_mask_probability (`float`, *optional*, defaults to `0.15`):
             `"mean_field"`: probability with which a prompt token is masked.
         selection ([`Selection`], *optional*):
@@ -61,8 +61,8 @@ class EstimatorConfig:
         check_fields(self)
         if self.weighting == "none" and self.step_distribution == "importance":
             raise ValueError(
-                "`step_distribution='importance'` needs `weighting='unbiased'`: without weights it would count surprising "
-                "steps more. Set `step_distribution='uniform'`."
+                "`step_distribution='importance'` needs `weighting='unbiased'`: without weights, steps with surprising tokens "
+                "would have more influence. Set `step_distribution='uniform'`."
             )
         for name, users in (
             ("num_draws", ("dtrpo", "elbo")),

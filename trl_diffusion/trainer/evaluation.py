@@ -58,8 +58,8 @@ class Evaluation:
     """
     An evaluation in progress.
 
-    All processes get the same number of rows. If the rows do not divide evenly, some rows from the beginning are
-    evaluated a second time to fill the last batch. These repeated rows do not count.
+    All processes get the same number of rows. If the rows cannot be divided evenly among them, some rows from the
+    beginning are evaluated a second time to fill the last batch. These repeated rows do not count.
 
     Attributes:
         expected (`Callable[[], int]`): returns the total number of rows, as far as it is known at the moment.
@@ -432,7 +432,8 @@ class RowwiseEvaluation(TrainerMixin):
         self._tables[f"{name}/completions"] = table
 
     def _send_tables(self) -> None:
-        """Sends the tables of an evaluation to the trackers. An evaluation before training starts them only when it is logged."""
+        """Sends the tables of an evaluation to the trackers, after its metrics were logged: in an evaluation before training,
+        trackers start only then."""
         tables, self._tables = self._tables, {}
         for name, table in tables.items():
             self.trackers.send_table(name, table)

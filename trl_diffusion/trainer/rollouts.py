@@ -39,7 +39,7 @@ class StoredResponse(NamedTuple):
 
     Attributes:
         row (`dict[str, Any]`): row of the dataset.
-        place (`int`): place of the response in the row.
+        place (`int`): number of the response in its row, from 0.
         epoch (`int`): number of passes of training over the dataset before this one.
     """
 
@@ -87,8 +87,8 @@ class Seen:
 
     Attributes:
         trajectories ([`TrajectoryBatch`]): how they were denoised.
-        scores (`dict[str, list[float]]`): for each response, its reward by each function, under the name of the function, and
-            its `advantage`.
+        scores (`dict[str, list[float]]`): under the name of each reward function, the rewards of the responses. Under
+            `advantage`, their advantages.
         name (`str`, *optional*): prefix of their evaluation, such as `"eval"`. Empty for a rollout of training.
     """
 

@@ -272,8 +272,8 @@ def counted_writes(spec: DiffusionSpec, batch: TrajectoryBatch, whole_steps: boo
         spec ([`DiffusionSpec`]): facts about the policy.
         batch ([`TrajectoryBatch`]): the responses.
         whole_steps (`bool`, *optional*, defaults to `False`):
-            whether all tokens of the step that unmasked the last token count. This is needed if the selection is scored,
-            because the step is then one action and its tokens are not independent.
+            whether all tokens of the step that unmasked the last token of the completion count. This is needed if the
+            selection is scored, because the step is then one action and its tokens are not independent.
 
     Returns:
         Boolean `Tensor` of shape `(R, E)`. In a response without a completion, no write counts.
