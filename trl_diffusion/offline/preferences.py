@@ -77,7 +77,7 @@ def from_preferences(
     check_kind("dataset", dataset, Dataset | IterableDataset, "a dataset of preference pairs")
     check_one_of("decoding_order", decoding_order, ORDERS)
     if decoding_order == "confidence" and model is None:
-        raise ValueError("`decoding_order='confidence'` needs a `model` to ask.")
+        raise ValueError("`decoding_order='confidence'` needs a `model`, which gives the order. Pass one.")
     kept = [name for name in dataset.column_names if name not in ("prompt", "chosen", "rejected")]
     taken = sorted(name for name in kept if name in OWN_COLUMNS or name.startswith(REWARD_PREFIX))
     if taken:

@@ -56,7 +56,7 @@ def order_batches(
     order, tokens_per_step = provenance.decoding["order"], provenance.decoding["tokens_per_step"]
     if order == "confidence":
         if model is None:
-            raise ValueError("`decoding_order='confidence'` needs a `model` to ask.")
+            raise ValueError("`decoding_order='confidence'` needs a `model`, which gives the order. Pass one.")
         return replay_batches(model, batches, provenance.spec, provenance, where)
     ordered, begun = [], 0
     for batch in batches:

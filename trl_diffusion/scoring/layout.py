@@ -464,19 +464,19 @@ def _join(
     group_starts = starts[members[:, 0]]
     flat = members.clamp(min=0).flatten()
 
-    def beside(name: str) -> Tensor:
+    def side_by_side(name: str) -> Tensor:
         values = getattr(part, name)[flat]
         if name == "valid":
             values = values & (members.flatten() >= 0)[:, None]
         return torch.cat([getattr(prefix, name), values.unflatten(0, members.shape).flatten(1)], 1)
 
-    valid = beside("valid")
+    valid = side_by_side("valid")
     ranks = torch.cat(
         [prefix.ranks(spec, group_starts), part.ranks(spec, starts)[flat].unflatten(0, members.shape).flatten(1)], 1
     )
     copies = torch.cat([prefix.copies, part.copies.repeat(members.shape[1])])
     allowed = PackedMask(ranks, copies, valid, prefix.ids.shape[1], members.shape[1])
-    return beside("ids"), beside("positions"), valid, allowed
+    return side_by_side("ids"), side_by_side("positions"), valid, allowed
 
 
 def _unpad(batch: TrajectoryBatch, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class Reference:
         return self.maker is not None
 
     def generated(self, stored: list[StoredResponse] | None) -> bool:
-        """Whether the reference generated all responses of a rollout. Fresh responses (`None`) are never its own."""
+        """Whether the reference generated all responses of a rollout. Not so if they are fresh (`stored` is `None`)."""
         return (
             self.recorded and stored is not None and {one.row["policy_fingerprint"] for one in stored} == {self.maker}
         )
