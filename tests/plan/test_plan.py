@@ -117,7 +117,9 @@ def test_operations_are_those_of_the_real_passes(attention, prompt_length):
     assert found.update_flops == counter.get_total_flops() > 3 * found.score_flops
 
 
-@pytest.mark.parametrize(("fields", "prompt_length"), [({"token_shift": True}, 27), ({"clean_attention": "causal"}, 24)])
+@pytest.mark.parametrize(
+    ("fields", "prompt_length"), [({"token_shift": True}, 27), ({"clean_attention": "causal"}, 24)]
+)
 def test_an_autoregressive_first_token_is_a_step_of_its_own(fields, prompt_length):
     """PyTorch counts the operations of a real rollout. A block of 8 takes 1 + 3 passes, and one that begins with the prompt 2."""
     spec = SPEC.replace(first_token="autoregressive", **fields)

@@ -74,7 +74,9 @@ def rollout_cost(
     for block in range(blocks):
         start = max(spec.block_start(block, prompt), prompt)
         left, first = min(spec.block_start(block + 1, prompt), written) - start, True
-        if spec.first_token == "autoregressive" and spec.place_of(start, prompt) == 0:  # from what is clean, without the block
+        if (
+            spec.first_token == "autoregressive" and spec.place_of(start, prompt) == 0
+        ):  # from what is clean, without the block
             queries = size if block else head
             passes, logits, tokens, pairs = passes + 1, logits + 1, tokens + queries, pairs + queries * start
             left, first = left - 1, False
