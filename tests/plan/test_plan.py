@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +115,27 @@ def test_operations_are_those_of_the_real_passes(attention, prompt_length):
         assert found.score_flops == counter.get_total_flops()
         logps.sum().backward()
     assert found.update_flops == counter.get_total_flops() > 3 * found.score_flops
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt_length"), [({"token_shift": True}, 27), ({"clean_attention": "causal"}, 24)]
+)
+def test_an_autoregressive_first_token_is_a_step_of_its_own(fields, prompt_length):
+    """PyTorch counts the operations of a real rollout. A block of 8 takes 1 + 3 passes, and one that begins with the prompt 2."""
+    spec = SPEC.replace(first_token="autoregressive", **fields)
+    work = Workload(**{**vars(WORK), "prompt_length": prompt_length, "tokens_per_step": 3, "rollout_batch_size": 2})
+    model = make_policy(spec, num_hidden_layers=1)
+    linear = sum(one.weight.numel() for one in model.modules() if isinstance(one, torch.nn.Linear))
+    linear -= model.get_output_embeddings().weight.numel()
+    footprint = SimpleNamespace(linear=linear, used_experts=0, weights=0)
+    found = rollout_cost(model.config, spec, work, footprint)
+    assert found.passes == 4 * 4 + 2 * (prompt_length == 27)
+    try_policy(model, spec)
+    with count_flops() as counter:
+        config = DecodingConfig(max_new_tokens=32, tokens_per_step=3, stop_rule="block")
+        made = decode(model, [[1] * prompt_length] * 2, config, spec)
+    assert found.flops == counter.get_total_flops()
+    assert _batch(spec, work).steps[0].sort().values.tolist() == made.steps[0].sort().values.tolist()
 
 
 def test_time_is_that_of_the_slower_of_computing_and_reading():

@@ -82,6 +82,21 @@ def test_a_hole_of_the_vocabulary():
         assert holes.convert_tokens_to_ids(mask.text) == mask.token_id
 
 
+def test_a_named_token_in_a_vocabulary_with_holes():
+    """The mask never gets the id of another token."""
+    words = {word: number for number, word in enumerate(["<unk>", "</s>", "a", "b", "c"])} | {"d": 6, "e": 7}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    holes = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    try:
+        mask = choose_mask_token(causal(vocab_size=8).config, holes, "[M]")
+    except ValueError as error:  # the tokenizer gives its number of tokens, 7, as the next id
+        assert "give the id of 'e', 7, to the new token '[M]'" in str(error)
+    else:
+        assert mask.token_id not in words.values()
+    assert "[M]" not in holes.get_vocab()
+    assert choose_mask_token(causal(vocab_size=8).config, holes).token_id == 5
+
+
 @pytest.mark.parametrize(
     ("settings", "name", "message"),
     [

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig
 
 from tests.policies.backbones import tiny_backbone
 from tests.policies.test_conversion import WORDS, tokenizer_of
 from tests.rehearsal.test_dry_run import FOOTPRINT
 from trl_diffusion import DiffusionSpec, generate
-from trl_diffusion.commands.adapt import main, parse
+from trl_diffusion.commands.adapt import AdaptArguments, main, make_policy, parse
 from trl_diffusion.policies.policy import open_policy
 
 
@@ -92,6 +93,16 @@ def test_with_documents(checkpoint, rows, tmp_path, capsys):
     files = {path: path.stat().st_mtime_ns for path in (output / "converted").iterdir()}
     main([*words, "--max_steps", "3"])
     assert files == {path: path.stat().st_mtime_ns for path in (output / "converted").iterdir()}
+
+
+def test_another_tokenizer_converts_again(checkpoint, tmp_path):
+    """What was converted with another tokenizer has another mask token."""
+    tokenizer_of(mask_token="[MASK]", words=[*WORDS, "[MASK]"]).save_pretrained(tmp_path / "other")
+    model = ModelConfig(model_name_or_path=str(checkpoint))
+    for words, mask in ((None, "<|mask|>"), (str(tmp_path / "other"), "[MASK]"), (None, "<|mask|>")):
+        lines = make_policy(AdaptArguments(tokenizer_name_or_path=words), model, tmp_path / "policy")
+        assert lines[0].startswith(f"Mask token: {mask} (id 25)")
+        assert AutoTokenizer.from_pretrained(tmp_path / "policy").mask_token == mask
 
 
 def test_blocks_of_one_token_are_trained_as_the_causal_model(checkpoint, rows, tmp_path, capsys):

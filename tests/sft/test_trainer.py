@@ -190,6 +190,23 @@ def test_an_evaluation_is_over_tokens(make_trainer, change):
         assert first[name] == pytest.approx(second[name], rel=1e-5), name
 
 
+def test_the_mask_token_is_no_prediction(make_trainer):
+    """It is never written, so a large logit of it changes no figure of an evaluation."""
+    trainer = make_trainer(arguments={"eval_dataset": rows()})
+    head, spec = trainer.model.get_output_embeddings(), trainer.spec
+    head.register_forward_hook(
+        lambda module, given, logits: logits.index_fill(-1, torch.tensor(spec.stop_token_ids), 50)
+    )
+    before = trainer.evaluate()
+    assert before["eval_mean_token_accuracy"] > 0
+    head.register_forward_hook(
+        lambda module, given, logits: logits.index_fill(-1, torch.tensor(spec.mask_token_id), 1e4)
+    )
+    after = trainer.evaluate()
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert after[name] == pytest.approx(before[name], rel=1e-5), name
+
+
 def test_block_sizes_follow_one_another(make_trainer, spec):
     """Equally many steps for each, the last one is that of the policy, which is saved."""
     trainer = make_trainer(block_sizes=[1, 4, 8], max_steps=6)

@@ -7,6 +7,8 @@ import inspect
 import pytest
 from datasets import Dataset
 
+from trl_diffusion.commands.results import measure, most_telling
+from trl_diffusion.evaluation.benchmarks import benchmark_of
 from trl_diffusion.tasks import TASKS, Task, check_task_name, load_task
 from trl_diffusion.tasks.task import MEAN_REWARD, SOLVE_RATE, check_task
 
@@ -59,6 +61,20 @@ def test_a_task_without_a_checker(path):
     """The first reward is measured, and is called a reward."""
     task = load_task(f"{path}:without_checker", eval_size=2)
     assert task.measured == MEAN_REWARD and task.scores(["abc", "a"]) == [3.0, 1.0]
+
+
+def test_rows_to_which_the_function_does_not_apply():
+    """They do not count: neither as wrong nor as a reward of 0."""
+    task = Task("t", "rows", rows("a"), rows("b", "c", "d"), [lambda completions, **_: [-3.0, None, -1.0]])
+    assert task.scores(["", "", ""]) == [-3.0, None, -1.0] and task.solve_rate(["", "", ""]) == -2.0
+    found = measure(task, lambda prompts: (["", "", ""], None))
+    assert found.solve_rate == -2.0 and found.interval == pytest.approx((-2 - 1.959964, -2 + 1.959964))
+    assert most_telling([0.0, None, 0.0], [0.5, 2.0, 0.75]) == 2
+    benchmark = benchmark_of(task)
+    assert benchmark.score(benchmark.read(), ["", "", ""], benchmark.check()) == [-3.0, None, -1.0]
+    nothing = Task("t", "rows", rows("a"), rows("b"), [lambda completions, **_: [None]])
+    with pytest.raises(ValueError, match="The mean reward of the task `t` cannot be measured"):
+        measure(nothing, lambda prompts: ([""], None))
 
 
 def test_a_task_of_a_module(path, monkeypatch):

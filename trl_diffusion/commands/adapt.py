@@ -152,6 +152,9 @@ def make_policy(script_args: AdaptArguments, model_args: ModelConfig, directory:
     """
     source = str(model_args.model_name_or_path)
     told = {"model": source, "revision": model_args.model_revision, **script_args.options()}
+    # Those that earlier versions did not write down, where they are set.
+    further = {name: getattr(script_args, name) for name in ("tokenizer_name_or_path", "gguf_file")}
+    told |= {name: value for name, value in further.items() if value is not None}
     state, record = PartialState(), directory / RECORD
     with state.main_process_first():
         if state.is_main_process and not (record.is_file() and json.loads(record.read_text()).get("options") == told):

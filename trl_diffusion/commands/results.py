@@ -36,25 +36,31 @@ class Measured:
 
     Attributes:
         answers (`list[str]`): its answers.
-        scores (`list[float]`): 1 for each right one, 0 for each other; or the first reward, for a task without a checker.
+        scores (`list[float | None]`): 1 for each right one, 0 for each other; or the first reward, for a task without a checker. `None`
+            for a row to which the function does not apply, which does not count.
         trajectories ([`TrajectoryBatch`]): how the answers were denoised that this process decoded.
         name (`str`): what the mean of the scores is called.
     """
 
     answers: list[str]
-    scores: list[float]
+    scores: list[float | None]
     trajectories: TrajectoryBatch
     name: str = SOLVE_RATE
 
     @property
+    def known(self) -> list[float]:
+        """The scores that there are."""
+        return [score for score in self.scores if score is not None]
+
+    @property
     def solve_rate(self) -> float:
         """Share of the rows that are solved, or the mean reward."""
-        return mean(self.scores)
+        return mean(self.known)
 
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the mean: Wilson's of a share, and that of the normal distribution otherwise."""
-        return interval_of(self.scores, self.name)
+        return interval_of(self.known, self.name)
 
     @property
     def key(self) -> str:
@@ -73,9 +79,14 @@ def spell(value: float, name: str) -> str:
 
 
 def measure(task: Task, answer: Answering) -> Measured:
-    """Lets a policy answer the evaluation rows of a task. `answer` gives texts and trajectories for prompts."""
+    """
+    Lets a policy answer the evaluation rows of a task. `answer` gives texts and trajectories for prompts. Raises a `ValueError` if no
+    row has a score.
+    """
     answers, trajectories = answer(task.evaluation["prompt"])
-    return Measured(answers, task.scores(answers), trajectories, task.measured)
+    scores = task.scores(answers)
+    task.known(scores)
+    return Measured(answers, scores, trajectories, task.measured)
 
 
 def train_and_save(trainer: Trainer, lines: RunLines, settings: Settings | None) -> None:
@@ -111,7 +122,7 @@ def report_task(
         next_command (`Callable[[Any], str]`): the next command, given a prompt to try.
         further (`dict[str, Any]`, *optional*): more figures for `results.json`.
     """
-    rows, seed = len(after.scores), trainer.args.seed
+    rows, seed = len(after.known), trainer.args.seed
     low, high = (spell(end, after.name) for end in after.interval)
     trainer.accelerator.print(
         f"{after.name} {before.said} -> {after.said} ({rows} {task.unit}, 95 % interval {low} to {high}, seed {seed})"
@@ -134,7 +145,7 @@ def report_task(
     pictures = draw(trainer, results, after.trajectories, task.evaluation[0]["prompt"])
     now = "now as before" if after.scores[row] == before.scores[row] else "now"
     if after.name != SOLVE_RATE:
-        print(f"One of the {task.unit}, with a reward of {spell(after.scores[row], after.name)} {now}:")
+        print(f"One of the {task.unit}, with a reward of {spell(after.scores[row] or 0.0, after.name)} {now}:")
     elif after.scores[row]:
         print(f"One of the {task.unit} that it solves {now}:")
     else:
@@ -160,11 +171,18 @@ def write_results(trainer: Trainer, results: dict[str, Any], lines: RunLines, ne
     write_text(Path(str(trainer.args.output_dir)) / "results.json", json.dumps(results, indent=2) + "\n")
 
 
-def most_telling(was: list[float], now: list[float]) -> int:
+def most_telling(was: list[float | None], now: list[float | None]) -> int:
     """The first row that is solved and was not, or else the first that is solved, or else the first. Of other scores, the first of
-    those that have risen most."""
-    if not {*was, *now} <= {0.0, 1.0}:
-        return max(range(len(now)), key=lambda row: now[row] - was[row])
+    those that have risen most. Rows without a score come last."""
+    if not {*was, *now} <= {0.0, 1.0, None}:
+        return max(
+            range(len(now)),
+            key=lambda row: (
+                None not in (was[row], now[row]),
+                now[row] is not None,
+                (now[row] or 0.0) - (was[row] or 0.0),
+            ),
+        )
     solved = [row for row, score in enumerate(now) if score]
     return next((row for row in solved if not was[row]), solved[0] if solved else 0)
 

@@ -392,8 +392,12 @@ class Evaluation:
             and benchmark.task is not None
             and benchmark.task.measured == MEAN_REWARD
         ):
-            interval = interval_of(scores, MEAN_REWARD)
-            accuracy = {"accuracy": None, "mean_reward": statistics.fmean(scores), "interval": list(interval)}  # type: ignore[dict-item]
+            known = (
+                {"mean_reward": statistics.fmean(scores), "interval": list(interval_of(scores, MEAN_REWARD))}
+                if scores
+                else {}
+            )
+            accuracy = {"accuracy": None, **known}  # type: ignore[dict-item]
         summary = {
             "task": task,
             "seed": seed,
@@ -498,7 +502,7 @@ def summarise(task: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     if rewards:
         row["mean_reward"] = statistics.fmean(rewards)
         # As wide as that of one seed, for the same reason.
-        half = statistics.fmean((run["interval"][1] - run["interval"][0]) / 2 for run in runs)
+        half = statistics.fmean((run["interval"][1] - run["interval"][0]) / 2 for run in runs if run.get("interval"))
         row["interval"] = [row["mean_reward"] - half, row["mean_reward"] + half]
         row["spread"] = statistics.stdev(rewards) if len(rewards) > 1 else None
     row["tokens_per_answer"] = total.tokens / total.answers if total.answers else None

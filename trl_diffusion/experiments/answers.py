@@ -102,9 +102,9 @@ def solved(task: Task, rows: Dataset, texts: Sequence[str]) -> float:
 
 
 def scores_of(task: Task, rows: Dataset, texts: Sequence[str]) -> list[float]:
-    """For each row, whether it is solved: 0 or 1."""
+    """For each row, whether it is solved: 0 or 1. A row that cannot be checked is not solved."""
     columns = {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
-    return task.rate(list(rows["prompt"]), list(texts), columns)
+    return [score or 0.0 for score in task.rate(list(rows["prompt"]), list(texts), columns)]
 
 
 def points(arm: Arm, length: int) -> list[dict[str, Any]]:

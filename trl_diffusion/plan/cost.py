@@ -53,7 +53,8 @@ def rollout_cost(
 ) -> RolloutCost:
     """
     Counts what the decoding loop runs: with block attention the prompt once, every step the active block, and each
-    finished block once more, with the first step of the next; with full attention everything at every step.
+    finished block once more, with the first step of the next; with full attention everything at every step. An autoregressive first
+    token is a step of its own, which runs without its block.
 
     Args:
         config ([`~transformers.PretrainedConfig`]): config of the policy.
@@ -71,8 +72,14 @@ def rollout_cost(
     end, written = (find(prompt, work.completion_length) for find in (spec.canvas_end, spec.writing_end))
     passes = logits = tokens = pairs = 0
     for block in range(blocks):
-        left = min(spec.block_start(block + 1, prompt), written) - max(spec.block_start(block, prompt), prompt)
-        first = True
+        start = max(spec.block_start(block, prompt), prompt)
+        left, first = min(spec.block_start(block + 1, prompt), written) - start, True
+        if (
+            spec.first_token == "autoregressive" and spec.place_of(start, prompt) == 0
+        ):  # from what is clean, without the block
+            queries = size if block else head
+            passes, logits, tokens, pairs = passes + 1, logits + 1, tokens + queries, pairs + queries * start
+            left, first = left - 1, False
         while left > 0:
             if spec.attention == "full":
                 queries = keys = end

@@ -308,8 +308,12 @@ def _batch(spec: DiffusionSpec, work: Workload) -> TrajectoryBatch:
     rows, tail = work.batch_size, spec.prompt_tail(work.prompt_length)
     length = spec.canvas_end(work.prompt_length, work.completion_length) - work.prompt_length
     positions = work.prompt_length + torch.arange(length)
-    steps = spec.place_of(positions, work.prompt_length)
-    steps = (steps - tail * (spec.block_of(positions, work.prompt_length) == 0)) // work.tokens_per_step
+    places = spec.place_of(positions, work.prompt_length)
+    places = places - tail * (spec.block_of(positions, work.prompt_length) == 0)
+    steps = places // work.tokens_per_step
+    if spec.first_token == "autoregressive":  # a step of its own, of blocks that begin with a token of the response
+        alone = (spec.block_of(positions, work.prompt_length) > 0) | (tail == 0)
+        steps = torch.where(alone & (places > 0), 1 + (places - 1) // work.tokens_per_step, steps)
     steps = steps.where(positions < spec.writing_end(work.prompt_length, work.completion_length), NEVER)
     token = 0 if spec.mask_token_id else 1
     prompts = torch.full((rows, work.prompt_length), token)

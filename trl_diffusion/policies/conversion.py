@@ -84,7 +84,7 @@ def choose_mask_token(
 
     Raises:
         ValueError: if the tokenizer has tokens that the model does not have, or the named token is an ordinary word, has
-            another purpose, or contradicts the tokenizer's own mask token.
+            another purpose, contradicts the tokenizer's own mask token, or would get the id of another token.
     """
     size = config.get_text_config().vocab_size
     vocabulary = tokenizer.get_vocab()
@@ -108,15 +108,30 @@ def choose_mask_token(
         return MaskToken(
             vocabulary[reserved], reserved, False, "a special token that the vocabulary keeps for later use"
         )
-    following = len(tokenizer)  # the id that the tokenizer gives to its next token
     text = name or _unused_name(vocabulary)
+    following = _next_id(tokenizer, text, last)
     if following in free:
         return MaskToken(
             following, text, True, "an id that the model has a row for and the tokenizer had no token for"
         )
     if name is None and free:
         return MaskToken(free[0], None, False, "an id that the model has a row for and the tokenizer has no token for")
+    if following <= last:
+        other = next(word for word, number in vocabulary.items() if number == following)
+        raise ValueError(
+            f"The vocabulary has holes, and the tokenizer would give the id of {other!r}, {following}, to the new token {text!r}. Leave "
+            f"`mask_token` out: the unused id {free[0]} then becomes the mask token."
+        )
     return MaskToken(following, text, True, "a new token")
+
+
+def _next_id(tokenizer: PreTrainedTokenizerBase, text: str, last: int) -> int:
+    """The id that the tokenizer gives to a new token. In a vocabulary with holes it depends on the tokenizer."""
+    if last + 1 == len(tokenizer):
+        return last + 1
+    trial = deepcopy(tokenizer)
+    trial.add_special_tokens({"mask_token": text})
+    return cast(int, trial.convert_tokens_to_ids(text))
 
 
 def _unused_name(vocabulary: dict[str, int]) -> str:

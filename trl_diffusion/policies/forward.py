@@ -202,3 +202,15 @@ def log_distribution(logits: Tensor, spec: DiffusionSpec, temperature: float = 1
             removed[first:end] = -torch.inf
         logits = logits + removed
     return logits.log_softmax(-1)
+
+
+def likeliest(logits: Tensor, spec: DiffusionSpec) -> Tensor:
+    """
+    The most likely token of each distribution, `(...)`, of those that can be written: not the mask token, whatever its share of the
+    softmax, and none of `absent_token_ids`. `logits` has shape `(..., V)`.
+    """
+    never = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    never[spec.mask_token_id] = -torch.inf
+    for first, end in spec.absent_token_ids or ():
+        never[first:end] = -torch.inf
+    return (logits.detach() + never).argmax(-1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from ..policies.forward import policy_logits
+from ..policies.forward import likeliest, policy_logits
 from ..policies.whole import only_whole_models
 from ..scoring.layout import join_rows, pack, rows_to_join
 from ..scoring.score import score_logits
@@ -220,7 +220,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         logps, entropies = score_logits(logits, layout, spec, compute_entropy=True)
         scored = layout.weights > 0
         right = torch.zeros_like(documents.numbers, dtype=torch.float32)
-        right.index_add_(0, layout.responses, (logits.argmax(-1) == layout.targets).float())
+        right.index_add_(0, layout.responses, (likeliest(logits, spec) == layout.targets).float())
         sums = {
             "loss": -(logps * layout.weights).sum(1),
             "entropy": (cast(Tensor, entropies) * scored).sum(1).detach(),

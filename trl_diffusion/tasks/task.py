@@ -70,17 +70,18 @@ class Task:
             found.append(document(row["prompt"], answer))
         return Dataset.from_list(found)
 
-    def scores(self, answers: list[str]) -> list[float]:
+    def scores(self, answers: list[str]) -> list[float | None]:
         """
         For each evaluation row, what `solved` says of `answers`, in their order: 0 or 1, or the first reward if that is measured.
+        `None` for a row to which the function does not apply.
 
         Raises:
-            ValueError: if the function needs the tokens of the answers, or does not give a number for each of them.
+            ValueError: if the function needs the tokens of the answers, or gives one of them neither a number nor `None`.
         """
         columns = {name: list(self.evaluation[name]) for name in self.evaluation.column_names if name != "prompt"}
         return self.rate(list(self.evaluation["prompt"]), answers, columns)
 
-    def rate(self, prompts: list, answers: list[str], columns: dict[str, list]) -> list[float]:
+    def rate(self, prompts: list, answers: list[str], columns: dict[str, list]) -> list[float | None]:
         """As [`~Task.scores`], for rows of their own: their prompts, and their other columns."""
         from ..rewards.call import RewardCaller  # here, since it brings TRL along
 
@@ -92,12 +93,24 @@ class Task:
             )
         completions = [document(prompt, answer)["completion"] for prompt, answer in zip(prompts, answers, strict=True)]
         (rewards,) = caller(prompts, completions, [[] for _ in answers], columns).values()
-        return [0.0 if reward is None else float(reward) for reward in rewards]
+        return [None if reward is None else float(reward) for reward in rewards]
 
     def solve_rate(self, answers: list[str]) -> float:
-        """Mean of the scores: the share of the evaluation rows that `answers`, in their order, solve, or else the mean reward."""
-        scores = self.scores(answers)
-        return sum(scores) / len(scores)
+        """
+        Mean of the scores: the share of the evaluation rows that `answers`, in their order, solve, or else the mean reward. Rows without
+        a score do not count.
+        """
+        return statistics.fmean(self.known(self.scores(answers)))
+
+    def known(self, scores: Sequence[float | None]) -> list[float]:
+        """The scores that are known. Raises a `ValueError` if none is."""
+        known = [score for score in scores if score is not None]
+        if not known:
+            raise ValueError(
+                f"The {self.measured} of the task `{self.name}` cannot be measured: its function gives `None` for each of the "
+                f"{len(scores)} rows. Look at the columns that it reads."
+            )
+        return known
 
 
 def interval_of(scores: Sequence[float], measured: str) -> tuple[float, float]:
