@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from tests.conftest import make_policy
 from trl_diffusion import DecodingConfig, DiffusionSpec, decode
 from trl_diffusion.commands.plan import GIB, advice, main, what_it_trains
 from trl_diffusion.plan.cost import Machine, RolloutCost, rollout_cost
-from trl_diffusion.plan.simulate import LiveBytes, Workload, _batch, simulate
+from trl_diffusion.plan.simulate import Footprint, LiveBytes, Workload, _batch, simulate
 from trl_diffusion.plan.strategies import Plan, make_plans
 from trl_diffusion.policies.trial import try_policy
 from trl_diffusion.scoring.estimators import ESTIMATORS, EstimatorConfig
@@ -326,3 +327,24 @@ def test_command(capsys, tmp_path, monkeypatch):
     assert "error:" in capsys.readouterr().err
     assert main([model, "--gpus", "0"]) == 2
     assert "`--gpus` must be a whole number of at least 1, got 0" in capsys.readouterr().err
+
+
+def test_options_of_a_recipe_that_have_no_option_here(tmp_path, monkeypatch, capsys):
+    """8 positions in 3 steps are 3 a step. What is said on the command line wins."""
+    seen: list[Workload] = []
+    ones = Footprint(**{one.name: 1 for one in fields(Footprint)})
+    monkeypatch.setattr(
+        "trl_diffusion.commands.plan.simulate_layers", lambda _c, _s, work, *_, **__: seen.append(work) or ones
+    )
+    make_policy(SPEC, num_hidden_layers=1).config.save_pretrained(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("max_steps: 1\nsteps_per_block: 3\nnum_scored_blocks: 2\nnum_iterations: 4\n")
+    words = [str(tmp_path), "--json", "--prompts", "3600", "--gpus", "1", "--tflops", "1e-12", "--prompt_length", "16"]
+    words += ["--completion_length", "16"]
+    hours = []
+    for further in ([], ["--config", str(recipe)], ["--config", str(recipe), "--tokens_per_step", "2"]):
+        assert main([*words, *further]) == 0
+        hours.append(json.loads(capsys.readouterr().out)["time"]["update_hours_full"])
+    assert [work.tokens_per_step for work in seen[::3]] == [1, 3, 2]
+    assert [work.estimator.num_blocks for work in seen[::3]] == [None, 2, 2]
+    assert hours == pytest.approx([2, 8, 8])  # 3600 prompts, 8 responses, 4 in a batch of one operation

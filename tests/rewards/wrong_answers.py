@@ -52,6 +52,10 @@ GSM8K: dict[str, Callable[[str], str]] = {
     "right in the text, wrong in the box": lambda answer: f"The answer is {answer}: \\boxed{{{int(answer) + 10}}}",
     "right in the text, words behind the marker": lambda answer: f"It is {answer}.\n#### some number",
     "digits joined by commas": lambda answer: f"#### {','.join('1' + answer)}",
+    "a scale": lambda answer: f"#### {int(answer) or 1} million",
+    "a scale and a unit": lambda answer: f"\\boxed{{{int(answer) or 1} \\text{{ thousand dollars}}}}",
+    "at least": lambda answer: f"\\boxed{{\\ge {answer}}}",
+    "more than": lambda answer: f"#### > {answer}",
     "of another base": lambda answer: f"#### 0x{int(answer) + 16:x}",
 }  # fmt: skip
 
@@ -77,6 +81,9 @@ MATH: list[tuple[str, list[str], list[str]]] = [
     (r"3 + 2i", ["2i + 3"], ["3 - 2i", "2 + 3i", "3", "5", "-3 - 2i"]),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", [r"\begin{pmatrix}1\\2\end{pmatrix}"], [r"\begin{pmatrix}2\\1\end{pmatrix}", "(2,1)", "3"]),
     (r"\pi", [r"\pi", "3.141593"], ["3.14", "3", r"2\pi", r"\pi + 10^{-17}", r"\frac{22}{7}"]),
+    ("11_2", ["11_2", "11_{2}"], ["11_3", "11_{10}", "10_2"]),
+    ("5000000", [r"5 \text{ million}", "5,000 thousand"], [r"5 \text{ thousand}", r"50 \text{ million}", r"\ge 5000000"]),
+    (r"5.4 \text{ million}", [r"5.4 \text{ million}", r"5.4\text{ million dollars}", r"5400 \text{ thousand}"], [r"5.4 \text{ billion}", r"54 \text{ million}"]),
     (r"2^{10}", ["1024"], ["1000", "20", "2^{11}", "10^2", "1024.0000001"]),
     (r"11\sqrt{2}", [r"\sqrt{242}"], [r"\sqrt{244}", "15", "15.6"]),
     (r"\{1, 2, 3\}", ["1,2,3", r"\{3,2,1\}"], [r"\{1,2\}", "123", r"\{1,2,4\}", "6", r"\{1, 2, 3 + 10^{-20}\}"]),

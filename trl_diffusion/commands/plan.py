@@ -86,13 +86,15 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Footprint], list[Plan]
     if not is_read:
         print(f"{options.model} cannot be read here; its sizes are those that the package knows.", file=sys.stderr)
     spec = spec_for_plan(config, read_mapping(options.diffusion_spec, "diffusion_spec"))
+    if options.steps_per_block is not None:
+        options.tokens_per_step = -(-spec.block_size // options.steps_per_block)
     _check_work(config, spec, options)
     work = Workload(
         batch_size=options.batch_size,
         num_generations=options.num_generations,
         prompt_length=options.prompt_length,
         completion_length=options.completion_length,
-        estimator=EstimatorConfig(name=options.estimator, num_draws=options.num_draws),
+        estimator=EstimatorConfig(name=options.estimator, num_draws=options.num_draws, num_blocks=options.num_blocks),
         tokens_per_step=options.tokens_per_step,
         rollout_batch_size=options.rollout_batch_size,
         checkpointing=options.checkpointing,
@@ -152,7 +154,8 @@ def _times(footprints: dict[str, Footprint], rollout: RolloutCost, options: argp
         responses = options.prompts * options.num_generations * options.epochs / options.gpus / 3600
         times["rollout_hours"] = times["rollout_seconds"] * responses / options.rollout_batch_size
         for name in ("full", "lora"):
-            times[f"update_hours_{name}"] = times[f"update_seconds_{name}"] * responses / options.batch_size
+            batches = responses * options.iterations / options.batch_size
+            times[f"update_hours_{name}"] = times[f"update_seconds_{name}"] * batches
     return times
 
 
@@ -181,12 +184,18 @@ def _with_recipe(options: argparse.Namespace) -> argparse.Namespace:
             "model_name_or_path",
         }:
             raise ValueError(f"{options.config} holds no options of a recipe.")
+    given = options.tokens_per_step is not None
+    options.steps_per_block = None if given else recipe.get("steps_per_block")
     for name, default in DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, recipe.get(FROM_RECIPE.get(name), default))
+    options.num_blocks = recipe.get("num_scored_blocks") if options.estimator == "dtrpo" else None
+    options.iterations = recipe.get("num_iterations") or 1
     for name in ("gpus", "batch_size", "accumulation", "prompt_length", "completion_length", "rollout_batch_size",
-                 "num_generations", "tokens_per_step", "lora_rank"):  # fmt: skip
+                 "num_generations", "tokens_per_step", "steps_per_block", "num_blocks", "iterations", "lora_rank"):  # fmt: skip
         value, least = getattr(options, name), 2 if name == "num_generations" else 1
+        if value is None and name in ("steps_per_block", "num_blocks"):
+            continue
         if not isinstance(value, int) or value < least:
             raise ValueError(f"`--{name}` must be a whole number of at least {least}, got {value!r}.")
     for name in ("memory", "tflops", "bandwidth", "epochs", "prompts", "answer_length"):

@@ -385,7 +385,7 @@ class Evaluation:
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in measured.samples)
         write_text(samples_path, "".join(lines))
         scores = [sample["score"] for sample in measured.samples if sample["score"] is not None]
-        accuracy = {"accuracy": statistics.fmean(scores) if scores else None}
+        accuracy: dict[str, Any] = {"accuracy": statistics.fmean(scores) if scores else None}
         benchmark = self._benchmark(task)
         if (
             isinstance(benchmark, TaskBenchmark)
@@ -397,7 +397,7 @@ class Evaluation:
                 if scores
                 else {}
             )
-            accuracy = {"accuracy": None, **known}  # type: ignore[dict-item]
+            accuracy = {"accuracy": None, **known}
         summary = {
             "task": task,
             "seed": seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from fractions import Fraction
 
 from .completions import texts
@@ -19,6 +20,11 @@ _WORD = re.compile(r"[^\W\d_]{2}")
 _NUMBER = re.compile(r"\d++(?:[.,]\d++)*+")
 _THOUSANDS = re.compile(r"[-+]?+\d{1,3}(?:,\d{3})++(?:\.\d*+)?+")
 _DECIMAL = re.compile(r"[-+]?+(?:\d++(?:\.\d*+)?+|\.\d++)", re.ASCII)
+_SCALED = re.compile(
+    r"(\d++(?:,\d{3})*+(?:\.\d++)?+)\s*+(?:\\\s)?+(\\(?:text|mathrm|textbf)\{\s*+)?+(thousand|million|billion|trillion)\b",
+    re.ASCII | re.IGNORECASE,
+)
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # zeros
 
 MAX_ANSWER = 1000  # characters of a marked answer: a longer one is wrong
 MAX_SEARCHED = 4000  # characters at the end of a text in which an answer is searched
@@ -99,6 +105,16 @@ def _number(text: str) -> Fraction | None:
     return Fraction(text) if len(text) <= MAX_ANSWER and _DECIMAL.fullmatch(text) else None
 
 
+def _scaled(text: str) -> str:
+    """`text` with `5 million` written as `5000000`: math-verify takes the word for a unit, and leaves it out."""
+
+    def written_out(match: re.Match[str]) -> str:
+        number = Decimal(match[1].replace(",", "")).scaleb(_SCALES[match[3].lower()])
+        return f"{number:f}{match[2] or ''}"
+
+    return _SCALED.sub(written_out, text)
+
+
 def _to_read(answer: str) -> str:
     """A marked answer as math-verify takes it: `$...$` for what is LaTeX, text to search a number in otherwise."""
     answer = _plain(answer)
@@ -140,7 +156,11 @@ def math_accuracy(completions, answer, **kwargs) -> list[float | None]:
             continue
         rewards[row] = 0.0
         form = _HEADING.sub("", text)[-MAX_SEARCHED:] if given is None else _marked(text, given)
-        number, other = _number(gold if expected is None else expected), _number(given or "")
+        marked = gold if expected is None else expected
+        if _SCALED.search(given if given is not None else form or ""):
+            gold_form, marked, form = _scaled(gold_form), _scaled(marked), form and _scaled(form)
+            given = given and _scaled(given)
+        number, other = _number(marked), _number(given or "")
         if number is not None and other is not None:
             rewards[row] = float(number == other)
         elif form is not None:

@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -20,6 +21,9 @@ from collections.abc import Callable
 from typing import Any
 
 
+# No pattern here backtracks.
+BASE = re.compile(r"\d++_\{?+(\d++)\}?+", re.ASCII)
+ORDER = re.compile(r"\\(?:geqslant|geq|ge|gt|leqslant|leq|le|lt|neq|ne)(?![A-Za-z])|[<>\u2264\u2265\u2260]")
 READY, STARTED, GOLD_READ, RIGHT = b"ready", b"s", b"g", b"1"
 
 
@@ -126,6 +130,15 @@ def words(found: list[Any]) -> str | None:
     return written.casefold() if len(written) > 1 and written.replace(" ", "").isalpha() else None
 
 
+def of_another_kind(gold: list[Any], answer: list[Any]) -> bool:
+    r"""Whether an answer that was read is a number in another base than the gold one, or an inequality, `\ge 5`, where that is none."""
+    left, right = (found[-1].strip() if found and isinstance(found[-1], str) else "" for found in (gold, answer))
+    first, second = BASE.fullmatch(left), BASE.fullmatch(right)
+    if first and second:
+        return first[1] != second[1]
+    return ORDER.match(right) is not None and ORDER.search(left) is None
+
+
 def equal(gold: str, answer: str) -> bool:
     """Whether two answers, as math-verify takes them (`$x$` for LaTeX), are the same."""
     from math_verify import verify
@@ -137,6 +150,8 @@ def equal(gold: str, answer: str) -> bool:
     lefts, rights = read(gold), read(answer)
     if "\\text" in gold and words(lefts) is not None and words(lefts) == words(rights):
         return True  # Tuesday is not the product of its letters
+    if of_another_kind(lefts, rights):
+        return False
     digits = max(digits_after_point(lefts), digits_after_point(rights))
     same = any(
         verify(left, right, timeout_seconds=None) and not differ(left, right, digits)
