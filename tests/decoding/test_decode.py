@@ -90,7 +90,7 @@ def test_every_trajectory_is_valid(
     if block_size is not None:
         spec = spec.replace(block_size=block_size)
     if strategy == "entropy_bound":
-        steps_per_block, tokens_per_step = None, 1
+        steps_per_block = None
     config = DecodingConfig(
         max_new_tokens,
         temperature,
@@ -309,7 +309,6 @@ def test_sampling_needs_a_seed_for_each_prompt():
         {"tokens_per_step": 1.5},
         {"temperature": float("nan")},
         {"steps_per_block": 4, "strategy": "entropy_bound"},
-        {"tokens_per_step": 2, "strategy": "entropy_bound"},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"entropy_bound": 0.0},

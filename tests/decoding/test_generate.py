@@ -87,7 +87,7 @@ MOST = [  # policy, settings, and whether a response may take fewer steps
     ("block-from-sequence", dict(steps_per_block=3), False),
     ("full", dict(steps_per_block=5, schedule="linear", strategy="random"), False),
     ("full", dict(strategy="threshold", threshold=0.2), True),
-    ("block-from-response", dict(strategy="entropy_bound", entropy_bound=20.0), True),
+    ("block-from-response", dict(strategy="entropy_bound", entropy_bound=20.0, tokens_per_step=4), True),
     ("block-from-response", dict(stop_token_ids=tuple(range(6, 20))), True),
 ]
 

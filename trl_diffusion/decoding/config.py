@@ -204,12 +204,8 @@ class DecodingConfig(RolloutSettings):
                 setattr(self, name, tuple(value))
         if self.steps_per_block is not None and self.tokens_per_step != RolloutSettings.tokens_per_step:
             self.check_given(vars(self))
-        for name in ("steps_per_block", "tokens_per_step"):
-            if self.strategy == "entropy_bound" and getattr(self, name) != getattr(RolloutSettings, name):
-                raise ValueError(
-                    f"`{name}` says how many positions a step unmasks, but 'entropy_bound' ignores it. Leave it at "
-                    f"{getattr(RolloutSettings, name)}, or choose another strategy."
-                )
+        if self.steps_per_block is not None and self.strategy == "entropy_bound":
+            raise ValueError("`steps_per_block` says how many positions a step unmasks; 'entropy_bound' ignores it.")
         if self.allow_mask_token and (
             self.steps_per_block is None or self.temperature > 0 or self.strategy not in SCHEDULED
         ):

@@ -42,7 +42,7 @@ _REFUSED = {
     "trust_remote_code": NO_REMOTE_CODE,
     "disable_dropout": _NO_DROPOUT,
     "use_liger_kernel": "its fused loss, which earlier versions of TRL used, is causal. Its layers are not tested here",
-    "router_aux_loss_coef": "the load balance of the experts would also count the copies in a packed layout",
+    "router_aux_loss_coef": "the load balance of the experts would also count the noisy copies in a packed row",
     "neftune_noise_alpha": "the policy that is scored would differ from the policy that was sampled from",
     "data_seed": "the order of the prompts is drawn from `seed`",
     "train_sampling_strategy": "TRL's own sampler is needed: it repeats each prompt for its group",
