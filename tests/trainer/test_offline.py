@@ -390,7 +390,11 @@ def test_preference_formats_give_the_same_trajectories(tokenizer, char_spec):
         ([{"prompt": "a", "chosen": "1", "rejected": ""}], {}, "Row 0, column `rejected` is empty"),
         ([{"prompt": "a", "chosen": "1" * 40, "rejected": "2"}], {}, "column `chosen` has 41 tokens"),
         ([{"prompt": "a", "chosen": "1", "rejected": "2"}], {"num_generations": 4}, "num_generations"),
-        ([{"prompt": "a", "chosen": "1", "rejected": "2"}], {"loss_type": "dapo", "beta": 0.0}, "no log-probabilities were recorded"),
+        (
+            [{"prompt": "a", "chosen": "1", "rejected": "2"}],
+            {"loss_type": "dapo", "beta": 0.0},
+            "no log-probabilities were recorded",
+        ),
     ],
 )
 def test_bad_preferences(make_trainer, start, rows, options, message):  # noqa: F811
