@@ -265,8 +265,7 @@ def _pack_full(batch: TrajectoryBatch, spec: DiffusionSpec, states: States) -> P
 
 
 def _pack_blocks(batch: TrajectoryBatch, spec: DiffusionSpec, states: States, share_prompts: bool) -> PackedLayout:
-    block_size = spec.block_size
-    device = batch.canvas_ids.device
+    block_size, device = spec.block_size, batch.canvas_ids.device
     num_rows, canvas_width = batch.canvas_ids.shape
     prompt_lengths = batch.prompt_lengths
     starts = spec.head(prompt_lengths)
