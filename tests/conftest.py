@@ -59,6 +59,7 @@ LONG = (
     "distributed/test_slurm.py::test_a_requeued_training_is_the_uninterrupted_one",
     "offline/test_kills.py::test_killed_trainings",
     "offline/test_kills.py::test_two_processes",
+    "plan/test_plan.py::test_command",
     "plan/test_plan.py::test_what_train_refuses_is_refused",
     "policies/test_registration.py::test_families_are_registered_whatever_is_imported_first",
     "rehearsal/test_gpu_table.py",
@@ -74,6 +75,7 @@ LONG = (
     "test_plan.py::test_what_grows_with_what",
     "test_preferences.py::test_gsm8k_pairs_in_every_format",
     "test_recipes.py::test_an_interrupted_run_of_two_processes",
+    "test_sft.py::test_the_embedded_policy",
     "test_train.py::test_an_interrupted_run_goes_on",
     "test_train.py::test_gsm8k_preferences_with_the_real_tokenizer",
     "test_train.py::test_gsm8k_with_the_real_tokenizer",
@@ -86,6 +88,8 @@ LONG_CASES = (
     "viz/test_runs.py", "viz/test_colours.py", "recipes/test_lines.py", "test_names.py", "policies/test_places.py",
     "policies/test_left_to_right.py", "policies/test_registration.py", "recipes/test_evaluate.py", "policies/test_backbones.py",
     "rewards/test_weaker_sandbox.py", "trainer/test_evaluation.py", "trainer/test_resume_changes.py",
+    "trainer/test_resume_grpo.py", "trainer/test_nothing_to_train_on.py", "trainer/test_dropout.py", "policies/test_absent_tokens.py",
+    "policies/test_written_checkpoints.py", "evaluation/test_likelihood.py", "decoding/test_engine.py",
 )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def test_it_trains_and_says_what_is_off(make_trainer, experts, caplog):
 
 def test_coefficients(tmp_path, experts, make_trainer):
     assert DTRPOConfig(str(tmp_path), bf16=False, router_aux_loss_coef=0.0).router_aux_loss_coef == 0.0
-    with pytest.raises(ValueError, match="router_aux_loss_coef.*count the copies"):
+    with pytest.raises(ValueError, match="router_aux_loss_coef.*count the noisy copies"):
         DTRPOConfig(str(tmp_path), bf16=False, router_aux_loss_coef=0.1)
     assert switch_off_router_loss(experts()) == 0.01
     make_trainer(experts(), router_aux_loss_coef=0.0)
