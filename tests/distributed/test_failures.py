@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.cells import FAULTS, INSIDE
 from tests.distributed.launching import needs_deepspeed
-from trl_diffusion.trainer.agreement import fail_together
+from trl_diffusion.agreement import fail_together
 
 
 pytestmark = pytest.mark.distributed

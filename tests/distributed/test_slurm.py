@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from tests.distributed.launching import cpu_config
 from tests.distributed.slurm import SCRIPT, Job, train_here
 from tests.processes import HANGS, ROOT, run_pair
+from trl_diffusion.agreement import check_shared
 from trl_diffusion.cli import launch_command
 from trl_diffusion.commands.parser import MACHINES, starting_parser
-from trl_diffusion.trainer.agreement import check_shared
 
 
 # In place of the command: notes its node and its words, and does what the test says.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pyarrow.parquet as parquet
@@ -131,7 +130,7 @@ def test_another_collection_is_not_overwritten(collection, start, tokenizer, tmp
 def test_a_process_of_another_machine_needs_the_same_directory(start, tokenizer, tmp_path, monkeypatch):
     """It does not see what the first process has written. Nothing is answered before this is known."""
     second = SimpleNamespace(
-        is_main_process=False, process_index=1, num_processes=2, main_process_first=nullcontext, wait_for_everyone=lambda: None
+        is_main_process=False, num_processes=2, device="cpu"
     )  # fmt: skip
     monkeypatch.setattr("trl_diffusion.offline.collection.PartialState", lambda: second)
     with pytest.raises(ValueError, match="is not the directory that the first process writes to"):

@@ -73,12 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
             for name in ("layers", "prompt_length"):
                 check_at_least(f"--{name}", getattr(options, name))
             check_within("--seconds", options.seconds, "[0, inf)")
+        sound = not findings.mistakes
         check_packages(findings)
         check_devices(findings)
         check_deepspeed(findings)
         found, target = read_config(findings, options.config)
         check_kernels(findings, device, None if found is None else found[-1].attn_implementation)
-        if found is not None and options.layers > 0 and options.prompt_length > 0 and options.seconds >= 0:
+        if found is not None and sound:
             with findings.part("trial"):
                 trial = _trial(findings, found, target, options, device)
                 result = try_out(trial, options.layers, options.seconds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
+from ..agreement import check_shared
 from ..policies.files import COLLECTION
 from ..rewards.call import RewardCaller, as_stored
 from ..trajectories.dataset import FORMAT_VERSION, REWARD_PREFIX, Provenance, is_unordered, to_rows
@@ -129,14 +129,10 @@ class Collection:
         Raises:
             ValueError: on a process that does not see what the main process has written.
         """
+        check_shared(state, self.output_dir)
         with state.main_process_first():  # it writes the plan and removes unfinished files before the others look
             if state.is_main_process:
                 _prepare(self.output_dir, self.plan)
-            if not (self.output_dir / COLLECTION).exists():
-                raise ValueError(
-                    f"{self.output_dir.absolute()} on {socket.gethostname()} is not the directory that the first process writes to. "
-                    "Every process writes shards: choose an `output_dir` on a disk that all machines share."
-                )
         missing = [
             shard for shard in range(self.plan["num_shards"]) if not _shard_path(self.output_dir, shard).exists()
         ]

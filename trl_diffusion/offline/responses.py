@@ -32,12 +32,7 @@ from .orders import finished_batch
 
 
 SEVERAL, SINGLE = ("responses", "rewards", "finish_reasons"), ("response", "reward", "finish_reason")
-REASONS = {
-    "stop": False,
-    "length": True,
-    "": False,
-    None: False,
-}  # finish reasons of the OpenAI API, and whether the response is cut off
+ENDED, CUT = ("stop", "", None), "length"  # why a response ends, as the OpenAI API calls it
 GIVEN = "given"  # the name of rewards without a name
 
 
@@ -199,11 +194,11 @@ def _group(row: dict[str, Any], where: str) -> Group:
 def _cut(value: Any, name: str, count: int, where: str) -> list[bool]:
     """Whether each response of a row is cut off."""
     reasons = [None] * count if value is None else [value] if name == SINGLE[2] else value
-    if not isinstance(reasons, list) or len(reasons) != count or not all(one in list(REASONS) for one in reasons):
+    if not isinstance(reasons, list) or len(reasons) != count or not all(one in (*ENDED, CUT) for one in reasons):
         raise ValueError(
             f'{where}, `{name}`: must be "stop", "length" or null for each of {count} responses, got {value!r:.80}.'
         )
-    return [REASONS[one] for one in reasons]
+    return [one == CUT for one in reasons]
 
 
 def _rewards(value: Any, name: str, count: int, where: str) -> dict[str, list[float | None]]:

@@ -195,12 +195,7 @@ def log_distribution(logits: Tensor, spec: DiffusionSpec, temperature: float = 1
         logits = logits / temperature
     if spec.absent_token_ids or not spec.predicts_mask_token:
         # A vector that is added, out of place: autograd keeps no extra copy of the logits.
-        removed = torch.zeros(logits.shape[-1], device=logits.device)
-        if not spec.predicts_mask_token:
-            removed[spec.mask_token_id] = -torch.inf
-        for first, end in spec.absent_token_ids or ():
-            removed[first:end] = -torch.inf
-        logits = logits + removed
+        logits = logits + _removed(logits, spec, not spec.predicts_mask_token)
     return logits.log_softmax(-1)
 
 
@@ -209,8 +204,14 @@ def likeliest(logits: Tensor, spec: DiffusionSpec) -> Tensor:
     The most likely token of each distribution, `(...)`, of those that can be written: not the mask token, whatever its share of the
     softmax, and none of `absent_token_ids`. `logits` has shape `(..., V)`.
     """
-    never = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-    never[spec.mask_token_id] = -torch.inf
+    return (logits.detach() + _removed(logits, spec, True)).argmax(-1)
+
+
+def _removed(logits: Tensor, spec: DiffusionSpec, mask_token: bool) -> Tensor:
+    """`(V,)`: minus infinity for the tokens that the tokenizer does not have, and for the mask token if asked; 0 for the others."""
+    removed = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    if mask_token:
+        removed[spec.mask_token_id] = -torch.inf
     for first, end in spec.absent_token_ids or ():
-        never[first:end] = -torch.inf
-    return (logits.detach() + never).argmax(-1)
+        removed[first:end] = -torch.inf
+    return removed

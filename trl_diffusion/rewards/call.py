@@ -15,14 +15,16 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, TrainerState
 from trl import apply_chat_template, is_conversational
 
+from ..agreement import fail_together
 from ..errors import code_of
 from ..policies.files import check_records, check_weights
 from ..policies.loading import refusing_code
 from ..policies.places import check_there
-from .named import REWARDS
+from .named import REWARDS, check_different
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
 
@@ -55,6 +57,42 @@ def check_rewards(rewards: Any, count: int, name: str) -> None:
                 float(reward)
         except (TypeError, ValueError):
             raise ValueError(f"{returned} {reward!r:.80}, which is no number. {wanted}") from None
+
+
+def failing_together(reward_func: Callable, name: str, accelerator: Accelerator) -> Callable:
+    """
+    Wraps a reward function. It raises on every process if, on one of them, it raises or returns invalid rewards.
+
+    Args:
+        reward_func (callable): a reward function, asynchronous or not.
+        name (`str`): its name.
+        accelerator ([`~accelerate.Accelerator`]): connects the processes.
+    """
+    what = f"The reward function {name!r}"
+
+    def call(completions, **kwargs):
+        rewards, failure = None, None
+        try:
+            with code_of(what):
+                rewards = reward_func(completions=completions, **kwargs)
+            check_rewards(rewards, len(completions), name)
+        except Exception as error:
+            failure = error
+        fail_together(accelerator, failure, what)
+        return rewards
+
+    async def call_async(completions, **kwargs):
+        rewards, failure = None, None
+        try:
+            with code_of(what):
+                rewards = await reward_func(completions=completions, **kwargs)
+            check_rewards(rewards, len(completions), name)
+        except Exception as error:
+            failure = error
+        fail_together(accelerator, failure, what)
+        return rewards
+
+    return call_async if is_asynchronous(reward_func) else call
 
 
 def as_stored(reward: Any, name: str, where: str) -> float | None:
@@ -121,10 +159,7 @@ class RewardCaller:
                 f"There are {len(self.reward_funcs)} reward functions but {len(self.tokenizers)} tokenizers."
             )
         self.names = [_name(function) for function in self.reward_funcs]
-        if len(set(self.names)) != len(self.names):
-            raise ValueError(
-                f"Reward functions need different names, got {self.names}: metrics are called after them. Rename one of them."
-            )
+        check_different(self.names)
         for place, function in enumerate(self.reward_funcs):
             if isinstance(function, str):
                 check_reward_model(function)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from . import countdown, math, sudoku, word_sums
 
@@ -20,3 +20,11 @@ REWARDS: dict[str, Callable] = {
         word_sums.word_sums_digits,
     )
 }
+
+
+def check_different(names: Sequence[str]) -> None:
+    """Raises a `ValueError` if two reward functions have the same name."""
+    if len(set(names)) != len(names):
+        raise ValueError(
+            f"Reward functions need different names, got {list(names)}: metrics are called after them. Rename one of them."
+        )

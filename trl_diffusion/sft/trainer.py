@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from ..agreement import check_shared
 from ..policies.forward import likeliest, policy_logits
 from ..policies.whole import only_whole_models
 from ..scoring.layout import join_rows, pack, rows_to_join
 from ..scoring.score import score_logits
 from ..seeds import SUPERVISED, derive_seed
-from ..trainer.agreement import check_shared
 from ..trainer.callbacks import LossProgressCallback, replace_bar
 from ..trainer.card import tuning_card
 from ..trainer.checks import named_datasets

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..fields import nearest
 from ..policies.files import check_no_pointer
-from ..rewards.named import REWARDS
+from ..rewards.named import REWARDS, check_different
 from .code import is_named_object, named_object
 from .rows import read_rows
 from .task import Task, is_prompt, parameters, prompt_key
@@ -60,10 +60,7 @@ def load_rewards(names: Iterable[str]) -> list[Callable]:
     """Reward functions by their names, which must differ: metrics are called after them."""
     functions = [load_reward(name) for name in names]
     called = [getattr(one, "__name__", type(one).__name__) for one in functions]
-    if len(set(called)) != len(called):
-        raise ValueError(
-            f"Reward functions need different names, got {called}: metrics are called after them. Rename one of them."
-        )
+    check_different(called)
     return functions
 
 

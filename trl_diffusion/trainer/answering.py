@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from accelerate.utils import gather_object
 
+from ..agreement import fail_together
 from ..decoding.config import DecodingConfig
 from ..decoding.decode import check_prompts, decode
 from ..decoding.pace import PeerFailed
@@ -13,7 +14,6 @@ from ..policies.forward import unwrap
 from ..seeds import derive_seed
 from ..trajectories.trajectory import TrajectoryBatch
 from ._trl import unwrapped_policy
-from .agreement import fail_together
 
 
 if TYPE_CHECKING:

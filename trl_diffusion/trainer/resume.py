@@ -18,9 +18,9 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..agreement import check_shared, fail_together
 from . import checkpoints
 from ._trl import TrainerMixin
-from .agreement import check_shared, fail_together
 from .policy_files import TiedWeights
 
 

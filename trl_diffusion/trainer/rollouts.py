@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..agreement import fail_together
 from ..decoding.config import DecodingConfig
 from ..fields import check_kind
 from ..objectives.pairwise import differing_groups
@@ -21,7 +22,6 @@ from ..seeds import CHOICE, DRAWS, EVALUATION, STORED, TRAINING, derive_seed
 from ..trajectories.dataset import OWN_COLUMNS, REWARD_PREFIX, from_rows
 from ..trajectories.revisions import NEVER
 from ..trajectories.trajectory import TrajectoryBatch, steps_of_responses
-from .agreement import fail_together
 from .answering import answer_together, decode_on_all
 from .batches import columns_of, is_rows, trajectories_of
 from .learning import Learning

@@ -33,10 +33,9 @@ from ..policies.training import (
     switch_off_router_loss,
     train_padding_token,
 )
-from ..rewards.call import check_reward_model
+from ..rewards.call import check_reward_model, failing_together
 from ..scoring.estimators import check_estimator
 from ..trajectories.dataset import is_trajectory_dataset
-from .agreement import failing_together
 from .callbacks import RewardProgressCallback, replace_bar
 from .checkpoints import checkpoints_in
 from .checks import (

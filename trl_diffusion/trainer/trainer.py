@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 
+from ..agreement import fail_together
 from ..objectives.pairwise import Pairs, Responses, make_pairs, pairwise_loss, same_responses
 from ..policies.forward import unwrap
 from ..policies.whole import only_whole_models
@@ -20,7 +21,6 @@ from ..scoring.diagnostics import ratio_statistics, summarise_ratios
 from ..scoring.estimators import ESTIMATORS, counted_tokens
 from ..trajectories.trajectory import TrajectoryBatch
 from ..utils import write_text
-from .agreement import fail_together
 from .batches import is_rows, trajectories_of, ungroup
 from .callbacks import log_trajectories
 from .card import PAPER, model_card
