@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from tests.conftest import make_policy
 from trl_diffusion import DecodingConfig, DiffusionSpec, decode
+from trl_diffusion.commands import recipes_path
 from trl_diffusion.commands.plan import GIB, advice, main, what_it_trains
 from trl_diffusion.plan.cost import Machine, RolloutCost, rollout_cost
 from trl_diffusion.plan.simulate import Footprint, LiveBytes, Workload, _batch, simulate
@@ -248,12 +249,22 @@ def test_what_is_advised():
             None,
             24,
             1,
-            "ZeRO-3 offload, full. `trl-diffusion train --accelerate_config zero3_offload --num_processes 1`",
+            "ZeRO-3 offload, full. `trl-diffusion train --model_name_or_path org/model --accelerate_config zero3_offload --num_processes 1` ",
         ),
-        ("LoRA", 24, 1, "fits and trains as the recipe does: one GPU, LoRA. `trl-diffusion train` trains with it."),
-        ("QLoRA", 12, 1, "one GPU, QLoRA. `trl-diffusion train` trains with it."),
-        ("LoRA", 24, 4, "one GPU, LoRA. `trl-diffusion train --accelerate_config ddp --num_processes 4` trains"),
-        ("full", 100, 8, "one GPU, full. `trl-diffusion train --accelerate_config ddp` trains"),
+        (
+            "LoRA",
+            24,
+            1,
+            "fits and trains as the recipe does: one GPU, LoRA. `trl-diffusion train --config my.yaml` trains with it.",
+        ),
+        ("QLoRA", 12, 1, "one GPU, QLoRA. `trl-diffusion train --config my.yaml` trains with it."),
+        (
+            "LoRA",
+            24,
+            4,
+            "one GPU, LoRA. `trl-diffusion train --config my.yaml --accelerate_config ddp --num_processes 4` trains",
+        ),
+        ("full", 100, 8, "one GPU, full. `trl-diffusion train --config my.yaml --accelerate_config ddp` trains"),
         (
             "LoRA",
             12,
@@ -262,7 +273,11 @@ def test_what_is_advised():
         ),
         ("LoRA", 1, 1, "Nothing fits. Lower --batch_size"),
     ):
-        assert text in advice(plans, memory * GIB, gpus, trains)
+        assert text in advice(plans, memory * GIB, gpus, "org/model", trains and "my.yaml", trains)
+    text = "`trl-diffusion train --model_name_or_path org/model --use_peft --load_in_4bit` trains with it."
+    assert text in advice(plans[2:], 12 * GIB, 1, "org/model")
+    own = str(recipes_path() / "llada.yaml")  # which every checkout and every wheel knows by its name
+    assert "`trl-diffusion train --config llada` trains" in advice(plans, 24 * GIB, 1, "org/model", own, "LoRA")
     for recipe, trains in (
         ({}, None),
         ({"max_steps": 3}, "full"),

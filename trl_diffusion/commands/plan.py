@@ -24,6 +24,7 @@ import math
 import sys
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from ..policies.spec import DiffusionSpec, check_spec, get_spec
 from ..policies.tiny import resolve_embedded
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
 from ..utils import load_yaml, read_mapping
+from . import recipes_path
 from .direct import run_directly
 from .parser import PROG, Parser, add_config_option
 
@@ -311,7 +313,7 @@ def _print(full: Footprint, plans: list[Plan], options: argparse.Namespace) -> N
         numbers = "".join(f"{getattr(plan, name) / GIB:12.1f}" for name in names)
         host = f"   (main memory: {plan.host / GIB:.0f} GiB)" if plan.host else ""
         print(f"{plan.name:22}{numbers}   {fits}{host}")
-    print(f"\n{advice(plans, options.memory * GIB, options.gpus, options.trains)}")
+    print(f"\n{advice(plans, options.memory * GIB, options.gpus, options.model, options.config, options.trains)}")
 
 
 def what_it_trains(recipe: dict[str, Any]) -> str | None:
@@ -321,14 +323,21 @@ def what_it_trains(recipe: dict[str, Any]) -> str | None:
     return ("QLoRA" if recipe.get("load_in_4bit") else "LoRA") if recipe.get("use_peft") else "full"
 
 
-def advice(plans: list[Plan], memory: float, gpus: int, trains: str | None = None) -> str:
+_ADAPTERS = {"full": "", "LoRA": " --use_peft", "QLoRA": " --use_peft --load_in_4bit"}
+
+
+def advice(
+    plans: list[Plan], memory: float, gpus: int, model: str, recipe: str | None = None, trains: str | None = None
+) -> str:
     """
-    The first plan that fits, and the options that train with it.
+    The first plan that fits, and the command that trains with it.
 
     Args:
         plans (`list[Plan]`): the plans, the simplest first.
         memory (`float`): bytes of a GPU.
         gpus (`int`): number of GPUs.
+        model (`str`): what is trained.
+        recipe (`str`, *optional*): path of the recipe.
         trains (`str`, *optional*): `"full"`, `"LoRA"` or `"QLoRA"`, if a recipe says what is trained.
     """
     fitting = [plan for plan in plans if plan.fits(memory)]
@@ -339,7 +348,11 @@ def advice(plans: list[Plan], memory: float, gpus: int, trains: str | None = Non
     if not wanted:
         return "Nothing fits. Lower --batch_size, --rollout_batch_size or --completion_length, or use more GPUs."
     first = wanted[0]
-    words = f"{PROG} train" + f" --accelerate_config {first.recipe}" * (gpus > 1 or first.recipe != "ddp")
+    if recipe is None:
+        words = f"{PROG} train --model_name_or_path {model}" + _ADAPTERS[first.name.rpartition(", ")[2]]
+    else:
+        words = f"{PROG} train --config {Path(recipe).stem if Path(recipe).parent == recipes_path() else recipe}"
+    words += f" --accelerate_config {first.recipe}" * (gpus > 1 or first.recipe != "ddp")
     words += f" --num_processes {gpus}" * (gpus < 8 and "--accelerate_config" in words)  # the engines start 8
     return f"The first that fits{' and trains as the recipe does' if trains else ''}: {first.name}. `{words}` trains with it."
 
