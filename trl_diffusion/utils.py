@@ -373,7 +373,7 @@ def wilson(share: float, number: int, confidence: float = 0.95) -> tuple[float, 
     z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
     centre = (share + z * z / (2 * number)) / (1 + z * z / number)
     half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # exact at 0 and at 1, too
 
 
 # 97.5 % quantiles of Student's t distribution, by degrees of freedom from 1 on.

@@ -61,6 +61,15 @@ def test_wilson_covers():
     assert abs(np.mean(covered) - 0.9) < 0.02
 
 
+def test_wilson_ends_at_no_and_at_every_right_answer():
+    """A rounding error behind 0 or before 1 would be a bar of negative length in a picture."""
+    for number in range(1, 600):
+        low, high = wilson(0.0, number)
+        assert low == 0 < high < 1
+        low, high = wilson(1.0, number)
+        assert 0 < low < high == 1
+
+
 @pytest.mark.parametrize(("share", "number"), [(0.5, 0), (1.1, 4), (-0.1, 4)])
 def test_wilson_of_what_cannot_be(share, number):
     with pytest.raises(ValueError, match="no interval"):
