@@ -8,10 +8,10 @@ order, in a copy of the checkout, or with the wheel alone in an empty directory.
     python docs/follow.py --stand_in path/to/fast_dllm_v2=DIRECTORY
 
 Each step is checked for what it claims, and not for its exit code alone: a training must have moved the weights, with losses and
-rewards that are finite and not constant; it must solve more than before; `solve rate A% -> B%` on a page must be what a command
-of this page prints, within five points; what a page says that its Python blocks print (prints `...`) must be printed;
-`outputs/...` on a page must be there afterwards. A Python block below `<!-- saved as FILE -->` is also put at the end of this file,
-for the commands after it.
+rewards that are finite and not constant; it must solve more than before, or no less if it goes on from a trained policy;
+`solve rate A% -> B%` on a page must be what a command of this page prints, within five points; what a page says that its Python
+blocks print (prints `...`) must be printed; `outputs/...` on a page must be there afterwards. A Python block below
+`<!-- saved as FILE -->` is also put at the end of this file, for the commands after it.
 
 A command that was run before is not run again. Those that need a model from the hub, a login, or a file that is not there are
 named and left out. They find a fresh environment, into which the `pip install` of the README installs: begin with that page.
@@ -148,13 +148,17 @@ def check_log(log: list[dict[str, Any]]) -> None:
 
 def check_results(results: dict[str, Any]) -> None:
     """
-    Checks that a training has gained something, from its `results.json`.
+    Checks that a training has gained something, from its `results.json`. One that goes on from a trained policy has little left to
+    gain: it must not have lost more than its interval allows.
 
     Raises:
-        ValueError: if the policy is no better than before.
+        ValueError: if the policy is no better than before, or worse after it went on.
     """
     before, after = results.get("solve_rate_before"), results.get("solve_rate_after")
-    if before is not None and after is not None and not after > before:
+    if before is None or after is None:
+        return
+    goes_on = "--model_name_or_path outputs/" in results.get("command", "")
+    if not (results["interval_after"][1] >= before if goes_on else after > before):
         raise ValueError(f"the solve rate is {after:.1%} after training and {before:.1%} before")
 
 

@@ -61,6 +61,10 @@ def test_trainings_that_learn_nothing(follow, rows, message):
 def test_a_policy_that_is_no_better(follow):
     with pytest.raises(ValueError, match="the solve rate is 10.0% after training and 10.0% before"):
         follow.check_results({"solve_rate_before": 0.1, "solve_rate_after": 0.1})
+    goes_on = {"command": "trl-diffusion train --model_name_or_path outputs/a", "solve_rate_before": 0.84}
+    follow.check_results({**goes_on, "solve_rate_after": 0.83, "interval_after": [0.79, 0.86]})
+    with pytest.raises(ValueError, match="80.0% after training and 84.0% before"):
+        follow.check_results({**goes_on, "solve_rate_after": 0.8, "interval_after": [0.76, 0.83]})
 
 
 def test_trainers_are_watched(follow, monkeypatch):

@@ -110,6 +110,12 @@ def rewards(with_code: bool = True) -> dict[str, Callable[[list[str]], list[floa
         "countdown_solved": lambda texts: countdown.countdown_solved(
             texts, numbers=[GAME["numbers"]] * len(texts), target=[GAME["target"]] * len(texts)
         ),
+        "countdown_near": lambda texts: [
+            reward == 1
+            for reward in countdown.countdown_near(
+                texts, numbers=[GAME["numbers"]] * len(texts), target=[GAME["target"]] * len(texts)
+            )
+        ],
         "countdown_numbers": lambda texts: countdown.countdown_numbers(texts, numbers=[GAME["numbers"]] * len(texts)),
         "truncation_penalty": lambda texts: truncation_penalty([2])(completion_ids=[[2]] * len(texts)),
     }

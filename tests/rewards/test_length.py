@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from trl_diffusion.rewards.countdown import countdown_numbers, countdown_solved
+from trl_diffusion.rewards.countdown import countdown_near, countdown_numbers, countdown_solved
 from trl_diffusion.rewards.length import get_soft_overlong_punishment, truncation_penalty
 from trl_diffusion.rewards.math import math_accuracy
 from trl_diffusion.rewards.sudoku import sudoku_solved, sudoku_units
@@ -46,5 +46,6 @@ def test_rows_of_other_tasks():
     assert sudoku_solved(["", ""], puzzle=[None, "0" * 16]) == [None, 0.0]
     assert sudoku_units(["", ""], puzzle=["0" * 16, None]) == [0.0, None]
     assert countdown_solved(["1", "1"], numbers=[None, [1]], target=[None, 1]) == [None, 1.0]
+    assert countdown_near(["1", "1"], numbers=[None, [1]], target=[None, 1]) == [None, 1.0]
     assert countdown_numbers(["1", "1"], numbers=[None, [1]]) == [None, 1.0]
     assert math_accuracy(["1", "1"], answer=[None, "#### 1"]) == [None, 1.0]

@@ -105,6 +105,29 @@ def test_countdown_rejects(answer):
     assert not countdown.is_solved(answer, [30, 100, 93], 23)
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("30+93-100", 1),
+        ("100-93+30", 23 / 37),
+        ("30-93-100", 23 / (23 + 186)),  # -163
+        ("100/(93-30)", 23 / (23 + 23 - 100 / 63)),
+        ("30*93-100", 23 / 2690),
+        ("23", 0),  # near, but not with these numbers
+        ("100-93+30-0", 0),
+        ("", 0),
+    ],
+)
+def test_countdown_near(answer, expected):
+    assert countdown.countdown_near([answer], numbers=[[30, 100, 93]], target=[23]) == [
+        pytest.approx(expected, abs=1e-12)
+    ]
+
+
+def test_countdown_near_zero():
+    assert countdown.countdown_near(["4-4", "4", "4+4"], numbers=[[4, 4]] * 3, target=[0] * 3) == [1, 0, 1 / 9]
+
+
 def test_countdown_public_games_by_brute_force():
     rows = [json.loads(line) for line in shared("data", "countdown", "cd3_test.jsonl").open()]
     assert len(rows) == 256

@@ -2,7 +2,7 @@ r"""
 Fine-tunes a diffusion language model on documents, with some of their tokens masked.
 
     trl-diffusion sft                                                             # embedded policy, 4x4 sudoku
-    trl-diffusion sft --task countdown
+    trl-diffusion sft --task sparse_sudoku
     trl-diffusion sft --config llada_sft --train_file data/conversations.jsonl    # messages, prompt and completion, or text
     trl-diffusion sft --trajectories outputs/trajectories --task sudoku           # the best responses of a collection
     trl-diffusion sft --use_peft --lora_target_modules all-linear --learning_rate 5e-3 --output_dir outputs/lora

@@ -143,6 +143,22 @@ def countdown_numbers(completions, numbers, **kwargs) -> list[float | None]:
     return [None if ns is None else float(numbers_used(answer, ns)) for answer, ns in rows]
 
 
+def countdown_near(completions, numbers, target, **kwargs) -> list[float | None]:
+    """
+    Reward function: how near the value of an answer is to the target, if the answer uses each number exactly once:
+    `1 / (1 + distance / max(1, abs(target)))`, which is 1 for the target itself and 0.5 for twice the target. Any other answer
+    gets 0, and a row whose `numbers` is `None` gets `None`. Unlike `countdown_solved`, it tells two wrong answers apart.
+    """
+    rows = zip(texts(completions), numbers, target, strict=True)
+    return [None if ns is None else _nearness(answer, ns, t) for answer, ns, t in rows]
+
+
+def _nearness(answer: str, numbers: list[int], target: int) -> float:
+    if not numbers_used(answer, numbers):
+        return 0.0
+    return float(1 / (1 + abs(evaluate_expression(answer)[0] - target) / max(1, abs(target))))
+
+
 @cache
 def evaluation_games() -> tuple[dict, ...]:
     """The 500 games kept for evaluation: no generator of training data in this project ever yields one of them."""

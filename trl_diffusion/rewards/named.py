@@ -15,6 +15,7 @@ REWARDS: dict[str, Callable] = {
         sudoku.sudoku_solved,
         sudoku.sudoku_units,
         countdown.countdown_solved,
+        countdown.countdown_near,
         countdown.countdown_numbers,
         word_sums.word_sums_solved,
         word_sums.word_sums_digits,

@@ -47,7 +47,7 @@ def make_countdown(train_file: str | None, eval_file: str | None, train_size: in
         made = countdown.generate(train_size, seed, exclude=excluded)
         solutions |= {key(game): game["solution"] for game in made}
         train = [ask(game) for game in made]
-    rewards = [countdown.countdown_solved, countdown.countdown_numbers]
+    rewards = [countdown.countdown_solved, countdown.countdown_near]
 
     def solution(row: dict[str, Any]) -> str | None:
         return solutions.get(key(row)) or countdown.solve(row["numbers"], row["target"])
