@@ -123,6 +123,7 @@ def test_warnings_are_lines(commands_hushed, capsys):
     [
         ("transformers.training_args", FutureWarning, False),
         ("transformers.modeling_utils", FutureWarning, False),
+        ("torch.distributed.c10d_logger", FutureWarning, False),
         ("transformers.modeling_utils", UserWarning, True),
         ("transformers.hf_argparser", FutureWarning, True),  # to which our own old names are ascribed
         ("trl_diffusion.decoding.options", FutureWarning, True),

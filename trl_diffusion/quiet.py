@@ -12,8 +12,8 @@ from typing import Any
 
 # They say on import that kernels for weights of 4 bits are missing, and on a launch which options were left out.
 LOGGERS = ("bitsandbytes.backends.cpu.ops", "accelerate.commands.launch")
-# They say which names of theirs TRL should use instead of others.
-MODULES = ("transformers.training_args", "transformers.modeling_utils")
+# They say which names of theirs TRL and, at every step, DeepSpeed should use instead of others.
+MODULES = ("transformers.training_args", "transformers.modeling_utils", "torch.distributed.c10d_logger")
 # Single remarks of loggers whose other warnings are shown, as patterns: DeepSpeed says on import that there is no GPU, bitsandbytes
 # says at every layer how it computes with weights of 8 bits, the harness names options of its own command, and the launcher of several
 # processes repeats at their end what Ctrl-C or their own line of error has said.
