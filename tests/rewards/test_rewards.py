@@ -119,9 +119,7 @@ def test_countdown_rejects(answer):
     ],
 )
 def test_countdown_near(answer, expected):
-    assert countdown.countdown_near([answer], numbers=[[30, 100, 93]], target=[23]) == [
-        pytest.approx(expected, abs=1e-12)
-    ]
+    assert countdown.countdown_near([answer], numbers=[[30, 100, 93]], target=[23]) == [pytest.approx(expected)]
 
 
 def test_countdown_near_zero():
