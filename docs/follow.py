@@ -316,11 +316,14 @@ class Shell:
 
 
 def follow(
-    page: str, todo: list[Step], directory: Path, environment: dict[str, str], wheel: bool
+    page: str, todo: list[Step], directory: Path, environment: dict[str, str], wheel: bool, printed_by: dict[Step, str]
 ) -> list[tuple[str, str]]:
-    """Takes the steps of a page as somebody would who types them. Returns each with what became of it."""
+    """
+    Takes the steps of a page as somebody would who types them. Returns each with what became of it. What a command prints goes into
+    `printed_by`, for the pages after this one that have it, too.
+    """
     found, shell, python = [], Shell(directory, environment), None
-    all_printed = python_printed = left_out = ""
+    python_printed = left_out = ""
     for step in todo:
         outcome = reason(step.text, directory, wheel) if step.language == "bash" else None
         if outcome is not None:
@@ -329,8 +332,7 @@ def follow(
             print(f"$ {step.title}", flush=True)
             begun = time.monotonic()
             if step.language == "bash":
-                wrong, printed = shell.run(step.text)
-                all_printed += printed
+                wrong, printed_by[step] = shell.run(step.text)
             else:
                 python = python or Python(directory, environment)
                 save(step, directory)
@@ -345,7 +347,7 @@ def follow(
         found += [
             ("what the page says", f"FAILED: no block printed `{one}`") for one in claimed_prints(page, python_printed)
         ]
-    if all_printed:
+    if all_printed := "".join(printed_by.get(step, "") for step in steps(page)):
         found += [
             ("what the page says", f"FAILED: no command printed `{one}`") for one in claimed_rates(page, all_printed)
         ]
@@ -400,7 +402,9 @@ def main() -> int:
     if args.serve:
         serve()
         return 0
-    rows, seen = [], set()
+    rows: list[tuple[str, str, str]] = []
+    seen: set[Step] = set()
+    printed_by: dict[Step, str] = {}
     with tempfile.TemporaryDirectory() as name:
         directory, environment = prepare(Path(name), args.wheel, args.list)
         if args.data:
@@ -417,7 +421,7 @@ def main() -> int:
                     for step in todo
                 ]
             else:
-                found = follow(page, todo, directory, environment, args.wheel)
+                found = follow(page, todo, directory, environment, args.wheel, printed_by)
             rows += [(page, *row) for row in found]
     for page, title, outcome in rows:
         print(f"{page:26} {outcome:28} {title[:120]}")

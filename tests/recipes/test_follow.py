@@ -95,9 +95,9 @@ def test_a_page_is_followed(follow, tmp_path, monkeypatch):
     monkeypatch.setattr(follow, "Python", Session)
     todo = follow.steps("page.md")
     assert [step.language for step in todo] == ["bash", "bash", "bash", "python", "bash", "python"]
-    found = [
-        outcome.partition(" in ") for _, outcome in follow.follow("page.md", todo, tmp_path, dict(os.environ), False)
-    ]
+    printed_by: dict = {}
+    taken = follow.follow("page.md", todo, tmp_path, dict(os.environ), False, printed_by)
+    found = [outcome.partition(" in ") for _, outcome in taken]
     assert [outcome for outcome, *_ in found[:3]] == ["done", "done", "done"] and (
         tmp_path / "outputs" / "run"
     ).is_dir()
@@ -106,6 +106,18 @@ def test_a_page_is_followed(follow, tmp_path, monkeypatch):
     assert [outcome for outcome, *_ in found[6:]] == ["FAILED: there is no outputs/absent"]
     page.write_text(page.read_text().replace("50%", "60%"))
     assert follow.claimed_rates("page.md", "solve rate 12.0% -> 53.0%") == ["solve rate 10% -> 60%"]
+    assert printed_by[todo[2]] == "solve rate 12.0% -> 53.0%\n"
+
+
+def test_a_command_that_was_run_for_an_earlier_page(follow, tmp_path, monkeypatch):
+    """Its rates count for the page that has it, too, and for no other one."""
+    monkeypatch.setattr(follow, "ROOT", tmp_path)
+    command, other = follow.Step("bash", "train"), follow.Step("bash", "sft")
+    printed_by = {command: "solve rate 12.0% -> 53.0%\n", other: "solve rate 7.0% -> 90.0%\n"}
+    for rate, failures in (("50", 0), ("90", 1)):
+        (tmp_path / "page.md").write_text(f"It ends with `solve rate 10% -> {rate}%`.\n\n```bash\ntrain\n```\n")
+        found = follow.follow("page.md", [], tmp_path, dict(os.environ), False, printed_by)
+        assert [outcome for _, outcome in found] == failures * ["FAILED: no command printed `solve rate 10% -> 90%`"]
 
 
 class Session:
@@ -138,7 +150,7 @@ def test_what_blocks_print_and_where_they_are_saved(follow, tmp_path, monkeypatc
     monkeypatch.setattr(follow, "ROOT", tmp_path)
     monkeypatch.setattr(follow, "Python", Session)
     todo = follow.steps("page.md")
-    found = [outcome for _, outcome in follow.follow("page.md", todo, tmp_path, dict(os.environ), True)]
+    found = [outcome for _, outcome in follow.follow("page.md", todo, tmp_path, dict(os.environ), True, {})]
     assert [one.partition(" in ")[0] for one in found] == ["done"] * 4 + ["FAILED: no block printed `two`"]
     assert (tmp_path / "own.py").read_text().split() == "x = 1 print('one', x) y = x + 1".split()
 
