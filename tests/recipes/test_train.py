@@ -335,6 +335,10 @@ def test_training_rows_never_repeat_evaluation_rows():
 
 def test_solve_rate_counts_answers():
     task = load_task("countdown", eval_size=4, train_size=8)
+    wrong = [f"{a}+{b}+{c}" for a, b, c in (row["numbers"] for row in task.train)]
+    columns = {name: [row[name] for row in task.train] for name in ("numbers", "target")}
+    values = [set(reward(wrong, **columns)) for reward in task.reward_funcs]
+    assert len(values[0]) <= 2 < len(values[1])  # what the recipe needs: one of them tells wrong answers apart
     from trl_diffusion.rewards.countdown import solve
 
     answers = [solve(row["numbers"], row["target"]) for row in task.evaluation]

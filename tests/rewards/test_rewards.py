@@ -122,8 +122,9 @@ def test_countdown_near(answer, expected):
     assert countdown.countdown_near([answer], numbers=[[30, 100, 93]], target=[23]) == [pytest.approx(expected)]
 
 
-def test_countdown_near_zero():
+def test_countdown_near_zero_and_below():
     assert countdown.countdown_near(["4-4", "4", "4+4"], numbers=[[4, 4]] * 3, target=[0] * 3) == [1, 0, 1 / 9]
+    assert countdown.countdown_near(["3-5"], numbers=[[3, 5]], target=[-4]) == [pytest.approx(4 / 6)]
 
 
 def test_countdown_public_games_by_brute_force():

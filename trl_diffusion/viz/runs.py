@@ -221,7 +221,7 @@ def _reward(runs: Sequence[Run]) -> Panel:
 def _length(runs: Sequence[Run]) -> Panel:
     ends = ("completions/min_length", "completions/max_length")
     curves = [[] if run.stored else _curves(iter([run.series("completions/mean_length", ends=ends)])) for run in runs]
-    return Panel("tokens of a response", curves, "shortest to longest", lowest=0.0)
+    return Panel("tokens of a response", curves, "least to most", lowest=0.0)
 
 
 def _loss(run: Run) -> list[Series]:
