@@ -180,4 +180,4 @@ def test_pictures_can_be_read_in_the_column(site, measured):
 @pytest.mark.slow
 def test_search_finds_a_metric_by_its_last_word(measured):
     (found,) = (found["found"] for found in measured.values() if "found" in found)
-    assert {"Metrics", "How good the estimates are"} <= set(found)  # the page, and its section
+    assert {"Metrics", "Estimator health"} <= set(found)  # the page, and its section
