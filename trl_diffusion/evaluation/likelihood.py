@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..fields import check_at_least
 from ..offline.orders import finished_batch, given_order
-from ..policies.forward import NON_FINITE_ADVICE, log_distribution, policy_logits, unwrap
+from ..policies.forward import NON_FINITE_ADVICE, log_distribution, unwrap
 from ..policies.policy import Policy
 from ..policies.spec import DiffusionSpec, impossible_token
 from ..scoring.estimators import EstimatorConfig, elbo
 from ..scoring.layout import pack
-from ..scoring.score import score
+from ..scoring.score import layout_logits, score
 from ..scoring.states import States, all_states
 from ..seeds import derive_seed
 from ..trajectories.trajectory import TrajectoryBatch
@@ -86,9 +86,7 @@ def _chain(policy: Policy, prompt: list[int], continuation: list[int], batch_siz
 def _read(policy: Policy, batch: TrajectoryBatch, states: States) -> tuple[Tensor, Tensor]:
     """Log-probability of each scored token, and whether it is the most likely one, both `(M,)`."""
     layout = pack(batch, policy.spec, states)
-    logits = policy_logits(
-        policy.model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns
-    )
+    logits = layout_logits(policy.model, layout)
     log_probs = log_distribution(logits, policy.spec)
     choices = log_probs.index_fill(-1, torch.tensor(policy.spec.mask_token_id, device=logits.device), -torch.inf)
     return log_probs.gather(1, layout.targets[:, None]).squeeze(1), choices.argmax(-1) == layout.targets

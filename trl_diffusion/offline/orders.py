@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..policies.forward import NON_FINITE_ADVICE, NonFiniteLogits, policy_logits
+from ..policies.forward import NON_FINITE_ADVICE, NonFiniteLogits
 from ..policies.spec import DiffusionSpec
 from ..policies.trial import try_policy
 from ..scoring.layout import pack
-from ..scoring.score import score_logits
+from ..scoring.score import layout_logits, score_logits
 from ..scoring.states import States
 from ..seeds import derive_seed
 from ..trajectories.by_block import has_in_block, rank_in_block
@@ -129,9 +129,7 @@ def replay_confidence(
         weights = (active | unread).float()
         states = States((waiting | ~(movable | first))[:, None], weights[:, None], weights)
         layout = pack(batch, spec, states)
-        logits = policy_logits(
-            model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns
-        )
+        logits = layout_logits(model, layout)
         values, _ = score_logits(logits, layout, spec, temperature)
         sure = values if temperature in (0.0, 1.0) else score_logits(logits, layout, spec)[0]
         broken = ~values.isfinite().all(1)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import PretrainedConfig
 
 from ..policies.attention import PackedMask, enable_plans
-from ..policies.forward import log_distribution, policy_logits
+from ..policies.forward import layer_lists, log_distribution, policy_logits
 from ..policies.lora import empty_model
 from ..policies.spec import DiffusionSpec
 from ..scoring.estimators import ESTIMATORS, EstimatorConfig
@@ -229,7 +230,7 @@ def simulate(
             scored_tokens=len(layout.targets),
             logits=len(layout.targets) * config.get_text_config().vocab_size * 4,
             largest_layer=max(
-                _bytes(model.get_input_embeddings().parameters()), *(_bytes(layer.parameters()) for layer in _layers(model))
+                _bytes(part.parameters()) for part in (model.get_input_embeddings(), *chain(*layer_lists(model)))
             ),
             score_flops=score_flops,
             update_flops=flops.total,
@@ -297,10 +298,6 @@ def _with_shapes(model: PreTrainedModel) -> PreTrainedModel:
                     made[id(tensor)] = new
                 tensors[name] = made[id(tensor)]
     return model
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    return next(module for name, module in model.named_modules() if name.split(".")[-1] == "layers")
 
 
 def _batch(spec: DiffusionSpec, work: Workload) -> TrajectoryBatch:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, LlamaModel, PreTrainedTokenizerBase
 
 from .attention import PLANNED_FOR, AttentionPlan
+from .experts import expert_layers
 from .spec import DiffusionSpec
 
 
@@ -164,6 +165,54 @@ def logits_at(model: nn.Module, rows: Tensor, columns: Tensor):
         handle.remove()
         if by_hand:
             vars(head).pop("forward", None)
+
+
+def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists of layers that a model consists of: one in most models, none in those that do not call it `layers`."""
+    named = (module for name, module in model.named_modules() if name.split(".")[-1] == "layers")
+    return [module for module in named if isinstance(module, nn.ModuleList)]
+
+
+@contextmanager
+def last_mlp_at(model: nn.Module, rows: Tensor, columns: Tensor):
+    """
+    Inside this context the last layer computes its MLP at the places `(rows, columns)` only, each `(M,)`. Use it with [`logits_at`]
+    for the same places: after the attention of the last layer, the logits of a place depend on no other place. It saves most of
+    that layer, forward and backward, where few places of a long row are read.
+
+    The last layer is not checkpointed here, because it would be computed again after the context has ended. A layer with experts
+    computes all places, so that their router sees all tokens. So does a model without a list of layers, or with several.
+    """
+    lists = layer_lists(model)
+    last: Any = lists[0][-1] if len(lists) == 1 else None
+    mlp = getattr(last, "mlp", None)
+    if last is None or not isinstance(mlp, nn.Module) or expert_layers(last):
+        yield
+        return
+    times: list[Tensor] = []  # how often each place is among the M, of the pass that is under way
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        ones = torch.ones_like(rows, dtype=args[0].dtype)
+        times.append(torch.zeros_like(args[0][..., 0]).index_put((rows, columns), ones, accumulate=True))
+        return (args[0][rows, columns][None], *args[1:])
+
+    def scatter(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        often = times.pop()
+        whole = output.new_zeros(*often.shape, output.shape[-1])
+        shares = output[0] / often[rows, columns, None].to(output.dtype)  # a place that is there twice counts once
+        return whole.index_put((rows, columns), shares, accumulate=True)
+
+    handles = [mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter)]
+    checkpointed = getattr(last, "gradient_checkpointing", False)
+    if checkpointed:
+        last.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if checkpointed:
+            last.gradient_checkpointing = True
 
 
 def _few_rows(head: nn.Linear, hidden: Tensor) -> Tensor:

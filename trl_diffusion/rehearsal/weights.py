@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..policies.attention import enable_plans
+from ..policies.forward import layer_lists
 from ..utils import seeded
 
 
@@ -54,8 +54,7 @@ def random_policy_model(
 
 def keep_layers(model: nn.Module, count: int) -> None:
     """Removes all layers of a model but the first ones."""
-    layers = next(module for name, module in model.named_modules() if name.split(".")[-1] == "layers")
-    del cast(nn.ModuleList, layers)[count:]
+    del layer_lists(model)[0][count:]
     for module in model.modules():
         if isinstance(config := getattr(module, "config", None), PretrainedConfig):
             config.get_text_config().num_hidden_layers = count

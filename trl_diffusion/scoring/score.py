@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..policies.forward import log_distribution, policy_logits
+from ..policies.forward import last_mlp_at, log_distribution, policy_logits
 from ..policies.spec import DiffusionSpec
 from .layout import PackedLayout, SelectionLayout
 
@@ -36,8 +36,14 @@ def score(
         The second holds the entropies of their distributions (the mean over the states that score the token), or is
         `None`.
     """
-    logits = policy_logits(model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns)
+    logits = layout_logits(model, layout)
     return score_logits(logits, layout, spec, temperature, compute_entropy, entropy_gradient)
+
+
+def layout_logits(model: nn.Module, layout: PackedLayout) -> Tensor:
+    """Logits at the places of a layout that are read, `(M, V)`, in one forward pass that computes little else in its last layer."""
+    with last_mlp_at(model, layout.rows, layout.columns):
+        return policy_logits(model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns)
 
 
 def score_logits(

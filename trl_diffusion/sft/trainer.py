@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from ..agreement import check_shared
-from ..policies.forward import likeliest, policy_logits
+from ..policies.forward import likeliest
 from ..policies.whole import only_whole_models
 from ..scoring.layout import join_rows, pack, rows_to_join
-from ..scoring.score import score_logits
+from ..scoring.score import layout_logits, score_logits
 from ..seeds import SUPERVISED, derive_seed
 from ..trainer.callbacks import LossProgressCallback, replace_bar
 from ..trainer.card import tuning_card
@@ -214,9 +214,7 @@ class DiffusionSFTTrainer(PolicyFiles, SFTTrainer):
         layout = pack(documents.trajectories(), spec, document_states(documents, spec, seed, self.masks))
         if documents.packed:
             layout = join_rows(layout, rows_to_join(layout, len(documents.packs)))
-        logits = policy_logits(
-            model, layout.input_ids, layout.position_ids, layout.allowed, layout.rows, layout.columns
-        )
+        logits = layout_logits(model, layout)
         logps, entropies = score_logits(logits, layout, spec, compute_entropy=True)
         scored = layout.weights > 0
         right = torch.zeros_like(documents.numbers, dtype=torch.float32)
