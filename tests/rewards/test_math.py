@@ -97,6 +97,42 @@ def test_numbers_are_compared_without_a_process(monkeypatch):
     assert math.math_accuracy(texts, golds) == [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
 
 
+def test_exponents():
+    right = {
+        "5000": ["5e3", "5E3", "5e+3", "5.0e3", "0.5e4"],
+        "0.002": ["2e-3", "20e-4"],
+        "5e3": ["5000", "5e3", "50e2"],
+    }
+    wrong = {
+        "5000": ["5e2", "5e-3", "5e", "e3"],
+        "5": ["5e3", "5e1"],
+        "53": ["5e3"],
+        "8.15": ["3e"],
+        "5e3": ["5", "53", "500"],
+    }
+    for table, reward in ((right, 1.0), (wrong, 0.0)):
+        for gold, answers in table.items():
+            texts = [wrap % answer for answer in answers for wrap in ("\\boxed{%s}", "#### %s")]
+            found = math.math_accuracy(texts, [gold] * len(texts))
+            assert dict(zip(texts, found, strict=True)) == dict.fromkeys(texts, reward), gold
+
+
+@pytest.mark.parametrize(
+    "gold", ["\\textbf{(E)}\\ 5", "$\\text{E} \\quad 5$", "So \\boxed{\\textbf{(E) }5}.", "\\mathrm{(E)}~5.0"]
+)
+def test_a_letter_with_a_value(gold):
+    right = ["5", "E", "(E)", "\\text{(E)}", "\\textbf{(E)} 5", "\\text{E}\\ 5.0", "\\textbf{E}"]
+    wrong = ["6", "D", "(D)", "e", "\\textbf{(D)} 5", "\\textbf{(E)} 6", "55", "\\text{(D)}"]
+    texts = [f"\\boxed{{{answer}}}" for answer in right + wrong] + [
+        "#### 5",
+        "#### 6",
+        "The answer is 5.",
+        "The answer is 6.",
+    ]
+    expected = [1.0] * len(right) + [0.0] * len(wrong) + [1.0, 0.0, 1.0, 0.0]
+    assert math.math_accuracy(texts, [gold] * len(texts)) == expected
+
+
 def test_gold_answers_that_cannot_be_read():
     assert math.math_accuracy(["5"] * 5, [None, "...", "", "no number", "\\boxed{}"]) == [None] * 5
     assert math.math_accuracy(["\\boxed{ABC}", "\\boxed{ABD}"], ["It is \\boxed{ABC}."] * 2) == [1.0, 0.0]

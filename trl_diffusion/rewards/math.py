@@ -24,6 +24,10 @@ _SCALED = re.compile(
     r"(\d++(?:,\d{3})*+(?:\.\d++)?+)\s*+(?:\\\s)?+(\\(?:text|mathrm|textbf)\{\s*+)?+(thousand|million|billion|trillion)\b",
     re.ASCII | re.IGNORECASE,
 )
+_EXPONENT = re.compile(r"(?<![\w.])(\d++(?:\.\d++)?+)[eE]([-+]?+\d{1,2})\b", re.ASCII)
+_IN_TEXT = r"\\(?:text|textbf|textrm|mathrm|mathbf)\s*+\{\s*+\(?+([A-J])\)?+\s*+\}"
+_LETTER = re.compile(rf"\(?+([A-J])\)?+|{_IN_TEXT}")
+_CHOICE = re.compile(rf"{_IN_TEXT}(?:[\s~.:]|\\[ ,;:!~]|\\q?+quad\b)*+(\S.*+)", re.DOTALL)
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # zeros
 
 MAX_ANSWER = 1000  # characters of a marked answer: a longer one is wrong
@@ -106,13 +110,33 @@ def _number(text: str) -> Fraction | None:
 
 
 def _scaled(text: str) -> str:
-    """`text` with `5 million` written as `5000000`: math-verify takes the word for a unit, and leaves it out."""
+    """`text` with `5 million` and `5e6` written as `5000000`: math-verify takes the word for a unit, and the `e` for Euler's number."""
 
     def written_out(match: re.Match[str]) -> str:
         number = Decimal(match[1].replace(",", "")).scaleb(_SCALES[match[3].lower()])
         return f"{number:f}{match[2] or ''}"
 
-    return _SCALED.sub(written_out, text)
+    text = _SCALED.sub(written_out, text)
+    return _EXPONENT.sub(lambda match: f"{Decimal(match[1]).scaleb(int(match[2])):f}", text)
+
+
+def _chosen(gold: str, given: str | None) -> tuple[str, str | None] | bool | None:
+    """
+    What is left to compare if the gold answer is a letter with a value, `\\textbf{(E)}\\ 5`: the two values, or whether the letters are
+    the same if the answer is a letter alone. An answer with another letter is wrong. `None` for another gold answer.
+    """
+    choice = _CHOICE.fullmatch(gold.strip(" \n$"))
+    if choice is None:
+        return None
+    letter, value = choice.groups()
+    if given is None:
+        return value, given
+    if alone := _LETTER.fullmatch(given.strip(" \n$.")):
+        return letter in alone.groups()
+    own = _CHOICE.fullmatch(given.strip(" \n$"))
+    if own is None:
+        return value, given
+    return own[1] == letter and (value, own[2])
 
 
 def _to_read(answer: str) -> str:
@@ -138,7 +162,8 @@ def math_accuracy(completions, answer, **kwargs) -> list[float | None]:
 
     Needs an `answer` column: just the answer, a GSM8K solution that ends in `#### answer`, or a solution with a
     `\\boxed{answer}`. Of a completion, what `final_answer` finds is the answer; in one that marks none, math-verify looks
-    for it. Decimal numbers are compared exactly. Everything else is compared by math-verify in processes of their own, with
+    for it. Decimal numbers are compared exactly. If the gold answer is a letter with a value (`\\textbf{(E)}\\ 5`), either is right, and
+    both if they belong together. Everything else is compared by math-verify in processes of their own, with
     the limits of `MathLimits`; an answer that takes more is wrong. May be called in any thread.
 
     Raises:
@@ -151,13 +176,20 @@ def math_accuracy(completions, answer, **kwargs) -> list[float | None]:
         if gold is None:
             continue
         expected, given = final_answer(gold), final_answer(text)
+        chosen = _chosen(gold if expected is None else expected, given)
+        if isinstance(chosen, bool):
+            rewards[row] = float(chosen)
+            continue
+        if chosen is not None:
+            (gold, given), expected = chosen, None
         gold_form = _to_read(gold) if expected is None else _marked(gold, expected)
         if gold_form is None or not any(map(str.isalnum, gold_form)):
             continue
         rewards[row] = 0.0
         form = _HEADING.sub("", text)[-MAX_SEARCHED:] if given is None else _marked(text, given)
         marked = gold if expected is None else expected
-        if _SCALED.search(given if given is not None else form or ""):
+        said = given if given is not None else form or ""
+        if _SCALED.search(said) or _EXPONENT.search(said) or _EXPONENT.search(marked):
             gold_form, marked, form = _scaled(gold_form), _scaled(marked), form and _scaled(form)
             given = given and _scaled(given)
         number, other = _number(marked), _number(given or "")
