@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from trl.trainer.utils import RepeatSampler
 
@@ -161,6 +161,25 @@ def test_evaluation_rows_have_their_own_reference(make_trainer, trajectories, ot
     )  # fmt: skip
     trainer.reference.precompute()
     assert trainer.evaluate()["eval_kl"] < 1e-6
+
+
+def test_what_only_an_evaluation_is_given_is_checked(make_trainer, trajectories):
+    trainer = make_trainer(dataset=trajectories.select(range(4)), max_steps=1, **PAIRS)
+    assert "eval_kl" in trainer.evaluate(trajectories.select(range(4, 8)))
+    broken = trajectories.select(range(4, 8)).map(
+        lambda row, number: {
+            "event_logps": [[0.5] * len(v) for v in row["event_logps"]] if number == 2 else row["event_logps"]
+        },
+        with_indices=True,
+    )
+    with pytest.raises(ValueError, match=r"^eval_dataset: Row 2, column `event_logps`, response 0: "):
+        trainer.evaluate(broken)
+    other = trajectories.select([4]).map(lambda row: {"tokenizer_fingerprint": "another"})
+    with pytest.raises(ValueError, match=r"^eval_dataset: Row 0, column `tokenizer_fingerprint`: is another, but"):
+        trainer.predict(other)
+    pairs = Dataset.from_dict({"prompt": ["1"], "chosen": ["2"], "rejected": ["3"]})
+    with pytest.raises(ValueError, match=r"^eval_dataset: pairs, and responses .* when the trainer is created"):
+        trainer.evaluate(pairs)
 
 
 def test_training_goes_on_after_the_reference_has_left(make_trainer, trajectories, other):

@@ -400,6 +400,26 @@ def _in_words(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} groups where {reason}" for reason, count in reasons.most_common())
 
 
+def check_given(name: str, dataset: Any, spec: DiffusionSpec, vocab_size: int, tokenizer: Any) -> None:
+    """
+    Checks a dataset that only an evaluation is given.
+
+    Raises:
+        ValueError: naming row and column, if it holds stored responses that cannot be scored, or responses without a decoding order.
+    """
+    if not _is_stored(dataset):
+        return
+    if is_preference_dataset(dataset) or has_unordered(dataset):
+        raise ValueError(
+            f"{name}: pairs, and responses that another program decoded, get a decoding order when the trainer is created. Pass "
+            "them as `eval_dataset` there."
+        )
+    try:
+        check_trajectories(dataset, spec, vocab_size, fingerprint_tokenizer(tokenizer))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _is_stored(dataset: Any) -> bool:
     return is_trajectory_dataset(dataset) or is_preference_dataset(dataset)
 
