@@ -22,10 +22,8 @@ from accelerate.logging import get_logger
 from datasets import IterableDataset
 from torch import Tensor
 
-from ..policies.forward import unwrap
 from ..utils import whole_file
 from ._trl import TrainerMixin, print_completions
-from .data import check_given
 from .metrics import How, Tally, add_over_processes, length_figures, reward_figures
 from .trackers import Trackers
 
@@ -241,9 +239,6 @@ class RowwiseEvaluation(TrainerMixin):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
-        elif eval_dataset is not None:
-            vocab_size = unwrap(self.model).config.get_text_config().vocab_size
-            check_given("eval_dataset", dataset, self.spec, vocab_size, self.processing_class)
         if isinstance(dataset, IterableDataset):
             self._streamed = 0
             dataset = eval_dataset = dataset.filter(self._count_row)

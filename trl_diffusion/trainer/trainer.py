@@ -26,6 +26,7 @@ from .callbacks import log_trajectories
 from .card import PAPER, model_card
 from .checks import check_callback, check_steps_made
 from .config import DTRPOConfig
+from .data import check_given
 from .health import HealthCallback, signs_of
 from .learning import Learning
 from .metrics import How, Tally, add_over_processes
@@ -275,6 +276,13 @@ class DTRPOTrainer(PolicyFiles, ExactResume, DiffusionRollouts, GRPOTrainer):
         if (said := self.learning.summary()) is not None:
             logger.warning(said)
         return result
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """The dataloader of an evaluation. Stored responses that only this evaluation is given are checked."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            size = unwrap(self.model).config.get_text_config().vocab_size
+            check_given("eval_dataset", eval_dataset, self.spec, size, self.processing_class)
+        return super().get_eval_dataloader(eval_dataset)
 
     def add_callback(self, callback) -> None:
         """
