@@ -26,7 +26,7 @@ def scaling(base: Sizes, tasks: tuple[str, ...] = ("backward_chain",), arms: tup
     A comparison with a variant for each shape and amount of data.
 
     Args:
-        base ([`Sizes`]): everything else. Learning rates are not chosen for each size: the first one is used, divided by the square root
+        base ([`Sizes`]): everything else. Learning rates are not chosen for each size: the middle one is used, divided by the square root
             of the width in units of 64.
         tasks, arms, seeds: as for [`Comparison`].
         shapes (`Sequence[tuple[int, int]]`): widths and numbers of layers.
@@ -34,7 +34,7 @@ def scaling(base: Sizes, tasks: tuple[str, ...] = ("backward_chain",), arms: tup
     variants = {}
     for width, layers in shapes:
         for share in DATA:
-            rate = base.learning_rates[0] * math.sqrt(64 / width)
+            rate = sorted(base.learning_rates)[len(base.learning_rates) // 2] * math.sqrt(64 / width)
             variants[f"{width}x{layers}-{share:g}"] = replace(
                 base, hidden_size=width, num_layers=layers, pretrain_updates=round(base.pretrain_updates * share),
                 corpus_size=round(base.corpus_size * share),

@@ -50,7 +50,7 @@ class Sizes:
     num_generations: Annotated[int, AtLeast(2)] = 16
     num_draws: Annotated[int, AtLeast(1)] = 4
     seconds: Annotated[float, Within("(0, inf)")] = 15.0
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     eval_size: Annotated[int, AtLeast(1)] = 250
     validation_size: Annotated[int, AtLeast(1)] = 150
     num_samples: Annotated[int, AtLeast(1)] = 4
