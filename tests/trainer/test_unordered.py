@@ -77,6 +77,26 @@ def test_training(make_trainer, start, unordered, options):
     assert any(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
 
 
+def test_replays_are_computed_in_the_precision_of_training(make_trainer, start, unordered):
+    """A ratio to log-probabilities of another precision would not be 1 before the first update."""
+    trainer = make_trainer(
+        start,
+        reward_funcs=None,
+        dataset=unordered,
+        loss_type="dapo",
+        decoding_order="confidence",
+        bf16=True,
+        use_cpu=True,
+    )
+    found = trainer.train_dataset["event_logps"][:]
+    model = AutoModelForCausalLM.from_pretrained(start).eval()
+    options = {"tokens_per_step": 2, "model": model, "batch_size": 4}
+    in_float32 = with_orders(unordered, trainer.spec, "confidence", **options)["event_logps"][:]
+    with torch.autocast("cpu", torch.bfloat16):
+        in_bfloat16 = with_orders(unordered, trainer.spec, "confidence", **options)["event_logps"][:]
+    assert found == in_bfloat16 != in_float32
+
+
 def test_what_such_responses_need(make_trainer, start, unordered):
     with pytest.raises(ValueError, match="no log-probabilities were recorded.*or `decoding_order='confidence'`"):
         make_trainer(start, reward_funcs=None, dataset=unordered, loss_type="dapo")

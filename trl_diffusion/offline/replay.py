@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import xxhash
 from datasets import Dataset, is_caching_enabled
 from datasets import config as datasets_config
@@ -130,7 +131,7 @@ def replay_batches(
     Raises:
         FloatingPointError: if a log-probability is NaN or infinite. `where` names the response in the message, by its number.
     """
-    path = _cache_file(batches, provenance)
+    path = _cache_file(batches, provenance, _precision(model))
     if path is not None and path.exists():
         try:
             found = load_file(path)
@@ -156,12 +157,18 @@ def replay_batches(
     return replayed
 
 
-def _cache_file(batches: list[TrajectoryBatch], provenance: Provenance) -> Path | None:
+def _precision(model: nn.Module) -> str:
+    """The type in which a model computes under the present autocast, empty without one."""
+    device = next(model.parameters()).device.type
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+
+
+def _cache_file(batches: list[TrajectoryBatch], provenance: Provenance, precision: str) -> Path | None:
     """The file of a replay. Its name is a digest of everything that the replay depends on. `None` if the cache of `datasets` is
     off."""
     if not is_caching_enabled():
         return None
-    digest = xxhash.xxh3_128(json.dumps(provenance.columns(), sort_keys=True).encode())
+    digest = xxhash.xxh3_128(json.dumps(provenance.columns(), sort_keys=True).encode() + precision.encode())
     for batch in batches:
         for values in (batch.prompt_ids, batch.prompt_mask, batch.canvas_ids, batch.completion_lengths):
             digest.update(str(tuple(values.shape)).encode())

@@ -172,7 +172,7 @@ class OfflineData:
             raise ValueError(f"{name} holds pairs, so `num_generations` must be 2, got {self.args.num_generations}.")
         model = self._asked_for_orders(name, dataset)
         try:
-            with PartialState().main_process_first():  # the other processes read its replay from the cache
+            with PartialState().main_process_first(), self._precision():  # the others read its replay from the cache
                 return from_preferences(
                     dataset,
                     self.tokenizer,
@@ -192,7 +192,7 @@ class OfflineData:
     def _with_orders(self, name: str, dataset: Dataset) -> Dataset:
         """The dataset, in which responses of unknown order have got one."""
         model = self._asked_for_orders(name, dataset)
-        with PartialState().main_process_first():  # the other processes read its replay from the cache
+        with PartialState().main_process_first(), self._precision():  # the others read its replay from the cache
             return with_orders(
                 dataset,
                 self.spec,
@@ -203,6 +203,11 @@ class OfflineData:
                 self.args.per_device_train_batch_size,
                 self.args.seed,
             )
+
+    def _precision(self) -> torch.autocast:
+        """The mixed precision of training: log-probabilities are recorded as they are scored."""
+        dtype = torch.float16 if self.args.fp16 else torch.bfloat16
+        return torch.autocast(PartialState().device.type, dtype, enabled=bool(self.args.fp16 or self.args.bf16))
 
     def _asked_for_orders(self, name: str, dataset: Dataset) -> PreTrainedModel | PeftModel | None:
         """The policy that `decoding_order="confidence"` runs. `None` with the other orders, which need no policy."""
