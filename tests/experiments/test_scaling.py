@@ -39,8 +39,8 @@ def test_log_odds_are_finite_and_symmetric():
 def test_every_size_and_amount_of_data_is_a_variant():
     comparison = scaling(Sizes(), shapes=((32, 2), (64, 3)))
     assert len(comparison.variants) == 6
-    sizes = comparison.variants["32x2-2"]
-    assert (sizes.hidden_size, sizes.num_layers, sizes.pretrain_updates) == (32, 2, 2 * Sizes().pretrain_updates)
+    sizes = comparison.variants["32x2-0.5"]
+    assert (sizes.hidden_size, sizes.num_layers, sizes.pretrain_updates) == (32, 2, Sizes().pretrain_updates // 2)
     assert len({job.name for job in comparison.jobs()}) == len(comparison.jobs())
 
 

@@ -47,7 +47,7 @@ QUICK = Comparison(
     tasks=("backward_chain",),
     arms=("autoregressive", "full", "full, revising"),
     seeds=(0, 1),
-    variants={"": Sizes(updates=10, batch_size=128, num_generations=8, seconds=4.0, learning_rates=(3e-4,), eval_size=100,
+    variants={"": Sizes(pretrain_updates=500, updates=10, batch_size=128, num_generations=8, seconds=4.0, learning_rates=(3e-4,), eval_size=100,
                         validation_size=50, num_samples=2)},
 )  # fmt: skip
 STUDIES = {"comparison": "compare", "scaling": "scaling", "updates": "updates"}  # and their directories
@@ -135,7 +135,7 @@ def _parser() -> Parser:
     )
     known = {one.name: one for one in fields(Sizes)}
     helps = {
-        "pretrain_updates": "optimizer steps of pretraining",
+        "pretrain_updates": "optimizer steps of pretraining (twice as many for chain and backward_chain)",
         "updates": "optimizer steps of reinforcement",
         "seconds": "core seconds of reinforcement, for the budget of equal seconds",
         "hidden_size": "width of the backbone",

@@ -16,7 +16,7 @@ from .settings import Sizes
 
 
 SHAPES = ((32, 2), (64, 3), (128, 4), (256, 5))  # width and layers
-DATA = (0.5, 1.0, 2.0)  # shares of `Sizes.pretrain_updates` and `Sizes.corpus_size`: documents are seen equally often
+DATA = (0.25, 0.5, 1.0)  # shares of `Sizes.pretrain_updates` and `Sizes.corpus_size`: documents are seen equally often
 MARKS = (10, 20)  # and `Sizes.updates`
 
 

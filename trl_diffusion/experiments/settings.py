@@ -20,6 +20,8 @@ class Sizes:
         hidden_size, num_layers (`int`): width and layers of the backbone.
         corpus_size (`int`): different right answers to pretrain on.
         pretrain_updates, pretrain_batch_size (`int`): optimizer steps of pretraining, and answers in each.
+        longer (`tuple[str, ...]`): tasks whose twins are pretrained twice as long. With fewer updates, seeds differ in whether they have learned
+            the task at all.
         pretrain_learning_rate (`float`): highest learning rate of pretraining. It falls as a cosine.
         equal (`str`): what twins have in common: `"tokens"` (the answers that they were shown) or `"flops"` (floating-point
             operations; the autoregressive twin has `pretrain_updates`, the others fewer or more).
@@ -43,6 +45,7 @@ class Sizes:
     corpus_size: Annotated[int, AtLeast(1)] = 12_000
     pretrain_updates: Annotated[int, AtLeast(1)] = 1000
     pretrain_batch_size: Annotated[int, AtLeast(1)] = 64
+    longer: tuple[str, ...] = ("backward_chain", "chain")
     pretrain_learning_rate: Annotated[float, Within("(0, inf)")] = 1.5e-3
     equal: str = "tokens"
     updates: Annotated[int, AtLeast(1)] = 30
@@ -58,7 +61,7 @@ class Sizes:
     choice_seed: Annotated[int, AtLeast(0)] = 1000
 
     def __post_init__(self):
-        own = {"learning_rates", "equal", "marks"}
+        own = {"learning_rates", "equal", "marks", "longer"}
         check_fields(self, set(self.__dataclass_fields__) - own)
         check_one_of("equal", self.equal, EQUAL)
         if not self.learning_rates or min(self.learning_rates) <= 0:
@@ -73,4 +76,4 @@ class Sizes:
 
     def to_dict(self) -> dict[str, Any]:
         """The sizes as plain JSON types."""
-        return {**asdict(self), "learning_rates": list(self.learning_rates), "marks": list(self.marks)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

@@ -180,8 +180,8 @@ def flops_of_update(trainer: SFTTrainer) -> int:
 
 
 def updates_of(material: Material, twin: str) -> int:
-    """Optimizer steps with which a twin is pretrained (see `Sizes.equal`)."""
-    updates = material.sizes.pretrain_updates
+    """Optimizer steps with which a twin is pretrained (see `Sizes.equal` and `Sizes.longer`)."""
+    updates = material.sizes.pretrain_updates * (2 if material.task in material.sizes.longer else 1)
     if material.sizes.equal == "tokens" or twin == "autoregressive":
         return updates
     with tempfile.TemporaryDirectory() as directory:
