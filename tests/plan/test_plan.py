@@ -106,7 +106,7 @@ def test_operations_are_those_of_the_real_passes(attention, prompt_length):
     try_policy(model, spec)  # its passes are not those of a rollout
     with count_flops() as counter:
         config = DecodingConfig(max_new_tokens=32, tokens_per_step=3, stop_rule="block")  # a plan counts whole blocks
-        decode(model, [[1] * prompt_length] * 8, config, spec)
+        decode(model, [[1] * prompt_length] * 4 + [[2] * prompt_length] * 4, config, spec)
     assert rollout.flops == counter.get_total_flops()
     batch = _batch(spec, work)
     states = ESTIMATORS["dtrpo"].states(batch, spec, list(range(8)), work.estimator)

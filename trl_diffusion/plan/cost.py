@@ -52,14 +52,14 @@ def rollout_cost(
     answer_length: int | None = None,
 ) -> RolloutCost:
     """
-    Counts what the decoding loop runs: with block attention the prompt once, every step the active block, and each
-    finished block once more, with the first step of the next; with full attention everything at every step. An autoregressive first
-    token is a step of its own, which runs without its block.
+    Counts what the decoding loop runs: with block attention each prompt once for all its responses, every step the active block, and
+    each finished block once more, with the first step of the next; with full attention everything at every step. An autoregressive
+    first token is a step of its own, which runs without its block.
 
     Args:
         config ([`~transformers.PretrainedConfig`]): config of the policy.
         spec ([`DiffusionSpec`]): facts about the policy.
-        work ([`Workload`]): lengths, tokens per step and responses at once.
+        work ([`Workload`]): lengths, tokens per step, responses at once and to a prompt.
         footprint ([`Footprint`]): of the same policy.
         answer_length (`int`, *optional*): tokens after which responses stop. Defaults to all of `completion_length`.
     """
@@ -70,7 +70,13 @@ def rollout_cost(
     head = spec.head(prompt)
     blocks = spec.num_blocks(prompt, answer_length or work.completion_length)
     end, written = (find(prompt, work.completion_length) for find in (spec.canvas_end, spec.writing_end))
-    passes = logits = tokens = pairs = 0
+    # What a response leaves out that has the keys and values of its prompt from another one.
+    copied = (
+        head - int(spec.token_shift or spec.first_token == "autoregressive")
+        if spec.attention == "block" and head
+        else 0
+    )
+    passes = logits = tokens = pairs = copied_pairs = 0
     for block in range(blocks):
         start = max(spec.block_start(block, prompt), prompt)
         left, first = min(spec.block_start(block + 1, prompt), written) - start, True
@@ -78,6 +84,7 @@ def rollout_cost(
             spec.first_token == "autoregressive" and spec.place_of(start, prompt) == 0
         ):  # from what is clean, without the block
             queries = size if block else head
+            copied_pairs = copied_pairs if block else copied * start
             passes, logits, tokens, pairs = passes + 1, logits + 1, tokens + queries, pairs + queries * start
             left, first = left - 1, False
         while left > 0:
@@ -86,8 +93,12 @@ def rollout_cost(
             else:
                 queries = size + first * (size if block else head)
                 keys = spec.block_start(block + 1, prompt)
+                copied_pairs = copied * keys if first and not block else copied_pairs
             passes, logits, tokens, pairs = passes + 1, logits + left, tokens + queries, pairs + queries * keys
             left, first = left - work.tokens_per_step, False
+    rows = work.rollout_batch_size
+    copies = rows - -(-rows // work.num_generations)
+    tokens, pairs, logits = rows * tokens - copies * copied, rows * pairs - copies * copied_pairs, rows * logits
     flops = 2 * (footprint.linear + footprint.used_experts) * tokens + 2 * text.hidden_size * text.vocab_size * logits
     flops += 4 * text.num_hidden_layers * heads * head_size * pairs
-    return RolloutCost(passes, work.rollout_batch_size * flops, footprint.weights)
+    return RolloutCost(passes, flops, footprint.weights)

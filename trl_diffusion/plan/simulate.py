@@ -341,7 +341,7 @@ def _without_content(layout: PackedLayout, fake: FakeTensorMode, live: LiveBytes
 
 def _rollout_pass(model: nn.Module, spec: DiffusionSpec, work: Workload) -> None:
     """The largest pass of a rollout: prompt and first block of every response at once (with full attention, prompt and
-    canvas), and a token sampled for each position of the block."""
+    canvas), and a token sampled for each position of the block. Prompts are counted as if all were different, as in an evaluation."""
     rows, block = work.rollout_batch_size, spec.block_size
     length = work.prompt_length + (block if spec.attention == "block" else work.completion_length)
     ids = torch.zeros(rows, length, dtype=torch.long)

@@ -18,10 +18,13 @@ class _Slots:
     Attributes:
         number (`int`): slots of a layer.
         write (`Tensor` of shape `(N,)`, *optional*): where the tokens of the next pass go.
+        copy (two `Tensor` of shape `(C,)`, *optional*): slots that are copied after that, before the layer attends, and where
+            they go.
     """
 
     number: int
     write: Tensor | None = None
+    copy: tuple[Tensor, Tensor] | None = None
 
 
 class _LaneLayer(CacheLayerMixin):
@@ -47,6 +50,10 @@ class _LaneLayer(CacheLayerMixin):
         assert self.slots.write is not None
         self.keys.index_copy_(2, self.slots.write, key_states)
         self.values.index_copy_(2, self.slots.write, value_states)
+        if self.slots.copy is not None:
+            sources, targets = self.slots.copy
+            for values in (self.keys, self.values):
+                values.index_copy_(2, targets, values.index_select(2, sources))
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
