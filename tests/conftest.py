@@ -83,7 +83,7 @@ LONG = (
 )
 # Files of which it runs the first case of each test only.
 LONG_CASES = (
-    "decoding/test_revising.py", "decoding/test_shared_prompts.py", "decoding/test_short_responses.py", "offline/test_revised_rows.py", "scoring/test_revision.py",
+    "decoding/test_revising.py", "decoding/test_short_responses.py", "offline/test_revised_rows.py", "scoring/test_revision.py",
     "scoring/test_revision_gradients.py", "trainer/test_revision.py", "viz/test_page.py", "viz/test_streamer.py",
     "viz/test_runs.py", "viz/test_colours.py", "recipes/test_lines.py", "test_names.py", "policies/test_places.py",
     "policies/test_left_to_right.py", "policies/test_registration.py", "recipes/test_evaluate.py", "policies/test_backbones.py",
