@@ -68,7 +68,9 @@ def test_whole_blocks_of_a_prompt_are_run_once(name):
         expected.update(range(head))
         expected.update(list(range(head - before, head)) * (count - 1))
     assert {place: seen[0][place] for place in range(min(heads))} == {p: expected[p] for p in range(min(heads))}
-    assert all(sum(counter[place] for counter in seen) == expected[place] for place in range(min(heads)))  # and never again
+    assert all(
+        sum(counter[place] for counter in seen) == expected[place] for place in range(min(heads))
+    )  # and never again
 
 
 def test_a_response_that_begins_later_copies_from_one_that_is_under_way():
