@@ -6,6 +6,8 @@ import gc
 import importlib.metadata
 import os
 from collections import defaultdict
+from collections.abc import Callable
+from fcntl import LOCK_EX, flock
 from functools import cache
 
 
@@ -222,3 +224,25 @@ def shared(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"{'/'.join(parts)} is not available")
     return path
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A directory that is filled when it is first asked for, by whichever worker of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def directory_of(name: str, fill: Callable[[Path], object]) -> Path:
+        directory = base / name
+        directory.mkdir(exist_ok=True)
+        done = directory / "done"
+        with (directory / "lock").open("w") as lock:
+            flock(lock, LOCK_EX)
+            if not done.exists():
+                done.write_text("failed")  # until it has not
+                fill(directory)
+                done.write_text("yes")
+        assert done.read_text() != "failed", f"{name} has failed"
+        return directory
+
+    return directory_of

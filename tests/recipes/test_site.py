@@ -21,19 +21,21 @@ WIDTHS = (1440, 390)
 PIXELS_PER_INCH = 80  # of a picture in the column: letters of 8 points are then 9 pixels high
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
+@pytest.fixture(scope="session")
+def site(made_once) -> Path:
     """The site. Formulas are typeset where KaTeX is installed, as `make docs` does."""
+    return made_once("site", lambda directory: build_into(directory / "pages")) / "pages"
+
+
+def build_into(folder: Path) -> None:
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
-    folder = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DOCS_PLAIN_FORMULAS", "" if typeset() else "1")
         config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True)
         config.plugins.on_startup(command="build", dirty=False)
         build(config)
-    return folder
 
 
 def typeset() -> bool:
@@ -124,14 +126,20 @@ def test_search_knows_names_without_what_is_before_them(site):
     assert "api/decoding.html" in found["StepView"] and "howto/grpo.html" in found["num_draws"]
 
 
-@pytest.fixture(scope="module")
-def measured(site, tmp_path_factory) -> dict[tuple[str, int], dict]:
+@pytest.fixture(scope="session")
+def measured(site, made_once) -> dict[tuple[str, int], dict]:
     """What Chromium finds on every page, at the width of a screen and of a phone."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium (Debian's package `chromium`)")
     jobs = [(page, width) for page in pages_of(site) for width in WIDTHS]
     jobs.append(("index.html?q=effective_sample_size", WIDTHS[0]))
-    return dict(zip(jobs, measure(site, jobs, tmp_path_factory.mktemp("profile")), strict=True))
+
+    def look(directory: Path) -> None:
+        found = measure(site, jobs, directory / "profile")
+        (directory / "found.json").write_text(json.dumps(found))
+
+    found = made_once("pages_in_chromium", look) / "found.json"
+    return dict(zip(jobs, json.loads(found.read_text()), strict=True))
 
 
 @pytest.mark.slow
