@@ -67,6 +67,13 @@ LONG = (
     "rehearsal/test_gpu_table.py",
     "serving/test_from_server.py::test_a_server_that_is_killed_in_the_middle",
     "trainer/test_families.py::test_stored_answers_of_every_family",
+    "trainer/test_resume.py::test_resume_repeats_the_uninterrupted_run[online-between passes",
+    "trainer/test_resume.py::test_resume_repeats_the_uninterrupted_run[online-end of an epoch",
+    "trainer/test_resume.py::test_resume_repeats_the_uninterrupted_run[online-without groups",
+    "trainer/test_resume.py::test_the_log_goes_on_where_it_was[5",
+    "trainer/test_rowwise_evaluation.py::test_figures_are_those_of_trl_for_a_single_batch[luspo",
+    "trainer/test_rowwise_evaluation.py::test_figures_are_those_of_trl_for_a_single_batch[cispo",
+    "trainer/test_rowwise_evaluation.py::test_figures_are_those_of_trl_for_a_single_batch[bnpo",
     "test_docs.py::test_python_runs_as_printed[docs/evaluation",
     "test_docs.py::test_python_runs_as_printed[docs/howto/",
     "test_docs.py::test_python_runs_as_printed[docs/quickstart",
@@ -90,7 +97,7 @@ LONG_CASES = (
     "viz/test_runs.py", "viz/test_colours.py", "recipes/test_lines.py", "test_names.py", "policies/test_places.py",
     "policies/test_left_to_right.py", "policies/test_registration.py", "recipes/test_evaluate.py", "policies/test_backbones.py",
     "rewards/test_weaker_sandbox.py", "trainer/test_evaluation.py", "trainer/test_resume_changes.py",
-    "trainer/test_resume_grpo.py", "trainer/test_nothing_to_train_on.py", "trainer/test_dropout.py", "policies/test_absent_tokens.py",
+    "trainer/test_resume_grpo.py", "trainer/test_nothing_to_train_on.py", "trainer/test_dropout.py", "trainer/test_adapters.py", "policies/test_absent_tokens.py",
     "policies/test_written_checkpoints.py", "evaluation/test_likelihood.py", "decoding/test_engine.py",
 )  # fmt: skip
 
