@@ -2,7 +2,7 @@
 Compares autoregressive and diffusion policies on equal terms: the same backbone, data, tokens, prompts, rewards and updates.
 
     trl-diffusion compare --quick                          # one task, three arms, two seeds: minutes on 2 cores
-    trl-diffusion compare --output_dir outputs/compare     # four tasks, eight arms, five seeds: about 9 hours of a core
+    trl-diffusion compare --output_dir outputs/compare     # four tasks, eight arms, five seeds: about 10 hours of a core
     trl-diffusion compare --study updates                  # where training breaks: 31 settings, three seeds, about an hour of a core
     trl-diffusion compare --study scaling                  # four sizes, three amounts of data, three lengths of reinforcement
     trl-diffusion compare --rows outputs/compare --output_dir outputs/report    # the report alone, from finished runs
