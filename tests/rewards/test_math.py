@@ -118,7 +118,7 @@ def test_exponents():
 
 
 @pytest.mark.parametrize(
-    "gold", ["\\textbf{(E)}\\ 5", "$\\text{E} \\quad 5$", "So \\boxed{\\textbf{(E) }5}.", "\\mathrm{(E)}~5.0"]
+    "gold", ["\\textbf{(E)}\\ 5", "$\\text{(E)} \\quad 5$", "So \\boxed{\\textbf{(E) }5}.", "\\mathrm{(E)}~5.0"]
 )
 def test_a_letter_with_a_value(gold):
     right = ["5", "E", "(E)", "\\text{(E)}", "\\textbf{(E)} 5", "\\text{E}\\ 5.0", "\\textbf{E}"]
@@ -131,6 +131,17 @@ def test_a_letter_with_a_value(gold):
     ]
     expected = [1.0] * len(right) + [0.0] * len(wrong) + [1.0, 0.0, 1.0, 0.0]
     assert math.math_accuracy(texts, [gold] * len(texts)) == expected
+
+
+def test_a_letter_that_is_no_choice():
+    golds = ["\\mathbf{A} + I", "\\mathbf{A}\\mathbf{B}", "\\mathrm{C}_2", "\\mathbf{A}^{-1}"]
+    texts = ["\\boxed{A}", "\\boxed{\\mathbf{A}}", "\\boxed{C}", "\\boxed{A}"]
+    assert math.math_accuracy(texts, golds) == [0.0] * 4
+
+
+def test_a_scale_in_the_gold_answer():
+    texts = ["#### 5000000", "#### 5 million", "#### 5", "#### 5 thousand"]
+    assert math.math_accuracy(texts, ["5 million"] * 4) == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_gold_answers_that_cannot_be_read():

@@ -25,9 +25,11 @@ _SCALED = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _EXPONENT = re.compile(r"(?<![\w.])(\d++(?:\.\d++)?+)[eE]([-+]?+\d{1,2})\b", re.ASCII)
-_IN_TEXT = r"\\(?:text|textbf|textrm|mathrm|mathbf)\s*+\{\s*+\(?+([A-J])\)?+\s*+\}"
-_LETTER = re.compile(rf"\(?+([A-J])\)?+|{_IN_TEXT}")
-_CHOICE = re.compile(rf"{_IN_TEXT}(?:[\s~.:]|\\[ ,;:!~]|\\q?+quad\b)*+(\S.*+)", re.DOTALL)
+_COMMAND = r"\\(?:text|textbf|textrm|mathrm|mathbf)\s*+\{\s*+"
+_VALUE = r"\s*+\}(?:[\s~.:]|\\[ ,;:!~]|\\q?+quad\b)*+(\S.*+)"
+_LETTER = re.compile(rf"\(?+([A-J])\)?+|{_COMMAND}\(?+([A-J])\)?+\s*+\}}")
+_CHOICE = re.compile(rf"{_COMMAND}\(?+([A-J])\)?+{_VALUE}", re.DOTALL)
+_GOLD_CHOICE = re.compile(rf"{_COMMAND}\(([A-J])\){_VALUE}", re.DOTALL)  # `\mathbf{A} + I` is no choice
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # zeros
 
 MAX_ANSWER = 1000  # characters of a marked answer: a longer one is wrong
@@ -125,7 +127,7 @@ def _chosen(gold: str, given: str | None) -> tuple[str, str | None] | bool | Non
     What is left to compare if the gold answer is a letter with a value, `\\textbf{(E)}\\ 5`: the two values, or whether the letters are
     the same if the answer is a letter alone. An answer with another letter is wrong. `None` for another gold answer.
     """
-    choice = _CHOICE.fullmatch(gold.strip(" \n$"))
+    choice = _GOLD_CHOICE.fullmatch(gold.strip(" \n$"))
     if choice is None:
         return None
     letter, value = choice.groups()
@@ -188,10 +190,8 @@ def math_accuracy(completions, answer, **kwargs) -> list[float | None]:
         rewards[row] = 0.0
         form = _HEADING.sub("", text)[-MAX_SEARCHED:] if given is None else _marked(text, given)
         marked = gold if expected is None else expected
-        said = given if given is not None else form or ""
-        if _SCALED.search(said) or _EXPONENT.search(said) or _EXPONENT.search(marked):
-            gold_form, marked, form = _scaled(gold_form), _scaled(marked), form and _scaled(form)
-            given = given and _scaled(given)
+        gold_form, marked = _scaled(gold_form), _scaled(marked)
+        given, form = given and _scaled(given), form and _scaled(form)
         number, other = _number(marked), _number(given or "")
         if number is not None and other is not None:
             rewards[row] = float(number == other)
