@@ -135,7 +135,7 @@ def _parser() -> Parser:
     )
     known = {one.name: one for one in fields(Sizes)}
     helps = {
-        "pretrain_updates": "optimizer steps of pretraining (twice as many for chain and backward_chain)",
+        "pretrain_updates": f"optimizer steps of pretraining (twice as many for {' and '.join(Sizes().longer)})",
         "updates": "optimizer steps of reinforcement",
         "seconds": "core seconds of reinforcement, for the budget of equal seconds",
         "hidden_size": "width of the backbone",

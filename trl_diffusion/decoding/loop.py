@@ -372,11 +372,8 @@ class DenoisingLoop:
                     lane.cached = int(start) - shift
         else:
             # Clean tokens that are not in the cache yet run in the same pass, which adds them to the cache.
-            begins, ends = (
-                self._share_prompts(places, lanes, cached),
-                np.where(window.autoregressive, starts, starts + size),
-            )
-            key_ends = ends
+            begins = self._share_prompts(places, lanes, cached)
+            ends = key_ends = np.where(window.autoregressive, starts, starts + size)
             for lane, start in zip(lanes, starts, strict=True):
                 lane.cached = int(start)
             if cache == "sub_block":
@@ -386,7 +383,7 @@ class DenoisingLoop:
     def _share_prompts(self, places: np.ndarray, lanes: list[Lane], cached: np.ndarray) -> np.ndarray:
         """
         Where each lane begins to run in this pass. Of lanes with the same prompt, one runs its whole blocks, and the others copy their
-        keys and values. The first token of a block may be read from the position before it, which every lane runs itself.
+        keys and values.
         """
         assert self.cache is not None and self.capacity is not None
         self.cache.slots.copy = None
@@ -396,11 +393,10 @@ class DenoisingLoop:
         prefixes = [tuple(self.prompts[lane.row][: self.heads[lane.row]]) for lane in lanes]
         owners: dict[tuple[int, ...], int] = {prefix: index for index, prefix in enumerate(prefixes) if cached[index]}
         begins, sources, targets = cached.copy(), [], []
-        before = int(self.spec.token_shift or self.spec.first_token == "autoregressive")
         for index in new:
             owner = owners.setdefault(prefixes[index], index)
             if owner != index:
-                begins[index] = len(prefixes[index]) - before
+                begins[index] = self.spec.copied(len(prefixes[index]))
                 slots = np.arange(begins[index])
                 sources.append(places[owner] * self.capacity + slots)
                 targets.append(places[index] * self.capacity + slots)

@@ -20,8 +20,8 @@ class Sizes:
         hidden_size, num_layers (`int`): width and layers of the backbone.
         corpus_size (`int`): different right answers to pretrain on.
         pretrain_updates, pretrain_batch_size (`int`): optimizer steps of pretraining, and answers in each.
-        longer (`tuple[str, ...]`): tasks whose twins are pretrained twice as long. With fewer updates, seeds differ in whether they have learned
-            the task at all.
+        longer (`tuple[str, ...]`): tasks whose twins are pretrained twice as long. With fewer updates, seeds differ in whether
+            they have learned the task at all.
         pretrain_learning_rate (`float`): highest learning rate of pretraining. It falls as a cosine.
         equal (`str`): what twins have in common: `"tokens"` (the answers that they were shown) or `"flops"` (floating-point
             operations; the autoregressive twin has `pretrain_updates`, the others fewer or more).

@@ -70,13 +70,7 @@ def rollout_cost(
     head = spec.head(prompt)
     blocks = spec.num_blocks(prompt, answer_length or work.completion_length)
     end, written = (find(prompt, work.completion_length) for find in (spec.canvas_end, spec.writing_end))
-    # What a response leaves out that has the keys and values of its prompt from another one.
-    copied = (
-        head - int(spec.token_shift or spec.first_token == "autoregressive")
-        if spec.attention == "block" and head
-        else 0
-    )
-    passes = logits = tokens = pairs = copied_pairs = 0
+    passes = logits = tokens = pairs = first_keys = 0
     for block in range(blocks):
         start = max(spec.block_start(block, prompt), prompt)
         left, first = min(spec.block_start(block + 1, prompt), written) - start, True
@@ -84,7 +78,7 @@ def rollout_cost(
             spec.first_token == "autoregressive" and spec.place_of(start, prompt) == 0
         ):  # from what is clean, without the block
             queries = size if block else head
-            copied_pairs = copied_pairs if block else copied * start
+            first_keys = first_keys or start
             passes, logits, tokens, pairs = passes + 1, logits + 1, tokens + queries, pairs + queries * start
             left, first = left - 1, False
         while left > 0:
@@ -93,12 +87,14 @@ def rollout_cost(
             else:
                 queries = size + first * (size if block else head)
                 keys = spec.block_start(block + 1, prompt)
-                copied_pairs = copied * keys if first and not block else copied_pairs
+            first_keys = first_keys or keys
             passes, logits, tokens, pairs = passes + 1, logits + left, tokens + queries, pairs + queries * keys
             left, first = left - work.tokens_per_step, False
     rows = work.rollout_batch_size
-    copies = rows - -(-rows // work.num_generations)
-    tokens, pairs, logits = rows * tokens - copies * copied, rows * pairs - copies * copied_pairs, rows * logits
+    copied = (rows - -(-rows // work.num_generations)) * spec.copied(
+        head
+    )  # tokens whose keys and values are another response's
+    tokens, pairs, logits = rows * tokens - copied, rows * pairs - copied * first_keys, rows * logits
     flops = 2 * (footprint.linear + footprint.used_experts) * tokens + 2 * text.hidden_size * text.vocab_size * logits
     flops += 4 * text.num_hidden_layers * heads * head_size * pairs
     return RolloutCost(passes, flops, footprint.weights)

@@ -166,6 +166,14 @@ class DiffusionSpec:
         """Position of the first token of block 0."""
         return prompt_length - self.prompt_tail(prompt_length)
 
+    def copied(self, head):
+        """
+        Of the `head` tokens before block 0, the number of those whose keys and values a response can copy from another one with the same
+        prompt: none with full attention, and not the last token if the first one of block 0 may be read from it.
+        """
+        read = int(self.token_shift or self.first_token == "autoregressive")
+        return max(head - read, 0) if self.attention == "block" else 0
+
     def block_of(self, position, prompt_length):
         """
         Block of a position. Blocks of the prompt are negative; with `block_origin="response"` the prompt is one block, -1.
